@@ -1,0 +1,60 @@
+# make bench: correctness check, then the reference against this package, as a table.
+# make test:  the tests. Both need Python >= 3.10 and make, nothing else.
+PYTHON ?= python3
+PYTEST_ARGS ?= -n 2 --dist worksteal
+BENCH_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: bench test test-integrations lint types format clean
+
+bench: $(STAMP)
+	$(BIN)/python -m bench $(BENCH_ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Each folder of tests/integrations names its packages in requirements.txt and gets an environment of its own.
+test-integrations: $(STAMP)
+	@set -eu; found=; \
+	for requirements in tests/integrations/*/requirements.txt; do \
+	  [ -e "$$requirements" ] || continue; \
+	  found=yes; folder=$$(dirname "$$requirements"); venv=.venvs/$$(basename "$$folder"); \
+	  echo "== $$folder"; \
+	  if ! [ "$$venv/.installed" -nt "$$requirements" ] || ! [ "$$venv/.installed" -nt $(STAMP) ]; then \
+	    $(PYTHON) -m venv "$$venv"; \
+	    "$$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools; \
+	    "$$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$$requirements"; \
+	    "$$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[test]'; \
+	    touch "$$venv/.installed"; \
+	  fi; \
+	  "$$venv/bin/python" -m pytest -o addopts="--strict-markers --strict-config -ra" "$$folder"; \
+	done; \
+	[ -n "$$found" ] || echo "test-integrations: there is no tests/integrations/*/requirements.txt, nothing to run"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch first and alone: the pin takes a CPU build where one is at hand, and nothing later replaces it.
+$(STAMP): constraints.txt pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"Python >= 3.10 is needed, {sys.executable} is {sys.version.split()[0]}: set PYTHON")'
+	@echo "setting up $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP_INSTALL) torch setuptools
+	@$(PIP_INSTALL) --no-build-isolation --editable '.[test,dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .venvs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,36 @@
+"""Sample from, and learn from, the optimal distribution between two language models.
+
+q* is the geometric mean of two models, pi_theta^alpha pi_t^(1-alpha) / Z, with alpha where both KL divergences are
+equal. ``solve`` and ``log_q`` work on logits; the other functions are drop-ins for the documents' own.
+"""
+
+from optsample_triton._version import __version__
+from optsample_triton.dropin import (
+    OptimalSamplingDistribution,
+    effective_sample_size,
+    entropy,
+    geometric_mean,
+    kl_divergence,
+    optimal_sampling_distribution,
+    solve_kl_symmetry,
+    solve_kl_symmetry_batch,
+)
+from optsample_triton.functional import log_q, solve
+from optsample_triton.types import Diagnostics, Solution, Status
+
+__all__ = [
+    "Diagnostics",
+    "OptimalSamplingDistribution",
+    "Solution",
+    "Status",
+    "__version__",
+    "effective_sample_size",
+    "entropy",
+    "geometric_mean",
+    "kl_divergence",
+    "log_q",
+    "optimal_sampling_distribution",
+    "solve",
+    "solve_kl_symmetry",
+    "solve_kl_symmetry_batch",
+]

@@ -1,0 +1,200 @@
+"""The functions of the documents under their own names, on probabilities, with their eps semantics.
+
+A drop-in: change the import and nothing else. NumPy arrays work wherever the documents' NumPy listing takes them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from optsample_triton.functional import as_matrix, check_rows
+from optsample_triton.types import METHODS, Status
+
+EPS = 1e-10
+
+
+class OptimalSamplingDistribution:
+    """q*, alpha* and diagnostics for batches of probability rows.
+
+    Args:
+        tol: bound on the error of alpha.
+        max_iter: most steps; the solver needs one to three where the documents' bisection needs twenty.
+        eps: floor added to every probability before its logarithm.
+        method: "kl_symmetry", "ess_balance", "entropy" or "fixed" (with ``alpha``).
+
+    >>> import torch
+    >>> q_star, alpha_star, info = OptimalSamplingDistribution()(torch.tensor([[0.7, 0.3]]), torch.tensor([[0.3, 0.7]]))
+    >>> round(alpha_star.item(), 4), [round(p, 4) for p in q_star[0].tolist()], bool(info["converged"])
+    (0.5, [0.5, 0.5], True)
+    """
+
+    def __init__(
+        self,
+        tol: float = 1e-6,
+        max_iter: int = 50,
+        eps: float = EPS,
+        *,
+        method: str = "kl_symmetry",
+        alpha: float = 0.5,
+    ) -> None:
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, but is {method!r}")
+        if not eps > 0.0:
+            raise ValueError(f"eps must be positive, but is {eps}")
+        self.tol = tol
+        self.max_iter = max_iter
+        self.eps = eps
+        self.method = method
+        self.alpha = alpha
+
+    def __call__(self, pi_theta: Tensor, pi_t: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """pi_theta, pi_t [..., V] -> q_star [..., V], alpha_star [...], info."""
+        check_rows(pi_theta, pi_t, "pi_theta", "pi_t")
+        batch = pi_theta.shape[:-1]
+        fixed = None
+        if self.method == "fixed":
+            fixed = torch.full((batch.numel(),), self.alpha, device=pi_theta.device, dtype=_row_dtype(pi_theta))
+        log_q, alpha, _, status, _, _, figures = _solve(
+            pi_theta, pi_t, fixed, self.method, self.tol, self.max_iter, self.eps, diagnostics=True, write=True
+        )
+        columns = [column.reshape(batch) for column in figures.unbind(-1)]
+        kl_theta, kl_t, ess_theta, ess_t, entropy_theta, entropy_t, entropy_q, _, _ = columns
+        alpha = alpha.reshape(batch)
+        kl_diff = (kl_theta - kl_t).abs()
+        info = {
+            "alpha": alpha,
+            "kl_theta": kl_theta,
+            "kl_t": kl_t,
+            "kl_diff": kl_diff,
+            "kl_symmetry_error": kl_diff / (kl_theta + kl_t + self.eps),
+            "ess_theta": ess_theta,
+            "ess_t": ess_t,
+            "ess_ratio": ess_theta / (ess_t + self.eps),
+            "entropy_theta": entropy_theta,
+            "entropy_t": entropy_t,
+            "entropy_q": entropy_q,
+            "converged": (status != Status.NOT_CONVERGED).all(),
+        }
+        q_star: Tensor = log_q.exp_().reshape(pi_theta.shape)
+        return q_star, alpha, info
+
+
+def optimal_sampling_distribution(pi_theta: Tensor, pi_t: Tensor, method: str = "kl_symmetry") -> tuple[Tensor, Tensor]:
+    """pi_theta, pi_t [..., V] -> q_star [..., V], alpha_star [...]."""
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, but is {method!r}")
+    check_rows(pi_theta, pi_t, "pi_theta", "pi_t")
+    fixed = None
+    if method == "fixed":
+        fixed = torch.full((pi_theta.shape[:-1].numel(),), 0.5, device=pi_theta.device, dtype=_row_dtype(pi_theta))
+    log_q, alpha, *_ = _solve(pi_theta, pi_t, fixed, method, write=True)
+    return log_q.exp_().reshape(pi_theta.shape), alpha.reshape(pi_theta.shape[:-1])
+
+
+def solve_kl_symmetry(pi_theta: Any, pi_t: Any, tol: float = 1e-6, max_iter: int = 50) -> Any:
+    """alpha* [...] of probability rows [..., V]; NumPy in, NumPy out.
+
+    >>> float(solve_kl_symmetry(np.array([0.9, 0.1]), np.array([0.1, 0.9])).round(4))
+    0.5
+    """
+    if isinstance(pi_theta, np.ndarray):
+        return solve_kl_symmetry(_tensor(pi_theta), _tensor(pi_t), tol, max_iter).numpy()[()]
+    check_rows(pi_theta, pi_t, "pi_theta", "pi_t")
+    alpha = _solve(pi_theta, pi_t, None, "kl_symmetry", tol, max_iter)[1]
+    return alpha.reshape(pi_theta.shape[:-1])
+
+
+def solve_kl_symmetry_batch(probs_theta: Tensor, probs_t: Tensor) -> Tensor:
+    """alpha* for every position of a batch of sequences: [B, S, V] -> [B, S]."""
+    check_rows(probs_theta, probs_t, "probs_theta", "probs_t")
+    alpha = _solve(probs_theta, probs_t, None, "kl_symmetry")[1]
+    return alpha.reshape(probs_theta.shape[:-1])
+
+
+def geometric_mean(pi_theta: Any, pi_t: Any, alpha: Any, eps: float = EPS) -> Any:
+    """q_alpha [..., V]; alpha is a number or has any shape that fits the rows' leading one; NumPy in, NumPy out.
+
+    >>> geometric_mean(torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1]), 1.0).tolist()
+    [0.5, 0.5]
+    """
+    if isinstance(pi_theta, np.ndarray):
+        alpha = _tensor(np.asarray(alpha, dtype=np.float64))
+        return geometric_mean(_tensor(pi_theta), _tensor(pi_t), alpha, eps).numpy()
+    check_rows(pi_theta, pi_t, "pi_theta", "pi_t")
+    batch = pi_theta.shape[:-1]
+    alpha = torch.as_tensor(alpha, device=pi_theta.device, dtype=_row_dtype(pi_theta))
+    if alpha.dim() == pi_theta.dim() and alpha.shape[-1] == 1:  # [..., 1], as the listing also takes it
+        alpha = alpha.squeeze(-1)
+    try:
+        alpha = alpha.expand(batch)
+    except RuntimeError:
+        raise ValueError(f"alpha must fit the rows' shape {list(batch)}, but has {list(alpha.shape)}") from None
+    log_q = _solve(pi_theta, pi_t, alpha.reshape(-1), "fixed", eps=eps, write=True)[0]
+    q_alpha: Tensor = log_q.exp_().reshape(pi_theta.shape)
+    return q_alpha
+
+
+def entropy(p: Any, eps: float = EPS) -> Any:
+    """Shannon entropy of rows [..., V] -> [...].
+
+    >>> round(float(entropy(torch.tensor([0.5, 0.5]))), 4)
+    0.6931
+    """
+    if isinstance(p, np.ndarray):
+        return entropy(_tensor(p), eps).numpy()[()]
+    return -(p * torch.log(p + eps)).sum(dim=-1)
+
+
+def kl_divergence(p: Any, q: Any, eps: float = EPS) -> Any:
+    """KL(p||q) of rows [..., V] -> [...].
+
+    >>> float(kl_divergence(torch.tensor([0.5, 0.5]), torch.tensor([0.5, 0.5])))
+    0.0
+    """
+    if isinstance(p, np.ndarray):
+        return kl_divergence(_tensor(p), _tensor(q), eps).numpy()[()]
+    return (p * torch.log((p + eps) / (q + eps))).sum(dim=-1)
+
+
+def effective_sample_size(pi: Any, q: Any, eps: float = EPS) -> Any:
+    """Effective samples under pi per draw from q, in (0, 1]: rows [..., V] -> [...].
+
+    >>> round(float(effective_sample_size(torch.tensor([0.5, 0.5]), torch.tensor([0.5, 0.5]))), 4)
+    1.0
+    """
+    if isinstance(pi, np.ndarray):
+        return effective_sample_size(_tensor(pi), _tensor(q), eps).numpy()[()]
+    return 1.0 / (pi**2 / (q + eps)).sum(dim=-1)
+
+
+def _solve(
+    pi_theta: Tensor,
+    pi_t: Tensor,
+    alpha: Tensor | None,
+    method: str,
+    tol: float = 1e-6,
+    max_iter: int = 50,
+    eps: float = EPS,
+    *,
+    diagnostics: bool = False,
+    write: bool = False,
+) -> Any:
+    """The op on probability rows. The listings are not differentiated: their gradient would end at the bisection."""
+    theta, t = as_matrix(pi_theta.detach()), as_matrix(pi_t.detach())
+    return torch.ops.optsample.solve(
+        theta, t, alpha, None, None, method, "chernoff", tol, max_iter, eps, True, diagnostics,
+        pi_theta.shape[-1] if write else 0, pi_theta.dtype,
+    )  # fmt: skip
+
+
+def _row_dtype(rows: Tensor) -> torch.dtype:
+    return torch.float64 if rows.dtype == torch.float64 else torch.float32
+
+
+def _tensor(array: Any) -> Tensor:
+    # A C-ordered copy: torch takes neither read-only nor negatively strided arrays silently.
+    return torch.from_numpy(np.array(array, order="C"))

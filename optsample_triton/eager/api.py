@@ -1,0 +1,68 @@
+"""The eager path as the ops call it: [N, V] matrices in, plain tensors out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from optsample_triton.eager import gradient, report
+from optsample_triton.eager.rows import Rows
+from optsample_triton.eager.solve import solve as solve_rows
+from optsample_triton.types import Options
+
+
+def solve(
+    theta: Tensor,
+    t: Tensor,
+    alpha: Tensor | None,
+    inverse_temperature_theta: Tensor | None,
+    inverse_temperature_t: Tensor | None,
+    options: Options,
+    diagnostics: bool,
+    out: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """alpha, log_z, status, sweeps [N], log-partitions [N, 2], figures [N, 9]; log q* goes into ``out``."""
+    rows = Rows(theta, t, inverse_temperature_theta, inverse_temperature_t, options.eps)
+    if options.method == "entropy" and alpha is None:
+        alpha = report.entropy_alpha(rows)
+    state = solve_rows(rows, options, alpha)
+    dtype = rows.working_dtype
+    if not diagnostics:
+        figures = torch.empty(0, report.FIGURES, device=theta.device)
+    elif options.from_probabilities:
+        figures = report.probability_figures(rows, state)
+    else:
+        figures = report.figures(rows, state)
+    if out is not None:
+        report.write_log_q(rows, state, out)
+    return (
+        state.alpha.to(dtype),
+        state.psi.to(dtype),
+        state.status.to(torch.uint8),
+        state.sweeps.to(torch.int32),
+        torch.stack([state.log_partition_theta, state.log_partition_t], -1),
+        figures.to(dtype),
+    )
+
+
+def backward(
+    theta: Tensor,
+    t: Tensor,
+    alpha: Tensor,
+    status: Tensor,
+    log_partitions: Tensor,
+    inverse_temperature_theta: Tensor | None,
+    inverse_temperature_t: Tensor | None,
+    grad_log_q: Tensor | None,
+    grad_alpha: Tensor | None,
+    grad_log_z: Tensor | None,
+    through_root: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = Rows(theta, t, inverse_temperature_theta, inverse_temperature_t)
+    grad_theta, grad_t, grad_given = gradient.gradients(
+        rows, alpha, status, log_partitions, grad_log_q, grad_alpha, grad_log_z, through_root=through_root
+    )
+    for grad, scale in ((grad_theta, inverse_temperature_theta), (grad_t, inverse_temperature_t)):
+        if scale is not None:
+            grad.mul_(scale[:, None])
+    return grad_theta.to(theta.dtype), grad_t.to(t.dtype), grad_given.to(alpha.dtype)

@@ -1,0 +1,175 @@
+"""Where a root is found: the interpolant of psi after the first sweep, and one safeguarded step after the others.
+
+The interpolant lives on s = 2 alpha - 1. psi vanishes at s = -1 and 1, so psi(s) = (1 - s^2) g(s), and g is the
+polynomial of degree 6 through value, slope (and curvature at 0) at s = -1/4, 0, 1/4.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from optsample_triton.eager.log_partition import NodeSums
+
+H = 0.25  # the inner nodes 3/8 and 5/8 in s
+NEWTON_STEPS = 8  # inside the interpolant: a handful of flops per row
+
+
+class Interpolant(NamedTuple):
+    """The root of the interpolant's slope and what is known about it, each [N] float64."""
+
+    alpha: Tensor
+    psi: Tensor
+    error: Tensor  # estimated |alpha - alpha*|, rounding included
+    low: Tensor  # a bracket of alpha*
+    high: Tensor
+
+
+def _coefficients(psi: Tensor, slope: Tensor, curvature: Tensor) -> list[Tensor]:
+    """g's coefficients from psi at 3/8, 1/2, 5/8 ([N, 3]), its slopes in s and its curvature at 0 in s."""
+    stretch = 1.0 / (1.0 - H * H)
+    g0, g1 = psi[:, 1], slope[:, 1]
+    g2 = 0.5 * (curvature + 2.0 * g0)
+    low, high = psi[:, 0] * stretch, psi[:, 2] * stretch
+    slope_low = (slope[:, 0] - 2.0 * H * low) * stretch
+    slope_high = (slope[:, 2] + 2.0 * H * high) * stretch
+    # What the Taylor polynomial at 0 leaves at +-H, split into its odd and even part.
+    left, right = low - (g0 - g1 * H + g2 * H * H), high - (g0 + g1 * H + g2 * H * H)
+    slope_left, slope_right = slope_low - (g1 - 2.0 * g2 * H), slope_high - (g1 + 2.0 * g2 * H)
+    odd, even = 0.5 * (right - left), 0.5 * (right + left)
+    slope_odd, slope_even = 0.5 * (slope_right + slope_left), 0.5 * (slope_right - slope_left)
+    g3 = (5.0 * odd - slope_odd * H) / (2.0 * H**3)
+    g4 = (6.0 * even - slope_even * H) / (2.0 * H**4)
+    g5 = (slope_odd * H - 3.0 * odd) / (2.0 * H**5)
+    g6 = (slope_even * H - 4.0 * even) / (2.0 * H**6)
+    return [g0, g1, g2, g3, g4, g5, g6]
+
+
+def _psi_and_derivatives(g: list[Tensor], s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """psi = (1 - s^2) g and its first two derivatives in s, by Horner."""
+    value = torch.zeros_like(s)
+    first = torch.zeros_like(s)
+    second = torch.zeros_like(s)
+    for coefficient in reversed(g):
+        second = second * s + 2.0 * first
+        first = first * s + value
+        value = value * s + coefficient
+    edge = 1.0 - s * s
+    return edge * value, edge * first - 2.0 * s * value, edge * second - 4.0 * s * first - 2.0 * value
+
+
+def interpolate(nodes: NodeSums, target: Tensor, epsilon: float) -> Interpolant:
+    """Solve psi'(alpha) = target [N] on the interpolant. ``epsilon`` is that of the sums' dtype."""
+    log_partition = nodes.log_partition
+    at_theta, at_t = log_partition[:, 4], log_partition[:, 0]
+    tilt = log_partition.new_tensor([0.375, 0.5, 0.625])
+    psi = log_partition[:, 1:4] - tilt * at_theta[:, None] - (1.0 - tilt) * at_t[:, None]
+    slope = nodes.slope - (at_theta - at_t)[:, None]
+    variance = nodes.curvature
+    noise = epsilon * (1.7 + 8.4 * nodes.top_share)
+
+    g = _coefficients(psi, 0.5 * slope, 0.25 * variance)
+    # A node's sign brackets the root only where it stands clear of rounding.
+    beyond = slope - target[:, None]
+    s_nodes = log_partition.new_tensor([-H, 0.0, H])
+    clear = 4.0 * noise[:, None]
+    low = torch.where(beyond < -clear, s_nodes, -1.0).amax(-1)
+    high = torch.where(beyond > clear, s_nodes, 1.0).amin(-1)
+    low, high = torch.minimum(low, high), torch.maximum(low, high)
+
+    s = (0.5 * (low + high)).clamp(-1.5 * H, 1.5 * H)
+    inner_low, inner_high = low, high
+    for _ in range(NEWTON_STEPS):
+        _, first, second = _psi_and_derivatives(g, s)
+        excess = first - 0.5 * target
+        inner_high = torch.where(excess > 0, s, inner_high)
+        inner_low = torch.where(excess > 0, inner_low, s)
+        step = s - excess / second
+        inside = (step >= inner_low) & (step <= inner_high)
+        s = torch.where(inside, step, 0.5 * (inner_low + inner_high))
+    value, _, curvature = _psi_and_derivatives(g, s)
+
+    # The first neglected terms of g are taken as large as its last odd and even ones. Their shapes in psi are
+    # (1 - s^2) s^k (s^2 - H^2)^2 with k = 3 and, more cautiously weighted, k = 2.
+    gap = s * s - H * H
+    shape_odd = s * s * gap * ((1.0 - s * s) * (3.0 * gap + 4.0 * s * s) - 2.0 * s * s * gap)
+    shape_even = s * gap * ((1.0 - s * s) * (2.0 * gap + 4.0 * s * s) - 2.0 * s * s * gap)
+    truncation = 4.0 * (g[5].abs() + g[6].abs()) * shape_odd.abs() + 0.05 * g[6].abs() * shape_even.abs()
+    # q* feels an error of alpha in units of 1/sd; the estimate is pessimistic enough to count a quarter of that.
+    error = 0.5 * truncation / curvature * (0.25 * variance.sqrt()).clamp(min=1.0) + noise / variance
+    trusted = torch.isfinite(error) & (curvature > 0) & (variance > 0)
+    error = torch.where(trusted, error, torch.inf)
+    return Interpolant(0.5 + 0.5 * s, value, error, 0.5 + 0.5 * low, 0.5 + 0.5 * high)
+
+
+class Bracket(NamedTuple):
+    """An interval around the root of a rising function F', with the tangents of F at its ends; [N] float64 each.
+
+    NaN stands for a tangent that is not known.
+    """
+
+    low: Tensor
+    high: Tensor
+    value_low: Tensor
+    slope_low: Tensor
+    value_high: Tensor
+    slope_high: Tensor
+
+    def narrowed(self, x: Tensor, value: Tensor, slope: Tensor) -> Bracket:
+        above = slope > 0
+        return Bracket(
+            torch.where(above, self.low, x),
+            torch.where(above, x, self.high),
+            torch.where(above, self.value_low, value),
+            torch.where(above, self.slope_low, slope),
+            torch.where(above, value, self.value_high),
+            torch.where(above, slope, self.slope_high),
+        )
+
+    def inner_point(self, halve: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the end tangents meet, and True; the middle where they are not known or ``halve`` is set.
+
+        For rows of huge logits F is piecewise linear, and the tangents' meeting point finds its corner in a few
+        steps where halving would need dozens.
+        """
+        middle = 0.5 * (self.low + self.high)
+        turn = self.slope_high - self.slope_low
+        rise = self.value_low - self.value_high + self.slope_high * (self.high - self.low)
+        meeting = self.low + rise / turn
+        usable = (meeting > self.low) & (meeting < self.high) & ~halve
+        return torch.where(usable, meeting, middle), usable
+
+
+class Step(NamedTuple):
+    alpha: Tensor
+    error: Tensor  # estimated |alpha - alpha*|; large where the step was not Newton's
+    bracket: Bracket
+
+
+def safeguarded_step(
+    x: Tensor, value: Tensor, slope: Tensor, cumulants: tuple[Tensor, Tensor, Tensor], bracket: Bracket, halve: Tensor
+) -> Step:
+    """One third-order step for the root of F' = ``slope``, from its derivatives ``cumulants`` at x.
+
+    The Chebyshev step's error is |2 c2^2 - c3| |step|^3 with c2 = third/(2 variance) and c3 = kappa4/(6 variance), the
+    latter bounded through the fourth central moment. A step that leaves the bracket is replaced by its inner point.
+    """
+    variance, third, fourth = cumulants
+    bracket = bracket.narrowed(x, value, slope)
+    newton = -slope / variance
+    ratio = third / variance
+    alpha = x + newton * (1.0 - 0.5 * ratio * newton)
+    spread = 0.5 * ratio.square() + (fourth + 3.0 * variance.square()) / (6.0 * variance)
+    error = 2.0 * newton.abs() ** 3 * spread
+    # q* feels an error of alpha in units of 1/sd.
+    error = error * variance.sqrt().clamp(min=1.0)
+    inside = (alpha >= bracket.low) & (alpha <= bracket.high) & (newton.abs() < 0.5)
+    inner, met = bracket.inner_point(halve)
+    alpha = torch.where(inside, alpha, inner)
+    width = bracket.high - bracket.low
+    # Tangents that meet where one of them touches: a corner of a piecewise linear F.
+    error = torch.where(inside, error, torch.where(met, (inner - x).abs(), width))
+    error = torch.where((slope == 0) | (width <= 2.0**-52), 0.0, error)
+    return Step(torch.where(slope == 0, x, alpha), error, bracket)

@@ -1,0 +1,80 @@
+"""The two matrices of logits, read chunk by chunk so that work stays in cache and memory stays O(N)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+# Tokens per chunk and elements per block: ten buffers of a block fit in a core's L2 cache. With at most
+# 16,384 tokens a chunk of one row stays below the size at which PyTorch splits a single row's sum over
+# threads, so that a row's bits do not depend on the batch.
+CHUNK = 8192
+BLOCK_ELEMENTS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Two [N, V] matrices of logits (or of probabilities, with eps >= 0) and 1/temperature per row."""
+
+    theta: Tensor
+    t: Tensor
+    inverse_temperature_theta: Tensor | None = None  # [N], None for 1
+    inverse_temperature_t: Tensor | None = None
+    eps: float = -1.0
+    index: Tensor | None = None  # [K]: only these rows of the matrices, gathered chunk by chunk
+
+    @property
+    def count(self) -> int:
+        return self.theta.shape[0] if self.index is None else self.index.shape[0]
+
+    @property
+    def vocab(self) -> int:
+        return self.theta.shape[1]
+
+    @property
+    def working_dtype(self) -> torch.dtype:
+        return torch.float64 if self.theta.dtype == torch.float64 else torch.float32
+
+    def select(self, index: Tensor) -> Rows:
+        """A view of some rows, by a 1-d index into these."""
+        return replace(self, index=index if self.index is None else self.index[index])
+
+    def _part(self, matrix: Tensor, block: slice, chunk: slice) -> Tensor:
+        return matrix[block, chunk] if self.index is None else matrix[:, chunk][self.index[block]]
+
+    def _scaled(self, matrix: Tensor, scale: Tensor | None, block: slice, chunk: slice, dtype: torch.dtype) -> Tensor:
+        values = self._part(matrix, block, chunk).to(dtype)
+        if self.eps >= 0.0:
+            return values.add(self.eps).log_()
+        if scale is not None:
+            scale = scale[block] if self.index is None else scale[self.index[block]]
+            values = values * scale[:, None].to(dtype)
+        return values
+
+    def raw(self, block: slice, chunk: slice) -> tuple[Tensor, Tensor]:
+        """The inputs as they are, [R, C]."""
+        return self._part(self.theta, block, chunk), self._part(self.t, block, chunk)
+
+    def read(self, block: slice, chunk: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """a and b of a block of rows and a chunk of tokens, [R, C]; they may alias the inputs: do not write."""
+        return (
+            self._scaled(self.theta, self.inverse_temperature_theta, block, chunk, dtype),
+            self._scaled(self.t, self.inverse_temperature_t, block, chunk, dtype),
+        )
+
+    def blocks(self) -> Iterator[slice]:
+        step = max(1, BLOCK_ELEMENTS // max(1, min(self.vocab, CHUNK)))
+        for start in range(0, self.count, step):
+            yield slice(start, min(start + step, self.count))
+
+    def chunks(self) -> Iterator[slice]:
+        for start in range(0, self.vocab, CHUNK):
+            yield slice(start, min(start + CHUNK, self.vocab))
+
+
+def outside_common_support(a: Tensor, b: Tensor) -> Tensor:
+    """True where a token is -inf in either row: q* gives it no mass whatever alpha is."""
+    return torch.isneginf(a) | torch.isneginf(b)

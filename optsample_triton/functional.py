@@ -1,0 +1,236 @@
+"""The native layer, on logits: validation and documentation here, one line per call below.
+
+Rows are the last dimension; any leading shape is a batch. Values on the device never raise (that would
+synchronise): they set a row's status. Wrong arguments raise at once.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optsample_triton import ops
+from optsample_triton.types import ALGORITHMS, INPUT_DTYPES, METHODS, Diagnostics, Solution
+
+# Methods whose alpha has no implicit gradient here; their mixture has one.
+_DETACHED_METHODS = ("ess_balance", "entropy")
+
+
+def solve(
+    logits_theta: Tensor,
+    logits_t: Tensor,
+    *,
+    method: str = "kl_symmetry",
+    algorithm: str = "chernoff",
+    alpha: float | Tensor | None = None,
+    temperature_theta: float | Tensor = 1.0,
+    temperature_t: float | Tensor = 1.0,
+    vocab_size: int | None = None,
+    tol: float = 1e-6,
+    max_iter: int = 20,
+    diagnostics: bool = False,
+    detach_alpha: bool = False,
+) -> Solution:
+    """Find alpha in q_alpha = softmax(alpha a + (1 - alpha) b) for every row; alpha = 1 is pi_theta, 0 is pi_t.
+
+    Args:
+        logits_theta, logits_t: [..., V], float32, bfloat16, float16 or float64, of one shape, dtype and device.
+        method: "kl_symmetry" (KL(q||pi_theta) = KL(q||pi_t)), "ess_balance" (equal effective sample sizes),
+            "entropy" (H_theta / (H_theta + H_t)) or "fixed".
+        algorithm: "chernoff" (one or two sweeps) or "bisect" (the bisection of the documents).
+        alpha: a float or [...] with method "fixed", which it implies; any finite value.
+        temperature_theta, temperature_t: positive floats or [...]: the models are softmax(logits / temperature).
+        vocab_size: solve over the first entries only, for padded vocabularies.
+        tol: bound on the error of alpha. float64 rows are solved to 1e-12 at least.
+        max_iter: most steps (bisect) or sweeps over a row (chernoff).
+        diagnostics: also compute KLs, effective sample sizes, entropies and overlaps.
+        detach_alpha: no gradient through alpha.
+
+    Returns:
+        Solution(alpha, log_z, status, diagnostics), each [...]; alpha and log_z = psi(alpha) are float32
+        (float64 for float64 rows) and differentiable in both logits for method "kl_symmetry".
+
+    >>> import torch
+    >>> a, b = torch.tensor([[0.7, 0.3]]).log(), torch.tensor([[0.3, 0.7]]).log()
+    >>> solution = solve(a, b)
+    >>> [round(x, 4) for x in (solution.alpha.item(), solution.log_z.item())], solution.status.tolist()
+    ([0.5, -0.0872], [0])
+    """
+    rows, shape, _ = _prepare(
+        logits_theta, logits_t, alpha, method, algorithm, temperature_theta, temperature_t, vocab_size, tol, max_iter,
+        detach_alpha,
+    )  # fmt: skip
+    _, value, log_z, status, sweeps, _, figures = torch.ops.optsample.solve(*rows, diagnostics, 0, torch.float32)
+    report = None
+    if diagnostics:
+        report = Diagnostics(*(column.reshape(shape) for column in (*figures.unbind(-1), sweeps)))
+    return Solution(value.reshape(shape), log_z.reshape(shape), status.reshape(shape), report)
+
+
+def log_q(
+    logits_theta: Tensor,
+    logits_t: Tensor,
+    alpha: float | Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    method: str = "kl_symmetry",
+    algorithm: str = "chernoff",
+    temperature_theta: float | Tensor = 1.0,
+    temperature_t: float | Tensor = 1.0,
+    vocab_size: int | None = None,
+    tol: float = 1e-6,
+    max_iter: int = 20,
+    detach_alpha: bool = False,
+) -> Tensor:
+    """log q* [..., V], -inf outside the common support and on padding; differentiable, through alpha* as well.
+
+    Args:
+        alpha: None to solve for it, else a float or [...].
+        out: where to write, [..., V] with contiguous rows; it may be one of the inputs. No gradient then.
+        out_dtype: the result's dtype, the logits' own by default.
+
+    The other arguments are those of ``solve``.
+
+    >>> import torch
+    >>> a, b = torch.tensor([0.7, 0.3]).log(), torch.tensor([0.3, 0.7]).log()
+    >>> log_q(a, b).exp().tolist()
+    [0.5, 0.5]
+    """
+    rows, _, shape = _prepare(
+        logits_theta, logits_t, alpha, method, algorithm, temperature_theta, temperature_t, vocab_size, tol, max_iter,
+        detach_alpha,
+    )  # fmt: skip
+    if out_dtype is not None and out_dtype not in INPUT_DTYPES:
+        raise TypeError(f"out_dtype must be a floating-point dtype of at least 16 bits, but is {out_dtype}")
+    if out is None:
+        result: Tensor = torch.ops.optsample.solve(*rows, False, shape[-1], out_dtype or logits_theta.dtype)[0]
+        return result.reshape(shape)
+    _check_out(out, out_dtype, logits_theta)
+    if torch.is_grad_enabled() and (logits_theta.requires_grad or logits_t.requires_grad):
+        raise ValueError("out does not go with gradients: detach the logits or leave out away")
+    torch.ops.optsample.solve_out(*rows, False, out.view(-1, shape[-1]) if out.numel() else out.reshape(0, shape[-1]))
+    return out
+
+
+def _prepare(
+    theta: Tensor,
+    t: Tensor,
+    alpha: float | Tensor | None,
+    method: str,
+    algorithm: str,
+    temperature_theta: float | Tensor,
+    temperature_t: float | Tensor,
+    vocab_size: int | None,
+    tol: float,
+    max_iter: int,
+    detach: bool,
+) -> tuple[tuple[Any, ...], torch.Size, torch.Size]:
+    """Check the arguments; return the op's first ones (rows as [N, V]), the batch's shape and the rows' shape."""
+    check_rows(theta, t, "logits_theta", "logits_t")
+    _check_choice(method, METHODS, "method")
+    _check_choice(algorithm, ALGORITHMS, "algorithm")
+    if alpha is not None and method not in ("kl_symmetry", "fixed"):
+        raise ValueError(f'alpha goes with method="fixed" only, but method is {method!r}')
+    if alpha is None and method == "fixed":
+        raise ValueError('method="fixed" needs alpha, but alpha is None')
+    if not 0.0 < tol < 1.0:
+        raise ValueError(f"tol must be between 0 and 1, but is {tol}")
+    if max_iter < 1:
+        raise ValueError(f"max_iter must be at least 1, but is {max_iter}")
+    shape, vocab = theta.shape, theta.shape[-1]
+    if vocab_size is not None and not 1 <= vocab_size <= vocab:
+        raise ValueError(f"vocab_size must be between 1 and the rows' length {vocab}, but is {vocab_size}")
+    differentiated = torch.is_grad_enabled() and (theta.requires_grad or t.requires_grad)
+    if method in _DETACHED_METHODS and differentiated and not detach:
+        raise ValueError(f"method {method!r} has no gradient through alpha: pass detach_alpha=True")
+    batch = shape[:-1]
+    rows = (
+        as_matrix(theta)[:, :vocab_size],
+        as_matrix(t)[:, :vocab_size],
+        None if alpha is None else _per_row(alpha, theta, "alpha"),
+        _inverse_temperature(temperature_theta, theta, "temperature_theta"),
+        _inverse_temperature(temperature_t, theta, "temperature_t"),
+        "fixed" if alpha is not None else method,
+        algorithm,
+        float(tol),
+        int(max_iter),
+        -1.0,
+        bool(detach),
+    )
+    return rows, batch, shape
+
+
+def check_rows(theta: Tensor, t: Tensor, name_theta: str, name_t: str) -> None:
+    """Two floating-point tensors [..., V] of one shape, dtype and device, V >= 1."""
+    for value, name in ((theta, name_theta), (t, name_t)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, but is {type(value).__name__}")
+        if value.dtype not in INPUT_DTYPES:
+            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, but is {value.dtype}")
+        if value.dim() < 1 or value.shape[-1] < 1:
+            raise ValueError(f"{name} must have shape [..., V] with V >= 1, but has shape {list(value.shape)}")
+    if t.shape[-1] != theta.shape[-1]:
+        raise ValueError(
+            f"{name_t} has a vocabulary of {t.shape[-1]}, but {name_theta} has one of {theta.shape[-1]}: "
+            "slice both to the shared entries"
+        )
+    if t.shape != theta.shape:
+        raise ValueError(f"{name_t} must have the shape of {name_theta}, {list(theta.shape)}, but has {list(t.shape)}")
+    if t.dtype != theta.dtype:
+        raise TypeError(f"{name_t} must have the dtype of {name_theta}, {theta.dtype}, but has {t.dtype}")
+    if t.device != theta.device:
+        raise ValueError(f"{name_t} must be on the device of {name_theta}, {theta.device}, but is on {t.device}")
+
+
+def as_matrix(rows: Tensor) -> Tensor:
+    """[..., V] as [N, V] with a contiguous last dimension; a copy only where no view can give that."""
+    if rows.shape[-1] > 1 and rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    return rows.reshape(-1, rows.shape[-1]) if rows.dim() != 2 else rows
+
+
+def _check_choice(value: str, choices: tuple[str, ...], name: str) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, but is {value!r}")
+
+
+def _check_out(out: Tensor, out_dtype: torch.dtype | None, theta: Tensor) -> None:
+    if out.shape != theta.shape:
+        raise ValueError(f"out must have the logits' shape {list(theta.shape)}, but has {list(out.shape)}")
+    if out.device != theta.device:
+        raise ValueError(f"out must be on the logits' device {theta.device}, but is on {out.device}")
+    if out.dtype not in INPUT_DTYPES or (out_dtype is not None and out.dtype != out_dtype):
+        raise TypeError(
+            f"out must be of dtype {out_dtype or 'float32, bfloat16, float16 or float64'}, but is {out.dtype}"
+        )
+    if out.shape[-1] > 1 and (out.stride(-1) != 1 or 0 in out.stride()):
+        raise ValueError(f"out must have contiguous, distinct rows, but has strides {list(out.stride())}")
+
+
+def _per_row(value: float | Tensor, theta: Tensor, name: str) -> Tensor:
+    """A float or a tensor of the batch's shape (or 0-d) as [N] in the result's dtype, on the rows' device."""
+    batch, dtype = theta.shape[:-1], ops.result_dtype(theta.dtype)
+    if isinstance(value, Tensor):
+        if value.dim() and value.shape != batch:
+            raise ValueError(f"{name} must be a float or have shape {list(batch)}, but has {list(value.shape)}")
+        if value.device != theta.device and value.dim():
+            raise ValueError(f"{name} must be on the logits' device {theta.device}, but is on {value.device}")
+        return value.to(device=theta.device, dtype=dtype).expand(batch).reshape(-1)
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float or a tensor, but is {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, but is {value}")
+    return torch.full((batch.numel(),), float(value), dtype=dtype, device=theta.device)
+
+
+def _inverse_temperature(value: float | Tensor, theta: Tensor, name: str) -> Tensor | None:
+    if not isinstance(value, Tensor):
+        if isinstance(value, (int, float)) and not (0.0 < value < math.inf):
+            raise ValueError(f"{name} must be positive and finite, but is {value}")
+        if value == 1.0:
+            return None
+    return _per_row(value, theta, name).reciprocal()

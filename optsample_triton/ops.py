@@ -1,0 +1,162 @@
+"""The torch custom ops: schema, fake implementations and autograd. Each op picks its backend by the rows' device.
+
+Rows arrive here as [N, V] matrices whose last dimension is contiguous. On the Triton backend the ops never
+synchronise with the host, so that they can be compiled (fullgraph) and captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optsample_triton import backend
+from optsample_triton.types import Options
+
+FIGURES = 9  # the fields of Diagnostics without the sweeps
+
+# detach says that gradients stop at alpha; eps >= 0 that the rows are probabilities.
+_INPUTS = (
+    "Tensor theta, Tensor t, Tensor? alpha, Tensor? inverse_temperature_theta, Tensor? inverse_temperature_t, "
+    "str method, str algorithm, float tol, int max_iter, float eps, bool detach, bool diagnostics"
+)
+# log q* [N, width] ([0, 0] for width 0), alpha, log_z, status, sweeps [N], log-partitions [N, 2], figures [N, 9]
+_OUTPUTS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+_library = torch.library.Library("optsample", "DEF")
+_library.define(f"solve({_INPUTS}, int width, ScalarType dtype) -> {_OUTPUTS}")
+_library.define(f"solve_out({_INPUTS}, Tensor(a!) out) -> (Tensor, Tensor, Tensor)")
+_library.define(
+    "solve_backward(Tensor theta, Tensor t, Tensor alpha, Tensor status, Tensor log_partitions, "
+    "Tensor? inverse_temperature_theta, Tensor? inverse_temperature_t, "
+    "Tensor? grad_log_q, Tensor? grad_alpha, Tensor? grad_log_z, bool through_root) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def result_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _backend(rows: Tensor) -> Any:
+    if backend.choose(rows.device, rows.dtype)[0] == "triton":
+        from optsample_triton.kernels import api as kernels
+
+        return kernels
+    from optsample_triton.eager import api as eager
+
+    return eager
+
+
+def _solve_into(
+    theta: Tensor,
+    t: Tensor,
+    alpha: Tensor | None,
+    inverse_temperature_theta: Tensor | None,
+    inverse_temperature_t: Tensor | None,
+    method: str,
+    algorithm: str,
+    tol: float,
+    max_iter: int,
+    eps: float,
+    detach: bool,
+    diagnostics: bool,
+    *,
+    out: Tensor | None,
+) -> tuple[Tensor, ...]:
+    options = Options(method, algorithm, tol, max_iter, eps)
+    temperatures = inverse_temperature_theta, inverse_temperature_t
+    result: tuple[Tensor, ...] = _backend(theta).solve(theta, t, alpha, *temperatures, options, diagnostics, out)
+    return result
+
+
+def _solve(*args: Any) -> tuple[Tensor, ...]:
+    theta, *rest, width, dtype = args
+    if not width:
+        return theta.new_empty(0, 0, dtype=dtype), *_solve_into(theta, *rest, out=None)
+    out = theta.new_empty(theta.shape[0], width, dtype=dtype)
+    return out, *_solve_into(theta, *rest, out=out)
+
+
+def _solve_out(theta: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *inputs, out = rest
+    return _solve_into(theta, *inputs, out=out)[:3]
+
+
+def _solve_backward(
+    theta: Tensor,
+    t: Tensor,
+    alpha: Tensor,
+    status: Tensor,
+    log_partitions: Tensor,
+    inverse_temperature_theta: Tensor | None,
+    inverse_temperature_t: Tensor | None,
+    grad_log_q: Tensor | None,
+    grad_alpha: Tensor | None,
+    grad_log_z: Tensor | None,
+    through_root: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients in theta, t [N, V] (their dtype) and in alpha [N]."""
+    result: tuple[Tensor, Tensor, Tensor] = _backend(theta).backward(
+        theta, t, alpha, status, log_partitions, inverse_temperature_theta, inverse_temperature_t,
+        grad_log_q, grad_alpha, grad_log_z, through_root,
+    )  # fmt: skip
+    return result
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("solve", _solve, _key)
+    _library.impl("solve_out", _solve_out, _key)
+    _library.impl("solve_backward", _solve_backward, _key)
+
+
+def _fake_rows(theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    n, dtype = theta.shape[0], result_dtype(theta.dtype)
+    return (
+        theta.new_empty(n, dtype=dtype),
+        theta.new_empty(n, dtype=dtype),
+        theta.new_empty(n, dtype=torch.uint8),
+    )
+
+
+def _fake_solve(theta: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    n = theta.shape[0]
+    diagnostics, width, dtype = args[-3:]
+    return (
+        theta.new_empty(n if width else 0, width, dtype=dtype),
+        *_fake_rows(theta),
+        theta.new_empty(n, dtype=torch.int32),
+        theta.new_empty(n, 2, dtype=torch.float64),
+        theta.new_empty(n if diagnostics else 0, FIGURES, dtype=result_dtype(theta.dtype)),
+    )
+
+
+def _fake_solve_out(theta: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return _fake_rows(theta)
+
+
+def _fake_backward(theta: Tensor, t: Tensor, alpha: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return theta.new_empty(theta.shape), t.new_empty(t.shape), torch.empty_like(alpha)
+
+
+torch.library.register_fake("optsample::solve", _fake_solve)
+torch.library.register_fake("optsample::solve_out", _fake_solve_out)
+torch.library.register_fake("optsample::solve_backward", _fake_backward)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    theta, t, given, scale_theta, scale_t = inputs[:5]
+    _, alpha, _, status, _, log_partitions, _ = output
+    ctx.save_for_backward(theta, t, alpha, status, log_partitions, scale_theta, scale_t)
+    ctx.given, ctx.detach, ctx.inputs = given is not None, inputs[10], len(inputs)
+    ctx.wrote = output[0].numel() > 0
+
+
+def _differentiate(ctx: Any, grad_log_q: Tensor, grad_alpha: Tensor, grad_log_z: Tensor, *_: Any) -> tuple[Any, ...]:
+    through = grad_alpha if ctx.given or not ctx.detach else torch.zeros_like(grad_alpha)
+    grad_theta, grad_t, grad_given = torch.ops.optsample.solve_backward(
+        *ctx.saved_tensors, grad_log_q if ctx.wrote else None, through, grad_log_z, not (ctx.given or ctx.detach)
+    )
+    return grad_theta, grad_t, grad_given if ctx.given else None, *(None,) * (ctx.inputs - 3)
+
+
+torch.library.register_autograd("optsample::solve", _differentiate, setup_context=_setup_context)

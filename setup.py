@@ -1,0 +1,5 @@
+"""Shim for tools that still call setup.py; every fact about the package is in pyproject.toml."""
+
+from setuptools import setup
+
+setup()

@@ -1,0 +1,106 @@
+"""The command optsample: exit codes, its one-sentence errors, and what the doctor says."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from optsample_triton import cli
+from optsample_triton._version import __version__
+
+
+def exit_code(argv: list[str]) -> int:
+    """What the shell would see, whether main returns or argparse exits."""
+    try:
+        return cli.main(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(["--version"]) == 0
+    assert capsys.readouterr().out == f"optsample {__version__}\n"
+
+
+def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(["--help"]) == 0
+    output = capsys.readouterr().out
+    assert all(f"\n  {verb} " in output for verb in cli.VERBS)
+
+
+@pytest.mark.parametrize("argv", [["teleport"], ["teleport", "--quick"], [], ["--teleport"], ["doctor", "--teleport"]])
+def test_wrong_arguments_give_one_sentence(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("optsample")
+    assert captured.err.count("\n") == 1
+    assert ("teleport" if argv else "a verb is missing") in captured.err
+
+
+def test_doctor_on_a_sound_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(["doctor"]) == 0
+    output = capsys.readouterr().out
+    for name in ("python", "torch", "triton", "numpy", "TRITON_INTERPRET", "OPTSAMPLE_BACKEND", "backend"):
+        assert name in output
+    assert f"optsample_triton   {__version__}" in output
+    assert "alpha = 0.500000, expected 0.5: ok" in output
+
+
+def test_doctor_without_a_gpu(no_gpu: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(["doctor"]) == 0
+    assert "eager: " in capsys.readouterr().out
+
+
+def test_doctor_reports_a_backend_that_cannot_serve(
+    no_gpu: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OPTSAMPLE_BACKEND", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert exit_code(["doctor"]) == 1
+    output = capsys.readouterr().out
+    assert "FAILED: RuntimeError: OPTSAMPLE_BACKEND=triton" in output
+    assert output.splitlines()[-1].startswith("To do: unset OPTSAMPLE_BACKEND")
+
+
+def test_doctor_reports_a_wrong_result(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("OPTSAMPLE_BACKEND", raising=False)
+    monkeypatch.setattr(cli, "_self_check", lambda device: 0.25)
+    assert exit_code(["doctor"]) == 1
+    output = capsys.readouterr().out
+    assert "alpha = 0.250000, expected 0.5: WRONG" in output
+    assert output.splitlines()[-1].startswith("To do: report this output")
+
+
+def test_doctor_names_optional_packages_only_where_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "_installed_version", {"torch": "2.0", "vllm": "9.9"}.get)
+    exit_code(["doctor"])
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["vllm"] == "9.9"
+    assert lines["triton"] == "not installed"
+    assert "transformers" not in lines
+
+
+def test_bench_is_handed_its_arguments(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert exit_code(["bench", "--quick", "--filter", "no such case"]) == 2
+    assert "'no such case' matches no case" in capsys.readouterr().err
+
+
+def test_bench_outside_the_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "optsample_triton" / "cli.py"))
+    monkeypatch.chdir(tmp_path)
+    assert exit_code(["bench", "--quick"]) == 2
+    error = capsys.readouterr().err
+    assert "root of the repository" in error
+    assert error.count("\n") == 1

@@ -21,13 +21,13 @@ _INPUTS = (
     "Tensor theta, Tensor t, Tensor? alpha, Tensor? inverse_temperature_theta, Tensor? inverse_temperature_t, "
     "str method, str algorithm, float tol, int max_iter, float eps, bool detach, bool diagnostics"
 )
-# log q* [N, width] ([0, 0] for width 0), alpha, log_z, status, sweeps [N], log-partitions [N, 2], figures [N, 9]
+# log q* [N, width] ([0, 0] for width 0), alpha, log_z, status, sweeps [N], partitions [N, 3], figures [N, 9]
 _OUTPUTS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 _library = torch.library.Library("optsample", "DEF")
 _library.define(f"solve({_INPUTS}, int width, ScalarType dtype) -> {_OUTPUTS}")
 _library.define(f"solve_out({_INPUTS}, Tensor(a!) out) -> (Tensor, Tensor, Tensor)")
 _library.define(
-    "solve_backward(Tensor theta, Tensor t, Tensor alpha, Tensor status, Tensor log_partitions, "
+    "solve_backward(Tensor theta, Tensor t, Tensor alpha, Tensor status, Tensor partitions, "
     "Tensor? inverse_temperature_theta, Tensor? inverse_temperature_t, "
     "Tensor? grad_log_q, Tensor? grad_alpha, Tensor? grad_log_z, bool through_root) -> (Tensor, Tensor, Tensor)"
 )
@@ -87,7 +87,7 @@ def _solve_backward(
     t: Tensor,
     alpha: Tensor,
     status: Tensor,
-    log_partitions: Tensor,
+    partitions: Tensor,
     inverse_temperature_theta: Tensor | None,
     inverse_temperature_t: Tensor | None,
     grad_log_q: Tensor | None,
@@ -97,7 +97,7 @@ def _solve_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients in theta, t [N, V] (their dtype) and in alpha [N]."""
     result: tuple[Tensor, Tensor, Tensor] = _backend(theta).backward(
-        theta, t, alpha, status, log_partitions, inverse_temperature_theta, inverse_temperature_t,
+        theta, t, alpha, status, partitions, inverse_temperature_theta, inverse_temperature_t,
         grad_log_q, grad_alpha, grad_log_z, through_root,
     )  # fmt: skip
     return result
@@ -125,7 +125,7 @@ def _fake_solve(theta: Tensor, *args: Any) -> tuple[Tensor, ...]:
         theta.new_empty(n if width else 0, width, dtype=dtype),
         *_fake_rows(theta),
         theta.new_empty(n, dtype=torch.int32),
-        theta.new_empty(n, 2, dtype=torch.float64),
+        theta.new_empty(n, 3, dtype=torch.float64),
         theta.new_empty(n if diagnostics else 0, FIGURES, dtype=result_dtype(theta.dtype)),
     )
 
@@ -145,8 +145,8 @@ torch.library.register_fake("optsample::solve_backward", _fake_backward)
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     theta, t, given, scale_theta, scale_t = inputs[:5]
-    _, alpha, _, status, _, log_partitions, _ = output
-    ctx.save_for_backward(theta, t, alpha, status, log_partitions, scale_theta, scale_t)
+    _, alpha, _, status, _, partitions, _ = output
+    ctx.save_for_backward(theta, t, alpha, status, partitions, scale_theta, scale_t)
     ctx.given, ctx.detach, ctx.inputs = given is not None, inputs[10], len(inputs)
     ctx.wrote = output[0].numel() > 0
 

@@ -142,11 +142,12 @@ def effective_sample_size(pi: Tensor, q: Tensor, eps: float = EPS) -> Tensor:
 
 
 def _bisect_kl_symmetry(pi_theta: Tensor, pi_t: Tensor, tol: float, max_iter: int, eps: float) -> tuple[Tensor, bool]:
-    log_ratio = torch.log(pi_t + eps) - torch.log(pi_theta + eps)
+    """The documents' listing step for step: it takes both logarithms of the log-ratio anew in every step."""
 
     def delta(alpha: Tensor) -> Tensor:
         # KL(q||pi_theta) - KL(q||pi_t) = E_q[log pi_t - log pi_theta], falling in alpha
         q_alpha: Tensor = geometric_mean(pi_theta, pi_t, alpha, eps)
+        log_ratio = torch.log(pi_t + eps) - torch.log(pi_theta + eps)
         return (q_alpha * log_ratio).sum(dim=-1)
 
     return _bisect(delta, _alpha_of(pi_theta), tol, max_iter)

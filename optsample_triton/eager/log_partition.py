@@ -18,26 +18,27 @@ from torch import Tensor
 from optsample_triton.eager.rows import Rows, outside_common_support
 
 NODES = (0.0, 0.375, 0.5, 0.625, 1.0)
+REFERENCE_TOKENS = 1024  # enough to place the references within the range of exponentials
 
 
 class NodeSums(NamedTuple):
-    """Relative to the references: L at the nodes, L' at the inner three, L'' at 1/2; [N, .] float64."""
+    """Relative to the references: L at the nodes, L' at the inner three, L'' at 1/2; float64."""
 
-    log_partition: Tensor  # [N, 5]
-    slope: Tensor  # [N, 3]
+    log_partition: Tensor  # [5, N]
+    slope: Tensor  # [3, N]
     curvature: Tensor  # [N]
     top_share: Tensor  # [N]: the largest probability under q_1/2
 
 
 def references(rows: Rows) -> tuple[Tensor, Tensor]:
-    """A maximum of a and b per row, over the common support of the first chunk that has one; [N], 0 where none has."""
+    """A maximum of a and b per row, over the first piece of it with common support; [N], 0 where none has."""
     n, dtype = rows.count, rows.working_dtype
     refs = torch.full((n, 2), -torch.inf, dtype=dtype, device=rows.theta.device)
     missing = torch.arange(n, device=rows.theta.device)
-    for chunk in rows.chunks():
+    for piece in (slice(0, REFERENCE_TOKENS), *rows.chunks()):
         part = rows.select(missing)
-        for block in part.blocks():
-            a, b = part.read(block, chunk, dtype)
+        for block in part.blocks(piece.stop - piece.start):
+            a, b = part.read(block, piece, dtype)
             outside = outside_common_support(a, b)
             found = [z.masked_fill(outside, -torch.inf).amax(-1) for z in (a, b)]
             refs[missing[block]] = torch.stack(found, -1)
@@ -49,47 +50,58 @@ def references(rows: Rows) -> tuple[Tensor, Tensor]:
 
 
 def node_sums(rows: Rows, ref_theta: Tensor, ref_t: Tensor) -> NodeSums:
-    """One read of the rows. A chunk with a -inf shows as a non-finite sum and is then summed again with its mask."""
-    dtype = rows.working_dtype
-    sums = torch.zeros(rows.count, 9, dtype=torch.float64, device=rows.theta.device)
-    top = torch.zeros(rows.count, dtype=dtype, device=rows.theta.device)
+    """One read of the rows. A -inf shows as a non-finite sum; the block is then summed again with its masks."""
+    sums = torch.empty(9, rows.count, dtype=torch.float64, device=rows.theta.device)
+    top = torch.empty(rows.count, dtype=rows.working_dtype, device=rows.theta.device)
     for block in rows.blocks():
-        base_theta, base_t = ref_theta[block, None], ref_t[block, None]
-        for chunk in rows.chunks():
-            a, b = rows.read(block, chunk, dtype)
-            part, largest = _chunk_sums(a - base_theta, b - base_t, None)
-            if not bool(torch.isfinite(part).all()):
-                outside = outside_common_support(a, b)
-                part, largest = _chunk_sums(a - base_theta, b - base_t, outside)
-            sums[block] += part
-            top[block] = torch.maximum(top[block], largest)
-    mass, first, second = sums[:, :5], sums[:, 5:8], sums[:, 8]
-    slope = first / mass[:, 1:4]  # in units of 8, as d below
-    curvature = 64.0 * (second / mass[:, 2] - slope[:, 1].square())
-    return NodeSums(mass.log(), 8.0 * slope, curvature, top.double() / mass[:, 2])
+        bases = -0.125 * ref_theta[block, None], -0.125 * ref_t[block, None]
+        sums[:, block], top[block] = _block_sums(rows, block, bases, masked=False)
+        if not bool(torch.isfinite(sums[:, block]).all()):
+            sums[:, block], top[block] = _block_sums(rows, block, bases, masked=True)
+    mass, first, second = sums[:5], sums[5:8], sums[8]
+    slope = first / mass[1:4]  # in units of 8, as d below
+    curvature = 64.0 * (second / mass[2] - slope[1].square())
+    return NodeSums(mass.log(), 8.0 * slope, curvature, top.double() / mass[2])
 
 
-def _chunk_sums(x: Tensor, y: Tensor, outside: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sums [R, 9] and the largest weight at 1/2 [R], from logits minus references [R, C], which are consumed."""
-    x, y = x.mul_(0.125), y.mul_(0.125)
+def _block_sums(rows: Rows, block: slice, bases: tuple[Tensor, Tensor], *, masked: bool) -> tuple[Tensor, Tensor]:
+    """Sums [9, R] over all chunks, in float64, and the largest weight at 1/2 [R]."""
+    base_theta, base_t = bases
+    total = base_t.new_zeros(9, base_t.shape[0], dtype=torch.float64)
+    top = torch.zeros_like(base_t[:, 0])
+    part = base_t.new_empty(10, base_t.shape[0])
+    for chunk in rows.chunks():
+        a, b = rows.read(block, chunk, rows.working_dtype)
+        x, y = torch.add(base_theta, a, alpha=0.125), torch.add(base_t, b, alpha=0.125)
+        outside = outside_common_support(a, b) if masked else None
+        _chunk_sums(x, y, outside, part)
+        total += part[:9]
+        top = torch.maximum(top, part[9])
+    return total, top
+
+
+def _chunk_sums(x: Tensor, y: Tensor, outside: Tensor | None, into: Tensor) -> None:
+    """Nine sums and the largest weight at 1/2 into [10, R], from an eighth of the logits [R, C], which are consumed."""
     d = x - y
     if outside is not None:
         x.masked_fill_(outside, -torch.inf)
         y.masked_fill_(outside, -torch.inf)
         d.masked_fill_(outside, 0.0)
     e, f = x.exp_(), y.exp_()  # eighth roots: products of their powers are the nodes' weights
-    ef = e * f
-    e, f = e.square_(), f.square_()
-    ef2 = ef * ef
-    ef3 = ef.mul_(ef2)
-    w_half = ef2.square_()
-    w_low, w_high = ef3 * f, ef3.mul_(e)
-    e, f = e.square_().square_(), f.square_().square_()
-    largest = w_half.amax(-1)
-    masses = [f.sum(-1), w_low.sum(-1), w_half.sum(-1), w_high.sum(-1), e.sum(-1)]
-    dw_half = w_half.mul_(d)
-    firsts = [w_low.mul_(d).sum(-1), dw_half.sum(-1), w_high.mul_(d).sum(-1)]
-    return torch.stack([*masses, *firsts, dw_half.mul_(d).sum(-1)], -1), largest
+    low = e * f
+    e, f = e.mul_(e), f.mul_(f)
+    high = low * e  # e^3 f
+    low.mul_(f)  # e f^3
+    e, f = e.mul_(e), f.mul_(f)
+    low, high = high.mul_(f), low.mul_(e)  # e^3 f^5, e^5 f^3
+    half = e * f
+    torch.amax(half, -1, out=into[9])
+    weights = f.mul_(f), low, half, high, e.mul_(e)
+    for k, weight in enumerate(weights):
+        torch.sum(weight, -1, out=into[k])
+    for k, weight in enumerate(weights[1:4], start=5):
+        torch.sum(weight.mul_(d), -1, out=into[k])
+    torch.sum(half.mul_(d), -1, out=into[8])
 
 
 class TiltedMoments(NamedTuple):
@@ -100,7 +112,7 @@ class TiltedMoments(NamedTuple):
     variance: Tensor
     third: Tensor
     fourth: Tensor
-    identical: Tensor  # the rows agree up to the rounding of their entries
+    identical: Tensor  # the rows agree up to the rounding of their entries; looked at with offsets only
     mean_theta: Tensor  # E_q[a], E_q[b]
     mean_t: Tensor
     excess: Tensor  # [N, K]: G(s_k)
@@ -131,62 +143,126 @@ def tilted_moments(rows: Rows, x: Tensor, centre: Tensor, offsets: Tensor | None
     """
     device, f64 = rows.theta.device, torch.float64
     count = 0 if offsets is None else offsets.shape[1]
-    sums = torch.zeros(rows.count, 7 + count, dtype=f64, device=device)
+    sums = torch.zeros(rows.count, 6 + count, dtype=f64, device=device)
     top = torch.full((rows.count,), -torch.inf, dtype=f64, device=device)
     lowest, highest = -top, top.clone()
     epsilon = torch.finfo(rows.working_dtype).eps
-    for block in rows.blocks():
+    for block in rows.blocks(2 * rows.chunk_size):  # float64 takes twice the room
         weight, c = x[block, None], centre[block, None]
         for chunk in rows.chunks():
             a, b = rows.read(block, chunk, f64)
-            outside = outside_common_support(a, b)
-            a, b = a.masked_fill(outside, 0.0), b.masked_fill(outside, 0.0)
             d = a - b
-            z = (weight * a).add_((1.0 - weight) * b).masked_fill_(outside, -torch.inf)
-            # d is known up to the rounding of its two entries: some constant may lie within all those bounds.
-            doubt = torch.maximum(a.abs(), b.abs()).clamp_(min=1.0).mul_(epsilon)
-            lowest[block] = torch.minimum(lowest[block], (d + doubt).masked_fill(outside, torch.inf).amin(-1))
-            highest[block] = torch.maximum(highest[block], (d - doubt).masked_fill(outside, -torch.inf).amax(-1))
+            outside = None if bool(torch.isfinite(d.sum())) else outside_common_support(a, b)
+            if outside is not None:
+                a, b, d = (z.masked_fill(outside, 0.0) for z in (a, b, d))
+            z = (weight * a).add_((1.0 - weight) * b)
+            if outside is not None:
+                z.masked_fill_(outside, -torch.inf)
+            if offsets is not None:
+                # d is known up to the rounding of its two entries: some constant may lie within all those bounds.
+                doubt = torch.maximum(a.abs(), b.abs()).clamp_(min=1.0).mul_(epsilon)
+                above, below = d + doubt, d - doubt
+                if outside is not None:
+                    above, below = above.masked_fill(outside, torch.inf), below.masked_fill(outside, -torch.inf)
+                lowest[block] = torch.minimum(lowest[block], above.amin(-1))
+                highest[block] = torch.maximum(highest[block], below.amax(-1))
             new_top = torch.maximum(top[block], z.amax(-1))
             base = torch.where(torch.isneginf(new_top), 0.0, new_top)[:, None]
             log_w = z.sub_(base)
             w = log_w.exp()
-            delta = d.sub_(c).masked_fill_(outside, 0.0)
-            wd = w * delta
-            wd2 = wd * delta
-            parts = [w, wd, wd2, wd2 * delta, wd2 * delta.square(), w * a, w * b]
+            delta = d.sub_(c)
+            if outside is not None:
+                delta.masked_fill_(outside, 0.0)
+            parts = [w.sum(-1)]
+            power = w.clone()
+            for _ in range(4):
+                parts.append(power.mul_(delta).sum(-1))
+            parts.append((w * b).sum(-1))
             for k in range(count):
                 assert offsets is not None
-                parts.append(weighted_excess(w, log_w, offsets[block, k, None] * delta))
-            sums[block] = sums[block] * _merge_scale(top[block], base[:, 0])[:, None] + torch.stack(
-                [part.sum(-1) for part in parts], -1
-            )
+                parts.append(weighted_excess(w, log_w, offsets[block, k, None] * delta).sum(-1))
+            shrink = _merge_scale(top[block], base[:, 0])[:, None]
+            sums[block] = sums[block] * shrink + torch.stack(parts, -1)
             top[block] = new_top
     mass = sums[:, 0]
     m1, m2, m3, m4 = (sums[:, k] / mass for k in range(1, 5))
     variance = m2 - m1.square()
     third = m3 - 3.0 * m1 * m2 + 2.0 * m1**3
     fourth = m4 - 4.0 * m1 * m3 + 6.0 * m1.square() * m2 - 3.0 * m1**4
-    excess = sums[:, 7:] / mass[:, None]
+    mean_t = sums[:, 5] / mass
+    excess = sums[:, 6:] / mass[:, None]
+    identical = torch.zeros_like(mass, dtype=torch.bool)
     if offsets is not None:
+        identical = highest <= lowest
         linear = offsets * m1[:, None]
         total = linear + excess
         # Far from 0 the linear terms no longer cancel, and R would be the one that does.
         excess = torch.where(total.abs() < 0.5, excess + log1p_excess(total), total.log1p() - linear)
     return TiltedMoments(
-        top + mass.log(), centre + m1, variance, third, fourth, highest <= lowest,
-        sums[:, 5] / mass, sums[:, 6] / mass, excess,
+        top + mass.log(), centre + m1, variance, third, fourth, identical,
+        mean_t + centre + m1, mean_t, excess,
     )  # fmt: skip
 
 
-def own_log_partition(rows: Rows) -> Tensor:
-    """logsumexp of theta over its own finite entries, [N] float64."""
-    total = torch.full((rows.count,), -torch.inf, dtype=torch.float64, device=rows.theta.device)
+class PlainSlope(NamedTuple):
+    """psi and psi' at x in the rows' own precision, merged in float64, [N]."""
+
+    psi: Tensor
+    slope: Tensor
+
+
+def plain_slope(rows: Rows, x: Tensor, at_theta: Tensor, at_t: Tensor) -> PlainSlope:
+    """One read with one exponential per pair, for rows whose variance stands clear of rounding.
+
+    The weights pi_theta^x pi_t^(1 - x) sum to exp(psi), so they need no maximum.
+    """
+    dtype = rows.working_dtype
+    base_theta, base_t = at_theta.to(dtype), at_t.to(dtype)
+    sums = torch.zeros(2, rows.count, dtype=torch.float64, device=rows.theta.device)
+    for block in rows.blocks():
+        weight = x[block, None].to(dtype)
+        part = base_t.new_empty(2, weight.shape[0])
+        for chunk in rows.chunks():
+            a, b = rows.read(block, chunk, dtype)
+            log_theta, log_t = a - base_theta[block, None], b - base_t[block, None]
+            log_ratio = log_theta - log_t
+            if not bool(torch.isfinite(log_ratio.sum())):  # a masked token has no weight
+                log_ratio.masked_fill_(outside_common_support(a, b), 0.0)
+            w = log_theta.mul_(weight).add_(log_t.mul_(1.0 - weight)).exp_()
+            torch.sum(w, -1, out=part[0])
+            torch.sum(w.mul_(log_ratio), -1, out=part[1])
+            sums[:, block] += part
+    mass, first = sums
+    # What rounding has moved the bases by is known.
+    moved_theta, moved_t = base_theta.double() - at_theta, base_t.double() - at_t
+    psi = mass.log() + x * moved_theta + (1.0 - x) * moved_t
+    return PlainSlope(psi, first / mass + moved_theta - moved_t)
+
+
+def own_moments(rows: Rows) -> Tensor:
+    """A, B and both entropies, each over the model's own finite entries, [N, 4] float64."""
+    n, device, dtype = rows.count, rows.theta.device, rows.working_dtype
+    top = torch.full((2, n), -torch.inf, dtype=torch.float64, device=device)
+    mass, first = torch.zeros_like(top), torch.zeros_like(top)  # sums of w and w z, z = logits - top
     for block in rows.blocks():
         for chunk in rows.chunks():
-            a, _ = rows.read(block, chunk, torch.float64)
-            total[block] = torch.logaddexp(total[block], a.logsumexp(-1))
-    return total
+            for model, logits in enumerate(rows.read(block, chunk, dtype)):
+                here = model, block
+                chunk_top = logits.amax(-1)
+                new_top = torch.maximum(top[here], chunk_top.double())
+                base = torch.where(torch.isinf(chunk_top), 0.0, chunk_top)
+                z = logits - base[:, None]
+                w = z.exp()
+                part, part_first = w.sum(-1).double(), w.mul_(z.clamp_(min=-500.0)).sum(-1).double()
+                # Both sums so far, and the chunk's, move to the new maximum.
+                old_move = torch.where(torch.isneginf(top[here]), 0.0, top[here] - new_top)
+                move = torch.where(torch.isneginf(chunk_top), 0.0, base.double() - new_top)
+                old, new = old_move.exp(), move.exp()
+                first[here] = old * (first[here] + old_move * mass[here]) + new * (part_first + move * part)
+                mass[here] = old * mass[here] + new * part
+                top[here] = new_top
+    log_mass = mass.log()
+    return torch.stack([*(top + log_mass), *(log_mass - first / mass)], -1)
 
 
 def log1p_excess(t: Tensor) -> Tensor:

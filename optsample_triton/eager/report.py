@@ -2,145 +2,167 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from optsample_triton.eager.log_partition import tilted_moments
+from optsample_triton.eager.log_partition import own_moments
 from optsample_triton.eager.rows import Rows, outside_common_support
-from optsample_triton.eager.solve import NARROW, State
+from optsample_triton.eager.solve import FAR, State
 from optsample_triton.types import Status
-
-
-def own_entropies(rows: Rows) -> Tensor:
-    """log-partition and entropy of each model over its own finite entries, [N, 4]: A, B, H_theta, H_t."""
-    n, device = rows.count, rows.theta.device
-    top = torch.full((n, 2), -torch.inf, dtype=torch.float64, device=device)
-    sums = torch.zeros(n, 4, dtype=torch.float64, device=device)  # mass and first moment of z - top, per model
-    for block in rows.blocks():
-        for chunk in rows.chunks():
-            z = torch.stack(rows.read(block, chunk, torch.float64), 1)  # [R, 2, C]
-            new_top = torch.maximum(top[block], z.amax(-1))
-            base = torch.where(torch.isinf(new_top), 0.0, new_top)
-            moved = torch.where(torch.isneginf(top[block]), 0.0, top[block] - base)
-            z = z - base[..., None]
-            w = z.exp()
-            z.masked_fill_(torch.isneginf(z), 0.0)
-            old_mass, old_first = sums[block, :2], sums[block, 2:]
-            shrink = torch.where(torch.isneginf(top[block]), 0.0, moved.exp())
-            first = shrink * (old_first + moved * old_mass) + (w * z).sum(-1)
-            sums[block] = torch.cat([shrink * old_mass + w.sum(-1), first], -1)
-            top[block] = new_top
-    mass, first = sums[:, :2], sums[:, 2:]
-    return torch.cat([top + mass.log(), mass.log() - first / mass], -1)
-
-
-def entropy_alpha(rows: Rows) -> Tensor:
-    """The entropy formula H_theta / (H_theta + H_t), [N]; 1/2 where both entropies are 0."""
-    entropies = own_entropies(rows)[:, 2:]
-    total = entropies.sum(-1)
-    return torch.where(total > 0, entropies[:, 0] / total, torch.where(total == 0, 0.5, torch.nan))
-
 
 FIGURES = 9
 
 
+def entropy_alpha(rows: Rows) -> Tensor:
+    """The entropy formula H_theta / (H_theta + H_t), [N]; 1/2 where both entropies are 0."""
+    entropies = own_moments(rows)[:, 2:]
+    total = entropies.sum(-1)
+    return torch.where(total > 0, entropies[:, 0] / total, torch.where(total == 0, 0.5, torch.nan))
+
+
+def _by_precision(rows: Rows, state: State) -> Iterator[tuple[Tensor, torch.dtype]]:
+    """Rows that the working dtype serves, and far ones, which need float64; empty groups left out."""
+    far = state.psi < -FAR
+    for group, dtype in ((~far, rows.working_dtype), (far, torch.float64)):
+        index = group.nonzero().squeeze(-1)
+        if index.numel():
+            yield index, dtype
+
+
 def figures(rows: Rows, state: State) -> Tensor:
     """The fields of ``Diagnostics`` without the sweeps, [N, 9] float64."""
-    x = state.alpha
-    chord = state.log_partition_theta - state.log_partition_t
-    offsets = torch.stack([1.0 - x, -x, 2.0 - 2.0 * x, -2.0 * x], -1)
-    moments = tilted_moments(rows, x, chord, offsets)
-    to_theta, to_t, twice_theta, twice_t = moments.excess.unbind(-1)
-    # Wide rows have their figures from psi, psi(2 - alpha) and psi(-alpha), which hold where exp(G) overflows.
-    plain_psi = moments.log_partition - x * state.log_partition_theta - (1.0 - x) * state.log_partition_t
-    slope = moments.mean - chord
-    wide = ~(plain_psi > -NARROW)
-    kl_theta = torch.where(wide, -(1.0 - x) * slope - plain_psi, to_theta)
-    kl_t = torch.where(wide, x * slope - plain_psi, to_t)
-    log_ess_theta, log_ess_t = 2.0 * to_theta - twice_theta, 2.0 * to_t - twice_t
-    far = wide.nonzero().squeeze(-1)
-    if far.numel():
-        some = rows.select(far)
-        psi, at_theta, at_t = plain_psi[far], state.log_partition_theta[far], state.log_partition_t[far]
-        for log_ess, point in ((log_ess_theta, 2.0 - x[far]), (log_ess_t, -x[far])):
-            log_partition = tilted_moments(some, point, chord[far]).log_partition
-            log_ess[far] = point * at_theta + (1.0 - point) * at_t - log_partition - psi
-    entropy_q = moments.log_partition - x * moments.mean_theta - (1.0 - x) * moments.mean_t
-    own = own_entropies(rows)
-    overlap = _overlaps(rows, x, moments.log_partition, own)
-    values = torch.stack(
-        [
-            kl_theta, kl_t, log_ess_theta.exp(), log_ess_t.exp(),
-            own[:, 2], own[:, 3], entropy_q, overlap[:, 0], overlap[:, 1],
-        ], -1,
-    )  # fmt: skip
-    zero, one = torch.zeros_like(x), torch.ones_like(x)
+    own = own_moments(rows)
+    values = torch.empty(rows.count, FIGURES, dtype=torch.float64, device=rows.theta.device)
+    for index, dtype in _by_precision(rows, state):
+        values[index] = _mixture_figures(rows.select(index), state.part(index), own[index], dtype)
+    zero, one = torch.zeros_like(state.alpha), torch.ones_like(state.alpha)
     alone = torch.stack([zero, zero + torch.inf, one, zero, own[:, 2], own[:, 3], own[:, 2], one, zero], -1)
     status = state.status[:, None]
     values = torch.where(status == Status.DISJOINT, alone, values)
     return torch.where(status == Status.INVALID, torch.nan, values)
 
 
+def _mixture_figures(rows: Rows, state: State, own: Tensor, dtype: torch.dtype) -> Tensor:
+    """One read in ``dtype``, [N, 9]. Sums run over log pi_theta and log pi_t, each over its own entries."""
+    x = state.alpha
+    # log P(S) of both models: what conditioning on the common support divides by.
+    share_theta, share_t = state.log_partition_theta - own[:, 0], state.log_partition_t - own[:, 1]
+    log_norm = state.psi + x * share_theta + (1.0 - x) * share_t
+    sums = torch.empty(7, rows.count, dtype=torch.float64, device=rows.theta.device)
+    for block in rows.blocks():
+        values = own[block, 0, None], own[block, 1, None], x[block, None], log_norm[block, None]
+        sums[:, block] = _block_figures(rows, block, *values, dtype, masked=False)
+        if not bool(torch.isfinite(sums[:, block]).all()):
+            sums[:, block] = _block_figures(rows, block, *values, dtype, masked=True)
+    mass, ratio, log_q, square_theta, square_t, overlap_theta, overlap_t = sums
+    psi = state.psi + mass.log()
+    slope = ratio / mass - share_theta + share_t
+    return torch.stack(
+        [
+            (-(1.0 - x) * slope - psi).clamp(min=0.0), (x * slope - psi).clamp(min=0.0),
+            (2.0 * share_theta).exp() / (square_theta * mass), (2.0 * share_t).exp() / (square_t * mass),
+            own[:, 2], own[:, 3], mass.log() - log_q / mass, overlap_theta, overlap_t,
+        ], -1,
+    )  # fmt: skip
+
+
+def _block_figures(
+    rows: Rows, block: slice, at_theta: Tensor, at_t: Tensor, x: Tensor, log_norm: Tensor, dtype: torch.dtype,
+    *, masked: bool,
+) -> Tensor:  # fmt: skip
+    """Sums [7, R] of q, q log(pi_theta/pi_t), q log q, pi_theta^2/q, pi_t^2/q, min(pi_theta, q), min(pi_t, q)."""
+    base_theta, base_t = at_theta.to(dtype), at_t.to(dtype)
+    rest_theta, rest_t = (base_theta - at_theta).to(dtype), (base_t - at_t).to(dtype)
+    weight, other, norm = x.to(dtype), (1.0 - x).to(dtype), log_norm.to(dtype)
+    total = x.new_zeros(7, x.shape[0])
+    part = base_t.new_empty(7, x.shape[0])
+    for chunk in rows.chunks():
+        a, b = rows.read(block, chunk, dtype)
+        log_theta, log_t = (a - base_theta).add_(rest_theta), (b - base_t).add_(rest_t)
+        p_theta, p_t = log_theta.exp(), log_t.exp()
+        if masked:
+            outside = outside_common_support(a, b)
+            log_theta.masked_fill_(outside, 0.0)
+            log_t.masked_fill_(outside, 0.0)
+        log_q = (log_theta * weight).add_(log_t * other).sub_(norm)
+        q = log_q.exp()
+        squares = [z.mul(2.0).sub_(log_q).exp_() for z in (log_theta, log_t)]
+        if masked:
+            for value in (q, *squares):
+                value.masked_fill_(outside, 0.0)
+        ratio = log_theta.sub_(log_t)
+        terms = (
+            q, ratio.mul_(q), log_q.mul_(q), *squares, torch.minimum(p_theta, q), torch.minimum(p_t, q),
+        )  # fmt: skip
+        for k, term in enumerate(terms):
+            torch.sum(term, -1, out=part[k])
+        total += part
+    return total
+
+
 def probability_figures(rows: Rows, state: State) -> Tensor:
     """The documents' eps forms of the same figures, for probability rows, [N, 9] float64."""
     eps = rows.eps
-    x, base_theta, base_t = state.alpha, state.log_partition_theta, state.log_partition_t
-    log_norm = state.psi + x * base_theta + (1.0 - x) * base_t
-    sums = torch.zeros(rows.count, FIGURES, dtype=torch.float64, device=rows.theta.device)
+    dtype, x = rows.working_dtype, state.alpha
+    log_norm = state.psi + x * state.log_partition_theta + (1.0 - x) * state.log_partition_t
+    sums = torch.zeros(FIGURES, rows.count, dtype=torch.float64, device=rows.theta.device)
     for block in rows.blocks():
-        weight = x[block, None]
+        col = block, None
+        weight, other, norm = x[col].to(dtype), (1.0 - x[col]).to(dtype), log_norm[col].to(dtype)
+        part = weight.new_empty(FIGURES, weight.shape[0])
         for chunk in rows.chunks():
-            a, b = rows.read(block, chunk, torch.float64)  # log(p + eps)
-            theta, t = (p.double() for p in rows.raw(block, chunk))
-            q = (weight * a + (1.0 - weight) * b - log_norm[block, None]).exp()
-            log_q = (q + eps).log()
-            parts = [
-                q * (log_q - a), q * (log_q - b), theta.square() / (q + eps), t.square() / (q + eps),
-                -theta * a, -t * b, -q * log_q, torch.minimum(theta, q), torch.minimum(t, q),
-            ]  # fmt: skip
-            sums[block] += torch.stack([part.sum(-1) for part in parts], -1)
-    sums[:, 2:4] = sums[:, 2:4].reciprocal()
-    return torch.where(state.status[:, None] == Status.INVALID, torch.nan, sums)
-
-
-def _overlaps(rows: Rows, x: Tensor, log_partition: Tensor, own: Tensor) -> Tensor:
-    """sum min(pi, q*) for both models, [N, 2]."""
-    overlap = torch.zeros(rows.count, 2, dtype=torch.float64, device=rows.theta.device)
-    for block in rows.blocks():
-        weight = x[block, None]
-        for chunk in rows.chunks():
-            a, b = rows.read(block, chunk, torch.float64)
-            outside = outside_common_support(a, b)
-            z = weight * a + (1.0 - weight) * b - log_partition[block, None]
-            q = z.masked_fill(outside, -torch.inf).exp()
-            for k, logits in enumerate((a, b)):
-                overlap[block, k] += torch.minimum((logits - own[block, k, None]).exp(), q).sum(-1)
-    return overlap
-
-
-FAR = 50.0  # Chernoff information beyond which float32 would blur alpha a + (1 - alpha) b
+            a, b = rows.read(block, chunk, dtype)  # log(p + eps)
+            theta, t = (p.to(dtype) for p in rows.raw(block, chunk))
+            q = (weight * a).add_(other * b).sub_(norm).exp_()
+            floored = q + eps
+            log_q = floored.log()
+            inverse = floored.reciprocal_()
+            terms = (
+                (log_q - a).mul_(q), (log_q - b).mul_(q), (theta * theta).mul_(inverse), (t * t).mul_(inverse),
+                a.mul_(theta), b.mul_(t), log_q.mul_(q), torch.minimum(theta, q), torch.minimum(t, q),
+            )  # fmt: skip
+            for k, term in enumerate(terms):
+                torch.sum(term, -1, out=part[k])
+            sums[:, block] += part
+    sums[2:4] = sums[2:4].reciprocal()
+    sums[4:7] = -sums[4:7]
+    return torch.where(state.status[:, None] == Status.INVALID, torch.nan, sums.T)
 
 
 def write_log_q(rows: Rows, state: State, out: Tensor) -> None:
     """log q* of every row into out [N, V'], V' >= V; padding beyond V gets -inf. May write over an input."""
-    dtype = rows.working_dtype
-    disjoint, invalid = state.status == Status.DISJOINT, state.status == Status.INVALID
-    far = state.psi < -FAR
-    # Against the centres the float32 arithmetic below is of the size of log q*, not of the logits.
-    base_theta, base_t = state.centre_theta.to(dtype), state.centre_t.to(dtype)
-    exact = state.psi + state.alpha * (state.log_partition_theta - base_theta)
-    exact = exact + (1.0 - state.alpha) * (state.log_partition_t - base_t)
-    rest = torch.where(invalid, torch.nan, exact)
+    for index, dtype in _by_precision(rows, state):
+        _write_log_q(rows.select(index), state.part(index), out, index, dtype)
+    out[:, rows.vocab :] = -torch.inf
+
+
+def _write_log_q(rows: Rows, state: State, out: Tensor, index: Tensor, dtype: torch.dtype) -> None:
+    """The rows ``index`` of out, computed in ``dtype``."""
+    # Against the centres the arithmetic below is of the size of log q*, not of the logits.
+    base_theta, base_t = state.centre_theta.to(rows.working_dtype), state.centre_t.to(rows.working_dtype)
+    rest = state.psi + state.alpha * (state.log_partition_theta - base_theta)
+    rest = rest + (1.0 - state.alpha) * (state.log_partition_t - base_t)
+    lone, broken = state.status == Status.DISJOINT, state.status == Status.INVALID
+    # For 0 < alpha < 1 a -inf in either row is one in the sum as well.
+    masked = lone | broken | ~((state.alpha > 0.0) & (state.alpha < 1.0))
+    whole = index.shape[0] == out.shape[0]
     for block in rows.blocks():
         col = block, None
-        lone, broken = disjoint[col], invalid[col]
-        precise = torch.float64 if bool(far[block].any()) else dtype
-        weight = state.alpha[col].to(precise)
+        weight, norm = state.alpha[col].to(dtype), rest[col].to(dtype)
+        some_masked = bool(masked[block].any())
         for chunk in rows.chunks():
-            a, b = rows.read(block, chunk, precise)
-            outside = torch.where(lone, torch.isneginf(a), outside_common_support(a, b))
-            value = weight * (a - base_theta[col]) - rest[col].to(precise)
-            value = value + ((1.0 - weight) * (b - base_t[col])).masked_fill(lone, 0.0)
-            value = value.clamp_(max=0.0).masked_fill(outside, -torch.inf).masked_fill(broken, torch.nan)
-            out[block, chunk] = value.to(out.dtype)
-    out[:, rows.vocab :] = -torch.inf
+            a, b = rows.read(block, chunk, dtype)
+            value = (a - base_theta[col]).mul_(weight).sub_(norm)
+            from_t = (b - base_t[col]).mul_(1.0 - weight)
+            if some_masked:
+                outside = torch.where(lone[col], torch.isneginf(a), outside_common_support(a, b))
+                from_t.masked_fill_(lone[col], 0.0)
+            value.add_(from_t).clamp_(max=0.0)
+            if some_masked:
+                value.masked_fill_(outside, -torch.inf).masked_fill_(broken[col], torch.nan)
+            if whole:
+                out[block, chunk] = value
+            else:
+                out[index[block], chunk] = value.to(out.dtype)

@@ -23,85 +23,91 @@ class Interpolant(NamedTuple):
     alpha: Tensor
     psi: Tensor
     error: Tensor  # estimated |alpha - alpha*|, rounding included
+    blur: Tensor  # what rounding alone contributes to it
     low: Tensor  # a bracket of alpha*
     high: Tensor
 
 
-def _coefficients(psi: Tensor, slope: Tensor, curvature: Tensor) -> list[Tensor]:
-    """g's coefficients from psi at 3/8, 1/2, 5/8 ([N, 3]), its slopes in s and its curvature at 0 in s."""
+def _coefficients(psi: Tensor, slope: Tensor, curvature: Tensor) -> Tensor:
+    """g's coefficients [7, N] from psi at 3/8, 1/2, 5/8 ([3, N]), its slopes in s and its curvature at 0 in s."""
     stretch = 1.0 / (1.0 - H * H)
-    g0, g1 = psi[:, 1], slope[:, 1]
-    g2 = 0.5 * (curvature + 2.0 * g0)
-    low, high = psi[:, 0] * stretch, psi[:, 2] * stretch
-    slope_low = (slope[:, 0] - 2.0 * H * low) * stretch
-    slope_high = (slope[:, 2] + 2.0 * H * high) * stretch
+    g0, g1 = psi[1], slope[1]
+    g2 = 0.5 * curvature + g0
+    low, high = psi[0] * stretch, psi[2] * stretch
+    slope_low = (slope[0] - 2.0 * H * low) * stretch
+    slope_high = (slope[2] + 2.0 * H * high) * stretch
     # What the Taylor polynomial at 0 leaves at +-H, split into its odd and even part.
-    left, right = low - (g0 - g1 * H + g2 * H * H), high - (g0 + g1 * H + g2 * H * H)
-    slope_left, slope_right = slope_low - (g1 - 2.0 * g2 * H), slope_high - (g1 + 2.0 * g2 * H)
-    odd, even = 0.5 * (right - left), 0.5 * (right + left)
-    slope_odd, slope_even = 0.5 * (slope_right + slope_left), 0.5 * (slope_right - slope_left)
-    g3 = (5.0 * odd - slope_odd * H) / (2.0 * H**3)
-    g4 = (6.0 * even - slope_even * H) / (2.0 * H**4)
-    g5 = (slope_odd * H - 3.0 * odd) / (2.0 * H**5)
-    g6 = (slope_even * H - 4.0 * even) / (2.0 * H**6)
-    return [g0, g1, g2, g3, g4, g5, g6]
+    odd, even = 0.5 * (high - low) - g1 * H, 0.5 * (high + low) - g0 - g2 * (H * H)
+    slope_odd = 0.5 * (slope_high + slope_low) - g1
+    slope_even = 0.5 * (slope_high - slope_low) - g2 * (2.0 * H)
+    g3 = (odd * 5.0 - slope_odd * H) / (2.0 * H**3)
+    g4 = (even * 6.0 - slope_even * H) / (2.0 * H**4)
+    g5 = (slope_odd * H - odd * 3.0) / (2.0 * H**5)
+    g6 = (slope_even * H - even * 4.0) / (2.0 * H**6)
+    return torch.stack([g0, g1, g2, g3, g4, g5, g6])
 
 
-def _psi_and_derivatives(g: list[Tensor], s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """psi = (1 - s^2) g and its first two derivatives in s, by Horner."""
-    value = torch.zeros_like(s)
-    first = torch.zeros_like(s)
-    second = torch.zeros_like(s)
-    for coefficient in reversed(g):
-        second = second * s + 2.0 * first
-        first = first * s + value
+def _horner(coefficients: Tensor, s: Tensor) -> Tensor:
+    """sum_k coefficients[k] s^k."""
+    *others, value = coefficients.unbind(0)
+    for coefficient in reversed(others):
         value = value * s + coefficient
-    edge = 1.0 - s * s
-    return edge * value, edge * first - 2.0 * s * value, edge * second - 4.0 * s * first - 2.0 * value
+    return value
 
 
 def interpolate(nodes: NodeSums, target: Tensor, epsilon: float) -> Interpolant:
     """Solve psi'(alpha) = target [N] on the interpolant. ``epsilon`` is that of the sums' dtype."""
     log_partition = nodes.log_partition
-    at_theta, at_t = log_partition[:, 4], log_partition[:, 0]
-    tilt = log_partition.new_tensor([0.375, 0.5, 0.625])
-    psi = log_partition[:, 1:4] - tilt * at_theta[:, None] - (1.0 - tilt) * at_t[:, None]
-    slope = nodes.slope - (at_theta - at_t)[:, None]
+    at_theta, at_t = log_partition[4], log_partition[0]
+    tilt = log_partition.new_tensor([[0.375], [0.5], [0.625]])
+    psi = log_partition[1:4] - tilt * at_theta - (1.0 - tilt) * at_t
+    slope = nodes.slope - (at_theta - at_t)
     variance = nodes.curvature
     noise = epsilon * (1.7 + 8.4 * nodes.top_share)
 
-    g = _coefficients(psi, 0.5 * slope, 0.25 * variance)
     # A node's sign brackets the root only where it stands clear of rounding.
-    beyond = slope - target[:, None]
-    s_nodes = log_partition.new_tensor([-H, 0.0, H])
-    clear = 4.0 * noise[:, None]
-    low = torch.where(beyond < -clear, s_nodes, -1.0).amax(-1)
-    high = torch.where(beyond > clear, s_nodes, 1.0).amin(-1)
+    beyond = slope - target
+    s_nodes = log_partition.new_tensor([[-H], [0.0], [H]])
+    clear = 4.0 * noise
+    low = torch.where(beyond < -clear, s_nodes, -1.0).amax(0)
+    high = torch.where(beyond > clear, s_nodes, 1.0).amin(0)
     low, high = torch.minimum(low, high), torch.maximum(low, high)
 
+    g = _coefficients(psi, 0.5 * slope, 0.25 * variance)
+    # psi = (1 - s^2) g as one polynomial of degree 8, and its first two derivatives.
+    padded = torch.nn.functional.pad(g, (0, 0, 2, 2))
+    whole = padded[2:] - padded[:-2]
+    degree = torch.arange(9, dtype=g.dtype, device=g.device)[:, None]
+    first = (degree * whole)[1:]
+    second = torch.nn.functional.pad((degree[:-1] * first)[1:], (0, 0, 0, 1))
+    first[0] -= 0.5 * target
+    both = torch.stack([first, second], 1)  # [8, 2, N]
     s = (0.5 * (low + high)).clamp(-1.5 * H, 1.5 * H)
     inner_low, inner_high = low, high
     for _ in range(NEWTON_STEPS):
-        _, first, second = _psi_and_derivatives(g, s)
-        excess = first - 0.5 * target
-        inner_high = torch.where(excess > 0, s, inner_high)
-        inner_low = torch.where(excess > 0, inner_low, s)
-        step = s - excess / second
+        excess, rise = _horner(both, s)
+        above = excess > 0
+        inner_high = torch.where(above, s, inner_high)
+        inner_low = torch.where(above, inner_low, s)
+        step = s - excess / rise
         inside = (step >= inner_low) & (step <= inner_high)
         s = torch.where(inside, step, 0.5 * (inner_low + inner_high))
-    value, _, curvature = _psi_and_derivatives(g, s)
+    value, curvature = _horner(whole, s), _horner(second, s)
 
     # The first neglected terms of g are taken as large as its last odd and even ones. Their shapes in psi are
     # (1 - s^2) s^k (s^2 - H^2)^2 with k = 3 and, more cautiously weighted, k = 2.
-    gap = s * s - H * H
-    shape_odd = s * s * gap * ((1.0 - s * s) * (3.0 * gap + 4.0 * s * s) - 2.0 * s * s * gap)
-    shape_even = s * gap * ((1.0 - s * s) * (2.0 * gap + 4.0 * s * s) - 2.0 * s * s * gap)
+    square = s * s
+    gap, edge = square - H * H, 1.0 - square
+    shape_odd = square * gap * (edge * (3.0 * gap + 4.0 * square) - 2.0 * square * gap)
+    shape_even = s * gap * (edge * (2.0 * gap + 4.0 * square) - 2.0 * square * gap)
     truncation = 4.0 * (g[5].abs() + g[6].abs()) * shape_odd.abs() + 0.05 * g[6].abs() * shape_even.abs()
     # q* feels an error of alpha in units of 1/sd; the estimate is pessimistic enough to count a quarter of that.
-    error = 0.5 * truncation / curvature * (0.25 * variance.sqrt()).clamp(min=1.0) + noise / variance
+    blur = noise / variance
+    error = 0.5 * truncation / curvature * (0.25 * variance.sqrt()).clamp(min=1.0) + blur
     trusted = torch.isfinite(error) & (curvature > 0) & (variance > 0)
     error = torch.where(trusted, error, torch.inf)
-    return Interpolant(0.5 + 0.5 * s, value, error, 0.5 + 0.5 * low, 0.5 + 0.5 * high)
+    blur = torch.where(trusted, blur, torch.inf)
+    return Interpolant(0.5 + 0.5 * s, value, error, blur, 0.5 + 0.5 * low, 0.5 + 0.5 * high)
 
 
 class Bracket(NamedTuple):

@@ -11,7 +11,8 @@ from torch import Tensor
 from optsample_triton.eager.log_partition import (
     TiltedMoments,
     node_sums,
-    own_log_partition,
+    own_moments,
+    plain_slope,
     references,
     tilted_moments,
 )
@@ -21,6 +22,7 @@ from optsample_triton.types import Options, Status
 
 FLOAT64_TOL = 1e-12  # float64 is the precision path: solved to this, whatever looser tolerance is asked for
 NARROW = 0.3  # Chernoff information below which psi' is evaluated through G
+FAR = 50.0  # and above which float32 would blur alpha a + (1 - alpha) b
 
 
 @dataclass
@@ -36,6 +38,7 @@ class State:
     centre_theta: Tensor  # log q* is written from logits minus these: near E_q[a] where logits are huge
     centre_t: Tensor
     error: Tensor  # estimated |alpha - alpha*|
+    blur: Tensor  # what rounding in the first sweep moves alpha by; infinite where that sweep is no guide
     low: Tensor
     high: Tensor
     value_low: Tensor
@@ -87,11 +90,11 @@ def _first_sweep(rows: Rows, options: Options) -> State:
     nodes = node_sums(rows, ref_theta, ref_t)
     status = torch.full((rows.count,), int(Status.OK), device=rows.theta.device)
     sweeps = torch.ones_like(status)
-    at_theta, at_t = nodes.log_partition[:, 4] + ref_theta.double(), nodes.log_partition[:, 0] + ref_t.double()
+    at_theta, at_t = nodes.log_partition[4] + ref_theta.double(), nodes.log_partition[0] + ref_t.double()
     unknown = torch.full_like(at_theta, torch.nan)
     slope_low, slope_high = unknown, unknown.clone()
 
-    finite = torch.isfinite(nodes.log_partition).all(-1) & torch.isfinite(nodes.curvature)
+    finite = torch.isfinite(nodes.log_partition).all(0) & torch.isfinite(nodes.curvature)
     special = _where(~finite)
     if special.numel():
         status[special] = _survey(rows.select(special))
@@ -118,7 +121,7 @@ def _first_sweep(rows: Rows, options: Options) -> State:
     value_high = torch.where(torch.isnan(slope_high), torch.nan, -target)
     return State(
         alpha, found.psi, status, sweeps, at_theta, at_t, at_theta.clone(), at_t.clone(), found.error,
-        found.low, found.high, value_low, slope_low, value_high, slope_high,
+        found.blur, found.low, found.high, value_low, slope_low, value_high, slope_high,
     )  # fmt: skip
 
 
@@ -207,8 +210,11 @@ def _bisect(rows: Rows, state: State, options: Options, tol: float) -> None:
     """The bisection of the documents: low moves up where KL(q||theta) > KL(q||t), else high moves down."""
     index = _where(state.status == Status.OK)
     state.low[index], state.high[index] = 0.0, 1.0
+    plain = (state.blur <= 0.125 * tol) & (state.psi > -FAR)
     for _ in range(options.max_iter):
-        for group, narrow in _groups(state, index):
+        _bisect_plain(rows, state, index[plain[index]], options)
+        careful = index[~plain[index]]
+        for group, narrow in _groups(state, careful):
             part = state.part(group)
             x = 0.5 * (part.low + part.high)
             at = _evaluate(rows.select(group), x, part, options, narrow=narrow)
@@ -218,6 +224,25 @@ def _bisect(rows: Rows, state: State, options: Options, tol: float) -> None:
             _settle(part, at, x, 0.5 * (part.low + part.high), rows.working_dtype)
             state.put(group, part)
         index = index[(state.status[index] == Status.OK) & (state.error[index] >= tol)]
+        if not index.numel():
+            break
+
+
+def _bisect_plain(rows: Rows, state: State, index: Tensor, options: Options) -> None:
+    """A step of the bisection where the rows' own precision decides it as well."""
+    if not index.numel():
+        return
+    part = state.part(index)
+    x = 0.5 * (part.low + part.high)
+    psi, slope = plain_slope(rows.select(index), x, part.log_partition_theta, part.log_partition_t)
+    target = part.log_partition_t - part.log_partition_theta if options.from_probabilities else torch.zeros_like(x)
+    up = slope < target
+    part.low, part.high = torch.where(up, x, part.low), torch.where(up, part.high, x)
+    part.error = part.high - part.low
+    part.alpha = (0.5 * (part.low + part.high)).to(rows.working_dtype).double()
+    part.psi = psi + (part.alpha - x) * slope
+    part.sweeps += 1
+    state.put(index, part)
 
 
 def _balance_ess(rows: Rows, state: State, options: Options, tol: float) -> None:
@@ -273,7 +298,7 @@ def solve(rows: Rows, options: Options, alpha: Tensor | None) -> State:
     disjoint, invalid = state.status == Status.DISJOINT, state.status == Status.INVALID
     lone = _where(disjoint)
     if lone.numel():  # q* = pi_theta, normalised over its own support
-        at_theta = own_log_partition(rows.select(lone))
+        at_theta = own_moments(rows.select(lone))[:, 0]
         state.log_partition_theta[lone], state.log_partition_t[lone] = at_theta, 0.0
         state.centre_theta[lone], state.centre_t[lone] = at_theta, 0.0
     for field, at_disjoint in (("alpha", 1.0), ("psi", 0.0)):

@@ -1,0 +1,1 @@
+"""The Triton kernels. Importing this package imports triton; nothing outside it does."""

@@ -1,0 +1,49 @@
+"""One sweep at a point: psi, psi' and the cumulants of d, each in the form that keeps its digits for the row."""
+
+import triton
+import triton.language as tl
+
+from optsample_triton.kernels.log_partition import narrow_moments, tilted_top, wide_moments
+
+NARROW = tl.constexpr(0.3)  # Chernoff information below which psi' is evaluated through G
+WILD = tl.constexpr(30.0)  # and beyond which no reference is known before a sweep
+
+
+@triton.jit
+def evaluate(row, x, ends, H: tl.constexpr, PACKED: tl.constexpr, PROBS: tl.constexpr):
+    """One sweep at x, a float64 that float32 holds: psi, psi', L', the cumulants of d, and whether the rows agree.
+
+    ``ends`` is (A, B, psi_half, unit), A and B relative to the references. Narrow rows go through G, where A - B would
+    cancel; wide rows do not need it.
+    """
+    A, B, psi_half, unit = ends
+    x32 = x.to(tl.float32)
+    chord = A - B
+    if (psi_half < -WILD) | (x < 0.0) | (x > 1.0):
+        base = tilted_top(row, x32, H, PACKED, PROBS)
+    else:
+        base = (x * A + (1.0 - x) * B + psi_half).to(tl.float32)
+    level = x * A + (1.0 - x) * B - base.to(tl.float64)
+    if psi_half > -NARROW:
+        log_mass, mean, variance, third, fourth, to_theta, to_t, identical = narrow_moments(
+            row, x32, base, chord.to(tl.float32), 1.0 - x32, -x32, H, PACKED, PROBS
+        )
+        psi = -x * to_theta - (1.0 - x) * to_t
+        slope = to_t - to_theta
+    else:
+        log_mass, mean, variance, third, fourth = wide_moments(
+            row, x32, base, (chord * unit.to(tl.float64)).to(tl.float32), unit, H, PACKED, PROBS
+        )
+        scale = 1.0 / unit.to(tl.float64)
+        mean, variance = mean * scale, variance * scale * scale
+        third, fourth = third * scale * scale * scale, fourth * scale * scale * scale * scale
+        psi = log_mass - level
+        slope = mean - chord
+        identical = psi != psi
+    return psi, slope, mean, variance, third, fourth, identical
+
+
+@triton.jit
+def rounded(x):
+    """The float64 of the float32 nearest to x: what is reported is what is evaluated."""
+    return x.to(tl.float32).to(tl.float64)

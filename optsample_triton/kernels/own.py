@@ -1,0 +1,44 @@
+"""Figures of one model alone, over its own finite entries: its log-partition and its entropy."""
+
+import triton
+import triton.language as tl
+
+from optsample_triton.kernels.tiles import as_logits, inside_halves, load_halves
+
+
+@triton.jit
+def _own_half(x, inside, scale, reference):
+    keep = inside & (x != -float("inf"))
+    return tl.where(keep, (x - reference) * scale, -float("inf"))
+
+
+@triton.jit
+def _add_own(acc, z):
+    mass, first = acc
+    w = tl.exp2(z * 1.4426950408889634)
+    return mass + w, first + tl.where(z == -float("inf"), 0.0, w * z)
+
+
+@triton.jit
+def own_moments(row, MODEL: tl.constexpr, H: tl.constexpr, PACKED: tl.constexpr, PROBS: tl.constexpr):
+    """log-partition relative to the row's reference and entropy, in float64; MODEL is 0 for theta, 1 for t."""
+    ptr, V, scale, reference, eps = row[MODEL], row[2], row[3 + MODEL], row[5 + MODEL], row[7]
+    top = tl.full([H], -float("inf"), tl.float32)
+    for tile in tl.range(0, V, 2 * H):
+        x0, x1 = load_halves(ptr, tile, V, H, PACKED, True)
+        in0, in1 = inside_halves(ptr, tile, V, H)
+        z0 = _own_half(as_logits(x0, eps, PROBS), in0, scale, reference)
+        z1 = _own_half(as_logits(x1, eps, PROBS), in1, scale, reference)
+        top = tl.maximum(top, tl.maximum(z0, z1))
+    peak = tl.max(top, 0)
+    base = tl.where(peak == -float("inf"), 0.0, peak)
+    zero = tl.zeros([H], tl.float32)
+    acc = (zero, zero)
+    for tile in tl.range(0, V, 2 * H):
+        x0, x1 = load_halves(ptr, tile, V, H, PACKED, True)
+        in0, in1 = inside_halves(ptr, tile, V, H)
+        acc = _add_own(acc, _own_half(as_logits(x0, eps, PROBS), in0, scale, reference) - base)
+        acc = _add_own(acc, _own_half(as_logits(x1, eps, PROBS), in1, scale, reference) - base)
+    mass, first = tl.sum(acc[0], 0).to(tl.float64), tl.sum(acc[1], 0).to(tl.float64)
+    log_mass = tl.log(mass)
+    return base.to(tl.float64) + log_mass, log_mass - first / mass

@@ -1,0 +1,265 @@
+"""Where rows lie must not matter: layouts, batches, buffers with guards around them, offsets beyond 2^31, memory used."""
+
+import mmap
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import optsample_triton as ost
+from optsample_triton import Status, launch
+from reference import truth
+from tests import cases
+from tests.tolerances import DIAGNOSTICS, assert_within
+
+FIELDS = ("alpha", "log_z", "status", "sweeps", *DIAGNOSTICS)
+# Rows of every kind in one batch, and one long enough to be split over programs.
+MIXED = ("zipf, std 1", "random std 8", "tops differ 0.9999", "same top 0.999", "masked, theta", "every status")
+
+
+def bits(x):
+    return x.cpu().double().numpy().tobytes()
+
+
+def assert_same_bits(one, other, label=""):
+    for name in FIELDS:
+        assert bits(getattr(one, name)) == bits(getattr(other, name)), f"{label}: {name}"
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request):
+    """A row's bits may not depend on how many threads share the sums."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", cases.LAYOUTS, ids=lambda layout: layout.__name__)
+@pytest.mark.parametrize("name", ["zipf, std 1", "every status", "V=17"])
+def test_layouts(name, layout, dtype, backend, device):
+    laid = layout(*cases.by_name(name).logits(dtype, device))
+    plain = [x.contiguous() for x in laid]
+    assert_same_bits(ost.solve(*laid, diagnostics=True), ost.solve(*plain, diagnostics=True))
+    log_q = ost.log_q(*laid)
+    assert log_q.shape == laid[0].shape
+    assert bits(log_q) == bits(ost.log_q(*plain))
+
+
+def test_rows_that_are_not_contiguous_are_copied(backend, device):
+    a, b = cases.by_name("zipf, std 1").logits(device=device)
+    across = [x.t().contiguous().t() for x in (a, b)]
+    assert across[0].stride(-1) != 1
+    assert_same_bits(ost.solve(*across, diagnostics=True), ost.solve(a, b, diagnostics=True))
+
+
+@pytest.mark.parametrize("algorithm", ["chernoff", "bisect"])
+@pytest.mark.parametrize("method", ["kl_symmetry", "ess_balance"])
+def test_a_row_has_the_same_bits_in_any_batch(method, algorithm, threads, backend, device):
+    pairs = [cases.by_name(name).logits(device=device) for name in MIXED]
+    a, b = (torch.cat(rows) for rows in zip(*pairs, strict=True))
+    options = {"method": method, "algorithm": algorithm, "diagnostics": True}
+    whole = ost.solve(a, b, **options)
+    log_q = ost.log_q(a, b, method=method, algorithm=algorithm)
+    order = torch.randperm(a.shape[0], generator=torch.Generator().manual_seed(1)).to(device)
+    shuffled = ost.solve(a[order], b[order], **options)
+    for name in FIELDS:
+        assert bits(getattr(whole, name)[order]) == bits(getattr(shuffled, name)), name
+    for i in range(0, a.shape[0], 5):
+        for part in (slice(i, i + 1), slice(i, i + 3)):
+            some = ost.solve(a[part], b[part], **options)
+            for name in FIELDS:
+                assert bits(getattr(whole, name)[part]) == bits(getattr(some, name)), (i, name)
+            assert bits(log_q[part]) == bits(ost.log_q(a[part], b[part], method=method, algorithm=algorithm))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("algorithm", ["chernoff", "bisect"])
+def test_a_split_row_has_the_same_bits(algorithm, dtype, threads, backend, device):
+    """Few rows share the device: each is then split over several programs, many rows are not."""
+    kind = "interpreter" if device == "cpu" else "cuda"
+    chunk, processors = launch.shape(kind, dtype).chunk, launch.INTERPRETER_PROCESSORS
+    if device == "cuda":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+    a, b = (x[:1] for x in cases.by_name("zipf, std 4, V=50257").logits(dtype, device))
+    many = 2 * processors
+    assert launch.splits(1, a.shape[-1], chunk, processors) > 1
+    assert launch.splits(many, a.shape[-1], chunk, processors) == 1
+    options = {"algorithm": algorithm, "diagnostics": True}
+    alone = ost.solve(a, b, **options)
+    log_q = ost.log_q(a, b, algorithm=algorithm)
+    for count in (2, many):
+        rows = [x.expand(count, -1).clone() for x in (a, b)]
+        batch = ost.solve(*rows, **options)
+        for name in FIELDS:
+            for i in range(count):
+                assert bits(getattr(batch, name)[i]) == bits(getattr(alone, name)[0]), (count, i, name)
+        assert bits(ost.log_q(*rows, algorithm=algorithm)[-1]) == bits(log_q[0])
+
+
+# Outputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["zipf, std 1", "every status", "masked, theta", "V=17", "V=1"])
+def test_only_the_rows_of_out_are_written(name, dtype, backend, device):
+    a, b = cases.by_name(name).logits(device=device)
+    n, vocab = a.shape
+    left, right, guard = 5, 11, -12345.0
+    buffer = torch.full((n + 2, left + vocab + right), guard, dtype=dtype, device=device)
+    out = buffer[1:-1, left : left + vocab]
+    out.fill_(torch.nan)
+    result = ost.log_q(a, b, out=out)
+    assert result is out
+    assert bits(out) == bits(ost.log_q(a, b, out_dtype=dtype))
+    assert_within(out, truth.log_q(*cases.by_name(name).logits()), "log_q")
+    out.fill_(guard)
+    assert bool((buffer == torch.tensor(guard, dtype=dtype)).all())
+
+
+@pytest.mark.parametrize("size", [1, 1000, 1500])
+def test_padding_of_out_is_minus_infinity(size, backend, device):
+    a, b = (x[:2] for x in cases.by_name("random std 3, V=5000").logits(device=device))
+    buffer = torch.full((4, 5000 + 6), torch.nan, device=device)
+    out = buffer[1:3, 3:-3]
+    ost.log_q(a, b, out=out, vocab_size=size)
+    assert bool((out[:, size:] == -torch.inf).all())
+    assert_within(out, truth.log_q(a.cpu(), b.cpu(), vocab_size=size), "log_q")
+    out.fill_(torch.nan)
+    assert bool(buffer.isnan().all())
+
+
+def test_results_do_not_depend_on_what_memory_held(backend, device):
+    """Fresh results are written whole: freed blocks full of NaN are handed out again."""
+    a, b = cases.by_name("every status").logits(device=device)
+    before, log_q = ost.solve(a, b, diagnostics=True), ost.log_q(a, b)
+    expected = [bits(getattr(before, name)) for name in FIELDS], bits(log_q)
+    for _ in range(3):
+        poison = [torch.full(shape, torch.nan, device=device) for shape in ((6,), (6, 9), (6, 1000), (12,), (54,))]
+        del poison
+        solution = ost.solve(a, b, diagnostics=True)
+        assert ([bits(getattr(solution, name)) for name in FIELDS], bits(ost.log_q(a, b))) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("name", ["zipf, std 1", "every status", "near-delta 0.9999, uniform"])
+def test_out_may_be_an_input(name, which, dtype, backend, device):
+    expected = ost.log_q(*cases.by_name(name).logits(dtype, device))
+    rows = [x.clone() for x in cases.by_name(name).logits(dtype, device)]
+    untouched = rows[1 - which].clone()
+    result = ost.log_q(*rows, out=rows[which])
+    assert result is rows[which]
+    assert bits(result) == bits(expected)
+    assert bits(rows[1 - which]) == bits(untouched)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_split_row_may_be_written_in_place(which, backend, device):
+    case = cases.by_name("zipf, std 1, V=50257")
+    rows = [x[:1].clone() for x in case.logits(device=device)]
+    expected = ost.log_q(*rows)
+    assert bits(ost.log_q(*rows, out=rows[which])) == bits(expected)
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_dtype_into_every_dtype(dtype, out_dtype, backend, device):
+    case = cases.by_name("zipf, std 2")
+    log_q = ost.log_q(*case.logits(dtype, device), out_dtype=out_dtype)
+    assert log_q.dtype == out_dtype
+    assert_within(log_q, truth.log_q(*case.logits(dtype)), "log_q")
+
+
+# Shapes
+
+
+@pytest.mark.parametrize("shape", [(0, 7), (0, 3, 7), (3, 0, 7)])
+def test_empty_batches(shape, backend, device):
+    a, b = torch.empty(shape, device=device), torch.empty(shape, device=device)
+    for options in ({}, {"algorithm": "bisect"}, {"method": "ess_balance"}, {"method": "entropy"}, {"alpha": 0.5}):
+        solution = ost.solve(a, b, diagnostics=True, **options)
+        assert all(getattr(solution, name).shape == shape[:-1] for name in FIELDS)
+        assert ost.log_q(a, b, **options).shape == shape
+    assert ost.log_q(a, b, out=torch.empty_like(a)).shape == shape
+
+
+@pytest.mark.parametrize("leading", [(), (1,), (6,), (2, 3), (1, 2, 3)])
+def test_leading_shapes(leading, backend, device):
+    a, b = cases.by_name("zipf, std 1").logits(device=device)
+    count = max(1, torch.Size(leading).numel())
+    rows = [x[:count].reshape(*leading, -1) for x in (a, b)]
+    solution, flat = ost.solve(*rows, diagnostics=True), ost.solve(a[:count], b[:count], diagnostics=True)
+    for name in FIELDS:
+        assert getattr(solution, name).shape == leading
+        assert bits(getattr(solution, name)) == bits(getattr(flat, name))
+    assert ost.log_q(*rows).shape == rows[0].shape
+    alpha = torch.full(leading, 0.25, device=device)
+    assert ost.solve(*rows, alpha=alpha).alpha.equal(alpha)
+
+
+def test_one_token(backend, device):
+    a, b = torch.tensor([[3.0], [-1e30]], device=device), torch.tensor([[-5.0], [1e30]], device=device)
+    solution = ost.solve(a, b, diagnostics=True)
+    assert solution.alpha.tolist() == [0.5, 0.5]
+    assert solution.status.tolist() == [Status.IDENTICAL] * 2
+    assert ost.log_q(a, b).tolist() == [[0.0], [0.0]]
+    assert solution.ess_theta.tolist() == solution.overlap_t.tolist() == [1.0, 1.0]
+    assert solution.kl_theta.tolist() == solution.entropy_q.tolist() == [0.0, 0.0]
+
+
+# Sizes
+
+STRIDE = 2**30 + 4  # of rows, in elements: the third row starts beyond 2^31
+
+
+def three_rows_apart(device):
+    """A zeroed bf16 buffer with room for three rows STRIDE apart, of which only touched pages exist."""
+    count = 2 * STRIDE + 4096
+    if device == "cuda":
+        return torch.empty(count, dtype=torch.bfloat16, device=device)
+    no_reserve = 0x4000  # MAP_NORESERVE on Linux
+    memory = mmap.mmap(-1, 2 * count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+    return torch.frombuffer(memory, dtype=torch.bfloat16)
+
+
+def test_offsets_beyond_2_to_the_31(backend, device):
+    a, b = (x[:3] for x in cases.by_name("zipf, std 1").logits(torch.bfloat16, device))
+    vocab = a.shape[-1]
+    buffer = three_rows_apart(device)
+    far_a, far_b, out = (torch.as_strided(buffer, (3, vocab), (STRIDE, 1), offset) for offset in (0, 1100, 2200))
+    far_a.copy_(a)
+    far_b.copy_(b)
+    assert 2 * far_a.stride(0) > 2**31
+    assert_same_bits(ost.solve(far_a, far_b, diagnostics=True), ost.solve(a, b, diagnostics=True))
+    ost.log_q(far_a, far_b, out=out)
+    assert bits(out) == bits(ost.log_q(a, b))
+
+
+def peak_memory(rows, vocab, device):
+    """The most bytes that solve holds at once beyond its arguments."""
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(rows, vocab, generator=g).to(device) for _ in range(2))
+    ost.solve(a[:1], b[:1], diagnostics=True)  # whatever is set up once
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        ost.solve(a, b, diagnostics=True)
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        ost.solve(a, b, diagnostics=True)
+    held = peak = 0
+    for event in record.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    assert peak > 0
+    return peak
+
+
+def test_memory_does_not_grow_with_the_rows_size(backend, device):
+    """O(N + chunk): rows of four times the length cost nothing more, more rows a few hundred bytes each."""
+    base = peak_memory(64, 16384, device)
+    assert peak_memory(64, 65536, device) <= 1.1 * base + 4096
+    assert peak_memory(256, 16384, device) <= 1.1 * base + 192 * 2048

@@ -1,0 +1,59 @@
+"""How often the default solver reads a row: its goal is one sweep where its own error estimate allows it."""
+
+import functools
+
+import pytest
+import torch
+
+import optsample_triton as ost
+from optsample_triton import Status
+from tests import cases
+
+
+def sweeps_of(realistic, device):
+    """The sweeps of all OK rows of the realistic or the adversarial cases, float32."""
+    counts = []
+    for case in cases.CASES:
+        if case.realistic == realistic:
+            solution = ost.solve(*case.logits(device=device), diagnostics=True)
+            counts.append(solution.sweeps[solution.status == Status.OK].cpu())
+    return torch.cat(counts)
+
+
+@functools.cache
+def realistic_cases():
+    return [case.name for case in cases.CASES if case.realistic]
+
+
+def test_realistic_rows_take_at_most_1_7_sweeps(backend, device):
+    sweeps = sweeps_of(True, device)
+    assert sweeps.numel() >= 2 * len(realistic_cases())
+    assert int(sweeps.min()) >= 1
+    assert sweeps.double().mean() <= 1.7
+
+
+def test_adversarial_rows_take_at_most_5_sweeps(backend, device):
+    sweeps = sweeps_of(False, device)
+    assert int(sweeps.min()) >= 1
+    assert sweeps.double().mean() <= 5
+
+
+@pytest.mark.parametrize("std", [0.5, 1.0])
+def test_ordinary_rows_take_one_sweep(std, backend, device):
+    solution = ost.solve(*cases.by_name(f"zipf, std {std:g}").logits(device=device), tol=1e-4, diagnostics=True)
+    assert solution.sweeps.tolist() == [1] * 6
+
+
+@pytest.mark.parametrize("max_iter", [1, 2, 3])
+def test_max_iter_bounds_the_steps(max_iter, backend, device):
+    """A row that would need more is left with the best bracketed alpha and says so."""
+    a, b = cases.by_name("near-delta 0.9999, uniform").logits(device=device)
+    solution = ost.solve(a, b, max_iter=max_iter, diagnostics=True)
+    assert set(solution.status.tolist()) <= {Status.OK, Status.NOT_CONVERGED}
+    if max_iter == 1:
+        assert solution.status.tolist() == [Status.NOT_CONVERGED] * 2
+    assert bool(((solution.alpha > 0) & (solution.alpha < 1)).all())
+    bisected = ost.solve(a, b, algorithm="bisect", max_iter=max_iter)
+    truth_alpha = ost.solve(a, b).alpha
+    assert bisected.status.tolist() == [Status.NOT_CONVERGED] * 2
+    assert bool(((bisected.alpha - truth_alpha).abs() <= 0.5 ** (max_iter + 1) + 1e-6).all())

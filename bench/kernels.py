@@ -48,12 +48,41 @@ def solve_entry(
     )
 
 
-ENTRIES = [
-    solve_entry("solve bf16", "bf16", 0),
-    solve_entry("solve fp16", "fp16", 0),
-    solve_entry("solve fp32", "fp32", 0),
-    solve_entry("solve bf16, unaligned", "bf16", 0, aligned=False),
-    solve_entry("bisect bf16", "bf16", 1),
-    solve_entry("log_q bf16", "bf16", 0, present=("out_ptr",)),
-    solve_entry("solve bf16 with diagnostics", "bf16", 0, present=("figures_ptr",)),
-]
+def gradient_entry(name: str, dtype: str, *, kind: str = "cuda") -> Entry:
+    """gradient_kernel of log_q, through alpha*."""
+    bits = 32 if dtype == "fp32" else 16
+    shape = launch.SHAPES[kind][bits]
+    pointers = {
+        "theta_ptr": f"*{dtype}", "t_ptr": f"*{dtype}", "alpha_ptr": "*fp32", "status_ptr": "*u8",
+        "partition_ptr": "*fp64", "grad_log_q_ptr": f"*{dtype}", "grad_theta_ptr": f"*{dtype}",
+        "grad_t_ptr": f"*{dtype}", "grad_given_ptr": "*fp32",
+    }  # fmt: skip
+    numbers = {"V": "i32", "stride_theta": "i32", "stride_t": "i32", "stride_grad": "i32"}
+    absent = dict.fromkeys(("scale_theta_ptr", "scale_t_ptr", "grad_alpha_ptr", "grad_log_z_ptr"))
+    flags = {"THROUGH_ROOT": True, "PACKED": bits == 16, "H": shape.half}
+    return Entry(
+        name,
+        "optsample_triton.kernels.gradient:gradient_kernel",
+        pointers | numbers,
+        {**absent, **flags},
+        (*pointers, *numbers),
+        shape.num_warps,
+        tile=2 * shape.half,
+    )
+
+
+def entries(kind: str) -> list[Entry]:
+    """The main configurations on a kind of device ("cuda" or "hip")."""
+    return [
+        solve_entry("solve bf16", "bf16", 0, kind=kind),
+        solve_entry("solve fp16", "fp16", 0, kind=kind),
+        solve_entry("solve fp32", "fp32", 0, kind=kind),
+        solve_entry("solve bf16, unaligned", "bf16", 0, aligned=False, kind=kind),
+        solve_entry("bisect bf16", "bf16", 1, kind=kind),
+        solve_entry("log_q bf16, diagnostics", "bf16", 0, present=("out_ptr", "figures_ptr"), kind=kind),
+        gradient_entry("gradient bf16", "bf16", kind=kind),
+    ]
+
+
+CUDA = entries("cuda")
+HIP = entries("hip")

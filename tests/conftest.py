@@ -36,3 +36,15 @@ def device(backend):
     """Where the backend's rows lie: the kernels' on the GPU where there is one, unless the interpreter is asked for."""
     native = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") != "1"
     return "cuda" if backend == "triton" and native else "cpu"
+
+
+@pytest.fixture
+def interpreted(backend, device):
+    """Whether kernels run through the interpreter, where a row costs a tenth of a second: take fewer rows then."""
+    return backend == "triton" and device == "cpu"
+
+
+@pytest.fixture
+def examples(interpreted):
+    """Decorates the property of a test: how many examples hypothesis tries."""
+    return settings(max_examples=6 if interpreted else 40)

@@ -35,6 +35,20 @@ def truth_of(name, dtype=torch.float32):
     return truth.solve(*cases.by_name(name).logits(dtype))
 
 
+def taken(case, algorithm, interpreted):
+    """How many of a case's rows to solve: all, but few where the interpreter runs the kernels.
+
+    Most cases draw their rows from one maker; where each row is a thing of its own all are taken.
+    """
+    if not interpreted or case.family in ("invalid", "identical", "disjoint", "one token", "denormal", "huge"):
+        return None
+    return 1 if algorithm == "bisect" or case.make()[0].shape[-1] > 5000 else 2
+
+
+def part_of(solution, count):
+    return truth.TruthSolution(*(field[:count] for field in solution))
+
+
 def assert_solution(solution, expected, label, dtype=None):
     """Everything but alpha and status: log_z and the diagnostics."""
     for name, quantity in DIAGNOSTICS.items():
@@ -56,15 +70,17 @@ def assert_status(solution, expected):
 
 @pytest.mark.parametrize("algorithm", ["chernoff", "bisect"])
 @pytest.mark.parametrize("case", WELL_POSED, ids=ids)
-def test_every_case(case, algorithm, backend, device):
-    solution = ost.solve(*case.logits(device=device), algorithm=algorithm, diagnostics=True)
-    expected = truth_of(case.name)
+def test_every_case(case, algorithm, device, interpreted):
+    count = taken(case, algorithm, interpreted)
+    a, b = (x[:count] for x in case.logits(device=device))
+    solution = ost.solve(a, b, algorithm=algorithm, diagnostics=True)
+    expected = part_of(truth_of(case.name), count)
     assert solution.alpha.dtype == solution.log_z.dtype == torch.float32
     assert_within(solution.alpha, expected.alpha, "alpha")
     if case.family != "denormal":  # whether such rows are identical is a matter of flushing
         assert_status(solution, expected)
     assert_within(solution.log_z, expected.log_z, "log_z")
-    assert_solution(solution, at_reported(solution, *case.logits()), algorithm)
+    assert_solution(solution, at_reported(solution, a.cpu(), b.cpu()), algorithm)
     if algorithm == "chernoff" and case.family != "huge":
         assert_solution(solution, expected, "at the exact alpha")
 
@@ -82,12 +98,13 @@ def test_ill_posed_cases(name, algorithm, backend, device):
 
 
 @pytest.mark.parametrize("case", WELL_POSED, ids=ids)
-def test_log_q_of_every_case(case, backend, device):
-    a, b = case.logits(device=device)
+def test_log_q_of_every_case(case, device, interpreted):
+    count = taken(case, "chernoff", interpreted)
+    a, b = (x[:count] for x in case.logits(device=device))
     log_q = ost.log_q(a, b)
     # Huge differences: the rounding of alpha to float32 alone moves q* by more than the tolerance.
     alpha = ost.solve(a, b).alpha.cpu() if case.family == "huge" else None
-    expected = truth.log_q(*case.logits(), alpha)
+    expected = truth.log_q(a.cpu(), b.cpu(), alpha)
     assert log_q.dtype == torch.float32
     assert_within(log_q, expected, "log_q")
     assert_within(log_q.exp(), expected.exp(), "q")
@@ -95,19 +112,19 @@ def test_log_q_of_every_case(case, backend, device):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", SMALL, ids=ids)
-def test_half_precision_is_exact_for_the_rounded_rows(case, dtype, backend, device):
-    a, b = case.logits(dtype, device)
-    expected = truth_of(case.name, dtype)
+def test_half_precision_is_exact_for_the_rounded_rows(case, dtype, device, interpreted):
+    count = taken(case, "chernoff", interpreted)
+    a, b = (x[: count and 1] for x in case.logits(dtype, device))
+    expected = part_of(truth_of(case.name, dtype), count and 1)
     solution = ost.solve(a, b, diagnostics=True)
     assert_within(solution.alpha, expected.alpha, "alpha", torch.float32)
     if case.family != "denormal":
         assert_status(solution, expected)
-    assert_solution(solution, at_reported(solution, *case.logits(dtype)), str(dtype))
-    expected_log_q = truth.log_q(*case.logits(dtype), solution.alpha.cpu() if case.family == "huge" else None)
+    assert_solution(solution, at_reported(solution, a.cpu(), b.cpu()), str(dtype))
+    expected_log_q = truth.log_q(a.cpu(), b.cpu(), solution.alpha.cpu() if case.family == "huge" else None)
     rounded = ost.log_q(a, b)
     assert rounded.dtype == dtype
     assert_within(rounded, expected_log_q, "log_q")
-    assert_within(ost.log_q(a, b, out_dtype=torch.float32), expected_log_q, "log_q")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -139,43 +156,49 @@ def test_float64(case, monkeypatch):
         assert_within(log_q.exp(), expected_log_q.exp(), "q")
 
 
-@pytest.mark.parametrize("algorithm", ["chernoff", "bisect"])
 @pytest.mark.parametrize("method", ["ess_balance", "entropy"])
 @pytest.mark.parametrize("case", SENSIBLE, ids=ids)
-def test_other_methods(case, method, algorithm, backend, device):
-    a, b = case.logits(device=device)
-    solution = ost.solve(a, b, method=method, algorithm=algorithm, diagnostics=True)
-    expected = truth.solve(*case.logits(), method=method)
+def test_other_methods(case, method, device, interpreted):
+    count = taken(case, "bisect", interpreted)
+    a, b = (x[:count] for x in case.logits(device=device))
+    solution = ost.solve(a, b, method=method, diagnostics=True)
+    expected = truth.solve(a.cpu(), b.cpu(), method=method)
     assert_within(solution.alpha, expected.alpha, "alpha")
     assert_status(solution, expected)
-    assert_solution(solution, at_reported(solution, *case.logits()), method)
-    log_q = ost.log_q(a, b, method=method, algorithm=algorithm)
-    assert_within(log_q, truth.log_q(*case.logits(), alpha=solution.alpha.cpu()), "log_q")
+    assert_solution(solution, at_reported(solution, a.cpu(), b.cpu()), method)
+
+
+@pytest.mark.parametrize("method", ["ess_balance", "entropy"])
+def test_log_q_of_other_methods(method, backend, device):
+    a, b = (x[:2] for x in cases.by_name("zipf, std 2").logits(device=device))
+    log_q = ost.log_q(a, b, method=method)
+    alpha = ost.solve(a, b, method=method).alpha.cpu()
+    assert_within(log_q, truth.log_q(a.cpu(), b.cpu(), alpha), "log_q")
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 1.0, 1.5, -0.5])
-@pytest.mark.parametrize("case", SENSIBLE, ids=ids)
-def test_fixed_alpha(case, alpha, backend, device):
-    a, b = case.logits(device=device)
-    solution, expected = ost.solve(a, b, alpha=alpha, diagnostics=True), truth.solve(*case.logits(), alpha=alpha)
+def test_fixed_alpha(alpha, backend, device):
+    a, b = cases.by_name("every status").logits(device=device)
+    solution, expected = ost.solve(a, b, alpha=alpha, diagnostics=True), truth.solve(a.cpu(), b.cpu(), alpha=alpha)
     assert_within(solution.alpha, expected.alpha, "alpha")
     assert_status(solution, expected)
     assert_solution(solution, expected, f"alpha={alpha}")
-    log_q, expected_log_q = ost.log_q(a, b, alpha), truth.log_q(*case.logits(), alpha)
+    log_q, expected_log_q = ost.log_q(a, b, alpha), truth.log_q(a.cpu(), b.cpu(), alpha)
     assert_within(log_q, expected_log_q, "log_q")
     assert_within(log_q.exp(), expected_log_q.exp(), "q")
 
 
 @pytest.mark.parametrize("case", SENSIBLE, ids=ids)
 def test_alpha_per_row(case, backend, device):
-    a, b = case.logits(device=device)
-    alpha = torch.linspace(-0.2, 1.3, a.shape[0])
-    solution = ost.solve(a, b, method="fixed", alpha=alpha.to(device), diagnostics=True)
-    expected = truth.solve(*case.logits(), alpha=alpha)
-    assert_within(solution.alpha, expected.alpha, "alpha")
-    assert_status(solution, expected)
-    assert_solution(solution, expected, "alpha per row")
-    assert_within(ost.log_q(a, b, alpha.to(device)), truth.log_q(*case.logits(), alpha), "log_q")
+    """One pair of rows at five values of alpha."""
+    alpha = torch.tensor([-0.5, 0.0, 0.3, 1.0, 1.5])
+    for row in range(1 if backend == "triton" else len(case.make()[0])):
+        a, b = (x[row].expand(5, -1) for x in case.logits(device=device))
+        solution = ost.solve(a, b, method="fixed", alpha=alpha.to(device), diagnostics=True)
+        expected = truth.solve(a.cpu(), b.cpu(), alpha=alpha)
+        assert_within(solution.alpha, expected.alpha, "alpha")
+        assert_status(solution, expected)
+        assert_solution(solution, expected, "alpha per row")
 
 
 def temperatures(kind, rows):
@@ -186,34 +209,42 @@ def temperatures(kind, rows):
 
 @pytest.mark.parametrize("kind", ["floats", "per row"])
 @pytest.mark.parametrize("case", SENSIBLE, ids=ids)
-def test_temperatures(case, kind, backend, device):
-    a, b = case.logits(device=device)
+def test_temperatures(case, kind, device, interpreted):
+    count = taken(case, "chernoff", interpreted)
+    a, b = (x[:count] for x in case.logits(device=device))
     at_theta, at_t = temperatures(kind, a.shape[0])
     here = [x.to(device) if isinstance(x, torch.Tensor) else x for x in (at_theta, at_t)]
     solution = ost.solve(a, b, temperature_theta=here[0], temperature_t=here[1], diagnostics=True)
-    expected = truth.solve(*case.logits(), temperature_theta=at_theta, temperature_t=at_t)
+    given = {"temperature_theta": at_theta, "temperature_t": at_t}
+    expected = truth.solve(a.cpu(), b.cpu(), **given)
     assert_within(solution.alpha, expected.alpha, "alpha")
     assert_status(solution, expected)
-    assert_solution(solution, expected, kind)
-    log_q = ost.log_q(a, b, temperature_theta=here[0], temperature_t=here[1])
-    expected_log_q = truth.log_q(*case.logits(), temperature_theta=at_theta, temperature_t=at_t)
-    assert_within(log_q, expected_log_q, "log_q")
-    assert_within(log_q.exp(), expected_log_q.exp(), "q")
+    assert_within(solution.log_z, expected.log_z, "log_z")
+    assert_solution(solution, at_reported(solution, a.cpu(), b.cpu(), **given), kind)
 
 
-@pytest.mark.parametrize("padding", [1, 24, 3000])
-@pytest.mark.parametrize("case", SENSIBLE, ids=ids)
-def test_padded_vocabulary(case, padding, backend, device):
-    a, b = case.logits(device=device)
+def test_log_q_at_temperatures(backend, device):
+    a, b = (x[:2] for x in cases.by_name("zipf, std 2").logits(device=device))
+    log_q = ost.log_q(a, b, temperature_theta=0.7, temperature_t=torch.tensor([1.6, 0.5], device=device))
+    given = {"temperature_theta": 0.7, "temperature_t": torch.tensor([1.6, 0.5])}
+    expected = truth.log_q(a.cpu(), b.cpu(), **given)
+    assert_within(log_q, expected, "log_q")
+    assert_within(log_q.exp(), expected.exp(), "q")
+
+
+@pytest.mark.parametrize("padding", [1, 24, 9000])
+@pytest.mark.parametrize("name", ["zipf, std 1", "masked, theta", "every status", "V=17"])
+def test_padded_vocabulary(name, padding, device, interpreted):
+    case = cases.by_name(name)
+    count = taken(case, "chernoff", interpreted)
+    a, b = (x[:count] for x in case.logits(device=device))
     size = a.shape[-1]
     # Padding may hold anything, NaN and +inf included: it is not read.
     padded_a = torch.cat([a, torch.full((a.shape[0], padding), torch.nan, device=device)], -1)
     padded_b = torch.cat([b, torch.full((a.shape[0], padding), torch.inf, device=device)], -1)
-    solution, plain = ost.solve(padded_a, padded_b, vocab_size=size, diagnostics=True), ost.solve(a, b)
-    expected = truth_of(case.name)
+    solution, expected = ost.solve(padded_a, padded_b, vocab_size=size), truth.solve(a.cpu(), b.cpu())
     assert_within(solution.alpha, expected.alpha, "alpha")
-    assert solution.status.equal(plain.status)
-    assert_solution(solution, expected, f"{padding} padded")
+    assert_status(solution, expected)
     log_q = ost.log_q(padded_a, padded_b, vocab_size=size)
     assert bool((log_q[:, size:] == -torch.inf).all())
-    assert_within(log_q[:, :size], truth.log_q(*case.logits()), "log_q")
+    assert_within(log_q[:, :size], truth.log_q(a.cpu(), b.cpu()), "log_q")

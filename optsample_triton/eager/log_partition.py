@@ -188,7 +188,7 @@ def tilted_moments(rows: Rows, x: Tensor, centre: Tensor, offsets: Tensor | None
     m1, m2, m3, m4 = (sums[:, k] / mass for k in range(1, 5))
     variance = m2 - m1.square()
     third = m3 - 3.0 * m1 * m2 + 2.0 * m1**3
-    fourth = m4 - 4.0 * m1 * m3 + 6.0 * m1.square() * m2 - 3.0 * m1**4
+    fourth = m4 - 4.0 * m1 * m3 + 6.0 * m1.square() * m2 - 3.0 * m1.square().square()
     mean_t = sums[:, 5] / mass
     excess = sums[:, 6:] / mass[:, None]
     identical = torch.zeros_like(mass, dtype=torch.bool)

@@ -210,7 +210,7 @@ def _bisect(rows: Rows, state: State, options: Options, tol: float) -> None:
     """The bisection of the documents: low moves up where KL(q||theta) > KL(q||t), else high moves down."""
     index = _where(state.status == Status.OK)
     state.low[index], state.high[index] = 0.0, 1.0
-    plain = (state.blur <= 0.125 * tol) & (state.psi > -FAR)
+    plain = (state.blur <= 0.5 * tol) & (state.psi > -FAR)
     for _ in range(options.max_iter):
         _bisect_plain(rows, state, index[plain[index]], options)
         careful = index[~plain[index]]

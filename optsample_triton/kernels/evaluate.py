@@ -25,9 +25,11 @@ def evaluate(row, x, ends, H: tl.constexpr, PACKED: tl.constexpr, PROBS: tl.cons
         base = (x * A + (1.0 - x) * B + psi_half).to(tl.float32)
     level = x * A + (1.0 - x) * B - base.to(tl.float64)
     if psi_half > -NARROW:
+        apart = reference_gap(row)
         log_mass, mean, variance, third, fourth, to_theta, to_t, identical = narrow_moments(
-            row, x32, base, chord.to(tl.float32), 1.0 - x32, -x32, H, PACKED, PROBS
+            row, x32, base, (chord + apart).to(tl.float32), 1.0 - x32, -x32, H, PACKED, PROBS
         )
+        mean -= apart
         psi = -x * to_theta - (1.0 - x) * to_t
         slope = to_t - to_theta
     else:
@@ -47,3 +49,9 @@ def evaluate(row, x, ends, H: tl.constexpr, PACKED: tl.constexpr, PROBS: tl.cons
 def rounded(x):
     """The float64 of the float32 nearest to x: what is reported is what is evaluated."""
     return x.to(tl.float32).to(tl.float64)
+
+
+@triton.jit
+def reference_gap(row):
+    """ref_theta - ref_t in nats, in float64."""
+    return row[5].to(tl.float64) * row[3].to(tl.float64) - row[6].to(tl.float64) * row[4].to(tl.float64)

@@ -8,14 +8,14 @@ With c = d - E[d] and K_theta, K_t the two KLs of q: log(pi_theta / q) = (1 - x)
 import triton
 import triton.language as tl
 
-from optsample_triton.kernels.evaluate import evaluate
+from optsample_triton.kernels.evaluate import evaluate, reference_gap
 from optsample_triton.kernels.log_partition import LOG2E, first_maxima, weighted_excess
 from optsample_triton.kernels.solve import DISJOINT, INVALID, OK, _or_one
 
 
 @triton.jit
 def _load_tile(row, tile, lone, BLOCK: tl.constexpr):
-    """u, v relative to the references and where q* has mass, for a contiguous tile."""
+    """u, v relative to the references, d as it is, and where q* has mass, for a contiguous tile."""
     theta_ptr, t_ptr, V, scale_theta, scale_t, ref_theta, ref_t, _ = row
     offs = tile + tl.arange(0, BLOCK)
     inside = offs < V
@@ -24,7 +24,8 @@ def _load_tile(row, tile, lone, BLOCK: tl.constexpr):
     keep = inside & (a != -float("inf")) & ((b != -float("inf")) | lone)
     u = tl.where(keep, (a - ref_theta) * scale_theta, 0.0)
     v = tl.where(keep & (lone == 0), (b - ref_t) * scale_t, 0.0)
-    return u, v, keep, inside
+    d = tl.where(keep & (lone == 0), a * scale_theta - b * scale_t, 0.0)
+    return u, v, d, keep, inside
 
 
 @triton.jit
@@ -67,15 +68,19 @@ def gradient_kernel(
         )
     BLOCK: tl.constexpr = 2 * H
     x32 = x.to(tl.float32)
-    base, mean32 = (x * A + (1.0 - x) * B + psi).to(tl.float32), mean.to(tl.float32)
+    base = (x * A + (1.0 - x) * B + psi).to(tl.float32)
+    # E[d] in two parts: of close rows d minus the first is exact, and the second is as small as they are close.
+    mean += reference_gap(row)
+    coarse = mean.to(tl.float32)
+    fine = (mean - coarse.to(tl.float64)).to(tl.float32)
     total, turn = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     if grad_log_q_ptr is not None:
         grad_log_q_ptr += index * stride_grad
         for tile in tl.range(0, V, BLOCK):
-            u, v, keep, inside = _load_tile(row, tile, lone, BLOCK)
+            _, _, d, keep, _ = _load_tile(row, tile, lone, BLOCK)
             upstream = tl.load(grad_log_q_ptr + tile + tl.arange(0, BLOCK), mask=keep, other=0.0).to(tl.float32)
             total += upstream
-            turn += tl.where(lone, 0.0, upstream * (u - v - mean32))
+            turn += tl.where(lone, 0.0, upstream * (d - coarse - fine))
     grad_x = _load_or_zero(grad_alpha_ptr, index) + tl.sum(turn, 0).to(tl.float64)
     level = _load_or_zero(grad_log_z_ptr, index)
     grad_x += level * slope
@@ -84,7 +89,7 @@ def gradient_kernel(
         pull = tl.where((status == OK) & (variance > 0.0), -grad_x / variance, 0.0)
     tl.store(grad_given_ptr + index, tl.where(lone | dead, 0.0, grad_x).to(tl.float32))
     to_theta, to_t = (-(1.0 - x) * slope - psi).to(tl.float32), (x * slope - psi).to(tl.float32)
-    scalars = (x32, base, mean32, to_theta, to_t, tl.sum(total, 0), level.to(tl.float32), pull.to(tl.float32))
+    scalars = (x32, base, coarse, fine, to_theta, to_t, tl.sum(total, 0), level.to(tl.float32), pull.to(tl.float32))
     grad_theta_ptr += index * V
     grad_t_ptr += index * V
     for tile in tl.range(0, V, BLOCK):
@@ -97,12 +102,12 @@ def gradient_kernel(
 def _store_gradients(
     row, tile, scalars, lone, dead, grad_log_q_ptr, grad_theta_ptr, grad_t_ptr, BLOCK: tl.constexpr
 ):
-    x, base, mean, to_theta, to_t, total, level, pull = scalars
-    u, v, keep, inside = _load_tile(row, tile, lone, BLOCK)
+    x, base, coarse, fine, to_theta, to_t, total, level, pull = scalars
+    u, v, d, keep, inside = _load_tile(row, tile, lone, BLOCK)
     offs = tile + tl.arange(0, BLOCK)
     z = x * u + (1.0 - x) * v - base
     q = tl.where(keep, tl.exp2(z * LOG2E), 0.0)
-    centred = tl.where(keep & (lone == 0), u - v - mean, 0.0)
+    centred = tl.where(keep & (lone == 0), d - coarse - fine, 0.0)
     up = (1.0 - x) * centred - to_theta
     down = -x * centred - to_t
     excess_theta, excess_t = weighted_excess(q, z, up), weighted_excess(q, z, down)

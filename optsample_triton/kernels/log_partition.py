@@ -152,7 +152,7 @@ def tilted_top(row, x, H: tl.constexpr, PACKED: tl.constexpr, PROBS: tl.constexp
     V = row[2]
     top = tl.full([H], -float("inf"), tl.float32)
     for tile in tl.range(0, V, 2 * H):
-        u0, u1, v0, v1, keep0, keep1 = load_pair(row, tile, H, PACKED, True, PROBS)
+        u0, u1, v0, v1, _, _, keep0, keep1 = load_pair(row, tile, H, PACKED, True, PROBS)
         top = _top_of(_top_of(top, u0, v0, keep0, x), u1, v1, keep1, x)
     return tl.max(top, 0)
 
@@ -176,11 +176,11 @@ def wide_moments(row, x, base, centre, unit, H: tl.constexpr, PACKED: tl.constex
     acc = (zero, zero, zero, zero, zero)
     full = V // (2 * H) * (2 * H)
     for tile in tl.range(0, full, 2 * H):
-        u0, u1, v0, v1, keep0, keep1 = load_pair(row, tile, H, PACKED, False, PROBS)
+        u0, u1, v0, v1, _, _, keep0, keep1 = load_pair(row, tile, H, PACKED, False, PROBS)
         acc = _add_wide(acc, u0, v0, keep0, x, base, centre, unit)
         acc = _add_wide(acc, u1, v1, keep1, x, base, centre, unit)
     if full < V:
-        u0, u1, v0, v1, keep0, keep1 = load_pair(row, full, H, PACKED, True, PROBS)
+        u0, u1, v0, v1, _, _, keep0, keep1 = load_pair(row, full, H, PACKED, True, PROBS)
         acc = _add_wide(acc, u0, v0, keep0, x, base, centre, unit)
         acc = _add_wide(acc, u1, v1, keep1, x, base, centre, unit)
     mass = tl.sum(acc[0], 0).to(tl.float64)
@@ -217,12 +217,11 @@ def weighted_excess(w, z, y):
 
 
 @triton.jit
-def _add_narrow(acc, u, v, keep, x, base, centre, up, down, scales):
+def _add_narrow(acc, u, v, d, keep, x, base, centre, up, down, scales):
     mass, m1, m2, m3, m4, excess_up, excess_down, lowest, highest = acc
     ref_theta, ref_t = scales
     z = x * u + (1.0 - x) * v - base
     w = tl.where(keep, tl.exp2(z * LOG2E), 0.0)
-    d = u - v
     delta = tl.where(keep, d - centre, 0.0)
     wd = w * delta
     wd2 = wd * delta
@@ -240,19 +239,22 @@ def _add_narrow(acc, u, v, keep, x, base, centre, up, down, scales):
 
 @triton.jit
 def narrow_moments(row, x, base, centre, up, down, H: tl.constexpr, PACKED: tl.constexpr, PROBS: tl.constexpr):
-    """What ``wide_moments`` gives (unit 1), then G(up), G(down), and whether the rows agree up to rounding."""
+    """What ``wide_moments`` gives (unit 1), then G(up), G(down), and whether the rows agree up to rounding.
+
+    ``centre`` is that of d as it is, not relative to the references; so is the mean.
+    """
     V, scales = row[2], (row[5] * row[3], row[6] * row[4])
     zero = tl.zeros([H], tl.float32)
     acc = (zero, zero, zero, zero, zero, zero, zero, zero + float("inf"), zero - float("inf"))
     full = V // (2 * H) * (2 * H)
     for tile in tl.range(0, full, 2 * H):
-        u0, u1, v0, v1, keep0, keep1 = load_pair(row, tile, H, PACKED, False, PROBS)
-        acc = _add_narrow(acc, u0, v0, keep0, x, base, centre, up, down, scales)
-        acc = _add_narrow(acc, u1, v1, keep1, x, base, centre, up, down, scales)
+        u0, u1, v0, v1, d0, d1, keep0, keep1 = load_pair(row, tile, H, PACKED, False, PROBS)
+        acc = _add_narrow(acc, u0, v0, d0, keep0, x, base, centre, up, down, scales)
+        acc = _add_narrow(acc, u1, v1, d1, keep1, x, base, centre, up, down, scales)
     if full < V:
-        u0, u1, v0, v1, keep0, keep1 = load_pair(row, full, H, PACKED, True, PROBS)
-        acc = _add_narrow(acc, u0, v0, keep0, x, base, centre, up, down, scales)
-        acc = _add_narrow(acc, u1, v1, keep1, x, base, centre, up, down, scales)
+        u0, u1, v0, v1, d0, d1, keep0, keep1 = load_pair(row, full, H, PACKED, True, PROBS)
+        acc = _add_narrow(acc, u0, v0, d0, keep0, x, base, centre, up, down, scales)
+        acc = _add_narrow(acc, u1, v1, d1, keep1, x, base, centre, up, down, scales)
     mass = tl.sum(acc[0], 0).to(tl.float64)
     s1 = tl.sum(acc[1], 0)
     log_mass, mean, variance, third, fourth = central(

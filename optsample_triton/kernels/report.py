@@ -52,7 +52,7 @@ def store_figures(row, x, psi, ends, status, figures_ptr, H: tl.constexpr, PACKE
         zero = tl.zeros([H], tl.float32)
         acc = (zero, zero, zero)
         for tile in tl.range(0, V, 2 * H):
-            u0, u1, v0, v1, keep0, keep1 = load_pair(row, tile, H, PACKED, True, False)
+            u0, u1, v0, v1, _, _, keep0, keep1 = load_pair(row, tile, H, PACKED, True, False)
             acc = _add_report(acc, u0, v0, keep0, x32, base, own_theta.to(tl.float32), own_t.to(tl.float32))
             acc = _add_report(acc, u1, v1, keep1, x32, base, own_theta.to(tl.float32), own_t.to(tl.float32))
         # q here is normalised by ``base``, rounded to float32: the rest of it is put back.

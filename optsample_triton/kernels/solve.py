@@ -8,7 +8,7 @@ Scalars between the sweeps are float64.
 import triton
 import triton.language as tl
 
-from optsample_triton.kernels.evaluate import NARROW, evaluate, rounded
+from optsample_triton.kernels.evaluate import NARROW, evaluate, reference_gap, rounded
 from optsample_triton.kernels.log_partition import chunk_nodes, first_maxima, narrow_moments, survey
 from optsample_triton.kernels.own import own_moments
 from optsample_triton.kernels.report import store_figures, store_log_q, store_probability_figures
@@ -112,19 +112,13 @@ def start(row, total, PROBS: tl.constexpr):
     variance = unit * unit * (total[8] / total[2] - mean_half * mean_half)
     target = tl.zeros([], tl.float64)
     if PROBS:  # rows that are not renormalised: their root condition is L' = 0, not L' = A - B
-        target = -chord - _reference_gap(row)
+        target = -chord - reference_gap(row)
     alpha, psi, error, low, high = interpolate(
         (psi_low, psi_half, psi_high), (slope_low, slope_half, slope_high), variance, target,
         total[9] * total[9] / total[2],
     )  # fmt: skip
     check = psi_low + psi_half + psi_high + slope_low + slope_high + variance
     return rounded(alpha), psi, error, low, high, theta_end, t_end, psi_half, target, check - check == 0.0
-
-
-@triton.jit
-def _reference_gap(row):
-    """ref_theta - ref_t in nats, in float64."""
-    return row[5].to(tl.float64) * row[3].to(tl.float64) - row[6].to(tl.float64) * row[4].to(tl.float64)
 
 
 @triton.jit
@@ -182,7 +176,7 @@ def search(
         else:
             steps += 1
             # L' itself, for probabilities: free of the rounding of A - B.
-            residual = mean + _reference_gap(row) if PROBS else slope
+            residual = mean + reference_gap(row) if PROBS else slope
             if BISECTING:
                 above = residual >= 0
                 low, high = tl.where(above, low, x), tl.where(above, x, high)
@@ -209,7 +203,8 @@ def search(
 def balance_gap(row, x, ends, H: tl.constexpr, PACKED: tl.constexpr, PROBS: tl.constexpr):
     """psi(2 - x) - psi(-x) of a narrow row, through G at 1/2, where the plain difference would cancel."""
     A, B, psi_half, _ = ends
-    base, chord = (0.5 * (A + B) + psi_half).to(tl.float32), (A - B).to(tl.float32)
+    base = (0.5 * (A + B) + psi_half).to(tl.float32)
+    chord = (A - B + reference_gap(row)).to(tl.float32)
     half = tl.full([], 0.5, tl.float32)
     difference = tl.zeros([], tl.float64)
     for k in range(2):
@@ -245,7 +240,7 @@ def balance_ess(
         if psi_half > -NARROW:
             difference = balance_gap(row, x, ends, H, PACKED, PROBS)
         if PROBS:  # not renormalised: the ends of the chord do not count
-            difference += 2.0 * (A - B + _reference_gap(row))
+            difference += 2.0 * (A - B + reference_gap(row))
         following, _, bracket = safeguarded_step(x, unknown, -difference, fall, turn, nothing, bracket, True)
         error = tl.where(difference == 0.0, 0.0, tl.abs(following - x))
         alpha, psi = settle(x, following, at, slope, variance, third)

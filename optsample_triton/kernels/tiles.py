@@ -62,10 +62,10 @@ def as_logits(x, eps, PROBS: tl.constexpr):
 
 @triton.jit
 def load_pair(row, start, H: tl.constexpr, PACKED: tl.constexpr, TAIL: tl.constexpr, PROBS: tl.constexpr):
-    """a and b in nats relative to the row's references, as halves, with the masks of the common support.
+    """a and b in nats relative to the row's references, d = a - b, and the masks of the common support, as halves.
 
     ``row`` is (theta_ptr, t_ptr, V, scale_theta, scale_t, ref_theta, ref_t, eps). Outside the common support, and
-    beyond V, both values are 0 and the mask is False.
+    beyond V, the values are 0 and the mask is False. d is not taken from the other two: of close logits a - b is exact.
     """
     theta_ptr, t_ptr, V, scale_theta, scale_t, ref_theta, ref_t, eps = row
     a0, a1 = load_halves(theta_ptr, start, V, H, PACKED, TAIL)
@@ -81,4 +81,6 @@ def load_pair(row, start, H: tl.constexpr, PACKED: tl.constexpr, TAIL: tl.conste
     u1 = tl.where(common1, (a1 - ref_theta) * scale_theta, 0.0)
     v0 = tl.where(common0, (b0 - ref_t) * scale_t, 0.0)
     v1 = tl.where(common1, (b1 - ref_t) * scale_t, 0.0)
-    return u0, u1, v0, v1, common0, common1
+    d0 = tl.where(common0, a0 * scale_theta - b0 * scale_t, 0.0)
+    d1 = tl.where(common1, a1 * scale_theta - b1 * scale_t, 0.0)
+    return u0, u1, v0, v1, d0, d1, common0, common1

@@ -530,7 +530,8 @@ def read_entry(entry: Entry, target: str, listing_folder: Path | None = None) ->
             _number(r"\.sgpr_count:\s*(\d+)", listing),
         )
         stack = _number(r"\.private_segment_fixed_size:\s*(\d+)", listing)
-        spills = _number(r"\.vgpr_spill_count:\s*(\d+)", listing) + _number(r"\.sgpr_spill_count:\s*(\d+)", listing)
+        # Scalar registers spill into lanes of vector registers, not to memory.
+        spills = _number(r"\.vgpr_spill_count:\s*(\d+)", listing)
         float64 = sum("_f64" in instruction.opcode for instruction in code)
     if not code:
         raise RuntimeError(f"entry {entry.name!r}: no instruction was found in the listing for {target}")

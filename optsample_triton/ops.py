@@ -21,7 +21,7 @@ _INPUTS = (
     "Tensor theta, Tensor t, Tensor? alpha, Tensor? inverse_temperature_theta, Tensor? inverse_temperature_t, "
     "str method, str algorithm, float tol, int max_iter, float eps, bool detach, bool diagnostics"
 )
-# log q* [N, width] ([0, 0] for width 0), alpha, log_z, status, sweeps [N], partitions [N, 3], figures [N, 9]
+# log q* [N, width] ([0, 0] for width 0), alpha, log_z, status, sweeps [N], partitions [N, 4], figures [N, 9]
 _OUTPUTS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 _library = torch.library.Library("optsample", "DEF")
 _library.define(f"solve({_INPUTS}, int width, ScalarType dtype) -> {_OUTPUTS}")
@@ -125,7 +125,7 @@ def _fake_solve(theta: Tensor, *args: Any) -> tuple[Tensor, ...]:
         theta.new_empty(n if width else 0, width, dtype=dtype),
         *_fake_rows(theta),
         theta.new_empty(n, dtype=torch.int32),
-        theta.new_empty(n, 3, dtype=torch.float64),
+        theta.new_empty(n, 4, dtype=torch.float64),
         theta.new_empty(n if diagnostics else 0, FIGURES, dtype=result_dtype(theta.dtype)),
     )
 

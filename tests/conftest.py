@@ -1,5 +1,6 @@
 """One switch for all tests: kernels run natively where there is a GPU, through the interpreter elsewhere."""
 
+import importlib.util
 import os
 
 import numpy as np
@@ -10,6 +11,27 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     # Triton reads this when it is imported, and nothing above imports it.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def _patch_the_language_once() -> None:
+    """Triton 3.7's interpreter patches its language anew for every call of a device function: half of its time here."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    def patch_once(function):
+        languages = [value for value in function.__globals__.values() if value is tl or value is tl.core]
+        if languages and all(language.load.__name__ == "<lambda>" for language in languages):
+            return interpreter._LangPatchScope()
+        return patch(function)
+
+    if hasattr(interpreter, "_LangPatchScope"):
+        interpreter._patch_lang = patch_once
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    _patch_the_language_once()
 
 # The interpreter computes with NumPy, which warns of overflow and NaN in lanes that a kernel masks later. A GPU does
 # not warn, and warnings are errors here.

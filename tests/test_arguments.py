@@ -29,7 +29,7 @@ OPTIONS = {
     "temperature NaN": (ValueError, "temperature_theta", {"temperature_theta": math.nan}),
     "temperature inf": (ValueError, "temperature_t", {"temperature_t": math.inf}),
     "temperature of a wrong shape": (ValueError, "temperature_t", {"temperature_t": torch.ones(2)}),
-    "temperature on another device": (ValueError, "temperature_theta", {"temperature_theta": torch.ones(3, device="meta")}),
+    "temperature on another device": (ValueError, "temperature_t", {"temperature_t": torch.ones(3, device="meta")}),
     "temperature is a string": (TypeError, "temperature_t", {"temperature_t": "hot"}),
     "vocab_size 0": (ValueError, "vocab_size", {"vocab_size": 0}),
     "vocab_size -1": (ValueError, "vocab_size", {"vocab_size": -1}),
@@ -146,13 +146,9 @@ def test_out_that_no_matrix_views(backend):
     """[B, S, V] whose leading dimensions cannot be merged: a copy would not be the caller's tensor."""
     a, b = torch.zeros(2, 3, 5), torch.ones(2, 3, 5)
     out = torch.full((3, 2, 5), torch.nan).transpose(0, 1)
-    try:
+    with pytest.raises(ValueError, match="out") as caught:
         ost.log_q(a, b, out=out)
-    except ValueError as error:
-        assert "out" in str(error)
-        assert "\n" not in str(error)
-    else:
-        assert out.exp().sum(-1).allclose(torch.ones(2, 3))
+    assert_one_sentence(caught, "out")
 
 
 @pytest.mark.parametrize("overlap", [4, 1])

@@ -80,7 +80,9 @@ def test_confident_rows(case, device, interpreted):
     compare([p[: 2 if interpreted else None] for p in confident_pairs(case.name)], device)
 
 
-@pytest.mark.parametrize("name", ["zipf, std 1", "sharp against soft", "near-delta 0.9999, uniform", "tops differ 0.99"])
+@pytest.mark.parametrize(
+    "name", ["zipf, std 1", "sharp against soft", "near-delta 0.9999, uniform", "tops differ 0.99"]
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_methods(method, name, device, interpreted):
     compare([p[: 1 if interpreted else None] for p in confident_pairs(name)], device, method=method)
@@ -98,7 +100,7 @@ def test_identical_rows(backend, device):
     """The listing ends at 4.8e-7, a tie going down at every step; here it is 1/2. q* is the same."""
     p = random_pairs(100, 2.0)[0][:4]
     compare((p, p), device, alpha_too=False)
-    q_star, alpha, info = ost.OptimalSamplingDistribution()(p.to(device), p.to(device))
+    _, alpha, info = ost.OptimalSamplingDistribution()(p.to(device), p.to(device))
     assert alpha.unique().tolist() == [0.5]
     assert reference.solve_kl_symmetry(p, p).max() < 1e-6
     assert bool(info["converged"])
@@ -178,7 +180,9 @@ def test_functions_on_probabilities(backend, device):
     assert_no_worse(alphas, theirs, right, "solve_kl_symmetry_batch")
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0, 1.5, torch.tensor(0.3), torch.linspace(0, 1, 4).reshape(2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "alpha", [0.0, 0.3, 1.0, 1.5, torch.tensor(0.3), torch.linspace(0, 1, 4).reshape(2, 2)], ids=str
+)
 def test_geometric_mean(alpha, backend, device):
     pair = [x.reshape(2, 2, 50) for x in random_pairs(50, 2.0, rows=4)]
     exact_alpha = alpha.double() if isinstance(alpha, torch.Tensor) else alpha

@@ -1,4 +1,4 @@
-"""Where rows lie must not matter: layouts, batches, buffers with guards around them, offsets beyond 2^31, memory used."""
+"""Where rows lie must not matter: layouts, batches, guarded buffers, offsets beyond 2^31; and the memory used."""
 
 import mmap
 

@@ -153,6 +153,7 @@ def test_a_masked_token_is_a_missing_token(device, examples):
 
 def test_the_slope_of_psi_rises(device, examples):
     """psi'(alpha) = KL(q||pi_t) - KL(q||pi_theta), from rows that differ in alpha alone."""
+
     @examples
     @given(pair=pairs(rows=1))
     def check(pair):
@@ -192,10 +193,13 @@ def bits(x):
 @pytest.mark.parametrize("algorithm", ["chernoff", "bisect"])
 def test_arbitrary_rows_disturb_nobody(algorithm, device, examples):
     """Good rows around wild ones keep their bits; wild rows get a status and never an exception."""
+
     @examples
     @given(pair=wild_rows(), seed=st.integers(0, 2**31))
     @example(pair=(torch.tensor([[NAN, INF], [-INF, -INF]]), torch.tensor([[0.0, 1.0], [-INF, 2.0]])), seed=0)
-    @example(pair=(torch.tensor([[3.4e38, -3.4e38], [-INF, 0.0]]), torch.tensor([[-3.4e38, 3.4e38], [0.0, -INF]])), seed=1)
+    @example(
+        pair=(torch.tensor([[3.4e38, -3.4e38], [-INF, 0.0]]), torch.tensor([[-3.4e38, 3.4e38], [0.0, -INF]])), seed=1
+    )
     def check(pair, seed):
         g = torch.Generator().manual_seed(seed)
         good = [2 * torch.randn(2, pair[0].shape[-1], generator=g) for _ in range(2)]

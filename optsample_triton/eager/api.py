@@ -21,7 +21,10 @@ def solve(
     diagnostics: bool,
     out: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """alpha, log_z, status, sweeps [N], partitions [N, 3] (A, B and psi), figures [N, 9]; log q* goes into ``out``."""
+    """alpha, log_z, status, sweeps [N], partitions [N, 4], figures [N, 9]; log q* goes into ``out``.
+
+    The partitions are what the backward pass needs: A, B, psi, and alpha before rounding.
+    """
     rows = Rows(theta, t, inverse_temperature_theta, inverse_temperature_t, options.eps)
     if options.method == "entropy" and alpha is None:
         alpha = report.entropy_alpha(rows)
@@ -40,7 +43,7 @@ def solve(
         state.psi.to(dtype),
         state.status.to(torch.uint8),
         state.sweeps.to(torch.int32),
-        torch.stack([state.log_partition_theta, state.log_partition_t, state.psi], -1),
+        torch.stack([state.log_partition_theta, state.log_partition_t, state.psi, state.precise], -1),
         figures.to(dtype),
     )
 
@@ -60,7 +63,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = Rows(theta, t, inverse_temperature_theta, inverse_temperature_t)
     grad_theta, grad_t, grad_given = gradient.gradients(
-        rows, alpha, status, partitions[:, :2], grad_log_q, grad_alpha, grad_log_z, through_root=through_root
+        rows, alpha, status, partitions, grad_log_q, grad_alpha, grad_log_z, through_root=through_root
     )
     for grad, scale in ((grad_theta, inverse_temperature_theta), (grad_t, inverse_temperature_t)):
         if scale is not None:

@@ -14,7 +14,7 @@ def gradients(
     rows: Rows,
     alpha: Tensor,
     status: Tensor,
-    log_partitions: Tensor,
+    partitions: Tensor,
     grad_log_q: Tensor | None,
     grad_alpha: Tensor | None,
     grad_log_z: Tensor | None,
@@ -23,18 +23,21 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients in theta [N, V], t [N, V] (of the scaled logits) and alpha [N].
 
-    ``log_partitions`` [N, 2] holds A and B over the common support (theta's own A where there is none).
-    ``through_root`` says that alpha is the KL-symmetric root of the rows; else alpha is an input, and the rows move
-    only the mixture.
+    ``partitions`` [N, 4] holds A and B over the common support (theta's own A where there is none) and, last, alpha
+    before rounding. ``through_root`` says that alpha is the KL-symmetric root of the rows; else alpha is an input, and
+    the rows move only the mixture.
     """
     f64 = torch.float64
-    x = torch.where(status == Status.INVALID, 0.5, alpha.to(f64))
     disjoint, invalid = status == Status.DISJOINT, status == Status.INVALID
-    at_theta, at_t = log_partitions.unbind(-1)
-    chord = torch.where(disjoint | invalid, 0.0, at_theta - at_t)
+    alone = disjoint | invalid
+    at_theta, at_t, _, precise = partitions.unbind(-1)
+    # Of close rows the root's gradient is of second order, and a rounded alpha would drown it.
+    x = torch.where(status == Status.OK, precise, alpha.to(f64)) if through_root else alpha.to(f64)
+    x = torch.where(invalid, 0.5, x)
+    chord = torch.where(alone, 0.0, at_theta - at_t)
     moments = tilted_moments(rows, x, chord, torch.stack([1.0 - x, -x], -1))
-    to_theta, to_t = moments.excess.unbind(-1)
-    mean, log_partition = moments.mean, moments.log_partition
+    to_theta, to_t = (torch.where(alone, 0.0, excess) for excess in moments.excess.unbind(-1))
+    mean, log_partition = torch.where(alone, 0.0, moments.mean), torch.where(alone, 0.0, moments.log_partition)
     zero = torch.zeros_like(x)
 
     total, turn = zero.clone(), zero.clone()  # sum of the upstream gradient, and with d - E[d]
@@ -78,7 +81,8 @@ def gradients(
             level = grad_log_z[col]
             part_theta = weight * (mix - level * (q * up + excess_theta)) + pull[col] * root_theta
             part_t = (1.0 - weight) * (mix - level * (q * down + excess_t)) + pull[col] * root_t
-            dead = outside | invalid[col]
+            # Rows whose differences overflow have no gradient worth the name: 0, not NaN.
+            dead = outside | invalid[col] | ~torch.isfinite(part_theta + part_t)
             grad_theta[block, chunk] = part_theta.masked_fill(dead, 0.0)
             grad_t[block, chunk] = part_t.masked_fill(dead | lone, 0.0)
     return grad_theta, grad_t, torch.where(invalid | disjoint, 0.0, grad_x)

@@ -73,7 +73,9 @@ def _block_sums(rows: Rows, block: slice, bases: tuple[Tensor, Tensor], *, maske
     for chunk in rows.chunks():
         a, b = rows.read(block, chunk, rows.working_dtype)
         x, y = torch.add(base_theta, a, alpha=0.125), torch.add(base_t, b, alpha=0.125)
-        outside = outside_common_support(a, b) if masked else None
+        outside = None
+        if masked:  # a NaN or +inf stays in, whatever stands opposite, and spoils the sums: the row is INVALID
+            outside = outside_common_support(a, b) & (torch.maximum(a, b) < torch.inf)
         _chunk_sums(x, y, outside, part)
         total += part[:9]
         top = torch.maximum(top, part[9])

@@ -45,32 +45,34 @@ def figures(rows: Rows, state: State) -> Tensor:
 
 
 def _mixture_figures(rows: Rows, state: State, own: Tensor, dtype: torch.dtype) -> Tensor:
-    """One read in ``dtype``, [N, 9]. Sums run over log pi_theta and log pi_t, each over its own entries."""
+    """One read in ``dtype``, [N, 9]; log pi_theta and log pi_t are those of the models on the common support."""
     x = state.alpha
-    # log P(S) of both models: what conditioning on the common support divides by.
+    # log P(S) of both models: the overlaps are with their whole laws.
     share_theta, share_t = state.log_partition_theta - own[:, 0], state.log_partition_t - own[:, 1]
-    log_norm = state.psi + x * share_theta + (1.0 - x) * share_t
     sums = torch.empty(7, rows.count, dtype=torch.float64, device=rows.theta.device)
     for block in rows.blocks():
-        values = own[block, 0, None], own[block, 1, None], x[block, None], log_norm[block, None]
+        values = (
+            state.log_partition_theta[block, None], state.log_partition_t[block, None], x[block, None],
+            state.psi[block, None], share_theta[block, None], share_t[block, None],
+        )  # fmt: skip
         sums[:, block] = _block_figures(rows, block, *values, dtype, masked=False)
         if not bool(torch.isfinite(sums[:, block]).all()):
             sums[:, block] = _block_figures(rows, block, *values, dtype, masked=True)
     mass, ratio, log_q, square_theta, square_t, overlap_theta, overlap_t = sums
     psi = state.psi + mass.log()
-    slope = ratio / mass - share_theta + share_t
+    slope = ratio / mass
     return torch.stack(
         [
             (-(1.0 - x) * slope - psi).clamp(min=0.0), (x * slope - psi).clamp(min=0.0),
-            (2.0 * share_theta).exp() / (square_theta * mass), (2.0 * share_t).exp() / (square_t * mass),
+            1.0 / (square_theta * mass), 1.0 / (square_t * mass),
             own[:, 2], own[:, 3], mass.log() - log_q / mass, overlap_theta, overlap_t,
         ], -1,
     )  # fmt: skip
 
 
 def _block_figures(
-    rows: Rows, block: slice, at_theta: Tensor, at_t: Tensor, x: Tensor, log_norm: Tensor, dtype: torch.dtype,
-    *, masked: bool,
+    rows: Rows, block: slice, at_theta: Tensor, at_t: Tensor, x: Tensor, log_norm: Tensor, share_theta: Tensor,
+    share_t: Tensor, dtype: torch.dtype, *, masked: bool,
 ) -> Tensor:  # fmt: skip
     """Sums [7, R] of q, q log(pi_theta/pi_t), q log q, pi_theta^2/q, pi_t^2/q, min(pi_theta, q), min(pi_t, q)."""
     base_theta, base_t = at_theta.to(dtype), at_t.to(dtype)
@@ -81,7 +83,7 @@ def _block_figures(
     for chunk in rows.chunks():
         a, b = rows.read(block, chunk, dtype)
         log_theta, log_t = (a - base_theta).add_(rest_theta), (b - base_t).add_(rest_t)
-        p_theta, p_t = log_theta.exp(), log_t.exp()
+        p_theta, p_t = log_theta.add(share_theta.to(dtype)).exp_(), log_t.add(share_t.to(dtype)).exp_()
         if masked:
             outside = outside_common_support(a, b)
             log_theta.masked_fill_(outside, 0.0)

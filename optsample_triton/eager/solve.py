@@ -38,6 +38,7 @@ class State:
     centre_theta: Tensor  # log q* is written from logits minus these: near E_q[a] where logits are huge
     centre_t: Tensor
     error: Tensor  # estimated |alpha - alpha*|
+    precise: Tensor  # alpha before it was rounded to the dtype that it is reported in
     blur: Tensor  # what rounding in the first sweep moves alpha by; infinite where that sweep is no guide
     low: Tensor
     high: Tensor
@@ -121,7 +122,7 @@ def _first_sweep(rows: Rows, options: Options) -> State:
     value_high = torch.where(torch.isnan(slope_high), torch.nan, -target)
     return State(
         alpha, found.psi, status, sweeps, at_theta, at_t, at_theta.clone(), at_t.clone(), found.error,
-        found.blur, found.low, found.high, value_low, slope_low, value_high, slope_high,
+        alpha.clone(), found.blur, found.low, found.high, value_low, slope_low, value_high, slope_high,
     )  # fmt: skip
 
 
@@ -160,7 +161,7 @@ def _groups(state: State, index: Tensor) -> Iterator[tuple[Tensor, bool]]:
 
 def _settle(part: State, at: _Evaluation, x: Tensor, alpha: Tensor, dtype: torch.dtype) -> None:
     """Take alpha, as it will be reported, with psi(alpha) by Taylor from x. Identical rows end here, at 1/2."""
-    alpha = alpha.to(dtype).double()
+    part.precise, alpha = alpha, alpha.to(dtype).double()
     move = alpha - x
     psi = at.psi + move * (at.slope + move * (at.moments.variance / 2.0 + move * at.moments.third / 6.0))
     identical = at.moments.identical

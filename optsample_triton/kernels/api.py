@@ -49,11 +49,11 @@ def solve(
     diagnostics: bool,
     out: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """alpha, log_z, status, sweeps [N], partitions [N, 3], figures [N, 9]; log q* goes into ``out``."""
+    """alpha, log_z, status, sweeps [N], partitions [N, 4], figures [N, 9]; log q* goes into ``out``."""
     n, vocab = theta.shape
     row = functools.partial(torch.empty, n, device=theta.device)
     results = row(dtype=torch.float32), row(dtype=torch.float32), row(dtype=torch.uint8), row(dtype=torch.int32)
-    partitions = torch.empty(n, 3, dtype=torch.float64, device=theta.device)
+    partitions = torch.empty(n, 4, dtype=torch.float64, device=theta.device)
     figures = torch.empty(n if diagnostics else 0, FIGURES, dtype=torch.float32, device=theta.device)
     if n:
         method = METHODS.get((options.method, options.algorithm), METHODS.get(options.method))

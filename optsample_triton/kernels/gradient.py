@@ -53,12 +53,12 @@ def gradient_kernel(
     zero = 0.0 * scale_theta
     blank = (theta_ptr, t_ptr, V, scale_theta, scale_t, zero, zero, zero)
     ref_theta, ref_t = first_maxima(blank, H, PACKED, False)
-    psi_half = tl.load(partition_ptr + 3 * index + 2)
+    psi_half = tl.load(partition_ptr + 4 * index + 2)
     usable = (psi_half > -1e30) & (lone == 0)
     ref_theta, ref_t = tl.where(usable, ref_theta, 0.0), tl.where(usable, ref_t, 0.0)
     row = (theta_ptr, t_ptr, V, scale_theta, scale_t, ref_theta, ref_t, zero)
-    A = tl.load(partition_ptr + 3 * index) - ref_theta.to(tl.float64) * scale_theta.to(tl.float64)
-    B = tl.load(partition_ptr + 3 * index + 1) - ref_t.to(tl.float64) * scale_t.to(tl.float64)
+    A = tl.load(partition_ptr + 4 * index) - ref_theta.to(tl.float64) * scale_theta.to(tl.float64)
+    B = tl.load(partition_ptr + 4 * index + 1) - ref_t.to(tl.float64) * scale_t.to(tl.float64)
     x = tl.load(alpha_ptr + index).to(tl.float64)
     nothing = tl.zeros([], tl.float64)
     psi, slope, mean, variance = nothing, nothing, nothing, nothing + 1.0
@@ -88,8 +88,10 @@ def gradient_kernel(
     if THROUGH_ROOT:
         pull = tl.where((status == OK) & (variance > 0.0), -grad_x / variance, 0.0)
     tl.store(grad_given_ptr + index, tl.where(lone | dead, 0.0, grad_x).to(tl.float32))
+    # Of close rows the root's gradient is of second order, and the rounding of alpha would drown it.
+    lean = 2.0 * tl.load(partition_ptr + 4 * index + 3) - 1.0
     to_theta, to_t = (-(1.0 - x) * slope - psi).to(tl.float32), (x * slope - psi).to(tl.float32)
-    scalars = (x32, base, coarse, fine, to_theta, to_t, tl.sum(total, 0), level.to(tl.float32), pull.to(tl.float32))
+    scalars = (x32, base, coarse, fine, to_theta, to_t, tl.sum(total, 0), level.to(tl.float32), pull.to(tl.float32), lean.to(tl.float32))
     grad_theta_ptr += index * V
     grad_t_ptr += index * V
     for tile in tl.range(0, V, BLOCK):
@@ -102,7 +104,7 @@ def gradient_kernel(
 def _store_gradients(
     row, tile, scalars, lone, dead, grad_log_q_ptr, grad_theta_ptr, grad_t_ptr, BLOCK: tl.constexpr
 ):
-    x, base, coarse, fine, to_theta, to_t, total, level, pull = scalars
+    x, base, coarse, fine, to_theta, to_t, total, level, pull, lean = scalars
     u, v, d, keep, inside = _load_tile(row, tile, lone, BLOCK)
     offs = tile + tl.arange(0, BLOCK)
     z = x * u + (1.0 - x) * v - base
@@ -114,11 +116,14 @@ def _store_gradients(
     mix = 0.0 * q
     if grad_log_q_ptr is not None:
         mix = tl.load(grad_log_q_ptr + offs, mask=keep, other=0.0).to(tl.float32) - q * total
-    root_theta = q * ((2.0 * x - 1.0) * centred + to_theta) - excess_theta
-    root_t = q * ((1.0 - 2.0 * x) * centred - to_t) + excess_t
+    root_theta = q * (lean * centred + to_theta) - excess_theta
+    root_t = q * (-lean * centred - to_t) + excess_t
     part_theta = x * (mix - level * (q * up + excess_theta)) + pull * root_theta
     part_t = (1.0 - x) * (mix - level * (q * down + excess_t)) + pull * root_t
-    part_theta = tl.where(keep & (dead == 0), part_theta * row[3], 0.0)
-    part_t = tl.where(keep & (dead == 0) & (lone == 0), part_t * row[4], 0.0)
+    # Rows whose differences overflow have no gradient worth the name: 0, not NaN.
+    sum_of = part_theta + part_t
+    alive = keep & (dead == 0) & (sum_of - sum_of == 0.0)
+    part_theta = tl.where(alive, part_theta * row[3], 0.0)
+    part_t = tl.where(alive & (lone == 0), part_t * row[4], 0.0)
     tl.store(grad_theta_ptr + offs, part_theta.to(grad_theta_ptr.dtype.element_ty), mask=inside)
     tl.store(grad_t_ptr + offs, part_t.to(grad_t_ptr.dtype.element_ty), mask=inside)

@@ -50,7 +50,9 @@ def _add_nodes(acc, a, b, keep, scale_theta, scale_t, ref_theta, ref_t, MASKED: 
     y = (b - ref_t) * scale_t
     d = x - y
     if MASKED:
-        keep = keep & (a != -float("inf")) & (b != -float("inf"))
+        # A NaN or +inf stays in, whatever stands opposite, and spoils the sums: the row is INVALID.
+        spoilt = (a != a) | (b != b) | (a == float("inf")) | (b == float("inf"))
+        keep = keep & (spoilt | ((a != -float("inf")) & (b != -float("inf"))))
         x = tl.where(keep, x, -float("inf"))
         y = tl.where(keep, y, -float("inf"))
         d = tl.where(keep, d, 0.0)

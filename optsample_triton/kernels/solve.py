@@ -118,7 +118,7 @@ def start(row, total, PROBS: tl.constexpr):
         total[9] * total[9] / total[2],
     )  # fmt: skip
     check = psi_low + psi_half + psi_high + slope_low + slope_high + variance
-    return rounded(alpha), psi, error, low, high, theta_end, t_end, psi_half, target, check - check == 0.0
+    return alpha, psi, error, low, high, theta_end, t_end, psi_half, target, check - check == 0.0
 
 
 @triton.jit
@@ -152,10 +152,11 @@ def search(
     A, B, psi_half, unit = ends
     BISECTING: tl.constexpr = METHOD == BISECT
     nothing = tl.zeros([], tl.float64)
+    precise = alpha
     steps = 0
     while task != DONE:
-        middle = rounded(0.5 * (bracket[0] + bracket[1])) if BISECTING else alpha
-        x = tl.where(task == STEP, middle, alpha)
+        middle = rounded(0.5 * (bracket[0] + bracket[1]) if BISECTING else alpha)
+        x = tl.where(task == STEP, middle, rounded(alpha))
         x = tl.where(task == END_THETA, nothing + 1.0, tl.where(task == END_T, nothing, x))
         at, slope, mean, variance, third, fourth, identical = evaluate(
             row, x, (A, B, psi_half, unit), H, PACKED, PROBS
@@ -187,6 +188,7 @@ def search(
                     x, at + (residual - slope) * x, residual, variance, third, fourth, bracket, sweeps % 3 == 0
                 )
                 low, high, value_low, slope_low, value_high, slope_high = moved
+            precise = following
             alpha, psi = settle(x, following, at, slope, variance, third)
             if identical:
                 alpha, psi, error = nothing + 0.5, nothing, nothing
@@ -196,7 +198,7 @@ def search(
             elif (steps if BISECTING else sweeps) >= max_iter:
                 task, status = tl.full([], PIN, tl.int32), tl.full([], NOT_CONVERGED, tl.int32)
         bracket = (low, high, value_low, slope_low, value_high, slope_high)
-    return alpha, psi, status, sweeps, A, B
+    return alpha, precise, psi, status, sweeps, A, B
 
 
 @triton.jit
@@ -304,7 +306,7 @@ def solve_kernel(
         bracket = (low, high, unknown, unknown, unknown, unknown)
         if METHOD == ESS_BALANCE:
             task = tl.where(task == END_THETA, END_THETA, DONE)
-        alpha, psi, status, sweeps, A, B = search(
+        alpha, precise, psi, status, sweeps, A, B = search(
             row, (A, B, psi_half, unit), target, alpha, psi, error, bracket, status, sweeps, task, tol, max_iter,
             METHOD, G, PACKED, PROBS,
         )  # fmt: skip
@@ -312,7 +314,7 @@ def solve_kernel(
         if METHOD == ESS_BALANCE:
             alpha, psi, status, sweeps = balance_ess(row, ends, status, sweeps, tol, max_iter, G, PACKED, PROBS)
         finish(
-            row, ends, alpha, psi, status, sweeps, index, alpha_ptr, log_z_ptr, status_ptr, sweeps_ptr, partition_ptr,
+            row, ends, alpha, precise, psi, status, sweeps, index, alpha_ptr, log_z_ptr, status_ptr, sweeps_ptr, partition_ptr,
             figures_ptr, out_ptr, width, stride_out, PROBS, PACKED, G,
         )  # fmt: skip
 
@@ -342,11 +344,12 @@ def _or_one(ptr, index):
 
 @triton.jit
 def finish(
-    row, ends, alpha, psi, status, sweeps, index, alpha_ptr, log_z_ptr, status_ptr, sweeps_ptr, partition_ptr,
+    row, ends, alpha, precise, psi, status, sweeps, index, alpha_ptr, log_z_ptr, status_ptr, sweeps_ptr, partition_ptr,
     figures_ptr, out_ptr, width, stride_out, PROBS: tl.constexpr, PACKED: tl.constexpr, H: tl.constexpr,
 ):  # fmt: skip
     """Store the row's results, and write log q* and the diagnostics where they were asked for."""
     A, B, psi_half, unit = ends
+    alpha = rounded(alpha)
     if status >= DISJOINT:
         if status != NOT_CONVERGED:
             alpha = tl.where(status == DISJOINT, 1.0, float("nan") + 0.0 * alpha)
@@ -360,9 +363,10 @@ def finish(
     tl.store(sweeps_ptr + index, sweeps)
     reference_theta = row[5].to(tl.float64) * row[3].to(tl.float64)
     reference_t = row[6].to(tl.float64) * row[4].to(tl.float64)
-    tl.store(partition_ptr + 3 * index, A + reference_theta)
-    tl.store(partition_ptr + 3 * index + 1, tl.where(status == DISJOINT, 0.0, B + reference_t))
-    tl.store(partition_ptr + 3 * index + 2, tl.where(psi_half == psi_half, psi_half, -float("inf")))
+    tl.store(partition_ptr + 4 * index, A + reference_theta)
+    tl.store(partition_ptr + 4 * index + 1, tl.where(status == DISJOINT, 0.0, B + reference_t))
+    tl.store(partition_ptr + 4 * index + 2, tl.where(psi_half == psi_half, psi_half, -float("inf")))
+    tl.store(partition_ptr + 4 * index + 3, precise)
     if figures_ptr is not None:
         if PROBS:
             store_probability_figures(row, alpha, psi, A, B, status, figures_ptr + 9 * index, H, PACKED)

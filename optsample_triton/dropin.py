@@ -111,7 +111,7 @@ def solve_kl_symmetry(pi_theta: Any, pi_t: Any, tol: float = 1e-6, max_iter: int
 def solve_kl_symmetry_batch(probs_theta: Tensor, probs_t: Tensor) -> Tensor:
     """alpha* for every position of a batch of sequences: [B, S, V] -> [B, S]."""
     check_rows(probs_theta, probs_t, "probs_theta", "probs_t")
-    alpha = _solve(probs_theta, probs_t, None, "kl_symmetry")[1]
+    alpha: Tensor = _solve(probs_theta, probs_t, None, "kl_symmetry")[1]
     return alpha.reshape(probs_theta.shape[:-1])
 
 

@@ -201,6 +201,21 @@ def test_alpha_per_row(case, backend, device):
         assert_solution(solution, expected, "alpha per row")
 
 
+@pytest.mark.parametrize("kind", ["0-d", "strided", "expanded", "float64"])
+def test_alpha_and_temperature_tensors_of_any_layout(kind, backend, device):
+    a, b = (x[:3] for x in cases.by_name("zipf, std 2").logits(device=device))
+    given = {
+        "0-d": torch.tensor(0.3),
+        "strided": torch.tensor([0.3, 9.0, 1.2, 9.0, 0.7, 9.0])[::2],
+        "expanded": torch.tensor([0.3]).expand(3),
+        "float64": torch.tensor([0.3, 1.2, 0.7], dtype=torch.float64),
+    }[kind]
+    solution = ost.solve(a, b, alpha=given.to(device), temperature_t=given.to(device))
+    expected = truth.solve(a.cpu(), b.cpu(), alpha=given, temperature_t=given)
+    assert_within(solution.alpha, expected.alpha, "alpha")
+    assert_within(solution.log_z, expected.log_z, "log_z")
+
+
 def temperatures(kind, rows):
     if kind == "floats":
         return 0.7, 1.6

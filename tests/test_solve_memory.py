@@ -39,16 +39,15 @@ def threads(request, backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", cases.LAYOUTS, ids=lambda layout: layout.__name__)
-@pytest.mark.parametrize("name", ["zipf, std 1", "every status", "V=17"])
+@pytest.mark.parametrize("name", ["masked, both", "V=17"])
 def test_layouts(name, layout, dtype, device, interpreted):
-    count = 2 if interpreted and name != "every status" else None
+    count = 2 if interpreted else None
     laid = layout(*(x[:count] for x in cases.by_name(name).logits(dtype, device)))
     plain = [x.contiguous() for x in laid]
     assert_same_bits(ost.solve(*laid, diagnostics=True), ost.solve(*plain, diagnostics=True))
-    if name != "every status":
-        log_q = ost.log_q(*laid)
-        assert log_q.shape == laid[0].shape
-        assert bits(log_q) == bits(ost.log_q(*plain))
+    log_q = ost.log_q(*laid)
+    assert log_q.shape == laid[0].shape
+    assert bits(log_q) == bits(ost.log_q(*plain))
 
 
 def test_rows_that_are_not_contiguous_are_copied(backend, device):
@@ -64,9 +63,10 @@ def test_rows_that_are_not_contiguous_are_copied(backend, device):
 def test_a_row_has_the_same_bits_in_any_batch(method, algorithm, threads, device, interpreted):
     pairs = [cases.by_name(name).logits(device=device) for name in MIXED]
     a, b = (torch.cat([x[: 1 if interpreted else None] for x in rows]) for rows in zip(*pairs, strict=True))
-    options = {"method": method, "algorithm": algorithm, "diagnostics": True}
+    options = {"method": method, "algorithm": algorithm, "max_iter": 5 if algorithm == "bisect" else 20}
+    log_q = ost.log_q(a, b, **options)
+    options["diagnostics"] = True
     whole = ost.solve(a, b, **options)
-    log_q = ost.log_q(a, b, method=method, algorithm=algorithm)
     order = torch.randperm(a.shape[0], generator=torch.Generator().manual_seed(1)).to(device)
     shuffled = ost.solve(a[order], b[order], **options)
     for name in FIELDS:
@@ -76,7 +76,9 @@ def test_a_row_has_the_same_bits_in_any_batch(method, algorithm, threads, device
             some = ost.solve(a[part], b[part], **options)
             for name in FIELDS:
                 assert bits(getattr(whole, name)[part]) == bits(getattr(some, name)), (i, name)
-            assert bits(log_q[part]) == bits(ost.log_q(a[part], b[part], method=method, algorithm=algorithm))
+    options.pop("diagnostics")
+    for i in range(0, a.shape[0], 5):
+        assert bits(log_q[i]) == bits(ost.log_q(a[i], b[i], **options))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -88,19 +90,21 @@ def test_a_split_row_has_the_same_bits(algorithm, dtype, threads, backend, devic
     if device == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
     a, b = (x[:1] for x in cases.by_name("zipf, std 4, V=50257").logits(dtype, device))
-    many = 2 * processors if algorithm == "chernoff" else processors
-    assert launch.splits(1, a.shape[-1], chunk, processors) > 1
-    assert launch.splits(many, a.shape[-1], chunk, processors) < launch.splits(1, a.shape[-1], chunk, processors)
-    options = {"algorithm": algorithm, "diagnostics": True}
-    alone = ost.solve(a, b, **options)
-    log_q = ost.log_q(a, b, algorithm=algorithm)
-    for count in (2, many) if algorithm == "chernoff" else (many,):
+    many = processors
+    shared = [launch.splits(count, a.shape[-1], chunk, processors) for count in (1, 2, many)]
+    assert shared[0] > 1
+    assert shared[2] < shared[0]
+    options = {"algorithm": algorithm, "max_iter": 3}
+    log_q = ost.log_q(a, b, **options)
+    alone = ost.solve(a, b, diagnostics=True, **options)
+    for count in (2, many):
         rows = [x.expand(count, -1).clone() for x in (a, b)]
-        batch = ost.solve(*rows, **options)
+        batch = ost.solve(*rows, diagnostics=True, **options)
         for name in FIELDS:
             for i in range(count):
                 assert bits(getattr(batch, name)[i]) == bits(getattr(alone, name)[0]), (count, i, name)
-        assert bits(ost.log_q(*rows, algorithm=algorithm)[-1]) == bits(log_q[0])
+        if count == 2:
+            assert bits(ost.log_q(*rows, **options)[-1]) == bits(log_q[0])
 
 
 # Outputs
@@ -265,7 +269,7 @@ def peak_memory(rows, vocab, device):
 
 def test_memory_does_not_grow_with_the_rows_size(device, interpreted):
     """O(N + chunk): four times the vocabulary costs nothing more, a further row a few hundred bytes."""
-    rows = 2 if interpreted else 64
-    base = peak_memory(rows, 32768, device)
-    assert peak_memory(rows, 131072, device) <= 1.1 * base + 4096
-    assert peak_memory(4 * rows, 32768, device) <= 1.1 * base + 3 * rows * 2048
+    rows, vocab = (1, 20000) if interpreted else (64, 32768)
+    base = peak_memory(rows, vocab, device)
+    assert peak_memory(rows, 4 * vocab, device) <= 1.1 * base + 4096
+    assert peak_memory(4 * rows, vocab, device) <= 1.1 * base + 3 * rows * 2048

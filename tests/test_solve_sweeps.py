@@ -9,10 +9,13 @@ from tests import cases
 
 
 def sweeps_of(realistic, device, interpreted):
-    """The sweeps of all OK rows of the realistic or the adversarial cases, float32: one row of each if interpreted."""
+    """The sweeps of all OK rows of the realistic or the adversarial cases, float32.
+
+    The interpreter gets one row of each, and not of the two cases that take it seconds.
+    """
     counts = []
     for case in cases.CASES:
-        if case.realistic == realistic:
+        if case.realistic == realistic and not (interpreted and "151936" in case.name):
             a, b = (x[: 1 if interpreted else None] for x in case.logits(device=device))
             solution = ost.solve(a, b, diagnostics=True)
             counts.append(solution.sweeps[solution.status == Status.OK].cpu())
@@ -21,7 +24,7 @@ def sweeps_of(realistic, device, interpreted):
 
 def test_realistic_rows_take_at_most_1_7_sweeps(device, interpreted):
     sweeps = sweeps_of(True, device, interpreted)
-    assert sweeps.numel() >= sum(case.realistic for case in cases.CASES)
+    assert sweeps.numel() >= sum(case.realistic for case in cases.CASES) - 2 * interpreted
     assert int(sweeps.min()) >= 1
     assert sweeps.double().mean() <= 1.7
 

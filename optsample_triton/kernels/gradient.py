@@ -1,6 +1,7 @@
 """Gradients by implicit differentiation, in one launch (docs/theory.md, "Gradients").
 
-With c = d - E[d] and K_theta, K_t the two KLs of q: log(pi_theta / q) = (1 - x) c - K_theta, log(pi_t / q) = -x c - K_t.
+With c = d - E[d] and K_theta, K_t the two KLs of q,
+    log(pi_theta / q) = (1 - x) c - K_theta,  log(pi_t / q) = -x c - K_t,
     dF/da = q ((2x - 1) c + K_theta) - q h(log(pi_theta / q))      F = psi', whose root alpha is
     dF/db = q ((1 - 2x) c - K_t) + q h(log(pi_t / q))
 """
@@ -91,19 +92,18 @@ def gradient_kernel(
     # Of close rows the root's gradient is of second order, and the rounding of alpha would drown it.
     lean = 2.0 * tl.load(partition_ptr + 4 * index + 3) - 1.0
     to_theta, to_t = (-(1.0 - x) * slope - psi).to(tl.float32), (x * slope - psi).to(tl.float32)
-    scalars = (x32, base, coarse, fine, to_theta, to_t, tl.sum(total, 0), level.to(tl.float32), pull.to(tl.float32), lean.to(tl.float32))
+    scalars = (
+        x32, base, coarse, fine, to_theta, to_t, tl.sum(total, 0), level.to(tl.float32), pull.to(tl.float32),
+        lean.to(tl.float32),
+    )  # fmt: skip
     grad_theta_ptr += index * V
     grad_t_ptr += index * V
     for tile in tl.range(0, V, BLOCK):
-        _store_gradients(
-            row, tile, scalars, lone, dead, grad_log_q_ptr, grad_theta_ptr, grad_t_ptr, BLOCK
-        )
+        _store_gradients(row, tile, scalars, lone, dead, grad_log_q_ptr, grad_theta_ptr, grad_t_ptr, BLOCK)
 
 
 @triton.jit
-def _store_gradients(
-    row, tile, scalars, lone, dead, grad_log_q_ptr, grad_theta_ptr, grad_t_ptr, BLOCK: tl.constexpr
-):
+def _store_gradients(row, tile, scalars, lone, dead, grad_log_q_ptr, grad_theta_ptr, grad_t_ptr, BLOCK: tl.constexpr):
     x, base, coarse, fine, to_theta, to_t, total, level, pull, lean = scalars
     u, v, d, keep, inside = _load_tile(row, tile, lone, BLOCK)
     offs = tile + tl.arange(0, BLOCK)

@@ -81,9 +81,7 @@ def _store_nine(ptr, f0, f1, f2, f3, f4, f5, f6, f7, f8):
 
 
 @triton.jit
-def store_probability_figures(
-    row, x, psi, A, B, status, figures_ptr, H: tl.constexpr, PACKED: tl.constexpr
-):
+def store_probability_figures(row, x, psi, A, B, status, figures_ptr, H: tl.constexpr, PACKED: tl.constexpr):
     """The documents' eps forms of the same figures, for probability rows."""
     theta_ptr, t_ptr, V, _, _, ref_theta, ref_t, eps = row
     base = (x * A + (1.0 - x) * B + psi).to(tl.float32)

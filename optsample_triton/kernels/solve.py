@@ -133,7 +133,7 @@ def settle(x, alpha, psi, slope, variance, third):
 def _after_ends(METHOD: tl.constexpr):
     if METHOD == ESS_BALANCE:
         return DONE
-    elif METHOD == ENTROPY or METHOD == FIXED:
+    elif METHOD >= ENTROPY:  # alpha is given, by the caller or by the formula
         return PIN
     else:
         return STEP
@@ -158,9 +158,7 @@ def search(
         middle = rounded(0.5 * (bracket[0] + bracket[1]) if BISECTING else alpha)
         x = tl.where(task == STEP, middle, rounded(alpha))
         x = tl.where(task == END_THETA, nothing + 1.0, tl.where(task == END_T, nothing, x))
-        at, slope, mean, variance, third, fourth, identical = evaluate(
-            row, x, (A, B, psi_half, unit), H, PACKED, PROBS
-        )
+        at, slope, mean, variance, third, fourth, identical = evaluate(row, x, (A, B, psi_half, unit), H, PACKED, PROBS)
         sweeps += 1
         low, high, value_low, slope_low, value_high, slope_high = bracket
         if task == END_THETA:
@@ -218,9 +216,7 @@ def balance_gap(row, x, ends, H: tl.constexpr, PACKED: tl.constexpr, PROBS: tl.c
 
 
 @triton.jit
-def balance_ess(
-    row, ends, status, sweeps, tol, max_iter, H: tl.constexpr, PACKED: tl.constexpr, PROBS: tl.constexpr
-):
+def balance_ess(row, ends, status, sweeps, tol, max_iter, H: tl.constexpr, PACKED: tl.constexpr, PROBS: tl.constexpr):
     """The root of psi(2 - alpha) = psi(-alpha), by Newton inside a bracket; identical rows are found on the way."""
     A, B, psi_half, unit = ends
     nothing = tl.zeros([], tl.float64)
@@ -292,7 +288,7 @@ def solve_kernel(
             alpha, low, high, A, B, psi_half = _blank()
             task = tl.where(status == OK, END_THETA, DONE)
         row = (theta_ptr, t_ptr, V, scale_theta, scale_t, ref_theta, ref_t, eps)
-        if METHOD == ENTROPY or METHOD == FIXED:
+        if METHOD >= ENTROPY:
             if METHOD == FIXED:
                 given = tl.load(given_ptr + index).to(tl.float64)
             else:
@@ -314,8 +310,8 @@ def solve_kernel(
         if METHOD == ESS_BALANCE:
             alpha, psi, status, sweeps = balance_ess(row, ends, status, sweeps, tol, max_iter, G, PACKED, PROBS)
         finish(
-            row, ends, alpha, precise, psi, status, sweeps, index, alpha_ptr, log_z_ptr, status_ptr, sweeps_ptr, partition_ptr,
-            figures_ptr, out_ptr, width, stride_out, PROBS, PACKED, G,
+            row, ends, alpha, precise, psi, status, sweeps, index, alpha_ptr, log_z_ptr, status_ptr, sweeps_ptr,
+            partition_ptr, figures_ptr, out_ptr, width, stride_out, PROBS, PACKED, G,
         )  # fmt: skip
 
 
@@ -350,13 +346,11 @@ def finish(
     """Store the row's results, and write log q* and the diagnostics where they were asked for."""
     A, B, psi_half, unit = ends
     alpha = rounded(alpha)
-    if status >= DISJOINT:
-        if status != NOT_CONVERGED:
-            alpha = tl.where(status == DISJOINT, 1.0, float("nan") + 0.0 * alpha)
-            psi = tl.where(status == DISJOINT, 0.0, alpha)
-            # q* = pi_theta, normalised over its own support.
-            A, B = own_moments(row, 0, H, PACKED, PROBS)[0], 0.0 * A
-            B = tl.where(B == B, B, 0.0)
+    if (status == DISJOINT) | (status == INVALID):
+        alpha = tl.where(status == DISJOINT, 1.0, float("nan") + 0.0 * alpha)
+        psi = tl.where(status == DISJOINT, 0.0, alpha)
+        # q* = pi_theta, normalised over its own support.
+        A, B = own_moments(row, 0, H, PACKED, PROBS)[0], tl.zeros([], tl.float64)
     tl.store(alpha_ptr + index, alpha.to(tl.float32))
     tl.store(log_z_ptr + index, psi.to(tl.float32))
     tl.store(status_ptr + index, status.to(tl.uint8))

@@ -219,7 +219,7 @@ def _per_row(value: float | Tensor, theta: Tensor, name: str) -> Tensor:
             raise ValueError(f"{name} must be a float or have shape {list(batch)}, but has {list(value.shape)}")
         if value.device != theta.device and value.dim():
             raise ValueError(f"{name} must be on the logits' device {theta.device}, but is on {value.device}")
-        return value.to(device=theta.device, dtype=dtype).expand(batch).reshape(-1)
+        return value.to(device=theta.device, dtype=dtype).expand(batch).reshape(-1).contiguous()
     if not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a float or a tensor, but is {type(value).__name__}")
     if not math.isfinite(value):

@@ -189,6 +189,8 @@ def tilted_moments(rows: Rows, x: Tensor, centre: Tensor, offsets: Tensor | None
     mass = sums[:, 0]
     m1, m2, m3, m4 = (sums[:, k] / mass for k in range(1, 5))
     variance = m2 - m1.square()
+    # Where one token has all the weight, what is left is rounding and no variance.
+    variance = torch.where(variance > 1e-14 * m1.square(), variance, 0.0)
     third = m3 - 3.0 * m1 * m2 + 2.0 * m1**3
     fourth = m4 - 4.0 * m1 * m3 + 6.0 * m1.square() * m2 - 3.0 * m1.square().square()
     mean_t = sums[:, 5] / mass
@@ -255,7 +257,8 @@ def own_moments(rows: Rows) -> Tensor:
                 base = torch.where(torch.isinf(chunk_top), 0.0, chunk_top)
                 z = logits - base[:, None]
                 w = z.exp()
-                part, part_first = w.sum(-1).double(), w.mul_(z.clamp_(min=-500.0)).sum(-1).double()
+                part = w.sum(-1, dtype=torch.float64)  # beside a top of 1 float32 would lose what is left
+                part_first = w.mul_(z.clamp_(min=-500.0)).sum(-1, dtype=torch.float64)
                 # Both sums so far, and the chunk's, move to the new maximum.
                 old_move = torch.where(torch.isneginf(top[here]), 0.0, top[here] - new_top)
                 move = torch.where(torch.isneginf(chunk_top), 0.0, base.double() - new_top)

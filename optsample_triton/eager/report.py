@@ -37,6 +37,9 @@ def figures(rows: Rows, state: State) -> Tensor:
     values = torch.empty(rows.count, FIGURES, dtype=torch.float64, device=rows.theta.device)
     for index, dtype in _by_precision(rows, state):
         values[index] = _mixture_figures(rows.select(index), state.part(index), own[index], dtype)
+    # Where logits differ beyond the floats' range: infinitely far apart, and nothing in common.
+    beyond = values.new_tensor([torch.inf, torch.inf, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    values = torch.where(torch.isnan(values), beyond, values)
     zero, one = torch.zeros_like(state.alpha), torch.ones_like(state.alpha)
     alone = torch.stack([zero, zero + torch.inf, one, zero, own[:, 2], own[:, 3], own[:, 2], one, zero], -1)
     status = state.status[:, None]
@@ -49,7 +52,7 @@ def _mixture_figures(rows: Rows, state: State, own: Tensor, dtype: torch.dtype) 
     x = state.alpha
     # log P(S) of both models: the overlaps are with their whole laws.
     share_theta, share_t = state.log_partition_theta - own[:, 0], state.log_partition_t - own[:, 1]
-    sums = torch.empty(7, rows.count, dtype=torch.float64, device=rows.theta.device)
+    sums = torch.empty(9, rows.count, dtype=torch.float64, device=rows.theta.device)
     for block in rows.blocks():
         values = (
             state.log_partition_theta[block, None], state.log_partition_t[block, None], x[block, None],
@@ -58,13 +61,14 @@ def _mixture_figures(rows: Rows, state: State, own: Tensor, dtype: torch.dtype) 
         sums[:, block] = _block_figures(rows, block, *values, dtype, masked=False)
         if not bool(torch.isfinite(sums[:, block]).all()):
             sums[:, block] = _block_figures(rows, block, *values, dtype, masked=True)
-    mass, ratio, log_q, square_theta, square_t, overlap_theta, overlap_t = sums
-    psi = state.psi + mass.log()
-    slope = ratio / mass
+    mass, ratio, log_q, square_theta, square_t, overlap_theta, overlap_t, mass_theta, mass_t = sums
+    # What the node sums' rounding left of both models' masses.
+    psi = state.psi + mass.log() - x * mass_theta.log() - (1.0 - x) * mass_t.log()
+    slope = ratio / mass - mass_theta.log() + mass_t.log()
     return torch.stack(
         [
             (-(1.0 - x) * slope - psi).clamp(min=0.0), (x * slope - psi).clamp(min=0.0),
-            1.0 / (square_theta * mass), 1.0 / (square_t * mass),
+            mass_theta.square() / (square_theta * mass), mass_t.square() / (square_t * mass),
             own[:, 2], own[:, 3], mass.log() - log_q / mass, overlap_theta, overlap_t,
         ], -1,
     )  # fmt: skip
@@ -74,16 +78,17 @@ def _block_figures(
     rows: Rows, block: slice, at_theta: Tensor, at_t: Tensor, x: Tensor, log_norm: Tensor, share_theta: Tensor,
     share_t: Tensor, dtype: torch.dtype, *, masked: bool,
 ) -> Tensor:  # fmt: skip
-    """Sums [7, R] of q, q log(pi_theta/pi_t), q log q, pi_theta^2/q, pi_t^2/q, min(pi_theta, q), min(pi_t, q)."""
+    """Sums [9, R]: q, q log(pi_theta/pi_t), q log q, pi^2/q of both, min(pi, q) of both, and both models' masses."""
     base_theta, base_t = at_theta.to(dtype), at_t.to(dtype)
     rest_theta, rest_t = (base_theta - at_theta).to(dtype), (base_t - at_t).to(dtype)
     weight, other, norm = x.to(dtype), (1.0 - x).to(dtype), log_norm.to(dtype)
-    total = x.new_zeros(7, x.shape[0])
-    part = base_t.new_empty(7, x.shape[0])
+    part_theta, part_t = share_theta.exp().to(dtype), share_t.exp().to(dtype)
+    total = x.new_zeros(9, x.shape[0])
+    part = base_t.new_empty(9, x.shape[0])
     for chunk in rows.chunks():
         a, b = rows.read(block, chunk, dtype)
         log_theta, log_t = (a - base_theta).add_(rest_theta), (b - base_t).add_(rest_t)
-        p_theta, p_t = log_theta.add(share_theta.to(dtype)).exp_(), log_t.add(share_t.to(dtype)).exp_()
+        w_theta, w_t = log_theta.exp(), log_t.exp()
         if masked:
             outside = outside_common_support(a, b)
             log_theta.masked_fill_(outside, 0.0)
@@ -92,11 +97,12 @@ def _block_figures(
         q = log_q.exp()
         squares = [z.mul(2.0).sub_(log_q).exp_() for z in (log_theta, log_t)]
         if masked:
-            for value in (q, *squares):
+            for value in (q, w_theta, w_t, *squares):
                 value.masked_fill_(outside, 0.0)
         ratio = log_theta.sub_(log_t)
         terms = (
-            q, ratio.mul_(q), log_q.mul_(q), *squares, torch.minimum(p_theta, q), torch.minimum(p_t, q),
+            q, ratio.mul_(q), log_q.mul_(q), *squares, torch.minimum(w_theta * part_theta, q),
+            torch.minimum(w_t * part_t, q), w_theta, w_t,
         )  # fmt: skip
         for k, term in enumerate(terms):
             torch.sum(term, -1, out=part[k])

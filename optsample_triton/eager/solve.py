@@ -180,6 +180,11 @@ def _pin(rows: Rows, state: State, index: Tensor, options: Options) -> None:
         x = part.alpha
         at = _evaluate(rows.select(group), x, part, options, narrow=narrow)
         part.psi = at.psi
+        if narrow:
+            same = at.moments.identical & (part.status == Status.OK)
+            part.status[same] = int(Status.IDENTICAL)
+            if options.method == "entropy":
+                part.alpha = torch.where(same, 0.5, part.alpha)
         part.centre_theta, part.centre_t = at.moments.mean_theta, at.moments.mean_t
         part.sweeps += 1
         state.put(group, part)

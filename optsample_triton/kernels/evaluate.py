@@ -11,7 +11,7 @@ WILD = tl.constexpr(30.0)  # and beyond which no reference is known before a swe
 
 @triton.jit
 def evaluate(row, x, ends, H: tl.constexpr, PACKED: tl.constexpr, PROBS: tl.constexpr):
-    """One sweep at x, a float64 that float32 holds: psi, psi', L', the cumulants of d, and whether the rows agree.
+    """One sweep at x, a float64 that float32 holds (any float64 for far rows): psi, psi', L', the cumulants of d, and whether the rows agree.
 
     ``ends`` is (A, B, psi_half, unit), A and B relative to the references. Narrow rows go through G, where A - B would
     cancel; wide rows do not need it.
@@ -19,22 +19,23 @@ def evaluate(row, x, ends, H: tl.constexpr, PACKED: tl.constexpr, PROBS: tl.cons
     A, B, psi_half, unit = ends
     x32 = x.to(tl.float32)
     chord = A - B
+    base = x * A + (1.0 - x) * B + psi_half
     if (psi_half < -WILD) | (x < 0.0) | (x > 1.0):
-        base = tilted_top(row, x32, H, PACKED, PROBS)
-    else:
-        base = (x * A + (1.0 - x) * B + psi_half).to(tl.float32)
-    level = x * A + (1.0 - x) * B - base.to(tl.float64)
+        base = tilted_top(row, x, H, PACKED, PROBS)
+    # Far rows (unit < 1) are computed in float64 throughout; the others must find the base that they use.
+    base = tl.where(unit < 1.0, base, rounded(base))
+    level = x * A + (1.0 - x) * B - base
     if psi_half > -NARROW:
         apart = reference_gap(row)
         log_mass, mean, variance, third, fourth, to_theta, to_t, identical = narrow_moments(
-            row, x32, base, (chord + apart).to(tl.float32), 1.0 - x32, -x32, H, PACKED, PROBS
+            row, x32, base.to(tl.float32), (chord + apart).to(tl.float32), 1.0 - x32, -x32, H, PACKED, PROBS
         )
         mean -= apart
         psi = -x * to_theta - (1.0 - x) * to_t
         slope = to_t - to_theta
     else:
         log_mass, mean, variance, third, fourth = wide_moments(
-            row, x32, base, (chord * unit.to(tl.float64)).to(tl.float32), unit, H, PACKED, PROBS
+            row, x, base, (chord * unit.to(tl.float64)).to(tl.float32), unit, H, PACKED, PROBS
         )
         scale = 1.0 / unit.to(tl.float64)
         mean, variance = mean * scale, variance * scale * scale

@@ -12,6 +12,7 @@ import triton.language as tl
 from optsample_triton.kernels.evaluate import evaluate, reference_gap
 from optsample_triton.kernels.log_partition import LOG2E, first_maxima, weighted_excess
 from optsample_triton.kernels.solve import DISJOINT, INVALID, OK, _or_one
+from optsample_triton.kernels.tiles import narrowed
 
 
 @triton.jit
@@ -125,5 +126,5 @@ def _store_gradients(row, tile, scalars, lone, dead, grad_log_q_ptr, grad_theta_
     alive = keep & (dead == 0) & (sum_of - sum_of == 0.0)
     part_theta = tl.where(alive, part_theta * row[3], 0.0)
     part_t = tl.where(alive & (lone == 0), part_t * row[4], 0.0)
-    tl.store(grad_theta_ptr + offs, part_theta.to(grad_theta_ptr.dtype.element_ty), mask=inside)
-    tl.store(grad_t_ptr + offs, part_t.to(grad_t_ptr.dtype.element_ty), mask=inside)
+    tl.store(grad_theta_ptr + offs, narrowed(part_theta, grad_theta_ptr.dtype.element_ty), mask=inside)
+    tl.store(grad_t_ptr + offs, narrowed(part_t, grad_t_ptr.dtype.element_ty), mask=inside)

@@ -145,14 +145,15 @@ def survey(row, H: tl.constexpr, PACKED: tl.constexpr, PROBS: tl.constexpr):
 
 @triton.jit
 def _top_of(top, u, v, keep, x):
-    return tl.maximum(top, tl.where(keep, x * u + (1.0 - x) * v, -float("inf")))
+    z = x * u.to(tl.float64) + (1.0 - x) * v.to(tl.float64)
+    return tl.maximum(top, tl.where(keep, z, -float("inf")))
 
 
 @triton.jit
 def tilted_top(row, x, H: tl.constexpr, PACKED: tl.constexpr, PROBS: tl.constexpr):
-    """max over the common support of x a + (1 - x) b, for rows too wide for a reference known beforehand."""
+    """max over the common support of x a + (1 - x) b in float64, for points of no reference known beforehand."""
     V = row[2]
-    top = tl.full([H], -float("inf"), tl.float32)
+    top = tl.full([H], -float("inf"), tl.float64)
     for tile in tl.range(0, V, 2 * H):
         u0, u1, v0, v1, _, _, keep0, keep1 = load_pair(row, tile, H, PACKED, True, PROBS)
         top = _top_of(_top_of(top, u0, v0, keep0, x), u1, v1, keep1, x)
@@ -160,9 +161,19 @@ def tilted_top(row, x, H: tl.constexpr, PACKED: tl.constexpr, PROBS: tl.constexp
 
 
 @triton.jit
+def tilted(u, v, x, base, far):
+    """x u + (1 - x) v - base in float32, from float64 x and base; far rows are computed in float64."""
+    x32 = x.to(tl.float32)
+    z = x32 * u + (1.0 - x32) * v - base.to(tl.float32)
+    if far:
+        z = (x * u.to(tl.float64) + (1.0 - x) * v.to(tl.float64) - base).to(tl.float32)
+    return z
+
+
+@triton.jit
 def _add_wide(acc, u, v, keep, x, base, centre, unit):
     mass, m1, m2, m3, m4 = acc
-    w = tl.where(keep, tl.exp2((x * u + (1.0 - x) * v - base) * LOG2E), 0.0)
+    w = tl.where(keep, tl.exp2(tilted(u, v, x, base, unit < 1.0) * LOG2E), 0.0)
     # Tokens of no weight may lie beyond any range; the clamp keeps 0 * delta^4 at 0.
     delta = tl.minimum(tl.maximum(u * unit - v * unit - centre, -1e9), 1e9)
     wd = w * delta

@@ -14,9 +14,10 @@ def _own_half(x, inside, scale, reference):
 
 @triton.jit
 def _add_own(acc, z):
-    mass, first = acc
-    w = tl.exp2(z * 1.4426950408889634)
-    return mass + w, first + tl.where(z == -float("inf"), 0.0, w * z)
+    rest, first, tops = acc
+    top = z == 0.0
+    w = tl.where(top, 0.0, tl.exp2(z * 1.4426950408889634))
+    return rest + w, first + tl.where(z == -float("inf"), 0.0, w * z), tops + tl.where(top, 1.0, 0.0)
 
 
 @triton.jit
@@ -33,12 +34,14 @@ def own_moments(row, MODEL: tl.constexpr, H: tl.constexpr, PACKED: tl.constexpr,
     peak = tl.max(top, 0)
     base = tl.where(peak == -float("inf"), 0.0, peak)
     zero = tl.zeros([H], tl.float32)
-    acc = (zero, zero)
+    acc = (zero, zero, zero)
     for tile in tl.range(0, V, 2 * H):
         x0, x1 = load_halves(ptr, tile, V, H, PACKED, True)
         in0, in1 = inside_halves(ptr, tile, V, H)
         acc = _add_own(acc, _own_half(as_logits(x0, eps, PROBS), in0, scale, reference) - base)
         acc = _add_own(acc, _own_half(as_logits(x1, eps, PROBS), in1, scale, reference) - base)
-    mass, first = tl.sum(acc[0], 0).to(tl.float64), tl.sum(acc[1], 0).to(tl.float64)
+    # The top tokens apart: of confident rows the rest alone makes the entropy, and beside 1 it would lose its digits.
+    rest, first, tops = tl.sum(acc[0], 0).to(tl.float64), tl.sum(acc[1], 0).to(tl.float64), tl.sum(acc[2], 0)
+    mass = tops.to(tl.float64) + rest
     log_mass = tl.log(mass)
     return base.to(tl.float64) + log_mass, log_mass - first / mass

@@ -4,9 +4,9 @@ import triton
 import triton.language as tl
 
 from optsample_triton.kernels.evaluate import evaluate, rounded
-from optsample_triton.kernels.log_partition import LOG2E
+from optsample_triton.kernels.log_partition import LOG2E, tilted
 from optsample_triton.kernels.own import own_moments
-from optsample_triton.kernels.tiles import as_logits, load_pair
+from optsample_triton.kernels.tiles import as_logits, load_pair, narrowed
 
 DISJOINT = tl.constexpr(2)
 INVALID = tl.constexpr(3)
@@ -14,9 +14,9 @@ FAR = tl.constexpr(50.0)  # Chernoff information beyond which float32 would blur
 
 
 @triton.jit
-def _add_report(acc, u, v, keep, x, base, own_theta, own_t):
+def _add_report(acc, u, v, keep, x, base, far, own_theta, own_t):
     first_z, overlap_theta, overlap_t = acc
-    z = x * u + (1.0 - x) * v - base
+    z = tilted(u, v, x, base, far)
     q = tl.where(keep, tl.exp2(z * LOG2E), 0.0)
     p = tl.exp2((u - own_theta) * LOG2E)
     r = tl.exp2((v - own_t) * LOG2E)
@@ -38,33 +38,44 @@ def store_figures(row, x, psi, ends, status, figures_ptr, H: tl.constexpr, PACKE
     kl_theta, kl_t, log_ess_theta, log_ess_t = nothing, nothing, nothing, nothing
     entropy_q, overlap_theta, overlap_t = entropy_theta, nothing + 1.0, nothing
     if (status != DISJOINT) & (status != INVALID):
-        x32 = x.to(tl.float32)
-        base64 = x * A + (1.0 - x) * B + psi
-        base = base64.to(tl.float32)
-        for k in range(3):  # psi and psi' at x, psi at 2 - x and at -x
-            point = tl.where(k == 0, x, tl.where(k == 1, rounded(2.0 - x), -x))
-            plain = tl.where(k == 0, psi_half, tl.minimum(psi_half, -1.0))
+        far = unit < 1.0
+        # First what the node sums' rounding left of psi at the two ends, then psi and psi' at x, psi at 2 - x and -x.
+        for k in range(5):
+            beyond = tl.where(k == 3, 2.0 - x, -x)
+            beyond = tl.where(far, beyond, rounded(beyond))
+            point = tl.where(k == 0, 1.0, tl.where(k == 1, 0.0, tl.where(k == 2, x, beyond)))
+            plain = tl.where(k == 2, psi_half, tl.minimum(psi_half, -1.0))
             at, slope, _, _, _, _, _ = evaluate(row, point, (A, B, plain, unit), H, PACKED, False)
-            kl_theta = tl.where(k == 0, -(1.0 - x) * slope - at, kl_theta)
-            kl_t = tl.where(k == 0, x * slope - at, kl_t)
-            log_ess_theta -= tl.where(k == 2, 0.0, at)
-            log_ess_t -= tl.where(k == 1, 0.0, at)
+            kl_theta = tl.where(k == 2, -(1.0 - x) * slope - at, kl_theta)
+            kl_t = tl.where(k == 2, x * slope - at, kl_t)
+            log_ess_theta -= tl.where((k == 2) | (k == 3), at, 0.0)
+            log_ess_t -= tl.where((k == 2) | (k == 4), at, 0.0)
+            psi = tl.where(k == 2, at, psi)
+            A += tl.where(k == 0, at, 0.0)
+            B += tl.where(k == 1, at, 0.0)
+        base64 = x * A + (1.0 - x) * B + psi
         zero = tl.zeros([H], tl.float32)
         acc = (zero, zero, zero)
         for tile in tl.range(0, V, 2 * H):
             u0, u1, v0, v1, _, _, keep0, keep1 = load_pair(row, tile, H, PACKED, True, False)
-            acc = _add_report(acc, u0, v0, keep0, x32, base, own_theta.to(tl.float32), own_t.to(tl.float32))
-            acc = _add_report(acc, u1, v1, keep1, x32, base, own_theta.to(tl.float32), own_t.to(tl.float32))
-        # q here is normalised by ``base``, rounded to float32: the rest of it is put back.
-        entropy_q = (base64 - base.to(tl.float64)) - tl.sum(acc[0], 0).to(tl.float64)
+            acc = _add_report(acc, u0, v0, keep0, x, base64, far, own_theta.to(tl.float32), own_t.to(tl.float32))
+            acc = _add_report(acc, u1, v1, keep1, x, base64, far, own_theta.to(tl.float32), own_t.to(tl.float32))
+        entropy_q = -tl.sum(acc[0], 0).to(tl.float64)
         overlap_theta, overlap_t = tl.sum(acc[1], 0).to(tl.float64), tl.sum(acc[2], 0).to(tl.float64)
     kl_t = tl.where(status == DISJOINT, float("inf") + nothing, kl_t)
     log_ess_t = tl.where(status == DISJOINT, nothing - float("inf"), log_ess_t)
     void = tl.where(status == INVALID, float("nan") + nothing, nothing)
     _store_nine(
-        figures_ptr, kl_theta + void, kl_t + void, tl.exp(log_ess_theta) + void, tl.exp(log_ess_t) + void,
-        entropy_theta + void, entropy_t + void, entropy_q + void, overlap_theta + void, overlap_t + void,
+        figures_ptr, _or(kl_theta, float("inf")) + void, _or(kl_t, float("inf")) + void,
+        _or(tl.exp(log_ess_theta), 0.0) + void, _or(tl.exp(log_ess_t), 0.0) + void, entropy_theta + void,
+        entropy_t + void, _or(entropy_q, 0.0) + void, _or(overlap_theta, 0.0) + void, _or(overlap_t, 0.0) + void,
     )  # fmt: skip
+
+
+@triton.jit
+def _or(x, fill):
+    """x, or what stands for it where logits differ beyond float32's range."""
+    return tl.where(x == x, x, fill)
 
 
 @triton.jit
@@ -143,11 +154,11 @@ def store_log_q(row, x, psi, A, B, status, out_ptr, width, H: tl.constexpr, PROB
     full = V // BLOCK * BLOCK
     for tile in tl.range(0, full, BLOCK):
         value = _log_q_tile(row, tile, x, rest, lone, far, offs >= 0, BLOCK, PROBS) + void
-        tl.store(out_ptr + tile + offs, value.to(out_ptr.dtype.element_ty))
+        tl.store(out_ptr + tile + offs, narrowed(value, out_ptr.dtype.element_ty))
     if full < V:
         inside = full + offs < V
         value = _log_q_tile(row, full, x, rest, lone, far, inside, BLOCK, PROBS) + void
-        tl.store(out_ptr + full + offs, value.to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(out_ptr + full + offs, narrowed(value, out_ptr.dtype.element_ty), mask=inside)
     for tile in tl.range(V, width, BLOCK):
         nothing = tl.full([BLOCK], -float("inf"), tl.float32).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + tile + offs, nothing, mask=tile + offs < width)

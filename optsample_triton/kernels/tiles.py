@@ -84,3 +84,13 @@ def load_pair(row, start, H: tl.constexpr, PACKED: tl.constexpr, TAIL: tl.conste
     d0 = tl.where(common0, a0 * scale_theta - b0 * scale_t, 0.0)
     d1 = tl.where(common1, a1 * scale_theta - b1 * scale_t, 0.0)
     return u0, u1, v0, v1, d0, d1, common0, common1
+
+
+@triton.jit
+def narrowed(x, dtype: tl.constexpr):
+    """float32 in the dtype that it is written in, rounded to nearest even; the interpreter's own bf16 cast truncates."""
+    if dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = (bits + 32767 + ((bits >> 16) & 1)) & -65536
+        x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)

@@ -5,6 +5,7 @@ A drop-in: change the import and nothing else. NumPy arrays work wherever the do
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -43,8 +44,9 @@ class OptimalSamplingDistribution:
     ) -> None:
         if method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, but is {method!r}")
-        if not eps > 0.0:
-            raise ValueError(f"eps must be positive, but is {eps}")
+        if not math.isfinite(alpha):
+            raise ValueError(f"alpha must be finite, but is {alpha}")
+        _check_options(tol, max_iter, eps)
         self.tol = tol
         self.max_iter = max_iter
         self.eps = eps
@@ -79,8 +81,7 @@ class OptimalSamplingDistribution:
             "entropy_q": entropy_q,
             "converged": (status != Status.NOT_CONVERGED).all(),
         }
-        q_star: Tensor = log_q.exp_().reshape(pi_theta.shape)
-        return q_star, alpha, info
+        return _q_of(log_q, pi_theta), alpha, info
 
 
 def optimal_sampling_distribution(pi_theta: Tensor, pi_t: Tensor, method: str = "kl_symmetry") -> tuple[Tensor, Tensor]:
@@ -92,7 +93,7 @@ def optimal_sampling_distribution(pi_theta: Tensor, pi_t: Tensor, method: str = 
     if method == "fixed":
         fixed = torch.full((pi_theta.shape[:-1].numel(),), 0.5, device=pi_theta.device, dtype=_row_dtype(pi_theta))
     log_q, alpha, *_ = _solve(pi_theta, pi_t, fixed, method, write=True)
-    return log_q.exp_().reshape(pi_theta.shape), alpha.reshape(pi_theta.shape[:-1])
+    return _q_of(log_q, pi_theta), alpha.reshape(pi_theta.shape[:-1])
 
 
 def solve_kl_symmetry(pi_theta: Any, pi_t: Any, tol: float = 1e-6, max_iter: int = 50) -> Any:
@@ -102,7 +103,7 @@ def solve_kl_symmetry(pi_theta: Any, pi_t: Any, tol: float = 1e-6, max_iter: int
     0.5
     """
     if isinstance(pi_theta, np.ndarray):
-        return solve_kl_symmetry(_tensor(pi_theta), _tensor(pi_t), tol, max_iter).numpy()[()]
+        return solve_kl_symmetry(_tensor(pi_theta), _tensor(pi_t, "pi_t"), tol, max_iter).numpy()[()]
     check_rows(pi_theta, pi_t, "pi_theta", "pi_t")
     alpha = _solve(pi_theta, pi_t, None, "kl_symmetry", tol, max_iter)[1]
     return alpha.reshape(pi_theta.shape[:-1])
@@ -123,7 +124,7 @@ def geometric_mean(pi_theta: Any, pi_t: Any, alpha: Any, eps: float = EPS) -> An
     """
     if isinstance(pi_theta, np.ndarray):
         alpha = _tensor(np.asarray(alpha, dtype=np.float64))
-        return geometric_mean(_tensor(pi_theta), _tensor(pi_t), alpha, eps).numpy()
+        return geometric_mean(_tensor(pi_theta), _tensor(pi_t, "pi_t"), alpha, eps).numpy()
     check_rows(pi_theta, pi_t, "pi_theta", "pi_t")
     batch = pi_theta.shape[:-1]
     alpha = torch.as_tensor(alpha, device=pi_theta.device, dtype=_row_dtype(pi_theta))
@@ -134,8 +135,7 @@ def geometric_mean(pi_theta: Any, pi_t: Any, alpha: Any, eps: float = EPS) -> An
     except RuntimeError:
         raise ValueError(f"alpha must fit the rows' shape {list(batch)}, but has {list(alpha.shape)}") from None
     log_q = _solve(pi_theta, pi_t, alpha.reshape(-1), "fixed", eps=eps, write=True)[0]
-    q_alpha: Tensor = log_q.exp_().reshape(pi_theta.shape)
-    return q_alpha
+    return _q_of(log_q, pi_theta)
 
 
 def entropy(p: Any, eps: float = EPS) -> Any:
@@ -156,7 +156,8 @@ def kl_divergence(p: Any, q: Any, eps: float = EPS) -> Any:
     0.0
     """
     if isinstance(p, np.ndarray):
-        return kl_divergence(_tensor(p), _tensor(q), eps).numpy()[()]
+        return kl_divergence(_tensor(p), _tensor(q, "q"), eps).numpy()[()]
+    check_rows(p, q, "p", "q")
     return (p * torch.log((p + eps) / (q + eps))).sum(dim=-1)
 
 
@@ -167,8 +168,18 @@ def effective_sample_size(pi: Any, q: Any, eps: float = EPS) -> Any:
     1.0
     """
     if isinstance(pi, np.ndarray):
-        return effective_sample_size(_tensor(pi), _tensor(q), eps).numpy()[()]
+        return effective_sample_size(_tensor(pi), _tensor(q, "q"), eps).numpy()[()]
+    check_rows(pi, q, "pi", "q")
     return 1.0 / (pi**2 / (q + eps)).sum(dim=-1)
+
+
+def _check_options(tol: float, max_iter: int, eps: float) -> None:
+    if not 0.0 < tol < 1.0:
+        raise ValueError(f"tol must be between 0 and 1, but is {tol}")
+    if max_iter < 1:
+        raise ValueError(f"max_iter must be at least 1, but is {max_iter}")
+    if not 0.0 < eps < 1.0:
+        raise ValueError(f"eps must be between 0 and 1, but is {eps}")
 
 
 def _solve(
@@ -184,17 +195,25 @@ def _solve(
     write: bool = False,
 ) -> Any:
     """The op on probability rows. The listings are not differentiated: their gradient would end at the bisection."""
+    _check_options(tol, max_iter, eps)
     theta, t = as_matrix(pi_theta.detach()), as_matrix(pi_t.detach())
     return torch.ops.optsample.solve(
         theta, t, alpha, None, None, method, "chernoff", tol, max_iter, eps, True, diagnostics,
-        pi_theta.shape[-1] if write else 0, pi_theta.dtype,
+        pi_theta.shape[-1] if write else 0, _row_dtype(pi_theta),
     )  # fmt: skip
+
+
+def _q_of(log_q: Tensor, like: Tensor) -> Tensor:
+    """q in the rows' shape and dtype; the logarithm is float32 at least, or 16 bits of it would be percents of q."""
+    return log_q.exp_().reshape(like.shape).to(like.dtype)
 
 
 def _row_dtype(rows: Tensor) -> torch.dtype:
     return torch.float64 if rows.dtype == torch.float64 else torch.float32
 
 
-def _tensor(array: Any) -> Tensor:
+def _tensor(array: Any, name: str = "") -> Tensor:
+    if not isinstance(array, np.ndarray):
+        raise TypeError(f"{name} must be a NumPy array as the first argument is, but is {type(array).__name__}")
     # A C-ordered copy: torch takes neither read-only nor negatively strided arrays silently.
     return torch.from_numpy(np.array(array, order="C"))

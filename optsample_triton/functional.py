@@ -110,9 +110,11 @@ def log_q(
         result: Tensor = torch.ops.optsample.solve(*rows, False, shape[-1], out_dtype or logits_theta.dtype)[0]
         return result.reshape(shape)
     _check_out(out, out_dtype, logits_theta)
-    if torch.is_grad_enabled() and (logits_theta.requires_grad or logits_t.requires_grad):
-        raise ValueError("out does not go with gradients: detach the logits or leave out away")
-    torch.ops.optsample.solve_out(*rows, False, out.view(-1, shape[-1]) if out.numel() else out.reshape(0, shape[-1]))
+    differentiated = any(isinstance(x, Tensor) and x.requires_grad for x in (logits_theta, logits_t, alpha))
+    if torch.is_grad_enabled() and differentiated:
+        raise ValueError("out does not go with gradients: detach the inputs or leave out away")
+    if out.numel():
+        torch.ops.optsample.solve_out(*rows, False, out if out.dim() == 2 else out.view(-1, shape[-1]))
     return out
 
 
@@ -199,6 +201,8 @@ def _check_choice(value: str, choices: tuple[str, ...], name: str) -> None:
 
 
 def _check_out(out: Tensor, out_dtype: torch.dtype | None, theta: Tensor) -> None:
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out must be a torch.Tensor, but is {type(out).__name__}")
     if out.shape != theta.shape:
         raise ValueError(f"out must have the logits' shape {list(theta.shape)}, but has {list(out.shape)}")
     if out.device != theta.device:
@@ -207,8 +211,12 @@ def _check_out(out: Tensor, out_dtype: torch.dtype | None, theta: Tensor) -> Non
         raise TypeError(
             f"out must be of dtype {out_dtype or 'float32, bfloat16, float16 or float64'}, but is {out.dtype}"
         )
-    if out.shape[-1] > 1 and (out.stride(-1) != 1 or 0 in out.stride()):
-        raise ValueError(f"out must have contiguous, distinct rows, but has strides {list(out.stride())}")
+    vocab, strides = out.shape[-1], out.stride()
+    apart = all(stride >= vocab for size, stride in zip(out.shape[:-1], strides[:-1], strict=True) if size > 1)
+    if out.numel() and not (apart and (vocab == 1 or strides[-1] == 1)):
+        raise ValueError(f"out must have contiguous, distinct rows, but has strides {list(strides)}")
+    if out.numel() and out.dim() > 2 and out.reshape(-1, vocab).data_ptr() != out.data_ptr():
+        raise ValueError(f"out must be viewable as a matrix of rows, but has strides {list(strides)}")
 
 
 def _per_row(value: float | Tensor, theta: Tensor, name: str) -> Tensor:

@@ -51,6 +51,9 @@ def solve(
 ) -> tuple[Tensor, ...]:
     """alpha, log_z, status, sweeps [N], partitions [N, 4], figures [N, 9]; log q* goes into ``out``."""
     n, vocab = theta.shape
+    alpha, inverse_temperature_theta, inverse_temperature_t = (
+        None if x is None else x.contiguous() for x in (alpha, inverse_temperature_theta, inverse_temperature_t)
+    )
     row = functools.partial(torch.empty, n, device=theta.device)
     results = row(dtype=torch.float32), row(dtype=torch.float32), row(dtype=torch.uint8), row(dtype=torch.int32)
     partitions = torch.empty(n, 4, dtype=torch.float64, device=theta.device)
@@ -91,6 +94,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients in theta and t [N, V], and in alpha [N]."""
     n, vocab = theta.shape
+    inverse_temperature_theta, inverse_temperature_t = (
+        None if x is None else x.contiguous() for x in (inverse_temperature_theta, inverse_temperature_t)
+    )
     grad_theta = torch.empty(n, vocab, dtype=theta.dtype, device=theta.device)
     grad_t, grad_given = torch.empty_like(grad_theta), torch.empty_like(alpha)
     if grad_log_q is not None and grad_log_q.stride(-1) != 1:

@@ -11,7 +11,9 @@ WILD = tl.constexpr(30.0)  # and beyond which no reference is known before a swe
 
 @triton.jit
 def evaluate(row, x, ends, H: tl.constexpr, PACKED: tl.constexpr, PROBS: tl.constexpr):
-    """One sweep at x, a float64 that float32 holds (any float64 for far rows): psi, psi', L', the cumulants of d, and whether the rows agree.
+    """One sweep at x: psi, psi', L', the cumulants of d, and whether the rows agree.
+
+    x is a float64 that float32 holds; far rows take any.
 
     ``ends`` is (A, B, psi_half, unit), A and B relative to the references. Narrow rows go through G, where A - B would
     cancel; wide rows do not need it.

@@ -277,6 +277,9 @@ def solve_kernel(
         alpha, psi, error, low, high, A, B, psi_half, target, finite = start(row, total, PROBS)
         status, sweeps = tl.zeros([], tl.int32), tl.full([], 1, tl.int32)
         task = tl.where(error <= tol, DONE, STEP)
+        if METHOD == KL_SYMMETRY:
+            short = (task == STEP) & (sweeps >= max_iter)
+            task, status = tl.where(short, PIN, task), tl.where(short, NOT_CONVERGED, status)
         unit = tl.full([], 1.0, tl.float32)
         if finite == 0:
             # A NaN, +inf or empty row, or one of no references: its weights underflow between the nodes, or its

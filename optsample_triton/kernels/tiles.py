@@ -88,7 +88,7 @@ def load_pair(row, start, H: tl.constexpr, PACKED: tl.constexpr, TAIL: tl.conste
 
 @triton.jit
 def narrowed(x, dtype: tl.constexpr):
-    """float32 in the dtype that it is written in, rounded to nearest even; the interpreter's own bf16 cast truncates."""
+    """float32 in the dtype that it is written in, to nearest even: the interpreter's own bf16 cast truncates."""
     if dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         rounded = (bits + 32767 + ((bits >> 16) & 1)) & -65536

@@ -82,7 +82,7 @@ def gradients(
             part_theta = weight * (mix - level * (q * up + excess_theta)) + pull[col] * root_theta
             part_t = (1.0 - weight) * (mix - level * (q * down + excess_t)) + pull[col] * root_t
             # Rows whose differences overflow have no gradient worth the name: 0, not NaN.
-            dead = outside | invalid[col] | ~torch.isfinite(part_theta + part_t)
+            dead = outside | invalid[col] | ~torch.isfinite((part_theta.abs() + part_t.abs()).to(rows.theta.dtype))
             grad_theta[block, chunk] = part_theta.masked_fill(dead, 0.0)
             grad_t[block, chunk] = part_t.masked_fill(dead | lone, 0.0)
     return grad_theta, grad_t, torch.where(invalid | disjoint, 0.0, grad_x)

@@ -17,9 +17,20 @@ FIGURES = 9
 
 def entropy_alpha(rows: Rows) -> Tensor:
     """The entropy formula H_theta / (H_theta + H_t), [N]; 1/2 where both entropies are 0."""
-    entropies = own_moments(rows)[:, 2:]
+    entropies = _probability_entropies(rows) if rows.eps >= 0.0 else own_moments(rows)[:, 2:]
     total = entropies.sum(-1)
     return torch.where(total > 0, entropies[:, 0] / total, torch.where(total == 0, 0.5, torch.nan))
+
+
+def _probability_entropies(rows: Rows) -> Tensor:
+    """The documents' -sum p log(p + eps) of both models, [N, 2]."""
+    entropies = torch.zeros(rows.count, 2, dtype=torch.float64, device=rows.theta.device)
+    for block in rows.blocks():
+        for chunk in rows.chunks():
+            logs, probabilities = rows.read(block, chunk, torch.float64), rows.raw(block, chunk)
+            for model in (0, 1):
+                entropies[block, model] -= (probabilities[model].double() * logs[model]).sum(-1)
+    return entropies
 
 
 def _by_precision(rows: Rows, state: State) -> Iterator[tuple[Tensor, torch.dtype]]:

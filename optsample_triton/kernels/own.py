@@ -45,3 +45,16 @@ def own_moments(row, MODEL: tl.constexpr, H: tl.constexpr, PACKED: tl.constexpr,
     mass = tops.to(tl.float64) + rest
     log_mass = tl.log(mass)
     return base.to(tl.float64) + log_mass, log_mass - first / mass
+
+
+@triton.jit
+def probability_entropies(row, H: tl.constexpr, PACKED: tl.constexpr):
+    """The documents' -sum p log(p + eps) of both models."""
+    theta_ptr, t_ptr, V, eps = row[0], row[1], row[2], row[7]
+    sum_theta, sum_t = tl.zeros([H], tl.float32), tl.zeros([H], tl.float32)
+    for tile in tl.range(0, V, 2 * H):
+        p0, p1 = load_halves(theta_ptr, tile, V, H, PACKED, True)
+        r0, r1 = load_halves(t_ptr, tile, V, H, PACKED, True)
+        sum_theta -= p0 * tl.log(p0 + eps) + p1 * tl.log(p1 + eps)
+        sum_t -= r0 * tl.log(r0 + eps) + r1 * tl.log(r1 + eps)
+    return tl.sum(sum_theta, 0).to(tl.float64), tl.sum(sum_t, 0).to(tl.float64)

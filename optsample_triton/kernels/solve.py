@@ -10,7 +10,7 @@ import triton.language as tl
 
 from optsample_triton.kernels.evaluate import NARROW, evaluate, reference_gap, rounded
 from optsample_triton.kernels.log_partition import chunk_nodes, first_maxima, narrow_moments, survey
-from optsample_triton.kernels.own import own_moments
+from optsample_triton.kernels.own import own_moments, probability_entropies
 from optsample_triton.kernels.report import store_figures, store_log_q, store_probability_figures
 from optsample_triton.kernels.root import interpolate, safeguarded_step
 
@@ -328,7 +328,10 @@ def _blank():
 @triton.jit
 def entropy_formula(row, H: tl.constexpr, PACKED: tl.constexpr, PROBS: tl.constexpr):
     """H_theta / (H_theta + H_t); 1/2 where both are 0."""
-    entropy_theta, entropy_t = own_moments(row, 0, H, PACKED, PROBS)[1], own_moments(row, 1, H, PACKED, PROBS)[1]
+    if PROBS:
+        entropy_theta, entropy_t = probability_entropies(row, H, PACKED)
+    else:
+        entropy_theta, entropy_t = own_moments(row, 0, H, PACKED, PROBS)[1], own_moments(row, 1, H, PACKED, PROBS)[1]
     both = entropy_theta + entropy_t
     return tl.where(both > 0.0, entropy_theta / both, 0.5)
 

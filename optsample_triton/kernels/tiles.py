@@ -61,6 +61,12 @@ def as_logits(x, eps, PROBS: tl.constexpr):
 
 
 @triton.jit
+def _log_ratio(p, r, log_p, log_r):
+    """log(p / r) to the last digits: near 1 the logs are exact, below they are long and the ratio is better."""
+    return tl.where(tl.minimum(p, r) > 0.1, log_p - log_r, tl.log(p / r))
+
+
+@triton.jit
 def load_pair(row, start, H: tl.constexpr, PACKED: tl.constexpr, TAIL: tl.constexpr, PROBS: tl.constexpr):
     """a and b in nats relative to the row's references, d = a - b, and the masks of the common support, as halves.
 
@@ -68,10 +74,10 @@ def load_pair(row, start, H: tl.constexpr, PACKED: tl.constexpr, TAIL: tl.conste
     beyond V, the values are 0 and the mask is False. d is not taken from the other two: of close logits a - b is exact.
     """
     theta_ptr, t_ptr, V, scale_theta, scale_t, ref_theta, ref_t, eps = row
-    a0, a1 = load_halves(theta_ptr, start, V, H, PACKED, TAIL)
-    b0, b1 = load_halves(t_ptr, start, V, H, PACKED, TAIL)
-    a0, a1 = as_logits(a0, eps, PROBS), as_logits(a1, eps, PROBS)
-    b0, b1 = as_logits(b0, eps, PROBS), as_logits(b1, eps, PROBS)
+    p0, p1 = load_halves(theta_ptr, start, V, H, PACKED, TAIL)
+    r0, r1 = load_halves(t_ptr, start, V, H, PACKED, TAIL)
+    a0, a1 = as_logits(p0, eps, PROBS), as_logits(p1, eps, PROBS)
+    b0, b1 = as_logits(r0, eps, PROBS), as_logits(r1, eps, PROBS)
     common0 = (a0 != -float("inf")) & (b0 != -float("inf"))
     common1 = (a1 != -float("inf")) & (b1 != -float("inf"))
     if TAIL:
@@ -81,8 +87,11 @@ def load_pair(row, start, H: tl.constexpr, PACKED: tl.constexpr, TAIL: tl.conste
     u1 = tl.where(common1, (a1 - ref_theta) * scale_theta, 0.0)
     v0 = tl.where(common0, (b0 - ref_t) * scale_t, 0.0)
     v1 = tl.where(common1, (b1 - ref_t) * scale_t, 0.0)
-    d0 = tl.where(common0, a0 * scale_theta - b0 * scale_t, 0.0)
-    d1 = tl.where(common1, a1 * scale_theta - b1 * scale_t, 0.0)
+    if PROBS:
+        d0, d1 = _log_ratio(p0 + eps, r0 + eps, a0, b0), _log_ratio(p1 + eps, r1 + eps, a1, b1)
+    else:
+        d0, d1 = a0 * scale_theta - b0 * scale_t, a1 * scale_theta - b1 * scale_t
+    d0, d1 = tl.where(common0, d0, 0.0), tl.where(common1, d1, 0.0)
     return u0, u1, v0, v1, d0, d1, common0, common1
 
 

@@ -61,9 +61,11 @@ def as_logits(x, eps, PROBS: tl.constexpr):
 
 
 @triton.jit
-def _log_ratio(p, r, log_p, log_r):
-    """log(p / r) to the last digits: near 1 the logs are exact, below they are long and the ratio is better."""
-    return tl.where(tl.minimum(p, r) > 0.1, log_p - log_r, tl.log(p / r))
+def _log_ratio(p, r):
+    """log(p / r) to the last digits: of close probabilities p - r is exact, and log1p of it a short series."""
+    t = (p - r) / r
+    series = t * (1.0 + t * (-0.5 + t * (1.0 / 3.0 + t * (-0.25 + 0.2 * t))))
+    return tl.where(tl.abs(t) < 0.02, series, tl.log(p / r))
 
 
 @triton.jit
@@ -88,7 +90,7 @@ def load_pair(row, start, H: tl.constexpr, PACKED: tl.constexpr, TAIL: tl.conste
     v0 = tl.where(common0, (b0 - ref_t) * scale_t, 0.0)
     v1 = tl.where(common1, (b1 - ref_t) * scale_t, 0.0)
     if PROBS:
-        d0, d1 = _log_ratio(p0 + eps, r0 + eps, a0, b0), _log_ratio(p1 + eps, r1 + eps, a1, b1)
+        d0, d1 = _log_ratio(p0 + eps, r0 + eps), _log_ratio(p1 + eps, r1 + eps)
     else:
         d0, d1 = a0 * scale_theta - b0 * scale_t, a1 * scale_theta - b1 * scale_t
     d0, d1 = tl.where(common0, d0, 0.0), tl.where(common1, d1, 0.0)

@@ -371,6 +371,6 @@ def finish(
         if PROBS:
             store_probability_figures(row, alpha, psi, A, B, status, figures_ptr + 9 * index, H, PACKED)
         else:
-            store_figures(row, alpha, psi, (A, B, psi_half, unit), status, figures_ptr + 9 * index, H, PACKED)
+            store_figures(row, alpha, psi, (A, B, psi_half, unit), status, figures_ptr + 9 * index, H // 2, PACKED)
     if out_ptr is not None:
         store_log_q(row, alpha, psi, A, B, status, out_ptr + index * stride_out, width, H, PROBS)

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from optsample_triton import backend
-from optsample_triton.types import Options
-
-FIGURES = 9  # the fields of Diagnostics without the sweeps
+from optsample_triton.types import FIGURES, Options
 
 # detach says that gradients stop at alpha; eps >= 0 that the rows are probabilities.
 _INPUTS = (

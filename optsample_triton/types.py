@@ -102,6 +102,8 @@ class Solution(NamedTuple):
         return self._diagnostic("sweeps")
 
 
+FIGURES = len(Diagnostics._fields) - 1  # what the backends compute: all fields but the sweeps
+
 METHODS = ("kl_symmetry", "ess_balance", "entropy", "fixed")
 ALGORITHMS = ("chernoff", "bisect")
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -8,7 +8,7 @@ from torch import Tensor
 from optsample_triton.eager import gradient, report
 from optsample_triton.eager.rows import Rows
 from optsample_triton.eager.solve import solve as solve_rows
-from optsample_triton.types import Options
+from optsample_triton.types import FIGURES, Options
 
 
 def solve(
@@ -31,7 +31,7 @@ def solve(
     state = solve_rows(rows, options, alpha)
     dtype = rows.working_dtype
     if not diagnostics:
-        figures = torch.empty(0, report.FIGURES, device=theta.device)
+        figures = torch.empty(0, FIGURES, device=theta.device)
     elif options.from_probabilities:
         figures = report.probability_figures(rows, state)
     else:

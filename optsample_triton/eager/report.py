@@ -10,9 +10,7 @@ from torch import Tensor
 from optsample_triton.eager.log_partition import own_moments
 from optsample_triton.eager.rows import Rows, outside_common_support
 from optsample_triton.eager.solve import FAR, State
-from optsample_triton.types import Status
-
-FIGURES = 9
+from optsample_triton.types import FIGURES, Status
 
 
 def entropy_alpha(rows: Rows) -> Tensor:

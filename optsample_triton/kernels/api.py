@@ -11,9 +11,8 @@ from torch import Tensor
 from optsample_triton import backend, launch
 from optsample_triton.kernels.gradient import gradient_kernel
 from optsample_triton.kernels.solve import BISECT, ENTROPY, ESS_BALANCE, FIXED, KL_SYMMETRY, SUMS, solve_kernel
-from optsample_triton.types import Options
+from optsample_triton.types import FIGURES, Options
 
-FIGURES = 9
 METHODS = {
     ("kl_symmetry", "chernoff"): KL_SYMMETRY.value,
     ("kl_symmetry", "bisect"): BISECT.value,

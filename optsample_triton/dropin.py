@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from optsample_triton.functional import as_matrix, check_rows
+from optsample_triton.arguments import as_matrix, check_rows
 from optsample_triton.types import METHODS, Status
 
 EPS = 1e-10

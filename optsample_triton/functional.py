@@ -6,13 +6,13 @@ synchronise): they set a row's status. Wrong arguments raise at once.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from optsample_triton import ops
+import optsample_triton.ops  # noqa: F401 (defines torch.ops.optsample)
+from optsample_triton.arguments import as_matrix, check_choice, check_out, check_rows, inverse_temperature, per_row
 from optsample_triton.types import ALGORITHMS, INPUT_DTYPES, METHODS, Diagnostics, Solution
 
 # Methods whose alpha has no implicit gradient here; their mixture has one.
@@ -109,7 +109,7 @@ def log_q(
     if out is None:
         result: Tensor = torch.ops.optsample.solve(*rows, False, shape[-1], out_dtype or logits_theta.dtype)[0]
         return result.reshape(shape)
-    _check_out(out, out_dtype, logits_theta)
+    check_out(out, out_dtype, logits_theta)
     differentiated = any(isinstance(x, Tensor) and x.requires_grad for x in (logits_theta, logits_t, alpha))
     if torch.is_grad_enabled() and differentiated:
         raise ValueError("out does not go with gradients: detach the inputs or leave out away")
@@ -133,8 +133,8 @@ def _prepare(
 ) -> tuple[tuple[Any, ...], torch.Size, torch.Size]:
     """Check the arguments; return the op's first ones (rows as [N, V]), the batch's shape and the rows' shape."""
     check_rows(theta, t, "logits_theta", "logits_t")
-    _check_choice(method, METHODS, "method")
-    _check_choice(algorithm, ALGORITHMS, "algorithm")
+    check_choice(method, METHODS, "method")
+    check_choice(algorithm, ALGORITHMS, "algorithm")
     if alpha is not None and method not in ("kl_symmetry", "fixed"):
         raise ValueError(f'alpha goes with method="fixed" only, but method is {method!r}')
     if alpha is None and method == "fixed":
@@ -153,9 +153,9 @@ def _prepare(
     rows = (
         as_matrix(theta)[:, :vocab_size],
         as_matrix(t)[:, :vocab_size],
-        None if alpha is None else _per_row(alpha, theta, "alpha"),
-        _inverse_temperature(temperature_theta, theta, "temperature_theta"),
-        _inverse_temperature(temperature_t, theta, "temperature_t"),
+        None if alpha is None else per_row(alpha, theta, "alpha"),
+        inverse_temperature(temperature_theta, theta, "temperature_theta"),
+        inverse_temperature(temperature_t, theta, "temperature_t"),
         "fixed" if alpha is not None else method,
         algorithm,
         float(tol),
@@ -164,81 +164,3 @@ def _prepare(
         bool(detach),
     )
     return rows, batch, shape
-
-
-def check_rows(theta: Tensor, t: Tensor, name_theta: str, name_t: str) -> None:
-    """Two floating-point tensors [..., V] of one shape, dtype and device, V >= 1."""
-    for value, name in ((theta, name_theta), (t, name_t)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, but is {type(value).__name__}")
-        if value.dtype not in INPUT_DTYPES:
-            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, but is {value.dtype}")
-        if value.dim() < 1 or value.shape[-1] < 1:
-            raise ValueError(f"{name} must have shape [..., V] with V >= 1, but has shape {list(value.shape)}")
-    if t.shape[-1] != theta.shape[-1]:
-        raise ValueError(
-            f"{name_t} has a vocabulary of {t.shape[-1]}, but {name_theta} has one of {theta.shape[-1]}: "
-            "slice both to the shared entries"
-        )
-    if t.shape != theta.shape:
-        raise ValueError(f"{name_t} must have the shape of {name_theta}, {list(theta.shape)}, but has {list(t.shape)}")
-    if t.dtype != theta.dtype:
-        raise TypeError(f"{name_t} must have the dtype of {name_theta}, {theta.dtype}, but has {t.dtype}")
-    if t.device != theta.device:
-        raise ValueError(f"{name_t} must be on the device of {name_theta}, {theta.device}, but is on {t.device}")
-
-
-def as_matrix(rows: Tensor) -> Tensor:
-    """[..., V] as [N, V] with a contiguous last dimension; a copy only where no view can give that."""
-    if rows.shape[-1] > 1 and rows.stride(-1) != 1:
-        rows = rows.contiguous()
-    return rows.reshape(-1, rows.shape[-1]) if rows.dim() != 2 else rows
-
-
-def _check_choice(value: str, choices: tuple[str, ...], name: str) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, but is {value!r}")
-
-
-def _check_out(out: Tensor, out_dtype: torch.dtype | None, theta: Tensor) -> None:
-    if not isinstance(out, Tensor):
-        raise TypeError(f"out must be a torch.Tensor, but is {type(out).__name__}")
-    if out.shape != theta.shape:
-        raise ValueError(f"out must have the logits' shape {list(theta.shape)}, but has {list(out.shape)}")
-    if out.device != theta.device:
-        raise ValueError(f"out must be on the logits' device {theta.device}, but is on {out.device}")
-    if out.dtype not in INPUT_DTYPES or (out_dtype is not None and out.dtype != out_dtype):
-        raise TypeError(
-            f"out must be of dtype {out_dtype or 'float32, bfloat16, float16 or float64'}, but is {out.dtype}"
-        )
-    vocab, strides = out.shape[-1], out.stride()
-    apart = all(stride >= vocab for size, stride in zip(out.shape[:-1], strides[:-1], strict=True) if size > 1)
-    if out.numel() and not (apart and (vocab == 1 or strides[-1] == 1)):
-        raise ValueError(f"out must have contiguous, distinct rows, but has strides {list(strides)}")
-    if out.numel() and out.dim() > 2 and out.reshape(-1, vocab).data_ptr() != out.data_ptr():
-        raise ValueError(f"out must be viewable as a matrix of rows, but has strides {list(strides)}")
-
-
-def _per_row(value: float | Tensor, theta: Tensor, name: str) -> Tensor:
-    """A float or a tensor of the batch's shape (or 0-d) as [N] in the result's dtype, on the rows' device."""
-    batch, dtype = theta.shape[:-1], ops.result_dtype(theta.dtype)
-    if isinstance(value, Tensor):
-        if value.dim() and value.shape != batch:
-            raise ValueError(f"{name} must be a float or have shape {list(batch)}, but has {list(value.shape)}")
-        if value.device != theta.device and value.dim():
-            raise ValueError(f"{name} must be on the logits' device {theta.device}, but is on {value.device}")
-        return value.to(device=theta.device, dtype=dtype).expand(batch).reshape(-1).contiguous()
-    if not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a float or a tensor, but is {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, but is {value}")
-    return torch.full((batch.numel(),), float(value), dtype=dtype, device=theta.device)
-
-
-def _inverse_temperature(value: float | Tensor, theta: Tensor, name: str) -> Tensor | None:
-    if not isinstance(value, Tensor):
-        if isinstance(value, (int, float)) and not (0.0 < value < math.inf):
-            raise ValueError(f"{name} must be positive and finite, but is {value}")
-        if value == 1.0:
-            return None
-    return _per_row(value, theta, name).reciprocal()

@@ -1,8 +1,4 @@
-"""The torch custom ops: schema, fake implementations and autograd. Each op picks its backend by the rows' device.
-
-Rows arrive here as [N, V] matrices whose last dimension is contiguous. On the Triton backend the ops never
-synchronise with the host, so that they can be compiled (fullgraph) and captured in a CUDA graph.
-"""
+"""The ops that solve: alpha*, log q* and diagnostics, and their gradient."""
 
 from __future__ import annotations
 
@@ -11,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optsample_triton import backend
+from optsample_triton.ops.library import backend_of, implement, library, result_dtype
 from optsample_triton.types import FIGURES, Options
 
 # detach says that gradients stop at alpha; eps >= 0 that the rows are probabilities.
@@ -21,28 +17,13 @@ _INPUTS = (
 )
 # log q* [N, width] ([0, 0] for width 0), alpha, log_z, status, sweeps [N], partitions [N, 4], figures [N, 9]
 _OUTPUTS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-_library = torch.library.Library("optsample", "DEF")
-_library.define(f"solve({_INPUTS}, int width, ScalarType dtype) -> {_OUTPUTS}")
-_library.define(f"solve_out({_INPUTS}, Tensor(a!) out) -> (Tensor, Tensor, Tensor)")
-_library.define(
+library.define(f"solve({_INPUTS}, int width, ScalarType dtype) -> {_OUTPUTS}")
+library.define(f"solve_out({_INPUTS}, Tensor(a!) out) -> (Tensor, Tensor, Tensor)")
+library.define(
     "solve_backward(Tensor theta, Tensor t, Tensor alpha, Tensor status, Tensor partitions, "
     "Tensor? inverse_temperature_theta, Tensor? inverse_temperature_t, "
     "Tensor? grad_log_q, Tensor? grad_alpha, Tensor? grad_log_z, bool through_root) -> (Tensor, Tensor, Tensor)"
 )
-
-
-def result_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _backend(rows: Tensor) -> Any:
-    if backend.choose(rows.device, rows.dtype)[0] == "triton":
-        from optsample_triton.kernels import api as kernels
-
-        return kernels
-    from optsample_triton.eager import api as eager
-
-    return eager
 
 
 def _solve_into(
@@ -63,7 +44,7 @@ def _solve_into(
 ) -> tuple[Tensor, ...]:
     options = Options(method, algorithm, tol, max_iter, eps)
     temperatures = inverse_temperature_theta, inverse_temperature_t
-    result: tuple[Tensor, ...] = _backend(theta).solve(theta, t, alpha, *temperatures, options, diagnostics, out)
+    result: tuple[Tensor, ...] = backend_of(theta).solve(theta, t, alpha, *temperatures, options, diagnostics, out)
     return result
 
 
@@ -94,17 +75,11 @@ def _solve_backward(
     through_root: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients in theta, t [N, V] (their dtype) and in alpha [N]."""
-    result: tuple[Tensor, Tensor, Tensor] = _backend(theta).backward(
+    result: tuple[Tensor, Tensor, Tensor] = backend_of(theta).backward(
         theta, t, alpha, status, partitions, inverse_temperature_theta, inverse_temperature_t,
         grad_log_q, grad_alpha, grad_log_z, through_root,
     )  # fmt: skip
     return result
-
-
-for _key in ("CPU", "CUDA"):
-    _library.impl("solve", _solve, _key)
-    _library.impl("solve_out", _solve_out, _key)
-    _library.impl("solve_backward", _solve_backward, _key)
 
 
 def _fake_rows(theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,9 +111,9 @@ def _fake_backward(theta: Tensor, t: Tensor, alpha: Tensor, *args: Any) -> tuple
     return theta.new_empty(theta.shape), t.new_empty(t.shape), torch.empty_like(alpha)
 
 
-torch.library.register_fake("optsample::solve", _fake_solve)
-torch.library.register_fake("optsample::solve_out", _fake_solve_out)
-torch.library.register_fake("optsample::solve_backward", _fake_backward)
+implement("solve", _solve, _fake_solve)
+implement("solve_out", _solve_out, _fake_solve_out)
+implement("solve_backward", _solve_backward, _fake_backward)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

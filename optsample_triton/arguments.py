@@ -1,0 +1,89 @@
+"""Arguments checked and brought into the ops' form: one sentence for each thing that can be wrong with them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from optsample_triton.ops.library import result_dtype
+from optsample_triton.types import INPUT_DTYPES
+
+
+def check_rows(theta: Tensor, t: Tensor, name_theta: str, name_t: str) -> None:
+    """Two floating-point tensors [..., V] of one shape, dtype and device, V >= 1."""
+    for value, name in ((theta, name_theta), (t, name_t)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, but is {type(value).__name__}")
+        if value.dtype not in INPUT_DTYPES:
+            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, but is {value.dtype}")
+        if value.dim() < 1 or value.shape[-1] < 1:
+            raise ValueError(f"{name} must have shape [..., V] with V >= 1, but has shape {list(value.shape)}")
+    if t.shape[-1] != theta.shape[-1]:
+        raise ValueError(
+            f"{name_t} has a vocabulary of {t.shape[-1]}, but {name_theta} has one of {theta.shape[-1]}: "
+            "slice both to the shared entries"
+        )
+    if t.shape != theta.shape:
+        raise ValueError(f"{name_t} must have the shape of {name_theta}, {list(theta.shape)}, but has {list(t.shape)}")
+    if t.dtype != theta.dtype:
+        raise TypeError(f"{name_t} must have the dtype of {name_theta}, {theta.dtype}, but has {t.dtype}")
+    if t.device != theta.device:
+        raise ValueError(f"{name_t} must be on the device of {name_theta}, {theta.device}, but is on {t.device}")
+
+
+def as_matrix(rows: Tensor) -> Tensor:
+    """[..., V] as [N, V] with a contiguous last dimension; a copy only where no view can give that."""
+    if rows.shape[-1] > 1 and rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    return rows.reshape(-1, rows.shape[-1]) if rows.dim() != 2 else rows
+
+
+def check_choice(value: str, choices: tuple[str, ...], name: str) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, but is {value!r}")
+
+
+def check_out(out: Tensor, out_dtype: torch.dtype | None, theta: Tensor) -> None:
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out must be a torch.Tensor, but is {type(out).__name__}")
+    if out.shape != theta.shape:
+        raise ValueError(f"out must have the logits' shape {list(theta.shape)}, but has {list(out.shape)}")
+    if out.device != theta.device:
+        raise ValueError(f"out must be on the logits' device {theta.device}, but is on {out.device}")
+    if out.dtype not in INPUT_DTYPES or (out_dtype is not None and out.dtype != out_dtype):
+        raise TypeError(
+            f"out must be of dtype {out_dtype or 'float32, bfloat16, float16 or float64'}, but is {out.dtype}"
+        )
+    vocab, strides = out.shape[-1], out.stride()
+    apart = all(stride >= vocab for size, stride in zip(out.shape[:-1], strides[:-1], strict=True) if size > 1)
+    if out.numel() and not (apart and (vocab == 1 or strides[-1] == 1)):
+        raise ValueError(f"out must have contiguous, distinct rows, but has strides {list(strides)}")
+    if out.numel() and out.dim() > 2 and out.reshape(-1, vocab).data_ptr() != out.data_ptr():
+        raise ValueError(f"out must be viewable as a matrix of rows, but has strides {list(strides)}")
+
+
+def per_row(value: float | Tensor, theta: Tensor, name: str) -> Tensor:
+    """A float or a tensor of the batch's shape (or 0-d) as [N] in the result's dtype, on the rows' device."""
+    batch, dtype = theta.shape[:-1], result_dtype(theta.dtype)
+    if isinstance(value, Tensor):
+        if value.dim() and value.shape != batch:
+            raise ValueError(f"{name} must be a float or have shape {list(batch)}, but has {list(value.shape)}")
+        if value.device != theta.device and value.dim():
+            raise ValueError(f"{name} must be on the logits' device {theta.device}, but is on {value.device}")
+        return value.to(device=theta.device, dtype=dtype).expand(batch).reshape(-1).contiguous()
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float or a tensor, but is {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, but is {value}")
+    return torch.full((batch.numel(),), float(value), dtype=dtype, device=theta.device)
+
+
+def inverse_temperature(value: float | Tensor, theta: Tensor, name: str) -> Tensor | None:
+    if not isinstance(value, Tensor):
+        if isinstance(value, (int, float)) and not (0.0 < value < math.inf):
+            raise ValueError(f"{name} must be positive and finite, but is {value}")
+        if value == 1.0:
+            return None
+    return per_row(value, theta, name).reciprocal()

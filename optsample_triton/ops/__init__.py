@@ -1,0 +1,7 @@
+"""The torch custom ops: schema, fake implementations and autograd. Each op picks its backend by the rows' device.
+
+Rows arrive here as [N, V] matrices whose last dimension is contiguous. On the Triton backend the ops never
+synchronise with the host, so that they can be compiled (fullgraph) and captured in a CUDA graph.
+"""
+
+from optsample_triton.ops import solve as solve  # importing a module defines its ops

@@ -1,0 +1,35 @@
+"""What all ops share: the library that they are defined in, and the choice of a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optsample_triton import backend
+
+library = torch.library.Library("optsample", "DEF")
+
+
+def implement(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """The op's implementation for all devices that it knows, and what the compiler is told of its outputs."""
+    for key in ("CPU", "CUDA"):
+        library.impl(name, function, key)
+    torch.library.register_fake(f"optsample::{name}", fake)
+
+
+def backend_of(rows: Tensor) -> Any:
+    """The module with the chosen backend's functions, kernels.api or eager.api."""
+    if backend.choose(rows.device, rows.dtype)[0] == "triton":
+        from optsample_triton.kernels import api as kernels
+
+        return kernels
+    from optsample_triton.eager import api as eager
+
+    return eager
+
+
+def result_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

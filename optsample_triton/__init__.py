@@ -1,7 +1,8 @@
 """Sample from, and learn from, the optimal distribution between two language models.
 
 q* is the geometric mean of two models, pi_theta^alpha pi_t^(1-alpha) / Z, with alpha where both KL divergences are
-equal. ``solve`` and ``log_q`` work on logits; the other functions are drop-ins for the documents' own.
+equal. ``solve``, ``log_q``, ``sample`` and ``verify`` work on logits; the other functions are drop-ins for the
+documents' own.
 """
 
 from optsample_triton._version import __version__
@@ -16,13 +17,16 @@ from optsample_triton.dropin import (
     solve_kl_symmetry_batch,
 )
 from optsample_triton.functional import log_q, solve
-from optsample_triton.types import Diagnostics, Solution, Status
+from optsample_triton.sampling import sample, verify
+from optsample_triton.types import Diagnostics, Sample, Solution, Status, Verified
 
 __all__ = [
     "Diagnostics",
     "OptimalSamplingDistribution",
+    "Sample",
     "Solution",
     "Status",
+    "Verified",
     "__version__",
     "effective_sample_size",
     "entropy",
@@ -30,7 +34,9 @@ __all__ = [
     "kl_divergence",
     "log_q",
     "optimal_sampling_distribution",
+    "sample",
     "solve",
     "solve_kl_symmetry",
     "solve_kl_symmetry_batch",
+    "verify",
 ]

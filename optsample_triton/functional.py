@@ -59,7 +59,7 @@ def solve(
     >>> [round(x, 4) for x in (solution.alpha.item(), solution.log_z.item())], solution.status.tolist()
     ([0.5, -0.0872], [0])
     """
-    rows, shape, _ = _prepare(
+    rows, shape, _ = prepare(
         logits_theta, logits_t, alpha, method, algorithm, temperature_theta, temperature_t, vocab_size, tol, max_iter,
         detach_alpha,
     )  # fmt: skip
@@ -100,7 +100,7 @@ def log_q(
     >>> log_q(a, b).exp().tolist()
     [0.5, 0.5]
     """
-    rows, _, shape = _prepare(
+    rows, _, shape = prepare(
         logits_theta, logits_t, alpha, method, algorithm, temperature_theta, temperature_t, vocab_size, tol, max_iter,
         detach_alpha,
     )  # fmt: skip
@@ -118,7 +118,7 @@ def log_q(
     return out
 
 
-def _prepare(
+def prepare(
     theta: Tensor,
     t: Tensor,
     alpha: float | Tensor | None,

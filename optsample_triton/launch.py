@@ -26,6 +26,10 @@ SHAPES: dict[str, dict[int, Shape]] = {
     "hip": {16: Shape(1024, 8192, 2, 4), 32: Shape(1024, 8192, 2, 4)},
     "interpreter": {16: Shape(4096, 16384, 1, 4), 32: Shape(4096, 16384, 1, 4)},
 }
+# A draw picks a chunk, a tile of it, and a token of that. The same sizes everywhere: with the same uniforms a row then
+# gets the same token on every device.
+DRAW_CHUNK = 8192
+DRAW_TILE = 1024
 INTERPRETER_PROCESSORS = 4  # a stand-in, so that the interpreter's small batches are split as well
 
 
@@ -36,6 +40,26 @@ def shape(kind: str, dtype: torch.dtype) -> Shape:
     8192
     """
     return SHAPES[kind][torch.finfo(dtype).bits]
+
+
+def draw_shape(kind: str, dtype: torch.dtype) -> Shape:
+    """The shape for drawing: ``DRAW_CHUNK`` is the chunk everywhere.
+
+    >>> draw_shape("interpreter", torch.float32).chunk
+    8192
+    """
+    usual = shape(kind, dtype)
+    return usual._replace(half=min(usual.half, DRAW_CHUNK // 2), chunk=DRAW_CHUNK)
+
+
+def draws(kind: str, num_samples: int) -> int:
+    """How many samples of a row are drawn side by side.
+
+    >>> draws("cuda", 1), draws("cuda", 100), draws("interpreter", 100)
+    (1, 4, 64)
+    """
+    most = 64 if kind == "interpreter" else 4
+    return min(most, 1 << (num_samples - 1).bit_length())
 
 
 def splits(rows: int, vocab: int, chunk: int, processors: int) -> int:

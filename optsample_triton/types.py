@@ -102,11 +102,73 @@ class Solution(NamedTuple):
         return self._diagnostic("sweeps")
 
 
+class Sample(NamedTuple):
+    """Drawn tokens with their log-probabilities, each [...], or [..., num_samples] where that was asked for.
+
+    ``log_q`` is of the law that was drawn from, with ``temperature`` and ``min_p`` applied; ``log_theta`` and
+    ``log_t`` are of the models' whole laws at their own temperatures. A row with status INVALID has token -1 and
+    log-probabilities NaN.
+    """
+
+    token: Tensor  # int64
+    log_q: Tensor
+    log_theta: Tensor
+    log_t: Tensor
+    alpha: Tensor
+    status: Tensor  # uint8
+
+    @property
+    def w_theta(self) -> Tensor:
+        """The importance weights pi_theta / q of the drawn tokens."""
+        return (self.log_theta - self.log_q).exp()
+
+    @property
+    def w_t(self) -> Tensor:
+        """The importance weights pi_t / q of the drawn tokens."""
+        return (self.log_t - self.log_q).exp()
+
+
+class Verified(NamedTuple):
+    """What speculative verification emits: ``num_accepted`` [B], the other fields [B, K + 1].
+
+    Sequence b emits the num_accepted[b] accepted drafts and one more token. Behind that token stands -1, and 0 for
+    the log-probabilities, so that their sum is that of the emitted tokens; alpha and status are those of all rows.
+    """
+
+    tokens: Tensor  # int64
+    num_accepted: Tensor  # int64
+    log_q: Tensor
+    log_theta: Tensor
+    log_t: Tensor
+    alpha: Tensor
+    status: Tensor  # uint8
+
+
 FIGURES = len(Diagnostics._fields) - 1  # what the backends compute: all fields but the sweeps
 
 METHODS = ("kl_symmetry", "ess_balance", "entropy", "fixed")
 ALGORITHMS = ("chernoff", "bisect")
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+DRAFTS = ("theta", "t")
+
+
+class Draws(NamedTuple):
+    """What to draw and with which random numbers: the part of a sampling call that is no logits.
+
+    ``seeds`` and ``offsets`` [M], where given, stand for the numbers: one for all rows, or one for each group of rows.
+    ``mixed`` says that all groups share one seed, so that their index takes part in it. A group is a row, or the
+    positions of a sequence to verify.
+    """
+
+    seed: int
+    offset: int
+    seeds: Tensor | None
+    offsets: Tensor | None
+    mixed: bool
+    cooling: Tensor | None = None  # [N] 1 / temperature of q*
+    min_p: Tensor | None = None  # [N]
 
 
 class Options(NamedTuple):

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from optsample_triton.eager import gradient, report
+from optsample_triton.eager import sample as sampling
 from optsample_triton.eager.rows import Rows
+from optsample_triton.eager.solve import State
 from optsample_triton.eager.solve import solve as solve_rows
-from optsample_triton.types import FIGURES, Options
+from optsample_triton.types import FIGURES, Draws, Options
 
 
 def solve(
@@ -26,9 +28,7 @@ def solve(
     The partitions are what the backward pass needs: A, B, psi, and alpha before rounding.
     """
     rows = Rows(theta, t, inverse_temperature_theta, inverse_temperature_t, options.eps)
-    if options.method == "entropy" and alpha is None:
-        alpha = report.entropy_alpha(rows)
-    state = solve_rows(rows, options, alpha)
+    state = _solved(rows, options, alpha)
     dtype = rows.working_dtype
     if not diagnostics:
         figures = torch.empty(0, FIGURES, device=theta.device)
@@ -46,6 +46,50 @@ def solve(
         torch.stack([state.log_partition_theta, state.log_partition_t, state.psi, state.precise], -1),
         figures.to(dtype),
     )
+
+
+def _solved(rows: Rows, options: Options, alpha: Tensor | None) -> State:
+    if options.method == "entropy" and alpha is None:
+        alpha = report.entropy_alpha(rows)
+    return solve_rows(rows, options, alpha)
+
+
+def sample(
+    theta: Tensor,
+    t: Tensor,
+    alpha: Tensor | None,
+    inverse_temperature_theta: Tensor | None,
+    inverse_temperature_t: Tensor | None,
+    options: Options,
+    draws: Draws,
+    num_samples: int,
+) -> tuple[Tensor, ...]:
+    """token, log_q, log_theta, log_t [N, num_samples], alpha, status [N]."""
+    rows = Rows(theta, t, inverse_temperature_theta, inverse_temperature_t)
+    state = _solved(rows, options, alpha)
+    token, *logs = sampling.sample(rows, state, draws, num_samples)
+    dtype = rows.working_dtype
+    return token, *(x.to(dtype) for x in logs), state.alpha.to(dtype), state.status.to(torch.uint8)
+
+
+def verify(
+    theta: Tensor,
+    t: Tensor,
+    alpha: Tensor | None,
+    inverse_temperature_theta: Tensor | None,
+    inverse_temperature_t: Tensor | None,
+    options: Options,
+    draws: Draws,
+    drafts: Tensor,
+    lengths: Tensor,
+    model: int,
+) -> tuple[Tensor, ...]:
+    """token, log_q, log_theta, log_t, accepted, alpha, status [N] of rows (b, k), N = B (K + 1)."""
+    rows = Rows(theta, t, inverse_temperature_theta, inverse_temperature_t)
+    state = _solved(rows, options, alpha)
+    token, *logs, accepted = sampling.verify(rows, state, draws, drafts, lengths, model)
+    dtype = rows.working_dtype
+    return token, *(x.to(dtype) for x in logs), accepted, state.alpha.to(dtype), state.status.to(torch.uint8)
 
 
 def backward(

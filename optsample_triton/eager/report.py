@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from optsample_triton.eager.log_partition import own_moments
+from optsample_triton.eager.mixture import Mixture, by_precision
 from optsample_triton.eager.rows import Rows, outside_common_support
-from optsample_triton.eager.solve import FAR, State
+from optsample_triton.eager.solve import State
 from optsample_triton.types import FIGURES, Status
 
 
@@ -31,20 +30,11 @@ def _probability_entropies(rows: Rows) -> Tensor:
     return entropies
 
 
-def _by_precision(rows: Rows, state: State) -> Iterator[tuple[Tensor, torch.dtype]]:
-    """Rows that the working dtype serves, and far ones, which need float64; empty groups left out."""
-    far = state.psi < -FAR
-    for group, dtype in ((~far, rows.working_dtype), (far, torch.float64)):
-        index = group.nonzero().squeeze(-1)
-        if index.numel():
-            yield index, dtype
-
-
 def figures(rows: Rows, state: State) -> Tensor:
     """The fields of ``Diagnostics`` without the sweeps, [N, 9] float64."""
     own = own_moments(rows)
     values = torch.empty(rows.count, FIGURES, dtype=torch.float64, device=rows.theta.device)
-    for index, dtype in _by_precision(rows, state):
+    for index, dtype in by_precision(rows, state):
         values[index] = _mixture_figures(rows.select(index), state.part(index), own[index], dtype)
     # Where logits differ beyond the floats' range: infinitely far apart, and nothing in common.
     beyond = values.new_tensor([torch.inf, torch.inf, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
@@ -150,35 +140,18 @@ def probability_figures(rows: Rows, state: State) -> Tensor:
 
 def write_log_q(rows: Rows, state: State, out: Tensor) -> None:
     """log q* of every row into out [N, V'], V' >= V; padding beyond V gets -inf. May write over an input."""
-    for index, dtype in _by_precision(rows, state):
+    for index, dtype in by_precision(rows, state):
         _write_log_q(rows.select(index), state.part(index), out, index, dtype)
     out[:, rows.vocab :] = -torch.inf
 
 
 def _write_log_q(rows: Rows, state: State, out: Tensor, index: Tensor, dtype: torch.dtype) -> None:
     """The rows ``index`` of out, computed in ``dtype``."""
-    # Against the centres the arithmetic below is of the size of log q*, not of the logits.
-    base_theta, base_t = state.centre_theta.to(rows.working_dtype), state.centre_t.to(rows.working_dtype)
-    rest = state.psi + state.alpha * (state.log_partition_theta - base_theta)
-    rest = rest + (1.0 - state.alpha) * (state.log_partition_t - base_t)
-    lone, broken = state.status == Status.DISJOINT, state.status == Status.INVALID
-    # For 0 < alpha < 1 a -inf in either row is one in the sum as well.
-    masked = lone | broken | ~((state.alpha > 0.0) & (state.alpha < 1.0))
+    mixture = Mixture.of(rows, state, dtype)
     whole = index.shape[0] == out.shape[0]
     for block in rows.blocks():
-        col = block, None
-        weight, norm = state.alpha[col].to(dtype), rest[col].to(dtype)
-        some_masked = bool(masked[block].any())
         for chunk in rows.chunks():
-            a, b = rows.read(block, chunk, dtype)
-            value = (a - base_theta[col]).mul_(weight).sub_(norm)
-            from_t = (b - base_t[col]).mul_(1.0 - weight)
-            if some_masked:
-                outside = torch.where(lone[col], torch.isneginf(a), outside_common_support(a, b))
-                from_t.masked_fill_(lone[col], 0.0)
-            value.add_(from_t).clamp_(max=0.0)
-            if some_masked:
-                value.masked_fill_(outside, -torch.inf).masked_fill_(broken[col], torch.nan)
+            value = mixture.log_q(block, chunk)
             if whole:
                 out[block, chunk] = value
             else:

@@ -47,24 +47,32 @@ class Rows:
     def _part(self, matrix: Tensor, block: slice, chunk: slice) -> Tensor:
         return matrix[block, chunk] if self.index is None else matrix[:, chunk][self.index[block]]
 
-    def _scaled(self, matrix: Tensor, scale: Tensor | None, block: slice, chunk: slice, dtype: torch.dtype) -> Tensor:
-        values = self._part(matrix, block, chunk).to(dtype)
-        if self.eps >= 0.0:
-            return values.add(self.eps).log_()
+    def _read(self, matrix: Tensor, scale: Tensor | None, block: slice, chunk: slice, dtype: torch.dtype) -> Tensor:
         if scale is not None:
             scale = scale[block] if self.index is None else scale[self.index[block]]
-            values = values * scale[:, None].to(dtype)
-        return values
+        return self._scaled(self._part(matrix, block, chunk).to(dtype), scale)
+
+    def _scaled(self, values: Tensor, scale: Tensor | None) -> Tensor:
+        if self.eps >= 0.0:
+            return values.add(self.eps).log_()
+        return values if scale is None else values * scale[:, None].to(values.dtype)
 
     def raw(self, block: slice, chunk: slice) -> tuple[Tensor, Tensor]:
         """The inputs as they are, [R, C]."""
         return self._part(self.theta, block, chunk), self._part(self.t, block, chunk)
 
+    def gather(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """a and b of tokens [N, S] of all rows."""
+        return (
+            self._scaled(self.theta.gather(1, tokens).to(self.working_dtype), self.inverse_temperature_theta),
+            self._scaled(self.t.gather(1, tokens).to(self.working_dtype), self.inverse_temperature_t),
+        )
+
     def read(self, block: slice, chunk: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """a and b of a block of rows and a chunk of tokens, [R, C]; they may alias the inputs: do not write."""
         return (
-            self._scaled(self.theta, self.inverse_temperature_theta, block, chunk, dtype),
-            self._scaled(self.t, self.inverse_temperature_t, block, chunk, dtype),
+            self._read(self.theta, self.inverse_temperature_theta, block, chunk, dtype),
+            self._read(self.t, self.inverse_temperature_t, block, chunk, dtype),
         )
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from optsample_triton import backend, launch
 from optsample_triton.kernels.gradient import gradient_kernel
+from optsample_triton.kernels.sample import sample_kernel, verify_kernel
 from optsample_triton.kernels.solve import BISECT, ENTROPY, ESS_BALANCE, FIXED, KL_SYMMETRY, SUMS, solve_kernel
-from optsample_triton.types import FIGURES, Options
+from optsample_triton.types import FIGURES, Draws, Options
 
 METHODS = {
     ("kl_symmetry", "chernoff"): KL_SYMMETRY.value,
@@ -76,6 +78,92 @@ def solve(
             H=shape.half, CHUNK=shape.chunk, UNROLL=shape.unroll, num_warps=shape.num_warps,
         )  # fmt: skip
     return *results, partitions, figures
+
+
+def _draw_arguments(
+    theta: Tensor,
+    t: Tensor,
+    alpha: Tensor | None,
+    inverse_temperature_theta: Tensor | None,
+    inverse_temperature_t: Tensor | None,
+    options: Options,
+    draws: Draws,
+) -> tuple[int, tuple[Any, ...], tuple[Any, ...], tuple[Any, ...], dict[str, Any]]:
+    """What both drawing kernels take: programs, rows and numbers, alpha and status, the meeting place, constexprs."""
+    (n, vocab), device = theta.shape, theta.device
+    kind, processors = _device(device)
+    shape = launch.draw_shape(kind, theta.dtype)
+    splits, chunks = launch.splits(n, vocab, shape.chunk, processors), triton.cdiv(vocab, shape.chunk)
+    given = (alpha, inverse_temperature_theta, inverse_temperature_t, draws.cooling, draws.min_p)
+    rows = (theta, t, *(None if x is None else x.contiguous() for x in given))
+    numbers = (
+        *(None if x is None else x.contiguous() for x in (draws.seeds, draws.offsets)), draws.seed, draws.offset,
+        *(0 if x is None or x.numel() == 1 else 1 for x in (draws.seeds, draws.offsets)), int(draws.mixed),
+    )  # fmt: skip
+    results = torch.empty(n, dtype=torch.float32, device=device), torch.empty(n, dtype=torch.uint8, device=device)
+    meeting = (
+        torch.empty(n * chunks * SUMS.value, dtype=torch.float32, device=device),
+        torch.zeros(n if splits > 1 else 0, dtype=torch.int32, device=device),
+    )
+    flags = {
+        "METHOD": METHODS.get((options.method, options.algorithm), METHODS.get(options.method)),
+        "PACKED": _packed(theta, t), "H": shape.half, "CHUNK": shape.chunk, "UNROLL": shape.unroll,
+        "TILE": launch.DRAW_TILE, "LANES": max(32, triton.next_power_of_2(chunks)),
+        "FILTER": draws.cooling is not None, "num_warps": shape.num_warps,
+    }  # fmt: skip
+    return splits, (*rows, *numbers), results, meeting, flags
+
+
+def sample(
+    theta: Tensor,
+    t: Tensor,
+    alpha: Tensor | None,
+    inverse_temperature_theta: Tensor | None,
+    inverse_temperature_t: Tensor | None,
+    options: Options,
+    draws: Draws,
+    num_samples: int,
+) -> tuple[Tensor, ...]:
+    """token, log_q, log_theta, log_t [N, num_samples], alpha, status [N]."""
+    n, vocab = theta.shape
+    temperatures = inverse_temperature_theta, inverse_temperature_t
+    splits, inputs, results, meeting, flags = _draw_arguments(theta, t, alpha, *temperatures, options, draws)
+    drawn = torch.empty(3, n, num_samples, dtype=torch.float32, device=theta.device).unbind(0)
+    token = torch.empty(n, num_samples, dtype=torch.int64, device=theta.device)
+    if n:
+        sample_kernel[(n * splits,)](
+            *inputs, token, *drawn, *results, *meeting, vocab, theta.stride(0), t.stride(0), splits, options.max_iter,
+            options.tol, num_samples, DRAWS=launch.draws(_device(theta.device)[0], num_samples), **flags,
+        )  # fmt: skip
+    return token, *drawn, *results
+
+
+def verify(
+    theta: Tensor,
+    t: Tensor,
+    alpha: Tensor | None,
+    inverse_temperature_theta: Tensor | None,
+    inverse_temperature_t: Tensor | None,
+    options: Options,
+    draws: Draws,
+    drafts: Tensor,
+    lengths: Tensor,
+    model: int,
+) -> tuple[Tensor, ...]:
+    """token, log_q, log_theta, log_t, accepted, alpha, status [N] of rows (b, k), N = B (K + 1)."""
+    n, vocab = theta.shape
+    temperatures = inverse_temperature_theta, inverse_temperature_t
+    splits, inputs, results, meeting, flags = _draw_arguments(theta, t, alpha, *temperatures, options, draws)
+    drawn = torch.empty(3, n, dtype=torch.float32, device=theta.device).unbind(0)
+    token = torch.empty(n, dtype=torch.int64, device=theta.device)
+    accepted = torch.empty(n, dtype=torch.bool, device=theta.device)
+    if n:
+        verify_kernel[(n * splits,)](
+            *inputs, drafts.contiguous(), lengths, token, *drawn, accepted.view(torch.uint8), *results, *meeting,
+            vocab, drafts.shape[1] + 1, theta.stride(0), t.stride(0), splits, options.max_iter, options.tol,
+            MODEL=model, **flags,
+        )  # fmt: skip
+    return token, *drawn, accepted, *results
 
 
 def backward(

@@ -58,3 +58,38 @@ def probability_entropies(row, H: tl.constexpr, PACKED: tl.constexpr):
         sum_theta -= p0 * tl.log(p0 + eps) + p1 * tl.log(p1 + eps)
         sum_t -= r0 * tl.log(r0 + eps) + r1 * tl.log(r1 + eps)
     return tl.sum(sum_theta, 0).to(tl.float64), tl.sum(sum_t, 0).to(tl.float64)
+
+
+@triton.jit
+def _add_online(acc, z):
+    """Log-sum-exp lane by lane: no barrier, and no pass for the maximum."""
+    top, mass = acc
+    new_top = tl.maximum(top, z)
+    safe = tl.where(new_top == -float("inf"), 0.0, new_top)
+    return new_top, mass * tl.exp2((top - safe) * 1.4426950408889634) + tl.exp2((z - safe) * 1.4426950408889634)
+
+
+@triton.jit
+def _log_total(acc):
+    top, mass = acc
+    peak = tl.max(top, 0)
+    safe = tl.where(peak == -float("inf"), 0.0, peak)
+    total = tl.sum((mass * tl.exp2((top - safe) * 1.4426950408889634)).to(tl.float64), 0)
+    return safe.to(tl.float64) + tl.log(total)
+
+
+@triton.jit
+def own_log_partitions(row, H: tl.constexpr, PACKED: tl.constexpr):
+    """Log-partitions of both models over their own finite entries, relative to the references, in one read; float64."""
+    theta_ptr, t_ptr, V, scale_theta, scale_t, ref_theta, ref_t, _ = row
+    nothing = tl.full([H], -float("inf"), tl.float32)
+    theta, t = (nothing, tl.zeros([H], tl.float32)), (nothing, tl.zeros([H], tl.float32))
+    for tile in tl.range(0, V, 2 * H):
+        a0, a1 = load_halves(theta_ptr, tile, V, H, PACKED, True)
+        b0, b1 = load_halves(t_ptr, tile, V, H, PACKED, True)
+        in0, in1 = inside_halves(theta_ptr, tile, V, H)
+        theta = _add_online(theta, _own_half(a0, in0, scale_theta, ref_theta))
+        theta = _add_online(theta, _own_half(a1, in1, scale_theta, ref_theta))
+        t = _add_online(t, _own_half(b0, in0, scale_t, ref_t))
+        t = _add_online(t, _own_half(b1, in1, scale_t, ref_t))
+    return _log_total(theta), _log_total(t)

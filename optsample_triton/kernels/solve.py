@@ -8,7 +8,7 @@ Scalars between the sweeps are float64.
 import triton
 import triton.language as tl
 
-from optsample_triton.kernels.evaluate import NARROW, evaluate, reference_gap, rounded
+from optsample_triton.kernels.evaluate import NARROW, WILD, evaluate, reference_gap, rounded
 from optsample_triton.kernels.log_partition import chunk_nodes, first_maxima, narrow_moments, survey
 from optsample_triton.kernels.own import own_moments, probability_entropies
 from optsample_triton.kernels.report import store_figures, store_log_q, store_probability_figures
@@ -26,7 +26,7 @@ DISJOINT = tl.constexpr(2)
 INVALID = tl.constexpr(3)
 NOT_CONVERGED = tl.constexpr(4)
 
-SUMS = tl.constexpr(10)
+SUMS = tl.constexpr(11)
 
 # What a row's next sweep is for.
 DONE = tl.constexpr(0)
@@ -39,32 +39,37 @@ PIN = tl.constexpr(4)
 @triton.jit
 def nodes(
     row, part, splits, partial_ptr, arrived_ptr, H: tl.constexpr, CHUNK: tl.constexpr, UNROLL: tl.constexpr,
-    PACKED: tl.constexpr, PROBS: tl.constexpr,
+    PACKED: tl.constexpr, PROBS: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """The ten node sums of a row in float64, and whether this program is the one to go on with it.
+    """The node sums of a row in float64, and whether this program is the one to go on with it.
 
     Chunks are summed one by one and merged in their order, whichever program took them: bits do not depend on splits.
+    With KEEP the sums of the chunks are left at ``partial_ptr``. The last sum counts chunks with masked tokens.
     """
     V = row[2]
     chunks = tl.cdiv(V, CHUNK)
     zero = tl.zeros([], tl.float64)
-    total = (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
+    total = (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
     for chunk in tl.range(part, chunks, splits):
         start = chunk * CHUNK
         stop = tl.minimum(start + CHUNK, V)
         sums = chunk_nodes(row, start, stop, H, UNROLL, PACKED, PROBS, False)
         check = sums[0] + sums[1] + sums[2] + sums[3] + sums[4] + sums[5] + sums[6] + sums[7] + sums[8]
-        if check - check != 0.0:
+        masked = check - check != 0.0
+        if masked:
             sums = chunk_nodes(row, start, stop, H, 1, PACKED, PROBS, True)
-        if splits > 1:
-            for k in tl.static_range(SUMS):
+        mark = tl.where(masked, 1.0, 0.0)
+        if KEEP or splits > 1:
+            for k in tl.static_range(SUMS - 1):
                 tl.store(partial_ptr + chunk * SUMS + k, sums[k])
-        else:
-            total = _merge(total, sums)
+            tl.store(partial_ptr + chunk * SUMS + SUMS - 1, mark)
+        if splits == 1:
+            total = _merge(total, sums, mark)
     last = True
-    if splits > 1:
+    if KEEP or splits > 1:
         # All of this program's stores are ordered before its arrival, and read back past a stale L1.
         tl.debug_barrier()
+    if splits > 1:
         arrived = tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu")
         last = arrived == splits - 1
         if last:
@@ -73,7 +78,7 @@ def nodes(
                 total = _merge(total, (
                     _reload(at), _reload(at + 1), _reload(at + 2), _reload(at + 3), _reload(at + 4),
                     _reload(at + 5), _reload(at + 6), _reload(at + 7), _reload(at + 8), _reload(at + 9),
-                ))  # fmt: skip
+                ), _reload(at + 10))  # fmt: skip
             tl.store(arrived_ptr, 0)
     return total, last
 
@@ -84,12 +89,12 @@ def _reload(ptr):
 
 
 @triton.jit
-def _merge(total, sums):
+def _merge(total, sums, mark):
     return (
         total[0] + sums[0].to(tl.float64), total[1] + sums[1].to(tl.float64), total[2] + sums[2].to(tl.float64),
         total[3] + sums[3].to(tl.float64), total[4] + sums[4].to(tl.float64), total[5] + sums[5].to(tl.float64),
         total[6] + sums[6].to(tl.float64), total[7] + sums[7].to(tl.float64), total[8] + sums[8].to(tl.float64),
-        tl.maximum(total[9], sums[9].to(tl.float64)),
+        tl.maximum(total[9], sums[9].to(tl.float64)), total[10] + mark.to(tl.float64),
     )  # fmt: skip
 
 
@@ -253,6 +258,72 @@ def balance_ess(row, ends, status, sweeps, tol, max_iter, H: tl.constexpr, PACKE
 
 
 @triton.jit
+def solved(
+    row, total, given_ptr, index, tol, max_iter, METHOD: tl.constexpr, H: tl.constexpr, PACKED: tl.constexpr,
+    PROBS: tl.constexpr, NORMALISE: tl.constexpr,
+):  # fmt: skip
+    """From the node sums to alpha: the row with its final references, (A, B, psi(1/2), unit), and what was found.
+
+    Without NORMALISE a given alpha saves its sweep where the caller normalises anyway: psi is then psi(1/2).
+    """
+    theta_ptr, t_ptr, V, scale_theta, scale_t, ref_theta, ref_t, eps = row
+    alpha, psi, error, low, high, A, B, psi_half, target, finite = start(row, total, PROBS)
+    status, sweeps = tl.zeros([], tl.int32), tl.full([], 1, tl.int32)
+    task = tl.where(error <= tol, DONE, STEP)
+    if METHOD == KL_SYMMETRY:
+        short = (task == STEP) & (sweeps >= max_iter)
+        task, status = tl.where(short, PIN, task), tl.where(short, NOT_CONVERGED, status)
+    unit = tl.full([], 1.0, tl.float32)
+    if finite == 0:
+        # A NaN, +inf or empty row, or one of no references: its weights underflow between the nodes, or its
+        # logits lie far beyond the first ones.
+        status, size = survey(row, H, PACKED, PROBS)
+        sweeps += 1
+        unit = 64.0 / tl.maximum(size, 64.0)
+        ref_theta, ref_t = 0.0 * unit, 0.0 * unit
+        alpha, low, high, A, B, psi_half = _blank()
+        task = tl.where(status == OK, END_THETA, DONE)
+    row = (theta_ptr, t_ptr, V, scale_theta, scale_t, ref_theta, ref_t, eps)
+    if METHOD >= ENTROPY:
+        alpha = rounded(
+            tl.load(given_ptr + index).to(tl.float64) if METHOD == FIXED else entropy_formula(row, H, PACKED, PROBS)
+        )
+        known = (psi_half > -WILD) & (psi_half < -1e-4) & (alpha >= 0.0) & (alpha <= 1.0)
+        plain = DONE if not NORMALISE else PIN
+        psi = tl.where(known, psi_half, psi) if not NORMALISE else psi
+        task = tl.where(task == END_THETA, END_THETA, tl.where(status == OK, tl.where(known, plain, PIN), DONE))
+    if METHOD == BISECT:
+        low, high = 0.0 * low, 0.0 * high + 1.0
+        task = tl.where((task == DONE) & (status == OK), STEP, task)
+    unknown = tl.zeros([], tl.float64) + float("nan")
+    bracket = (low, high, unknown, unknown, unknown, unknown)
+    if METHOD == ESS_BALANCE:
+        task = tl.where(task == END_THETA, END_THETA, DONE)
+    alpha, precise, psi, status, sweeps, A, B = search(
+        row, (A, B, psi_half, unit), target, alpha, psi, error, bracket, status, sweeps, task, tol, max_iter,
+        METHOD, H, PACKED, PROBS,
+    )  # fmt: skip
+    ends = (A, B, psi_half, unit)
+    if METHOD == ESS_BALANCE:
+        alpha, psi, status, sweeps = balance_ess(row, ends, status, sweeps, tol, max_iter, H, PACKED, PROBS)
+    return row, ends, alpha, precise, psi, status, sweeps
+
+
+@triton.jit
+def open_row(
+    theta_ptr, t_ptr, scale_theta_ptr, scale_t_ptr, index, V, stride_theta, stride_t, eps, H: tl.constexpr,
+    PACKED: tl.constexpr, PROBS: tl.constexpr,
+):  # fmt: skip
+    """The tuple that says where row ``index`` lies, with references from its first tokens."""
+    theta_ptr += index * stride_theta
+    t_ptr += index * stride_t
+    scale_theta, scale_t = _or_one(scale_theta_ptr, index), _or_one(scale_t_ptr, index)
+    zero = tl.zeros([], tl.float32)
+    ref_theta, ref_t = first_maxima((theta_ptr, t_ptr, V, scale_theta, scale_t, zero, zero, eps), H, PACKED, PROBS)
+    return theta_ptr, t_ptr, V, scale_theta, scale_t, ref_theta, ref_t, eps
+
+
+@triton.jit
 def solve_kernel(
     theta_ptr, t_ptr, given_ptr, scale_theta_ptr, scale_t_ptr,  # rows [N, V]; alpha and 1/temperature [N] or None
     alpha_ptr, log_z_ptr, status_ptr, sweeps_ptr, partition_ptr, figures_ptr, out_ptr,  # results; the last two or None
@@ -263,55 +334,19 @@ def solve_kernel(
 ):  # fmt: skip
     program = tl.program_id(0)
     index = (program // splits).to(tl.int64)
-    theta_ptr += index * stride_theta
-    t_ptr += index * stride_t
-    scale_theta, scale_t = _or_one(scale_theta_ptr, index), _or_one(scale_t_ptr, index)
-    zero = tl.zeros([], tl.float32)
     # The sweeps after the first keep more values per pair: half the tile holds their registers down.
     G: tl.constexpr = H // 2
-    ref_theta, ref_t = first_maxima((theta_ptr, t_ptr, V, scale_theta, scale_t, zero, zero, eps), G, PACKED, PROBS)
-    row = (theta_ptr, t_ptr, V, scale_theta, scale_t, ref_theta, ref_t, eps)
-    meeting = partial_ptr + index * tl.cdiv(V, CHUNK) * SUMS
-    total, last = nodes(row, program % splits, splits, meeting, arrived_ptr + index, H, CHUNK, UNROLL, PACKED, PROBS)
+    row = open_row(
+        theta_ptr, t_ptr, scale_theta_ptr, scale_t_ptr, index, V, stride_theta, stride_t, eps, G, PACKED, PROBS
+    )
+    total, last = nodes(
+        row, program % splits, splits, partial_ptr + index * tl.cdiv(V, CHUNK) * SUMS, arrived_ptr + index,
+        H, CHUNK, UNROLL, PACKED, PROBS, False,
+    )  # fmt: skip
     if last:
-        alpha, psi, error, low, high, A, B, psi_half, target, finite = start(row, total, PROBS)
-        status, sweeps = tl.zeros([], tl.int32), tl.full([], 1, tl.int32)
-        task = tl.where(error <= tol, DONE, STEP)
-        if METHOD == KL_SYMMETRY:
-            short = (task == STEP) & (sweeps >= max_iter)
-            task, status = tl.where(short, PIN, task), tl.where(short, NOT_CONVERGED, status)
-        unit = tl.full([], 1.0, tl.float32)
-        if finite == 0:
-            # A NaN, +inf or empty row, or one of no references: its weights underflow between the nodes, or its
-            # logits lie far beyond the first ones.
-            status, size = survey(row, G, PACKED, PROBS)
-            sweeps += 1
-            unit = 64.0 / tl.maximum(size, 64.0)
-            ref_theta, ref_t = zero, zero
-            alpha, low, high, A, B, psi_half = _blank()
-            task = tl.where(status == OK, END_THETA, DONE)
-        row = (theta_ptr, t_ptr, V, scale_theta, scale_t, ref_theta, ref_t, eps)
-        if METHOD >= ENTROPY:
-            if METHOD == FIXED:
-                given = tl.load(given_ptr + index).to(tl.float64)
-            else:
-                given = entropy_formula(row, G, PACKED, PROBS)
-            alpha = rounded(given)
-            task = tl.where(task == END_THETA, END_THETA, tl.where(status == OK, PIN, DONE))
-        if METHOD == BISECT:
-            low, high = 0.0 * low, 0.0 * high + 1.0
-            task = tl.where((task == DONE) & (status == OK), STEP, task)
-        unknown = tl.zeros([], tl.float64) + float("nan")
-        bracket = (low, high, unknown, unknown, unknown, unknown)
-        if METHOD == ESS_BALANCE:
-            task = tl.where(task == END_THETA, END_THETA, DONE)
-        alpha, precise, psi, status, sweeps, A, B = search(
-            row, (A, B, psi_half, unit), target, alpha, psi, error, bracket, status, sweeps, task, tol, max_iter,
-            METHOD, G, PACKED, PROBS,
-        )  # fmt: skip
-        ends = (A, B, psi_half, unit)
-        if METHOD == ESS_BALANCE:
-            alpha, psi, status, sweeps = balance_ess(row, ends, status, sweeps, tol, max_iter, G, PACKED, PROBS)
+        row, ends, alpha, precise, psi, status, sweeps = solved(
+            row, total, given_ptr, index, tol, max_iter, METHOD, G, PACKED, PROBS, True
+        )
         finish(
             row, ends, alpha, precise, psi, status, sweeps, index, alpha_ptr, log_z_ptr, status_ptr, sweeps_ptr,
             partition_ptr, figures_ptr, out_ptr, width, stride_out, PROBS, PACKED, G,

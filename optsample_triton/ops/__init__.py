@@ -4,4 +4,5 @@ Rows arrive here as [N, V] matrices whose last dimension is contiguous. On the T
 synchronise with the host, so that they can be compiled (fullgraph) and captured in a CUDA graph.
 """
 
-from optsample_triton.ops import solve as solve  # importing a module defines its ops
+from optsample_triton.ops import sample as sample  # importing a module defines its ops
+from optsample_triton.ops import solve as solve

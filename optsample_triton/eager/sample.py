@@ -1,0 +1,269 @@
+"""Drawing from q_alpha, and speculative verification: a chunk by its mass, a tile of it, a token of that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from optsample_triton import launch
+from optsample_triton.eager import philox
+from optsample_triton.eager.log_partition import own_moments
+from optsample_triton.eager.mixture import Mixture, by_precision
+from optsample_triton.eager.rows import Rows, outside_common_support
+from optsample_triton.eager.solve import State
+from optsample_triton.types import Draws, Status
+
+COLD = 8.0  # 1 / temperature beyond which float32 would blur what is multiplied by it
+
+
+@dataclass(frozen=True)
+class Law:
+    """Unnormalised weights of what is drawn: q_alpha, cooled and cut, or what it has more than a draft's law."""
+
+    mixture: Mixture
+    top: Tensor  # [N]: of filtered rows the largest log q_alpha, whose normalisation a low temperature would underflow
+    cooling: Tensor | None  # [N]
+    floor: Tensor | None  # [N]: log min_p
+    draft: int | None = None  # the model whose law is taken off: 0 for theta, 1 for t
+    log_partition: Tensor | None = None  # [N]: its own, on the scale of the weights
+
+    @staticmethod
+    def of(mixture: Mixture, draws: Draws, index: Tensor) -> Law:
+        rows, dtype = mixture.rows, mixture.weight.dtype
+        if draws.cooling is None or draws.min_p is None:
+            return Law(mixture, torch.zeros_like(mixture.weight), None, None)
+        top = torch.full_like(mixture.weight, -torch.inf)
+        for block in rows.blocks():
+            for chunk in rows.chunks():
+                top[block] = torch.maximum(top[block], mixture.log_q(block, chunk).amax(-1))
+        return Law(mixture, top, draws.cooling[index].to(dtype), draws.min_p[index].log().to(dtype))
+
+    def part(self, index: Tensor) -> Law:
+        """The same of some of the rows, by a rising index."""
+        pieces = (None if x is None else x[index] for x in (self.top, self.cooling, self.floor, self.log_partition))
+        top, cooling, floor, log_partition = pieces
+        assert top is not None
+        return Law(self.mixture.part(index), top, cooling, floor, self.draft, log_partition)
+
+    def log_weights(self, log_q: Tensor, block: slice = slice(None)) -> Tensor:
+        """From log q_alpha [R, C], which is consumed."""
+        if self.cooling is None or self.floor is None:
+            return log_q
+        col = block, None
+        log_q = log_q.sub_(self.top[col]).mul_(self.cooling[col])
+        return log_q.masked_fill_(log_q < self.floor[col], -torch.inf)
+
+    def weights(self, block: slice, chunk: slice) -> Tensor:
+        """[R, C]"""
+        weights = self.log_weights(self.mixture.log_q(block, chunk), block).exp_()
+        if self.draft is not None and self.log_partition is not None:
+            logits = self.mixture.rows.read(block, chunk, torch.float64)[self.draft]
+            weights -= (logits - self.log_partition[block, None]).exp_().to(weights.dtype)
+            weights.clamp_(min=0.0)
+        return weights
+
+    def masses(self) -> Tensor:
+        """Of the chunks, [N, chunks] float64."""
+        rows = self.mixture.rows
+        chunks = _chunks(rows)
+        masses = torch.empty(rows.count, len(chunks), dtype=torch.float64, device=rows.theta.device)
+        for k, chunk in enumerate(chunks):
+            for block in rows.blocks(chunk.stop - chunk.start):
+                masses[block, k] = self.weights(block, chunk).sum(-1).double()
+        return masses
+
+
+def _chunks(rows: Rows) -> list[slice]:
+    size = launch.DRAW_CHUNK
+    return [slice(start, min(start + size, rows.vocab)) for start in range(0, rows.vocab, size)]
+
+
+def pick(masses: Tensor, uniform: Tensor) -> Tensor:
+    """An index [...] into masses [..., K] with their probabilities; never one of mass 0 where others have more."""
+    total = masses.cumsum(-1)
+    target = uniform * total[..., -1]
+    hit = (total > target[..., None]) & (masses > 0)
+    first = hit.to(torch.uint8).argmax(-1)
+    # Rounding may leave nothing beyond the target: then the last that has mass.
+    last = ((masses > 0) * torch.arange(masses.shape[-1], device=masses.device)).amax(-1)
+    return torch.where(hit.any(-1), first, last)
+
+
+def draw(law: Law, masses: Tensor, place: tuple[Tensor, Tensor], within: Tensor) -> Tensor:
+    """Tokens [N, S] from the chunks' masses [N, C] and three uniforms [N, S]."""
+    rows = law.mixture.rows
+    tokens = torch.zeros_like(within, dtype=torch.int64)
+    chosen = pick(masses[:, None], place[0])
+    for k, chunk in enumerate(_chunks(rows)):
+        index = (chosen == k).any(-1).nonzero().squeeze(-1)
+        if not index.numel():
+            continue
+        part = law.part(index)
+        for block in part.mixture.rows.blocks(launch.DRAW_CHUNK):
+            here = index[block]
+            weights = part.weights(block, chunk)
+            tiles = pad(weights, (0, -weights.shape[1] % launch.DRAW_TILE)).unflatten(-1, (-1, launch.DRAW_TILE))
+            row, draw_index = (chosen[here] == k).nonzero(as_tuple=True)
+            for some in range(0, row.shape[0], 1024):  # draws at a time: their tiles are float64
+                r, s = row[some : some + 1024], draw_index[some : some + 1024]
+                tile = pick(tiles.sum(-1).double()[r], place[1][here[r], s])
+                token = pick(tiles[r, tile].double(), within[here[r], s])
+                tokens[here[r], s] = chunk.start + tile * launch.DRAW_TILE + token
+    return tokens
+
+
+@dataclass(frozen=True)
+class Logs:
+    """What log-probabilities are read from: log-partitions [N] of both models over their own entries, and of q."""
+
+    rows: Rows
+    state: State
+    theta: Tensor
+    t: Tensor
+
+    @staticmethod
+    def of(rows: Rows, state: State) -> Logs:
+        own = torch.stack([state.log_partition_theta, state.log_partition_t], -1)
+        # Of rows without a masked token they are those of the common support.
+        masked = torch.zeros_like(state.status, dtype=torch.bool)
+        for block in rows.blocks():
+            for chunk in rows.chunks():
+                for part in rows.raw(block, chunk):
+                    masked[block] |= torch.isneginf(part.amin(-1))
+        index = masked.nonzero().squeeze(-1)
+        if index.numel():
+            own[index] = own_moments(rows.select(index))[:, :2]
+        return Logs(rows, state, own[:, 0], own[:, 1])
+
+    def at(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """log q_alpha, log pi_theta and log pi_t of tokens [N, S], -inf where there is no mass; float64."""
+        a, b = (x.double() for x in self.rows.gather(tokens))
+        state, col = self.state, (slice(None), None)
+        alpha = state.alpha[col]
+        from_t = (1.0 - alpha) * (b - state.log_partition_t[col])
+        log_q = alpha * (a - state.log_partition_theta[col]) + from_t - state.psi[col]
+        lone = state.status[col] == Status.DISJOINT
+        log_q = log_q.masked_fill(outside_common_support(a, b), -torch.inf)
+        log_q = torch.where(lone, a - state.log_partition_theta[col], log_q)
+        return log_q, a - self.theta[col], b - self.t[col]
+
+
+def _filtered(log_q: Tensor, top: Tensor, draws: Draws) -> Tensor:
+    """Log-weights [N, S] of tokens from their log q_alpha."""
+    if draws.cooling is None or draws.min_p is None:
+        return log_q
+    log_q = (log_q - top[:, None]).clamp(max=0.0) * draws.cooling[:, None]
+    return log_q.masked_fill(log_q < draws.min_p.log()[:, None], -torch.inf)
+
+
+def _cold(draws: Draws) -> Tensor | None:
+    """Rows whose low temperature would blow float32's rounding up."""
+    return None if draws.cooling is None else draws.cooling > COLD
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Seed, offset and index [groups, 1] of the groups of rows, as the counter takes them, int64."""
+
+    seed: Tensor
+    offset: Tensor
+    group: Tensor
+
+    @staticmethod
+    def of(draws: Draws, groups: int, device: torch.device) -> Numbers:
+        index = torch.arange(groups, device=device)[:, None]
+        seed, offset = (
+            torch.full_like(index, number) if given is None else given.reshape(-1, 1).expand(groups, 1)
+            for number, given in ((draws.seed, draws.seeds), (draws.offset, draws.offsets))
+        )
+        return Numbers(seed, offset, index if draws.mixed else torch.zeros_like(index))
+
+    def uniforms(self, position: Tensor, draw: Tensor, stream: int) -> tuple[Tensor, Tensor]:
+        return philox.uniforms(self.seed, self.offset + position, self.group, draw, stream)
+
+
+def sample(rows: Rows, state: State, draws: Draws, num_samples: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """token int64, log_q, log_theta and log_t float64, each [N, num_samples]."""
+    device = rows.theta.device
+    numbers, which = Numbers.of(draws, rows.count, device), torch.arange(num_samples, device=device)
+    place = numbers.uniforms(0 * which, which, philox.PLACE)
+    within, _ = numbers.uniforms(0 * which, which, philox.TOKEN)
+    token = torch.zeros(rows.count, num_samples, dtype=torch.int64, device=device)
+    log_mass, top = torch.zeros(2, rows.count, dtype=torch.float64, device=device)
+    for index, dtype in by_precision(rows, state, _cold(draws)):
+        law = Law.of(Mixture.of(rows.select(index), state.part(index), dtype), draws, index)
+        masses = law.masses()
+        token[index] = draw(law, masses, (place[0][index], place[1][index]), within[index])
+        log_mass[index], top[index] = masses.sum(-1).log(), law.top.double()
+    log_q, log_theta, log_t = Logs.of(rows, state).at(token)
+    log_q = _filtered(log_q, top, draws) - log_mass[:, None]
+    broken = (state.status == Status.INVALID)[:, None]
+    log_q, log_theta, log_t = (x.masked_fill(broken, torch.nan) for x in (log_q, log_theta, log_t))
+    return token.masked_fill(broken, -1), log_q, log_theta, log_t
+
+
+def verify(
+    rows: Rows, state: State, draws: Draws, drafts: Tensor, lengths: Tensor, model: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """For rows (b, k) of [B, K + 1]: a token, its three log-probabilities, and whether it is the accepted draft k.
+
+    ``drafts`` [B, K] come from ``model``, 0 for theta. Row (b, lengths[b]) draws the token behind the drafts; the
+    first row of a sequence that refuses its draft, or has none, draws its own. Rows behind that one mean nothing.
+    """
+    batch, positions, device = drafts.shape[0], drafts.shape[1] + 1, rows.theta.device
+    position = torch.arange(positions, device=device).expand(batch, positions)
+    has_draft = position < lengths[:, None]
+    token = pad(drafts, (0, 1), value=-1).masked_fill(~has_draft, -1).reshape(-1)
+    usable = (token >= 0) & (token < rows.vocab)
+
+    log_mass, top = torch.zeros(2, rows.count, dtype=torch.float64, device=device)
+    laws = []
+    for index, dtype in by_precision(rows, state, _cold(draws)):
+        law = Law.of(Mixture.of(rows.select(index), state.part(index), dtype), draws, index)
+        masses = law.masses()
+        log_mass[index], top[index] = masses.sum(-1).log(), law.top.double()
+        laws.append((index, law, masses))
+    logs = Logs.of(rows, state)
+
+    def logs_at(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        log_q, log_theta, log_t = logs.at(tokens.clamp(0, rows.vocab - 1)[:, None])
+        log_q = _filtered(log_q, top, draws) - log_mass[:, None]
+        return log_q[:, 0], log_theta[:, 0], log_t[:, 0]
+
+    numbers = Numbers.of(draws, batch, device)
+    zero = torch.zeros_like(position)
+    chance = numbers.uniforms(position, zero, philox.ACCEPT)[0].reshape(-1)
+    at_draft = logs_at(token)
+    log_q, log_p = at_draft[0], at_draft[1 + model]
+    accepted = usable & (log_p > -torch.inf) & (chance.log() < log_q - log_p)
+    kept = accepted.view(batch, positions).long().cumprod(-1).sum(-1, keepdim=True)
+    emits = ((position == kept) & (position <= lengths[:, None])).reshape(-1)
+    refused = emits & has_draft.reshape(-1)
+
+    places = numbers.uniforms(position, zero, philox.RECOVER_PLACE)
+    within, _ = numbers.uniforms(position, zero, philox.RECOVER_TOKEN)
+
+    def put(law: Law, masses: Tensor, index: Tensor) -> None:
+        place, second, third = (x.reshape(-1, 1)[index] for x in (*places, within))
+        token[index] = draw(law, masses, (place, second), third)[:, 0]
+
+    for index, law, masses in laws:
+        some = refused[index].nonzero().squeeze(-1)
+        # The law's weights sum to exp(log_mass), and so must the draft's.
+        own = ((logs.theta, logs.t)[model] - log_mass)[index[some]]
+        left = replace(law.part(some), draft=model, log_partition=own)
+        rest = left.masses()
+        empty = ~(rest.sum(-1) > 0)
+        put(left.part((~empty).nonzero().squeeze(-1)), rest[~empty], index[some[~empty]])
+        # Behind all drafts, and where q has nothing that the draft's law has not, q itself is drawn from.
+        whole = (emits & ~refused)[index]
+        whole[some[empty]] = True
+        whole = whole.nonzero().squeeze(-1)
+        put(law.part(whole), masses[whole], index[whole])
+
+    broken = state.status == Status.INVALID
+    log_q, log_theta, log_t = (x.masked_fill(broken, torch.nan) for x in logs_at(token))
+    return token.masked_fill(broken, -1), log_q, log_theta, log_t, accepted & ~broken

@@ -1,0 +1,216 @@
+"""Tokens drawn from q*, with their log-probabilities, and drafts verified against it: no [N, V] tensor is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optsample_triton.arguments import check_choice, inverse_temperature, per_row
+from optsample_triton.functional import prepare
+from optsample_triton.types import DRAFTS, Sample, Verified
+
+Number = int | Tensor
+
+
+def sample(
+    logits_theta: Tensor,
+    logits_t: Tensor,
+    *,
+    seed: Number | torch.Generator,
+    offset: Number = 0,
+    num_samples: int | None = None,
+    temperature: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
+    method: str = "kl_symmetry",
+    alpha: float | Tensor | None = None,
+    temperature_theta: float | Tensor = 1.0,
+    temperature_t: float | Tensor = 1.0,
+    vocab_size: int | None = None,
+    tol: float = 1e-4,
+    max_iter: int = 20,
+) -> Sample:
+    """Draw from q_alpha of every row: the token, its log-probability, and its log-probabilities under both models.
+
+    alpha is frozen before the draw, and that alpha is the one reported: the law and log_q are exact for it.
+
+    Args:
+        logits_theta, logits_t: [..., V], as for ``solve``.
+        seed: an int, a tensor, or a torch.Generator that one is taken from. Same seed and offset, same token. A tensor
+            [...] is used as it is for each row, whatever the batch; one number for all rows (an int, a 0-d tensor, a
+            generator's) is mixed with the row's index.
+        offset: an int or a tensor [...], for instance the position that is sampled: another offset, other tokens.
+        num_samples: how many tokens to draw from each row; the results are then [..., num_samples].
+        temperature, min_p: q_alpha^(1/temperature), without the tokens below min_p times its peak; floats or [...].
+            log_q is that law's; log_theta and log_t are of the models' whole laws.
+        method, alpha, temperature_theta, temperature_t, vocab_size, max_iter: as for ``solve``; alpha=1 draws from
+            pi_theta and alpha=0 from pi_t, on the tokens that both models allow.
+        tol: bound on the error of alpha.
+
+    >>> import torch
+    >>> logits_theta, logits_t = torch.randn(2, 3, 1000, generator=torch.Generator().manual_seed(0)).unbind(0)
+    >>> drawn = sample(logits_theta, logits_t, seed=7)
+    >>> drawn.token.shape, bool((drawn.token == sample(logits_theta, logits_t, seed=7).token).all())
+    (torch.Size([3]), True)
+    >>> sample(logits_theta, logits_t, seed=7, num_samples=4).w_theta.shape
+    torch.Size([3, 4])
+    """
+    if num_samples is not None and (not isinstance(num_samples, int) or num_samples < 1):
+        raise ValueError(f"num_samples must be an int of at least 1, but is {num_samples!r}")
+    rows, shape, _ = prepare(
+        logits_theta.detach() if isinstance(logits_theta, Tensor) else logits_theta,
+        logits_t.detach() if isinstance(logits_t, Tensor) else logits_t,
+        alpha, method, "chernoff", temperature_theta, temperature_t, vocab_size, tol, max_iter, True,
+    )  # fmt: skip
+    token, log_q, log_theta, log_t, found, status = torch.ops.optsample.sample(
+        *_solver(rows), *_numbers(seed, offset, shape, logits_theta.device),
+        *_filters(temperature, min_p, logits_theta), num_samples or 1,
+    )  # fmt: skip
+    whole = shape if num_samples is None else (*shape, num_samples)
+    found, status = (x.reshape(shape) if num_samples is None else x.reshape(*shape, 1) for x in (found, status))
+    token, log_q, log_theta, log_t = (x.reshape(whole) for x in (token, log_q, log_theta, log_t))
+    return Sample(token, log_q, log_theta, log_t, found.expand(whole), status.expand(whole))
+
+
+def verify(
+    draft_tokens: Tensor,
+    logits_theta: Tensor,
+    logits_t: Tensor,
+    *,
+    draft: str = "theta",
+    draft_lengths: Tensor | Sequence[int] | None = None,
+    seed: Number | torch.Generator,
+    offset: Number = 0,
+    temperature: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
+    method: str = "kl_symmetry",
+    alpha: float | Tensor | None = None,
+    temperature_theta: float | Tensor = 1.0,
+    temperature_t: float | Tensor = 1.0,
+    vocab_size: int | None = None,
+    tol: float = 1e-4,
+    max_iter: int = 20,
+) -> Verified:
+    """Speculative sampling of q*: keep a prefix of the drafts and draw one more token, so that all are q*'s exactly.
+
+    Draft k is kept with probability min(1, q/p), p being the draft model's whole law at ``temperature_theta`` or
+    ``temperature_t``. The first refused position draws from max(0, q - p) instead, and the position behind the last
+    draft draws from q.
+
+    Args:
+        draft_tokens: [..., K] integers, K = 0 included, drawn from p. One outside the vocabulary, or with p = 0, is
+            refused.
+        logits_theta, logits_t: [..., K + 1, V]: both models' logits at the drafts' positions and the one behind them.
+        draft: which model made the drafts, "theta" or "t".
+        draft_lengths: [...] how many of the K drafts each sequence has, all by default; beyond 0 ... K they are
+            clamped. What stands behind a sequence's drafts, in draft_tokens and in the logits, does not matter.
+        seed, offset: as for ``sample``, a tensor being [...], one entry for each sequence; position k takes
+            offset + k. The numbers are others than those of ``sample``, so that drafts may have the same seed.
+
+    The other arguments are those of ``sample``; tensors among them are [..., K + 1].
+
+    >>> import torch
+    >>> logits_theta, logits_t = torch.randn(2, 5, 3, 100, generator=torch.Generator().manual_seed(0)).unbind(0)
+    >>> drafts = sample(logits_theta[:, :2], logits_t[:, :2], alpha=1.0, seed=1).token
+    >>> verified = verify(drafts, logits_theta, logits_t, seed=2)
+    >>> verified.tokens.shape, bool((verified.num_accepted == (verified.tokens >= 0).sum(-1) - 1).all())
+    (torch.Size([5, 3]), True)
+    """
+    check_choice(draft, DRAFTS, "draft")
+    if not isinstance(draft_tokens, Tensor):
+        raise TypeError(f"draft_tokens must be a torch.Tensor, but is {type(draft_tokens).__name__}")
+    _check_integers(draft_tokens, "draft_tokens")
+    rows, shape, whole = prepare(
+        logits_theta.detach() if isinstance(logits_theta, Tensor) else logits_theta,
+        logits_t.detach() if isinstance(logits_t, Tensor) else logits_t,
+        alpha, method, "chernoff", temperature_theta, temperature_t, vocab_size, tol, max_iter, True,
+    )  # fmt: skip
+    expected = (*draft_tokens.shape[:-1], draft_tokens.shape[-1] + 1) if draft_tokens.dim() else None
+    if tuple(shape) != expected:
+        raise ValueError(
+            f"logits_theta must have shape [..., K + 1, V] for draft_tokens [..., K], but they have {list(whole)} and "
+            f"{list(draft_tokens.shape)}"
+        )
+    if draft_tokens.device != logits_theta.device:
+        raise ValueError(
+            f"draft_tokens must be on the logits' device {logits_theta.device}, but is on {draft_tokens.device}"
+        )
+    batch, most = draft_tokens.shape[:-1], draft_tokens.shape[-1]
+    tokens, num_accepted, *rest = torch.ops.optsample.verify(
+        *_solver(rows), *_numbers(seed, offset, batch, logits_theta.device),
+        *_filters(temperature, min_p, logits_theta), draft_tokens.reshape(batch.numel(), most).long(),
+        _lengths(draft_lengths, batch, most, logits_theta.device), DRAFTS.index(draft),
+    )  # fmt: skip
+    return Verified(tokens.reshape(shape), num_accepted.reshape(batch), *(x.reshape(shape) for x in rest))
+
+
+def _solver(rows: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The ops' first arguments out of the solving op's."""
+    *inputs, method, _, tol, max_iter, _, _ = rows
+    return *inputs, method, tol, max_iter
+
+
+def _numbers(
+    seed: Number | torch.Generator, offset: Number, batch: torch.Size, device: torch.device
+) -> tuple[Any, ...]:
+    """seed, offset, seeds, offsets, mixed, as ``Draws`` has them."""
+    if isinstance(seed, torch.Generator):
+        drawn = torch.randint(2**63 - 1, (), generator=seed, device=seed.device)
+        # Reading a CPU generator's number waits for no device; a GPU's own generator goes into graphs.
+        seed = int(drawn) if seed.device.type == "cpu" else drawn
+    mixed = not isinstance(seed, Tensor) or seed.dim() == 0
+    seed, seeds = _number(seed, batch, device, "seed")
+    offset, offsets = _number(offset, batch, device, "offset")
+    return seed, offset, seeds, offsets, mixed
+
+
+def _number(value: Number, batch: torch.Size, device: torch.device, name: str) -> tuple[int, Tensor | None]:
+    """A number that stands for all rows, or a tensor that replaces it."""
+    if not isinstance(value, Tensor):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an int or a tensor of integers, but is {type(value).__name__}")
+        if not -(2**63) <= value < 2**63:
+            raise ValueError(f"{name} must fit into 64 bits with its sign, but is {value}")
+        return value, None
+    _check_integers(value, name)
+    if value.dim() and value.shape != batch:
+        raise ValueError(f"{name} must be an int or have shape {list(batch)}, but has {list(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"{name} must be on the logits' device {device}, but is on {value.device}")
+    return 0, value.reshape(-1).long()
+
+
+def _check_integers(value: Tensor, name: str) -> None:
+    if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
+        raise TypeError(f"{name} must hold integers, but is {value.dtype}")
+
+
+def _filters(temperature: float | Tensor, min_p: float | Tensor, theta: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """1 / temperature and min_p, [N] each, or None for both where neither does anything."""
+    if not isinstance(min_p, Tensor) and not (isinstance(min_p, (int, float)) and 0.0 <= min_p <= 1.0):
+        raise ValueError(f"min_p must be between 0 and 1, but is {min_p!r}")
+    cooling = inverse_temperature(temperature, theta, "temperature")
+    if cooling is None and not isinstance(min_p, Tensor) and min_p == 0.0:
+        return None, None
+    return per_row(1.0, theta, "temperature") if cooling is None else cooling, per_row(min_p, theta, "min_p").clamp(
+        0, 1
+    )
+
+
+def _lengths(lengths: Tensor | Sequence[int] | None, batch: torch.Size, most: int, device: torch.device) -> Tensor:
+    """[B] int64 in 0 ... K."""
+    if lengths is None:
+        return torch.full((batch.numel(),), most, dtype=torch.int64, device=device)
+    if not isinstance(lengths, Tensor):
+        lengths = torch.tensor(lengths, dtype=torch.int64)
+        if bool(((lengths < 0) | (lengths > most)).any()):
+            raise ValueError(f"draft_lengths must be between 0 and {most}, but is {lengths.tolist()}")
+        lengths = lengths.to(device)
+    _check_integers(lengths, "draft_lengths")
+    if lengths.shape != batch:
+        raise ValueError(f"draft_lengths must have shape {list(batch)}, but has {list(lengths.shape)}")
+    if lengths.device != device:
+        raise ValueError(f"draft_lengths must be on the logits' device {device}, but is on {lengths.device}")
+    return lengths.reshape(-1).long().clamp(0, most)

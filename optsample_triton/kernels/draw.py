@@ -72,6 +72,24 @@ def _node(partial_ptr, lanes, inside, k):
 
 
 @triton.jit
+def _whole(partial_ptr, lanes, inside, k):
+    return tl.sum(_node(partial_ptr, lanes, inside, k), 0)
+
+
+@triton.jit
+def kept_nodes(ptr, chunks, LANES: tl.constexpr):
+    """The row's node sums from those that ``nodes`` kept of its chunks, in float64."""
+    lanes = tl.arange(0, LANES)
+    inside = lanes < chunks
+    return (
+        _whole(ptr, lanes, inside, 0), _whole(ptr, lanes, inside, 1), _whole(ptr, lanes, inside, 2),
+        _whole(ptr, lanes, inside, 3), _whole(ptr, lanes, inside, 4), _whole(ptr, lanes, inside, 5),
+        _whole(ptr, lanes, inside, 6), _whole(ptr, lanes, inside, 7), _whole(ptr, lanes, inside, 8),
+        tl.max(_node(ptr, lanes, inside, 9), 0), _whole(ptr, lanes, inside, 10),
+    )  # fmt: skip
+
+
+@triton.jit
 def interpolated_masses(partial_ptr, chunks, x, level, LANES: tl.constexpr):
     """The chunks' masses [LANES] at x relative to exp(level), from their node sums, and how much may be misplaced.
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from optsample_triton.kernels.draw import MISPLACED, draw, interpolated_masses, summed_masses
+from optsample_triton.kernels.draw import MISPLACED, draw, interpolated_masses, kept_nodes, summed_masses
 from optsample_triton.kernels.evaluate import rounded
 from optsample_triton.kernels.log_partition import tilted_top
 from optsample_triton.kernels.own import own_log_partitions
@@ -26,70 +26,55 @@ def shared_row(row, status):
 
 @triton.jit
 def settled(
-    theta_ptr, t_ptr, given_ptr, scale_theta_ptr, scale_t_ptr, cooling_ptr, min_p_ptr, alpha_ptr, status_ptr,
-    partial_ptr, arrived_ptr, index, part, splits, V, stride_theta, stride_t, max_iter, tol,
-    METHOD: tl.constexpr, PACKED: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, UNROLL: tl.constexpr,
-    LANES: tl.constexpr, FILTER: tl.constexpr,
+    row, given_ptr, cooling_ptr, min_p_ptr, alpha_ptr, status_ptr, partial_ptr, index, max_iter, tol,
+    METHOD: tl.constexpr, PACKED: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, LANES: tl.constexpr,
+    FILTER: tl.constexpr,
 ):  # fmt: skip
-    """Solve row ``index`` and normalise its law: (row, law, masses [LANES], log-partitions, status, last).
+    """From the chunks' node sums to a normalised law: (row, law, masses [LANES], log-partitions, status).
 
     The log-partitions are those of the law and of both models over their own entries.
     """
-    G: tl.constexpr = H // 2
-    row = open_row(
-        theta_ptr, t_ptr, scale_theta_ptr, scale_t_ptr, index, V, stride_theta, stride_t, 0.0, G, PACKED, False
+    chunks = tl.cdiv(row[2], CHUNK)
+    total = kept_nodes(partial_ptr, chunks, LANES)
+    masked = total[10] > 0
+    row, ends, alpha, _, psi, status, _ = solved(
+        row, total, given_ptr, index, tol, max_iter, METHOD, H, PACKED, False, False
     )
-    partial_ptr += index * tl.cdiv(V, CHUNK) * SUMS
-    total, last = nodes(
-        row, part, splits, partial_ptr, arrived_ptr + index, H, CHUNK, UNROLL, PACKED, False, True
-    )  # fmt: skip
-    masses = tl.zeros([LANES], tl.float64)
-    nothing = tl.zeros([], tl.float64)
-    x, base, log_mass, own_theta, own_t = nothing, nothing, nothing, nothing, nothing
-    status = tl.zeros([], tl.int32)
+    A, B, _, unit = ends
+    lone = status == DISJOINT
+    x = tl.where(lone, 1.0, rounded(alpha))
+    tl.store(alpha_ptr + index, tl.where(status == INVALID, float("nan"), x).to(tl.float32))
+    tl.store(status_ptr + index, status.to(tl.uint8))
+    own_theta, own_t = A, B
+    if masked | lone:
+        own_theta, own_t = own_log_partitions(row, H, PACKED)
+    row_q = shared_row(row, status)
+    psi = tl.where(lone, 0.0, psi)
+    level = tl.where(lone, own_theta, x * A + (1.0 - x) * B + psi)
+    far = (unit < 1.0) | (psi < -FAR)
+    filtered = status < 0
     cooling, floor = tl.full([], 1.0, tl.float32), tl.full([], -float("inf"), tl.float32)
-    far = status != 0
-    if last:
-        row, ends, alpha, _, psi, status, _ = solved(
-            row, total, given_ptr, index, tol, max_iter, METHOD, G, PACKED, False, False
-        )
-        A, B, _, unit = ends
-        x = tl.where(status == DISJOINT, 1.0, rounded(alpha))
-        tl.store(alpha_ptr + index, tl.where(status == INVALID, float("nan"), x).to(tl.float32))
-        tl.store(status_ptr + index, status.to(tl.uint8))
-        own_theta, own_t = A, B
-        if (total[10] > 0) | (status == DISJOINT):
-            own_theta, own_t = own_log_partitions(row, G, PACKED)
-        row_q = shared_row(row, status)
-        lone = status == DISJOINT
-        psi = tl.where(lone, 0.0, psi)
-        level = tl.where(lone, own_theta, x * A + (1.0 - x) * B + psi)
-        far = (unit < 1.0) | (psi < -FAR)
-        cut = False
-        if FILTER:
-            cooling = tl.load(cooling_ptr + index)
-            least = tl.load(min_p_ptr + index)
-            floor = tl.where(least > 0.0, tl.log(least), -float("inf"))
-            cut = (cooling != 1.0) | (least > 0.0)
-            far = far | (cooling > COLD)
-            if cut:  # q's own normalisation would underflow at a low temperature
-                level = tilted_top(row_q, x, G, PACKED, False)
-        base = tl.where(far, level, rounded(level))
-        law = (x, base, cooling, floor, far, 0.0)
-        misplaced = nothing + float("inf")
-        if (unit == 1.0) & (cut == 0) & (lone == 0):
-            masses, misplaced = interpolated_masses(partial_ptr, tl.cdiv(V, CHUNK), x, base, LANES)
-        if ~(misplaced <= tl.sum(masses, 0) * MISPLACED):
-            masses = summed_masses(row_q, law, CHUNK, LANES, G, PACKED, FILTER, -1)
-        log_mass = tl.log(tl.sum(masses, 0))
-    return row, (x, base, cooling, floor, far), masses, (log_mass, own_theta, own_t), status, last
+    if FILTER:
+        cooling, least = tl.load(cooling_ptr + index), tl.load(min_p_ptr + index)
+        floor = tl.where(least > 0.0, tl.log(least), floor)
+        filtered = (cooling != 1.0) | (least > 0.0)
+        far = far | (cooling > COLD)
+        if filtered:  # q's own normalisation would underflow at a low temperature
+            level = tilted_top(row_q, x, H, PACKED, False)
+    base = tl.where(far, level, rounded(level))
+    law = (x, base, cooling, floor, far, tl.full([], float("inf"), tl.float32))
+    masses, misplaced = interpolated_masses(partial_ptr, chunks, x, base, LANES)
+    trusted = (unit == 1.0) & (filtered == 0) & (lone == 0) & (misplaced <= tl.sum(masses, 0) * MISPLACED)
+    if trusted == 0:
+        masses = summed_masses(row_q, law, CHUNK, LANES, H, PACKED, FILTER, -1)
+    return row, law, masses, (tl.log(tl.sum(masses, 0)), own_theta, own_t), status
 
 
 @triton.jit
 def logs_at(row, law, partitions, status, token, FILTER: tl.constexpr):
     """log_q, log_theta and log_t of tokens, -inf where there is no mass, NaN in invalid rows; float64."""
     theta_ptr, t_ptr, _, scale_theta, scale_t, ref_theta, ref_t, _ = row
-    x, base, cooling, floor, _ = law
+    x, base, cooling, floor, _, _ = law
     log_mass, own_theta, own_t = partitions
     u = ((tl.load(theta_ptr + token).to(tl.float32) - ref_theta) * scale_theta).to(tl.float64)
     v = ((tl.load(t_ptr + token).to(tl.float32) - ref_t) * scale_t).to(tl.float64)
@@ -116,21 +101,27 @@ def sample_kernel(
 ):  # fmt: skip
     program = tl.program_id(0)
     index = (program // splits).to(tl.int64)
-    row, law, masses, partitions, status, last = settled(
-        theta_ptr, t_ptr, given_ptr, scale_theta_ptr, scale_t_ptr, cooling_ptr, min_p_ptr, alpha_ptr, status_ptr,
-        partial_ptr, arrived_ptr, index, program % splits, splits, V, stride_theta, stride_t, max_iter, tol,
-        METHOD, PACKED, H, CHUNK, UNROLL, LANES, FILTER,
-    )  # fmt: skip
+    H_LATER: tl.constexpr = H // 2  # the sweeps after the first keep more values per pair
+    row = open_row(
+        theta_ptr, t_ptr, scale_theta_ptr, scale_t_ptr, index, V, stride_theta, stride_t, 0.0, H_LATER, PACKED, False
+    )
+    partial_ptr += index * tl.cdiv(V, CHUNK) * SUMS
+    _merged, last = nodes(
+        row, program % splits, splits, partial_ptr, arrived_ptr + index, H, CHUNK, UNROLL, PACKED, False, True
+    )
     if last:
+        row, law, masses, partitions, status = settled(
+            row, given_ptr, cooling_ptr, min_p_ptr, alpha_ptr, status_ptr, partial_ptr, index, max_iter, tol,
+            METHOD, PACKED, H_LATER, CHUNK, LANES, FILTER,
+        )  # fmt: skip
         key, count = number(seed_ptr, seed, index, seed_step), number(offset_ptr, offset, index, offset_step)
-        whole = (*law, 0.0)
         for begin in tl.range(0, num_samples, DRAWS):
             which = begin + tl.arange(0, DRAWS)
             place, second = uniforms(key, count, index * mixed, which, PLACE)
             within, _ = uniforms(key, count, index * mixed, which, TOKEN)
             token = tl.zeros([DRAWS], tl.int32)
             if status != INVALID:
-                token = draw(shared_row(row, status), whole, masses, place, second, within, CHUNK, TILE, FILTER, -1)
+                token = draw(shared_row(row, status), law, masses, place, second, within, CHUNK, TILE, FILTER, -1)
             log_q, log_theta, log_t = logs_at(row, law, partitions, status, token, FILTER)
             at, inside = index * num_samples + which, which < num_samples
             tl.store(token_ptr + at, tl.where(status == INVALID, -1, token).to(tl.int64), mask=inside)
@@ -150,12 +141,19 @@ def verify_kernel(
 ):  # fmt: skip
     program = tl.program_id(0)
     index = (program // splits).to(tl.int64)
-    row, law, masses, partitions, status, last = settled(
-        theta_ptr, t_ptr, given_ptr, scale_theta_ptr, scale_t_ptr, cooling_ptr, min_p_ptr, alpha_ptr, status_ptr,
-        partial_ptr, arrived_ptr, index, program % splits, splits, V, stride_theta, stride_t, max_iter, tol,
-        METHOD, PACKED, H, CHUNK, UNROLL, LANES, FILTER,
-    )  # fmt: skip
+    H_LATER: tl.constexpr = H // 2  # the sweeps after the first keep more values per pair
+    row = open_row(
+        theta_ptr, t_ptr, scale_theta_ptr, scale_t_ptr, index, V, stride_theta, stride_t, 0.0, H_LATER, PACKED, False
+    )
+    partial_ptr += index * tl.cdiv(V, CHUNK) * SUMS
+    _merged, last = nodes(
+        row, program % splits, splits, partial_ptr, arrived_ptr + index, H, CHUNK, UNROLL, PACKED, False, True
+    )
     if last:
+        row, law, masses, partitions, status = settled(
+            row, given_ptr, cooling_ptr, min_p_ptr, alpha_ptr, status_ptr, partial_ptr, index, max_iter, tol,
+            METHOD, PACKED, H_LATER, CHUNK, LANES, FILTER,
+        )  # fmt: skip
         sequence, position = index // positions, index % positions
         length = tl.load(length_ptr + sequence)
         key, count = number(seed_ptr, seed, sequence, seed_step), number(offset_ptr, offset, sequence, offset_step)
@@ -174,7 +172,7 @@ def verify_kernel(
             refused = has_draft & (status != DISJOINT)
             token = recovered(
                 shared_row(row, status), law, masses, partitions, refused, key, count, group, CHUNK, TILE, LANES,
-                H // 2, PACKED, FILTER, MODEL,
+                H_LATER, PACKED, FILTER, MODEL,
             )  # fmt: skip
             log_q, log_theta, log_t = logs_at(row, law, partitions, status, token, FILTER)
         tl.store(accepted_ptr + index, accepted.to(tl.uint8))
@@ -190,16 +188,18 @@ def recovered(
     LANES: tl.constexpr, H: tl.constexpr, PACKED: tl.constexpr, FILTER: tl.constexpr, MODEL: tl.constexpr,
 ):  # fmt: skip
     """The token [1] of a row without an accepted draft: from what q has more than the draft's law, or from q."""
+    x, base, cooling, floor, far, _ = law
     log_mass, own_theta, own_t = partitions
     one = tl.arange(0, 1)
     # The law's weights sum to exp(log_mass), and so must the draft's; +inf takes nothing off.
     own = tl.where(refused, (own_theta if MODEL == 0 else own_t) - log_mass, float("inf")).to(tl.float32)
     if refused:
-        left = summed_masses(row, (*law, own), CHUNK, LANES, H, PACKED, FILTER, MODEL)
+        left = summed_masses(row, (x, base, cooling, floor, far, own), CHUNK, LANES, H, PACKED, FILTER, MODEL)
         if tl.sum(left, 0) > 0.0:
             masses = left
         else:
             own += float("inf")
     place, second = uniforms(key, count, group, one, RECOVER_PLACE)
     within, _ = uniforms(key, count, group, one, RECOVER_TOKEN)
-    return draw(row, (*law, own), masses, place, second, within, CHUNK, TILE, FILTER, MODEL)
+    law = (x, base, cooling, floor, far, own)
+    return draw(row, law, masses, place, second, within, CHUNK, TILE, FILTER, MODEL)

@@ -44,7 +44,8 @@ def nodes(
     """The node sums of a row in float64, and whether this program is the one to go on with it.
 
     Chunks are summed one by one and merged in their order, whichever program took them: bits do not depend on splits.
-    With KEEP the sums of the chunks are left at ``partial_ptr``. The last sum counts chunks with masked tokens.
+    With KEEP the sums of the chunks are left at ``partial_ptr`` instead, for the caller to merge. The last sum counts
+    chunks with masked tokens.
     """
     V = row[2]
     chunks = tl.cdiv(V, CHUNK)
@@ -63,7 +64,7 @@ def nodes(
             for k in tl.static_range(SUMS - 1):
                 tl.store(partial_ptr + chunk * SUMS + k, sums[k])
             tl.store(partial_ptr + chunk * SUMS + SUMS - 1, mark)
-        if splits == 1:
+        if not KEEP and splits == 1:
             total = _merge(total, sums, mark)
     last = True
     if KEEP or splits > 1:
@@ -72,13 +73,14 @@ def nodes(
     if splits > 1:
         arrived = tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu")
         last = arrived == splits - 1
-        if last:
+        if last and not KEEP:
             for chunk in tl.range(0, chunks):
                 at = partial_ptr + chunk * SUMS
                 total = _merge(total, (
                     _reload(at), _reload(at + 1), _reload(at + 2), _reload(at + 3), _reload(at + 4),
                     _reload(at + 5), _reload(at + 6), _reload(at + 7), _reload(at + 8), _reload(at + 9),
                 ), _reload(at + 10))  # fmt: skip
+        if last:
             tl.store(arrived_ptr, 0)
     return total, last
 

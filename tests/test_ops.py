@@ -6,7 +6,8 @@ from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import optsample_triton as ost
-from optsample_triton import Status, backend, ops
+from optsample_triton import Status, backend
+from optsample_triton.ops.library import implementations
 from reference import truth
 from tests import cases
 from tests.tolerances import assert_within
@@ -75,6 +76,34 @@ def test_opcheck_of_solve_backward(through_root, setting):
     assert set(result.values()) == {"SUCCESS"}
 
 
+def draw_arguments(a, b, *, seeds=None, cooling=None):
+    return (a, b, None, None, None, "kl_symmetry", 1e-4, 20, 7, 3, seeds, None, seeds is None, cooling, cooling)
+
+
+@pytest.mark.parametrize("variant", ["plain", "seeds", "filtered"])
+def test_opcheck_of_sample(variant, setting):
+    device, dtype = setting
+    a, b = rows((2, 9), device, dtype)
+    options = {
+        "plain": {},
+        "seeds": {"seeds": torch.arange(2, device=device)},
+        "filtered": {"cooling": torch.tensor([0.5, 0.9], device=device, dtype=dtype)},
+    }[variant]
+    arguments = (*draw_arguments(a, b, **options), 3)
+    result = torch.library.opcheck(torch.ops.optsample.sample.default, arguments, test_utils=CHECKS)
+    assert set(result.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("model", [0, 1])
+def test_opcheck_of_verify(model, setting):
+    device, dtype = setting
+    a, b = rows((6, 9), device, dtype)
+    drafts, lengths = torch.tensor([[1, 8], [3, 0]], device=device), torch.tensor([2, 1], device=device)
+    arguments = (*draw_arguments(a, b), drafts, lengths, model)
+    result = torch.library.opcheck(torch.ops.optsample.verify.default, arguments, test_utils=CHECKS)
+    assert set(result.values()) == {"SUCCESS"}
+
+
 # Compilation
 
 
@@ -92,7 +121,16 @@ def guided(a, b):
     return solution.log_z + ost.log_q(a, b, 0.25).logsumexp(-1)
 
 
-@pytest.mark.parametrize("function", [solved, mixed, guided], ids=lambda f: f.__name__)
+def drawn(a, b):
+    return tuple(ost.sample(a, b, seed=7, num_samples=2, temperature=0.9))
+
+
+def speculated(a, b):
+    drafts = ost.sample(a[:, :-1], b[:, :-1], seed=7, alpha=1.0).token
+    return tuple(ost.verify(drafts, a, b, seed=8))
+
+
+@pytest.mark.parametrize("function", [solved, mixed, guided, drawn, speculated], ids=lambda f: f.__name__)
 def test_compiled_whole(function, setting):
     device, dtype = setting
     torch._dynamo.reset()
@@ -322,7 +360,7 @@ class NoSynchronisation(TorchDispatchMode):
         if func.namespace == "optsample":
             self.entered.append(name)
             with self:
-                return getattr(ops, f"_{name}")(*args, **kwargs)
+                return implementations[name](*args, **kwargs)
         masks = [x for x in args[1] or () if isinstance(x, torch.Tensor)] if name in ("index", "index_put_") else []
         counted = any(mask.dtype == torch.bool for mask in masks)  # a boolean index has to be counted first
         waits = counted or name in self.WAITS
@@ -344,6 +382,10 @@ def everything_once(a, b, alpha):
     (solution.alpha.sum() + log_q.sum()).backward()
     with torch.no_grad():
         ost.log_q(a, b, vocab_size=7, out=torch.empty_like(a))
+    seed = torch.arange(2, device=a.device)
+    ost.sample(a, b, seed=seed, offset=3, num_samples=2)
+    ost.sample(a, b, seed=1, alpha=alpha, temperature=0.5, min_p=0.1)
+    ost.verify(seed[:, None], a[:, None].expand(2, 2, -1), b[:, None].expand(2, 2, -1), seed=seed, draft_lengths=seed)
 
 
 def test_nothing_synchronises(monkeypatch):
@@ -355,7 +397,7 @@ def test_nothing_synchronises(monkeypatch):
     with NoSynchronisation() as mode:
         everything_once(a, b, alpha)
     assert mode.entered.count("solve") == 4
-    assert set(mode.entered) == {"solve", "solve_out", "solve_backward"}
+    assert set(mode.entered) == {"solve", "solve_out", "solve_backward", "sample", "verify"}
     if device == "cuda":
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -377,19 +419,26 @@ def test_graph_capture(monkeypatch):
     device = "cpu" if backend.interpreter_on() else "cuda"
     a, b = rows((2, 9), device)
     other_a, other_b = rows((2, 9), device, seed=5)
-    expected = ost.solve(other_a, other_b).alpha
+    offset = torch.zeros((), dtype=torch.int64, device=device)
+    expected, token = ost.solve(other_a, other_b).alpha, ost.sample(other_a, other_b, seed=7, offset=4).token
     if device == "cuda":
         ost.log_q(a, b)
+        ost.sample(a, b, seed=7, offset=offset)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             alpha, log_q = ost.solve(a, b).alpha, ost.log_q(a, b)
+            sample = ost.sample(a, b, seed=7, offset=offset)
         a.copy_(other_a)
         b.copy_(other_b)
+        offset.fill_(4)
         graph.replay()
     else:
         a.copy_(other_a)
         b.copy_(other_b)
+        offset.fill_(4)
         alpha, log_q = ost.solve(a, b).alpha, ost.log_q(a, b)
+        sample = ost.sample(a, b, seed=7, offset=offset)
     assert alpha.equal(expected)
+    assert sample.token.equal(token)
     assert_within(log_q, truth.log_q(other_a.cpu(), other_b.cpu()), "log_q")

@@ -247,18 +247,25 @@ def test_offsets_beyond_2_to_the_31(backend, device):
     assert bits(out) == bits(ost.log_q(a, b))
 
 
-def peak_memory(rows, vocab, device):
-    """The most bytes that solve holds at once beyond its arguments."""
+WORKS = {
+    "solve": lambda a, b: ost.solve(a, b, diagnostics=True),
+    "sample": lambda a, b: ost.sample(a, b, seed=0),
+    "verify": lambda a, b: ost.verify(torch.zeros_like(a[:, :0], dtype=torch.int64), a[:, None], b[:, None], seed=0),
+}
+
+
+def peak_memory(work, rows, vocab, device):
+    """The most bytes that the work holds at once beyond its arguments."""
     g = torch.Generator().manual_seed(0)
     a, b = (torch.randn(rows, vocab, generator=g).to(device) for _ in range(2))
-    ost.solve(a[:1], b[:1], diagnostics=True)  # whatever is set up once
+    work(a[:1], b[:1])  # whatever is set up once
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        ost.solve(a, b, diagnostics=True)
+        work(a, b)
         return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        ost.solve(a, b, diagnostics=True)
+        work(a, b)
     held = peak = 0
     for event in record.profiler.kineto_results.events():
         if event.name() == "[memory]":
@@ -268,9 +275,11 @@ def peak_memory(rows, vocab, device):
     return peak
 
 
-def test_memory_does_not_grow_with_the_rows_size(device, interpreted):
+@pytest.mark.parametrize("work", WORKS)
+def test_memory_does_not_grow_with_the_rows_size(work, device, interpreted):
     """O(N + chunk): four times the vocabulary costs nothing more, a further row a few hundred bytes."""
     rows, vocab = (1, 20000) if interpreted else (64, 32768)
-    base = peak_memory(rows, vocab, device)
-    assert peak_memory(rows, 4 * vocab, device) <= 1.1 * base + 4096
-    assert peak_memory(4 * rows, vocab, device) <= 1.1 * base + 3 * rows * 2048
+    base = peak_memory(WORKS[work], rows, vocab, device)
+    # Drawing keeps 44 bytes for each of a row's chunks of 8,192 tokens.
+    assert peak_memory(WORKS[work], rows, 4 * vocab, device) <= 1.1 * base + 4096 + rows * 44 * 3 * vocab // 8192
+    assert peak_memory(WORKS[work], 4 * rows, vocab, device) <= 1.1 * base + 3 * rows * 2048

@@ -128,8 +128,8 @@ def sample(
     n, vocab = theta.shape
     temperatures = inverse_temperature_theta, inverse_temperature_t
     splits, inputs, results, meeting, flags = _draw_arguments(theta, t, alpha, *temperatures, options, draws)
-    drawn = torch.empty(3, n, num_samples, dtype=torch.float32, device=theta.device).unbind(0)
     token = torch.empty(n, num_samples, dtype=torch.int64, device=theta.device)
+    drawn = [torch.empty_like(token, dtype=torch.float32) for _ in range(3)]
     if n:
         sample_kernel[(n * splits,)](
             *inputs, token, *drawn, *results, *meeting, vocab, theta.stride(0), t.stride(0), splits, options.max_iter,
@@ -154,8 +154,8 @@ def verify(
     n, vocab = theta.shape
     temperatures = inverse_temperature_theta, inverse_temperature_t
     splits, inputs, results, meeting, flags = _draw_arguments(theta, t, alpha, *temperatures, options, draws)
-    drawn = torch.empty(3, n, dtype=torch.float32, device=theta.device).unbind(0)
     token = torch.empty(n, dtype=torch.int64, device=theta.device)
+    drawn = [torch.empty_like(token, dtype=torch.float32) for _ in range(3)]
     accepted = torch.empty(n, dtype=torch.bool, device=theta.device)
     if n:
         verify_kernel[(n * splits,)](

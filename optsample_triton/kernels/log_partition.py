@@ -80,7 +80,8 @@ def chunk_nodes(
 ):  # fmt: skip
     """Ten float32 sums over the tokens start .. stop: L's masses at the nodes, first and second moments, top weight.
 
-    Without MASKED a -inf or NaN shows as a non-finite first moment, for no extra work.
+    Without MASKED a -inf or NaN shows as a non-finite first moment, for no extra work. The eleventh is 1 where masked
+    tokens were left out.
     """
     theta_ptr, t_ptr, V, scale_theta, scale_t, ref_theta, ref_t, eps = row
     eighth_theta = scale_theta * (LOG2E / 8.0)
@@ -96,6 +97,7 @@ def chunk_nodes(
         b0, b1 = as_logits(b0, eps, PROBS), as_logits(b1, eps, PROBS)
         acc = _add_nodes(acc, a0, b0, everything, eighth_theta, eighth_t, ref_theta, ref_t, MASKED)
         acc = _add_nodes(acc, a1, b1, everything, eighth_theta, eighth_t, ref_theta, ref_t, MASKED)
+    hidden = tl.full([], 1.0 if MASKED else 0.0, tl.float32)
     if full < stop:
         a0, a1 = load_halves(theta_ptr, full, V, H, PACKED, True)
         b0, b1 = load_halves(t_ptr, full, V, H, PACKED, True)
@@ -104,9 +106,11 @@ def chunk_nodes(
         in0, in1 = inside_halves(theta_ptr, full, V, H)
         acc = _add_nodes(acc, a0, b0, in0, eighth_theta, eighth_t, ref_theta, ref_t, True)
         acc = _add_nodes(acc, a1, b1, in1, eighth_theta, eighth_t, ref_theta, ref_t, True)
+        least = tl.minimum(tl.where(in0, tl.minimum(a0, b0), 0.0), tl.where(in1, tl.minimum(a1, b1), 0.0))
+        hidden = tl.where(tl.min(least, 0) == -float("inf"), 1.0, hidden)
     return (
         tl.sum(acc[0], 0), tl.sum(acc[1], 0), tl.sum(acc[2], 0), tl.sum(acc[3], 0), tl.sum(acc[4], 0),
-        tl.sum(acc[5], 0), tl.sum(acc[6], 0), tl.sum(acc[7], 0), tl.sum(acc[8], 0), tl.max(acc[9], 0),
+        tl.sum(acc[5], 0), tl.sum(acc[6], 0), tl.sum(acc[7], 0), tl.sum(acc[8], 0), tl.max(acc[9], 0), hidden,
     )  # fmt: skip
 
 

@@ -56,16 +56,13 @@ def nodes(
         stop = tl.minimum(start + CHUNK, V)
         sums = chunk_nodes(row, start, stop, H, UNROLL, PACKED, PROBS, False)
         check = sums[0] + sums[1] + sums[2] + sums[3] + sums[4] + sums[5] + sums[6] + sums[7] + sums[8]
-        masked = check - check != 0.0
-        if masked:
+        if check - check != 0.0:
             sums = chunk_nodes(row, start, stop, H, 1, PACKED, PROBS, True)
-        mark = tl.where(masked, 1.0, 0.0)
         if KEEP or splits > 1:
-            for k in tl.static_range(SUMS - 1):
+            for k in tl.static_range(SUMS):
                 tl.store(partial_ptr + chunk * SUMS + k, sums[k])
-            tl.store(partial_ptr + chunk * SUMS + SUMS - 1, mark)
         if not KEEP and splits == 1:
-            total = _merge(total, sums, mark)
+            total = _merge(total, sums)
     last = True
     if KEEP or splits > 1:
         # All of this program's stores are ordered before its arrival, and read back past a stale L1.
@@ -79,7 +76,8 @@ def nodes(
                 total = _merge(total, (
                     _reload(at), _reload(at + 1), _reload(at + 2), _reload(at + 3), _reload(at + 4),
                     _reload(at + 5), _reload(at + 6), _reload(at + 7), _reload(at + 8), _reload(at + 9),
-                ), _reload(at + 10))  # fmt: skip
+                    _reload(at + 10),
+                ))  # fmt: skip
         if last:
             tl.store(arrived_ptr, 0)
     return total, last
@@ -91,12 +89,12 @@ def _reload(ptr):
 
 
 @triton.jit
-def _merge(total, sums, mark):
+def _merge(total, sums):
     return (
         total[0] + sums[0].to(tl.float64), total[1] + sums[1].to(tl.float64), total[2] + sums[2].to(tl.float64),
         total[3] + sums[3].to(tl.float64), total[4] + sums[4].to(tl.float64), total[5] + sums[5].to(tl.float64),
         total[6] + sums[6].to(tl.float64), total[7] + sums[7].to(tl.float64), total[8] + sums[8].to(tl.float64),
-        tl.maximum(total[9], sums[9].to(tl.float64)), total[10] + mark.to(tl.float64),
+        tl.maximum(total[9], sums[9].to(tl.float64)), total[10] + sums[10].to(tl.float64),
     )  # fmt: skip
 
 

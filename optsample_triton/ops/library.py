@@ -11,10 +11,12 @@ from torch import Tensor
 from optsample_triton import backend
 
 library = torch.library.Library("optsample", "DEF")
+implementations: dict[str, Callable[..., Any]] = {}
 
 
 def implement(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """The op's implementation for all devices that it knows, and what the compiler is told of its outputs."""
+    implementations[name] = function
     for key in ("CPU", "CUDA"):
         library.impl(name, function, key)
     torch.library.register_fake(f"optsample::{name}", fake)

@@ -101,8 +101,8 @@ def test_the_streams_differ():
 def test_pick_reaches_the_last_bit_and_no_empty_place():
     masses = torch.tensor([1.0 - 2.0**-40, 2.0**-40, 0.0], dtype=torch.float64)
     uniform = torch.tensor([0.0, 0.5, 1.0 - 2.0**-39, 1.0 - 2.0**-41, 1.0 - 2.0**-53], dtype=torch.float64)
-    assert pick(masses[None], uniform).tolist() == [0, 0, 0, 1, 1]
-    assert pick(masses.flip(0)[None], torch.tensor([0.0])).tolist() == [1]
+    assert pick(masses[None], uniform[None]).tolist() == [[0, 0, 0, 1, 1]]
+    assert pick(masses.flip(0)[None], torch.zeros(1, 1, dtype=torch.float64)).tolist() == [[1]]
 
 
 # One row of each kind
@@ -262,9 +262,10 @@ def test_a_tail_below_24_bits_is_reached(small_chunks, backend, device):
     assert drawn.token.tolist() == [[3] * 8]
     law = truth.sample_law(row.cpu(), row.cpu())[0]
     assert law[301] == pytest.approx(2.0**-61)
-    masses = torch.stack([law[:256].sum(), law[256:].sum()])
-    assert pick(masses[None], torch.tensor([1.0 - 2.0**-53], dtype=torch.float64)).tolist() == [0]
-    assert pick(law[None, 256:], torch.tensor([0.2, 0.6, 0.9], dtype=torch.float64)).tolist() == [44, 45, 46]
+    masses = torch.stack([law[:256].sum(), law[256:].sum()])[None]
+    assert pick(masses, torch.tensor([[1.0 - 2.0**-53]], dtype=torch.float64)).tolist() == [[0]]
+    uniform = torch.tensor([[0.2, 0.6, 0.9]], dtype=torch.float64)
+    assert pick(law[None, 256:], uniform).tolist() == [[44, 45, 46]]
 
 
 def test_p_values_are_uniform_over_seeds(small_chunks, monkeypatch):

@@ -82,21 +82,21 @@ def _chunks(rows: Rows) -> list[slice]:
 
 
 def pick(masses: Tensor, uniform: Tensor) -> Tensor:
-    """An index [...] into masses [..., K] with their probabilities; never one of mass 0 where others have more."""
-    total = masses.cumsum(-1)
-    target = uniform * total[..., -1]
-    hit = (total > target[..., None]) & (masses > 0)
-    first = hit.to(torch.uint8).argmax(-1)
-    # Rounding may leave nothing beyond the target: then the last that has mass.
-    last = ((masses > 0) * torch.arange(masses.shape[-1], device=masses.device)).amax(-1)
-    return torch.where(hit.any(-1), first, last)
+    """An index [N, S] into masses [N, K] with their probabilities; never one of mass 0 where others have more."""
+    running = masses.cumsum(-1)
+    index = torch.searchsorted(running, uniform * running[:, -1:], right=True)
+    beyond = index >= masses.shape[-1]
+    if bool(beyond.any()):  # rounding has left nothing beyond the target: then the last that has mass
+        last = ((masses > 0) * torch.arange(masses.shape[-1], device=masses.device)).amax(-1, keepdim=True)
+        index = torch.where(beyond, last, index)
+    return index
 
 
 def draw(law: Law, masses: Tensor, place: tuple[Tensor, Tensor], within: Tensor) -> Tensor:
     """Tokens [N, S] from the chunks' masses [N, C] and three uniforms [N, S]."""
     rows = law.mixture.rows
     tokens = torch.zeros_like(within, dtype=torch.int64)
-    chosen = pick(masses[:, None], place[0])
+    chosen = pick(masses, place[0])
     for k, chunk in enumerate(_chunks(rows)):
         index = (chosen == k).any(-1).nonzero().squeeze(-1)
         if not index.numel():
@@ -106,12 +106,12 @@ def draw(law: Law, masses: Tensor, place: tuple[Tensor, Tensor], within: Tensor)
             here = index[block]
             weights = part.weights(block, chunk)
             tiles = pad(weights, (0, -weights.shape[1] % launch.DRAW_TILE)).unflatten(-1, (-1, launch.DRAW_TILE))
-            row, draw_index = (chosen[here] == k).nonzero(as_tuple=True)
-            for some in range(0, row.shape[0], 1024):  # draws at a time: their tiles are float64
-                r, s = row[some : some + 1024], draw_index[some : some + 1024]
-                tile = pick(tiles.sum(-1).double()[r], place[1][here[r], s])
-                token = pick(tiles[r, tile].double(), within[here[r], s])
-                tokens[here[r], s] = chunk.start + tile * launch.DRAW_TILE + token
+            tile = pick(tiles.sum(-1).double(), place[1][here])
+            row, which = (chosen[here] == k).nonzero(as_tuple=True)
+            for some in range(0, row.shape[0], 256):  # draws at a time: their tiles are float64
+                r, s = row[some : some + 256], which[some : some + 256]
+                token = pick(tiles[r, tile[r, s]].double(), within[here[r], s, None])[:, 0]
+                tokens[here[r], s] = chunk.start + tile[r, s] * launch.DRAW_TILE + token
     return tokens
 
 

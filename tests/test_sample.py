@@ -299,8 +299,9 @@ def test_interpolated_masses_are_within_their_bound(name, small_chunks, monkeypa
     expected = law.sum(-1)
     found = masses[:, :4].cpu() / masses.cpu().sum(-1, keepdim=True)
     apart = (found - expected).abs().sum(-1) / 2
-    trusted = misplaced.cpu() <= 1e-6
-    assert bool((apart[trusted] <= 1.3e-6).all()), (apart, misplaced)
+    assert bool((apart <= misplaced.cpu() + 2e-7).all()), (apart, misplaced)
+    if name.startswith(("zipf, std 0.5", "zipf, std 1", "zipf, std 2", "bimodal", "same top", "masked")):
+        assert bool((misplaced.cpu() <= 1e-6).all()), misplaced  # another sweep would be a waste
 
 
 # Randomness

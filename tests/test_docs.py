@@ -55,13 +55,15 @@ def test_readme_examples_run():
     import optsample_triton as ost
     from reference import truth
 
-    solution, log_q, log_w = namespace["solution"], namespace["log_q"], namespace["log_w_theta"]
-    exact = truth.solve(namespace["logits_theta"], namespace["logits_t"])
+    solution, log_q, drawn = namespace["solution"], namespace["log_q"], namespace["drawn"]
+    torch.manual_seed(0)
+    exact = truth.solve(*torch.randn(2, 4, 32_000).unbind(0))
     assert solution.status.tolist() == [ost.Status.OK] * 4
     torch.testing.assert_close(solution.alpha.double(), exact.alpha, atol=2e-6, rtol=0.0)
     torch.testing.assert_close(solution.kl_theta, solution.kl_t, atol=1e-5, rtol=0.0)
     torch.testing.assert_close(log_q.exp().sum(-1), torch.ones(4), atol=1e-5, rtol=0.0)
-    assert log_w.shape == (4, 1)
+    torch.testing.assert_close(drawn.log_q, log_q.gather(-1, drawn.token[:, None])[:, 0], atol=2e-3, rtol=0.0)
+    assert namespace["weights"].shape == (4,)
 
 
 def test_readme_twins_have_the_same_skeleton():

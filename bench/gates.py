@@ -55,9 +55,7 @@ def regressions(fresh: Iterable[Row], committed: Sequence[Row]) -> list[str]:
     for row in fresh:
         old = known.get(key(row))
         if old is None:
-            found.append(
-                f"{label(row)}: not in the committed figures, run python -m bench.codegen --csv {COMMITTED.name}"
-            )
+            found.append(f"{label(row)}: not in {COMMITTED.name}, run python -m bench.codegen --csv anew")
             continue
         for column, (absolute, relative) in MARGINS.items():
             now, then = float(row[column]), float(old[column])

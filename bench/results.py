@@ -50,6 +50,7 @@ class Row:
     extra_bytes: int | None
     backend: str
     device: str
+    kind: str  # "cpu" or "cuda"
     threads: int
     date: str
     commit: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -75,7 +76,7 @@ def run_case(case: Case, device: torch.device, clock: Clock, budget: Budget) -> 
     for peer in rivals.PEERS:
         if case.work in peer.works and "peers" in case.rivals:
             asked.append(Result(case, peer.name, peer.moved_bytes(case), peer.version))
-            binders[peer.name] = lambda peer=peer: peer.bind(rows)
+            binders[peer.name] = functools.partial(peer.bind, rows)
 
     ready: dict[str, Call] = {}
     extra: dict[str, int | None] = {}
@@ -141,6 +142,7 @@ def rows_of(outcomes: Sequence[Outcome], device: torch.device) -> list[results.R
                     extra_bytes=result.extra_bytes,
                     backend=outcome.backend,
                     device=name,
+                    kind=device.type,
                     threads=torch.get_num_threads(),
                     date=date,
                     commit=commit,

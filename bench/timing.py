@@ -38,7 +38,7 @@ class Budget:
     max_calls: int
 
 
-CPU_BUDGET = Budget(seconds=2.0, min_calls=5, max_calls=50)
+CPU_BUDGET = Budget(seconds=1.0, min_calls=3, max_calls=50)
 GPU_BUDGET = Budget(seconds=0.15, min_calls=5, max_calls=60)
 QUICK_BUDGET = Budget(seconds=0.2, min_calls=3, max_calls=5)
 

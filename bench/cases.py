@@ -53,12 +53,12 @@ CPU_CASES = (
     Case("solve", 1, 50_257, rivals=FULL),
     Case("solve", 64, 50_257, rivals=FULL),
     Case("solve", 16, 151_936, rivals=FULL),
-    Case("solve", 64, 50_257, "bfloat16"),
+    Case("solve", 16, 50_257, "bfloat16"),
     Case("bisect", 16, 50_257),
-    Case("log_q", 64, 50_257, rivals=FULL),
-    Case("diagnostics", 64, 50_257),
-    Case("backward", 64, 50_257),
-    Case("dropin", 64, 50_257),
+    Case("log_q", 16, 50_257, rivals=FULL),
+    Case("diagnostics", 16, 50_257),
+    Case("backward", 16, 50_257),
+    Case("dropin", 16, 50_257),
 )
 
 # The cases that the goals are about come first, with all rivals: a run that is out of time has had them.

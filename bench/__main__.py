@@ -92,7 +92,7 @@ def _report(
     left_out = len(cases) - len(outcomes)
     if left_out:
         print(f"\nout of time: {left_out} of {len(cases)} cases were not started; --missing FILE.csv runs them alone")
-    failed = [outcome.case.name for outcome in outcomes if not outcome.passed]
+    failed = [outcome.case.name for outcome in outcomes if outcome.failed]
     if failed:
         print(f"\nFAILED the check: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

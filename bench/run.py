@@ -37,28 +37,37 @@ class Result:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one case gave; a case that did not pass its gate has no times."""
+    """What one case gave; a case that did not pass its gate has no times, one that did not fit no error either."""
 
     case: Case
     backend: str
-    error_ratio: float
+    error_ratio: float | None
     results: tuple[Result, ...]
 
     @property
-    def passed(self) -> bool:
-        return self.error_ratio <= 1.0
+    def failed(self) -> bool:
+        return self.error_ratio is not None and not self.error_ratio <= 1.0
 
 
 def run_case(case: Case, device: torch.device, clock: Clock, budget: Budget) -> Outcome:
     """Judge the package on the case; time it, and those it is timed against, only if it is right."""
+    try:
+        return _run_case(case, device, clock, budget)
+    except torch.OutOfMemoryError as error:
+        return Outcome(case, "", None, (Result(case, "package", note=reason(error)),))
+
+
+def _run_case(case: Case, device: torch.device, clock: Clock, budget: Budget) -> Outcome:
     work = WORKS[case.work]
     rows = Rows(case, *make_logits(case, device))
     moved = work.moved_bytes(case)
     chosen, _ = backend.choose(device, DTYPES[case.dtype])
+    if backend.interpreter_on() and chosen == "triton":
+        chosen = "triton, interpreted"
     package = work.package(rows)
     error_ratio = work.error_ratio(rows, package())
     asked = [Result(case, "package", moved), Result(case, "copy", moved)]
-    if error_ratio > 1.0:
+    if not error_ratio <= 1.0:
         return Outcome(case, chosen, error_ratio, (asked[0],))
 
     binders: dict[str, Callable[[], Call]] = {"package": lambda: package, "copy": lambda: copy_of(moved, device)}
@@ -71,8 +80,9 @@ def run_case(case: Case, device: torch.device, clock: Clock, budget: Budget) -> 
     finish = work.finish
     if device.type == "cuda" and finish is not None and "compiled" in case.rivals:
         asked += [Result(case, "compiled", moved), Result(case, "graphed", moved)]
-        binders["compiled"] = lambda: rivals.compiled(rows, finish)
-        binders["graphed"] = lambda: captured(rivals.compiled(rows, finish))
+        compiled = functools.cache(lambda: rivals.compiled(rows, finish))
+        binders["compiled"] = compiled
+        binders["graphed"] = lambda: captured(compiled())
     for peer in rivals.PEERS:
         if case.work in peer.works and "peers" in case.rivals:
             asked.append(Result(case, peer.name, peer.moved_bytes(case), peer.version))
@@ -116,7 +126,7 @@ def rows_of(outcomes: Sequence[Outcome], device: torch.device) -> list[results.R
         by_name = {result.who: result for result in outcome.results}
         package, copy = by_name["package"], by_name.get("copy")
         for result in outcome.results:
-            status = "FAILED" if not outcome.passed else "ok" if result.times else "not run"
+            status = "FAILED" if outcome.failed else "ok" if result.times else "not run"
             times = result.times
             rows.append(
                 results.Row(

@@ -16,7 +16,7 @@ COLUMNS: dict[str, Callable[[Row, dict[str, Row]], str]] = {
     "work": lambda row, case: row.work,
     "dtype": lambda row, case: row.dtype,
     "rows x vocabulary": lambda row, case: f"{row.N} x {row.V:,}",
-    "checked": lambda row, case: ("ok" if row.status == "ok" else "FAILED") + f" {figure(row.error_over_tolerance)}",
+    "checked": lambda row, case: f"{row.status} {figure(row.error_over_tolerance)}".removesuffix(" -"),
     "p20": lambda row, case: milliseconds(row.p20_ms),
     "p50": lambda row, case: milliseconds(row.p50_ms),
     "p80": lambda row, case: milliseconds(row.p80_ms),

@@ -44,7 +44,7 @@ CHINESE = {
     "No GPU has been measured yet.": "尚未在 GPU 上实测。",
 }
 # What the table of compiled kernels shows.
-KERNELS = ("solve bf16", "solve fp32", "log_q bf16", "gradient bf16")
+KERNELS = ("solve bf16", "solve fp32", "gradient bf16")
 
 
 def words(text: str, language: str) -> str:

@@ -44,7 +44,7 @@ class Device:
 # MI300X its Infinity Cache, 17,200 GB/s, since 4 MB of L2 per die hold few rows.
 DEVICES = (
     Device("A100", "sm_80", 108, 1.41, 1830, False, 40, 7200, float32=64),
-    Device("H100", "sm_90", 132, 1.83, 3020, True, 50, 9400),
+    Device("H100", "sm_90", 132, 1.98, 3020, True, 50, 10100),
     Device("H200", "sm_90", 132, 1.98, 4300, True, 50, 10100),
     Device("B200", "sm_100", 148, 1.96, 7200, False, 126, 10000),
     Device("MI300X", "gfx942", 304, 2.1, 4750, False, 256, 17200, issue=64, registers=131_072),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import importlib
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -33,12 +34,14 @@ class Family:
     backend: str
 
 
-def count(device: torch.device | None = None) -> list[Family]:
-    """Solve every case in float32 with the default tolerance."""
+def count(device: torch.device | None = None, families: Collection[str] = ()) -> list[Family]:
+    """Solve every case, or those of some families, in float32 with the default tolerance."""
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cases = importlib.import_module("tests.cases").CASES
     sweeps: dict[tuple[str, bool], list[int]] = defaultdict(list)
     for case in cases:
+        if families and case.family not in families:
+            continue
         solution = ost.solve(*case.logits(device=device), diagnostics=True)
         solved = solution.sweeps[solution.status == ost.Status.OK].cpu()
         sweeps[case.family, case.realistic] += solved.tolist()

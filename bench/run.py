@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import functools
 import platform
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -111,8 +112,13 @@ def _run_case(case: Case, device: torch.device, clock: Clock, budget: Budget) ->
 
 
 def reason(error: Exception) -> str:
-    """An exception in one short line."""
+    """An exception in one short line.
+
+    >>> reason(OSError("/opt/lib/libx.so: cannot open\\nmore"))
+    'OSError: libx.so: cannot open'
+    """
     first = (str(error).strip().splitlines() or [""])[0]
+    first = re.sub(r"/[\w.+/-]+/", "", first)  # results are published, folders of a machine are not
     kind = "" if isinstance(error, ModuleNotFoundError) else f"{type(error).__name__}: "
     return f"{kind}{first}"[:160]
 

@@ -35,12 +35,11 @@ def solve_entry(
     present: tuple[str, ...] = (),
     probabilities: bool = False,
     aligned: bool = True,
-    shape: launch.Shape | None = None,
     kind: str = "cuda",
 ) -> Entry:
     """solve_kernel on rows of a dtype (a key of BITS), with some of its optional arguments present."""
     bits = BITS[dtype]
-    shape = shape or launch.SHAPES[kind][bits]
+    shape = launch.SHAPES[kind][bits]
     signature = {"theta_ptr": f"*{dtype}", "t_ptr": f"*{dtype}"}
     signature |= {pointer: KINDS[pointer] for pointer in POINTERS}
     signature |= {pointer: KINDS.get(pointer, f"*{dtype}") for pointer in present}

@@ -1,8 +1,8 @@
-# make bench: correctness check, then the reference against this package, as a table.
+# make bench: correctness check, then the reference against this package, as a table; under three minutes.
 # make test:  the tests. Both need Python >= 3.10 and make, nothing else.
 PYTHON ?= python3
 PYTEST_ARGS ?= -n 2 --dist worksteal
-BENCH_ARGS ?=
+BENCH_ARGS ?= --budget 120
 
 VENV := .venv
 BIN := $(VENV)/bin

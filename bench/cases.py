@@ -1,4 +1,4 @@
-"""What is measured: one row of data per case, and the logits that a case runs on."""
+"""What is measured, as data: one case per line, the goals, and the logits that a case runs on."""
 
 from __future__ import annotations
 
@@ -9,50 +9,97 @@ from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+# Whom a case is timed against, besides a copy of the same bytes: everyone, all that need no compilation of half a
+# minute, the reference as listed, or no one.
+FULL = ("reference", "compiled", "graphed", "peers")
+UNCOMPILED = ("reference", "peers")
+LISTED = ("reference",)
+ALONE: tuple[str, ...] = ()
+
 
 @dataclass(frozen=True)
 class Case:
-    """`work` names a row of bench.works.WORKS; `goal` is the speed-up over the reference that is aimed at."""
+    """`work` names a row of bench.works.WORKS."""
 
     work: str
     N: int
     V: int
     dtype: str = "float32"
-    goal: float | None = None
+    rivals: tuple[str, ...] = LISTED
 
     @property
     def name(self) -> str:
         return f"{self.work}/{self.dtype}/{self.N}x{self.V}"
 
     @property
-    def row_pair_bytes(self) -> int:
-        """Bytes of both models' logits."""
-        return 2 * self.N * self.V * DTYPES[self.dtype].itemsize
+    def matrix_bytes(self) -> int:
+        """Bytes of one [N, V] matrix of the case's dtype."""
+        return self.N * self.V * DTYPES[self.dtype].itemsize
 
+
+@dataclass(frozen=True)
+class Goal:
+    """A limit on one figure of one case: a key of bench.goals.FIGURES, and whether it is a floor or a ceiling."""
+
+    case: str
+    figure: str
+    limit: float
+    device: str = "cuda"
+
+
+VOCABULARIES = (32_000, 50_257, 128_256, 151_936, 262_144)
+BATCHES = (1, 8, 64, 132, 1024, 4096)
+GRID_WORKS = ("solve", "log_q", "bisect", "diagnostics", "backward")
 
 CPU_CASES = (
-    Case("solve", 64, 50257, goal=12.0),
-    Case("dropin", 64, 50257),
-    Case("solve", 1, 50257),
-    Case("solve", 16, 151936),
-    Case("solve", 64, 50257, "bfloat16"),
-    Case("bisect", 16, 50257),
-    Case("log_q", 64, 50257),
-    Case("diagnostics", 64, 50257),
+    Case("solve", 1, 50_257, rivals=FULL),
+    Case("solve", 64, 50_257, rivals=FULL),
+    Case("solve", 16, 151_936, rivals=FULL),
+    Case("solve", 16, 50_257, "bfloat16"),
+    Case("bisect", 16, 50_257),
+    Case("log_q", 16, 50_257, rivals=FULL),
+    Case("diagnostics", 16, 50_257),
+    Case("backward", 16, 50_257),
+    Case("dropin", 16, 50_257),
 )
 
-CUDA_CASES = (
-    *(Case("solve", N, V, "bfloat16") for V in (50257, 151936) for N in (1, 8, 64, 132)),
-    *(Case("solve", N, V, "bfloat16", goal=100.0) for V in (50257, 151936) for N in (1024, 4096)),
-    Case("solve", 1024, 50257),
-    Case("bisect", 132, 50257, "bfloat16"),
-    Case("log_q", 4096, 50257, "bfloat16"),
-    Case("diagnostics", 1024, 50257, "bfloat16"),
-    Case("dropin", 1024, 50257),
+# The cases that the goals are about come first: a run that is out of time has had them.
+CUDA_GOAL_CASES = (
+    *(Case("solve", 1, V, "bfloat16") for V in (50_257, 151_936)),
+    Case("bisect", 132, 50_257, "bfloat16", UNCOMPILED),
+    *(Case("log_q", 4096, V, "bfloat16", UNCOMPILED) for V in (50_257, 151_936)),
+    Case("solve", 4096, 151_936, "bfloat16", UNCOMPILED),
+    *(Case("solve", N, 50_257, "bfloat16", FULL) for N in (4096, 132)),
+    Case("diagnostics", 1024, 50_257, "bfloat16"),
+    Case("backward", 1024, 50_257, "bfloat16"),
+    Case("dropin", 1024, 50_257),
+)
+CUDA_GRID = tuple(
+    Case(work, N, V, dtype, LISTED if work == "solve" else ALONE)
+    for work in GRID_WORKS
+    for dtype in ("bfloat16", "float32")
+    for V in VOCABULARIES
+    for N in BATCHES
+)
+_GOAL_NAMES = {case.name for case in CUDA_GOAL_CASES}
+CUDA_CASES = (*CUDA_GOAL_CASES, *(case for case in CUDA_GRID if case.name not in _GOAL_NAMES))
+
+GOALS = (
+    Goal("solve/float32/64x50257", "over the reference", 12.0, "cpu"),
+    *(Goal(f"solve/bfloat16/4096x{V}", "times the copy", 1.25) for V in (50_257, 151_936)),
+    *(Goal(f"log_q/bfloat16/4096x{V}", "times the copy", 1.4) for V in (50_257, 151_936)),
+    Goal("solve/bfloat16/1x50257", "graph replay, us", 12.0),
+    Goal("solve/bfloat16/1x151936", "graph replay, us", 16.0),
+    Goal("bisect/bfloat16/132x50257", "time, us", 100.0),
+    *(Goal(f"solve/bfloat16/{N}x50257", "over the reference", 100.0) for N in (132, 4096)),
+    *(Goal(f"solve/bfloat16/{N}x50257", "over the reference, compiled and graphed", 20.0) for N in (132, 4096)),
+    Goal("solve/bfloat16/4096x50257", "extra bytes per row", 256.0),
 )
 
-# Every work once, small enough for a test run.
-QUICK_CASES = tuple(Case(work, 4, 8192) for work in ("solve", "bisect", "log_q", "diagnostics", "dropin"))
+# Every work once, small enough for a test run; the interpreter, which pays per operation, gets them smaller still.
+QUICK_WORKS = ("solve", "bisect", "log_q", "diagnostics", "backward", "dropin")
+QUICK_CASES = tuple(Case(work, 4, 8192, rivals=FULL) for work in QUICK_WORKS)
+INTERPRETED_CASES = tuple(Case(work, 2, 2048) for work in QUICK_WORKS)
 
 
 def select(device: torch.device, *, quick: bool, name_part: str) -> tuple[Case, ...]:

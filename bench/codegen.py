@@ -4,7 +4,8 @@ Triton compiles for any target on any machine. This module compiles a kernel for
 machine code what decides its speed: registers, stack and spills, and for each loop the issue slots,
 special-function operations, load and store widths, barriers and shuffles.
 
-    python -m bench.codegen package.module:ENTRIES --targets sm_90,gfx942 --csv codegen.csv
+    python -m bench.codegen --csv bench/results/codegen.csv         # all of bench.kernels, all targets
+    python -m bench.codegen package.module:ENTRIES --targets sm_90  # one's own
 
 Kernels are described by `Entry`; `read` compiles and reads in worker processes of their own, because a
 process that started with TRITON_INTERPRET=1 holds interpreter functions that cannot be compiled.
@@ -53,7 +54,11 @@ class Entry:
     without bytes_per_pair no unrolling is assumed.
 
     main_loop says which loop is the main one: "exps", the innermost loop with most exps; "longest", the
-    innermost loop with most issue slots; or an integer, its index in the order of addresses.
+    innermost loop with most issue slots; "step", the widest innermost loop of one exp per pair that stores
+    nothing; "stores", the innermost loop that stores most; or an integer, its index in the order of addresses.
+
+    passes names further loops that a row goes through, by the same words: {"step": "step"}. A pass that stores
+    is counted by the bytes that it stores, stored_per_pair for each pair.
     """
 
     name: str
@@ -67,6 +72,8 @@ class Entry:
     tile: int = 0
     bytes_per_pair: int | None = None
     main_loop: str | int = "exps"
+    passes: Mapping[str, str | int] = field(default_factory=dict)
+    stored_per_pair: int = 0
 
     @property
     def configuration(self) -> str:
@@ -86,6 +93,7 @@ class Loop:
     exps: int
     logs: int
     special: int  # all operations of the special-function unit, exps and logs included
+    float32: int  # additions, multiplications and fused ones; a packed one counts as two
     half_rate: int  # integer, compare, select and minimum operations, which run at half the issue rate (NVIDIA only)
     loads: dict[int, int]  # global loads: width in bytes -> count
     stores: dict[int, int]
@@ -101,6 +109,39 @@ class Loop:
     @property
     def load_bytes(self) -> int:
         return sum(width * count for width, count in self.loads.items())
+
+    @property
+    def store_bytes(self) -> int:
+        return sum(width * count for width, count in self.stores.items())
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One loop in its role: "main", or a name of `Entry.passes`."""
+
+    role: str
+    loop: Loop
+    pairs: float  # pairs per thread in one pass of the compiled loop
+
+    def per_pair(self, count: int) -> float:
+        return count / self.pairs if self.pairs else float("nan")
+
+    def row(self) -> dict[str, Any]:
+        """The columns of the table and of the CSV file that belong to the loop."""
+        loop = self.loop
+        return {
+            "pass": self.role,
+            "slots_per_pair": round(self.per_pair(loop.slots), 2),
+            "mufu_per_pair": round(self.per_pair(loop.special), 2),
+            "exps_per_pair": round(self.per_pair(loop.exps), 2),
+            "float32_per_pair": round(self.per_pair(loop.float32), 2),
+            "half_rate_per_pair": round(self.per_pair(loop.half_rate), 2),
+            "load_width": min(loop.loads, default=0),
+            "store_width": min(loop.stores, default=0),
+            "barriers": loop.barriers,
+            "shuffles": loop.shuffles,
+            "pairs": self.pairs,
+        }
 
 
 @dataclass(frozen=True)
@@ -120,59 +161,52 @@ class Report:
     float64: int
     narrow_offsets: list[str]  # 32-bit products of a program id and an argument that reach an address
     loops: list[Loop]
-    main: Loop | None
-    pairs: float  # pairs per thread in one pass of the main loop
-    unroll: float  # iterations of the source's loop in one pass
+    passes: list[Pass]  # the main one first, if there is one
+    per_iteration: float  # pairs per thread in one iteration of the source's loop
+
+    @property
+    def _main(self) -> Pass | None:
+        return self.passes[0] if self.passes and self.passes[0].role == "main" else None
+
+    @property
+    def main(self) -> Loop | None:
+        return self._main.loop if self._main else None
+
+    @property
+    def pairs(self) -> float:
+        """Pairs per thread in one pass of the main loop."""
+        return self._main.pairs if self._main else self.per_iteration
+
+    @property
+    def unroll(self) -> float:
+        """Iterations of the source's loop in one pass of the compiled one."""
+        return self.pairs / self.per_iteration if self.per_iteration else float("nan")
 
     @property
     def slots_per_pair(self) -> float:
-        return self.main.slots / self.pairs if self.main and self.pairs else float("nan")
+        return self._main.per_pair(self._main.loop.slots) if self._main else float("nan")
 
     @property
     def exps_per_pair(self) -> float:
-        return self.main.exps / self.pairs if self.main and self.pairs else float("nan")
-
-    @property
-    def special_per_pair(self) -> float:
-        return self.main.special / self.pairs if self.main and self.pairs else float("nan")
-
-    @property
-    def half_rate_per_pair(self) -> float:
-        return self.main.half_rate / self.pairs if self.main and self.pairs else float("nan")
+        return self._main.per_pair(self._main.loop.exps) if self._main else float("nan")
 
     @property
     def load_width(self) -> int:
         """Narrowest global load of the main loop in bytes; 0 where it has none."""
         return min(self.main.loads, default=0) if self.main else 0
 
-    @property
-    def store_width(self) -> int:
-        return min(self.main.stores, default=0) if self.main else 0
-
-    def row(self) -> dict[str, Any]:
-        """The columns of the table and of the CSV file."""
-        main = self.main
-        return {
-            "kernel": self.name,
-            "configuration": self.configuration,
-            "target": self.target,
+    def rows(self) -> list[dict[str, Any]]:
+        """One row of the table and of the CSV file for each pass."""
+        kernel = {"kernel": self.name, "target": self.target, "triton": self.triton}
+        whole = {
             "registers": self.registers,
             "stack": self.stack,
             "spills": self.spills,
             "shared": self.shared,
-            "slots_per_pair": round(self.slots_per_pair, 2),
-            "mufu_per_pair": round(self.special_per_pair, 2),
-            "exps_per_pair": round(self.exps_per_pair, 2),
-            "half_rate_per_pair": round(self.half_rate_per_pair, 2),
-            "load_width": self.load_width,
-            "store_width": self.store_width,
-            "barriers": main.barriers if main else 0,
-            "shuffles": main.shuffles if main else 0,
-            "pairs": self.pairs,
-            "unroll": self.unroll,
             "wide_offsets": not self.narrow_offsets,
-            "triton": self.triton,
+            "configuration": self.configuration,
         }
+        return [{**kernel, **each.row(), **whole} for each in self.passes]
 
 
 @dataclass(frozen=True)
@@ -231,6 +265,7 @@ _HALF_RATE = frozenset(
     {"FMNMX", "FMNMX3", "FSETP", "FSEL", "FSET", "ISETP", "SEL", "VIMNMX", "IMNMX", "PLOP3"}
     | {"LOP3", "SHF", "SHL", "SHR", "IADD3", "PRMT", "LEA", "BMSK", "SGXT", "IABS", "I2FP"}
 )
+_FLOAT32 = ("FADD", "FMUL", "FFMA", "FADD2", "FMUL2", "FFMA2")
 _FLOAT64 = ("DADD", "DMUL", "DFMA", "DSETP", "DMNMX")
 _AMD_WIDTHS = {"ubyte": 1, "sbyte": 1, "ushort": 2, "sshort": 2, "short": 2, "byte": 1, "dword": 4}
 
@@ -263,6 +298,7 @@ def _nvidia_loop(index: int, innermost: bool, positions: Sequence[int], code: Se
         exps=opcodes["MUFU.EX2"],
         logs=opcodes["MUFU.LG2"],
         special=base["MUFU"],
+        float32=sum(base[name] * (2 if name.endswith("2") else 1) for name in _FLOAT32),
         half_rate=sum(count for name, count in base.items() if name in _HALF_RATE),
         loads=dict(loads),
         stores=dict(stores),
@@ -299,6 +335,7 @@ def _amd_loop(index: int, innermost: bool, positions: Sequence[int], code: Seque
         exps=count("v_exp_f32"),
         logs=count("v_log_f32"),
         special=count("v_(exp|log|rcp|rsq|sqrt|sin|cos)_"),
+        float32=count("v_(add|sub|mul|mac|fmac|fma)_f32") + 2 * count("v_pk_(add|mul|fma)_f32"),
         half_rate=0,
         loads=dict(loads),
         stores=dict(stores),
@@ -328,17 +365,43 @@ def _loops(code: Sequence[Instruction], nvidia: bool) -> list[Loop]:
     ]
 
 
-def main_loop(loops: Sequence[Loop], choice: str | int) -> Loop | None:
-    """The loop that `Entry.main_loop` names; None where there is no such loop."""
+def main_loop(loops: Sequence[Loop], choice: str | int, bytes_per_pair: int | None = None) -> Loop | None:
+    """The loop that a word of `Entry.main_loop` or a number names; None where there is no such loop."""
     if isinstance(choice, int):
         return loops[choice] if choice < len(loops) else None
-    if choice not in ("exps", "longest"):
-        raise ValueError(f"main_loop is {choice!r}, expected 'exps', 'longest' or an integer")
     inner = [loop for loop in loops if loop.innermost]
     if choice == "exps":
-        inner = [loop for loop in inner if loop.exps]
-        return max(inner, key=lambda loop: (loop.exps, -loop.slots), default=None)
-    return max(inner, key=lambda loop: loop.slots, default=None)
+        with_exps = [loop for loop in inner if loop.exps]
+        return max(with_exps, key=lambda loop: (loop.exps, -loop.slots), default=None)
+    if choice == "longest":
+        return max(inner, key=lambda loop: loop.slots, default=None)
+    if choice == "stores":
+        storing = [loop for loop in inner if loop.stores and loop.loads]
+        return max(storing, key=lambda loop: loop.store_bytes, default=None)
+    if choice == "step":
+        single = [
+            loop
+            for loop in inner
+            if loop.exps and not loop.stores and loop.exps * (bytes_per_pair or 0) == loop.load_bytes
+        ]
+        return max(single, key=lambda loop: (min(loop.loads), loop.load_bytes, -loop.slots), default=None)
+    raise ValueError(f"main_loop is {choice!r}, expected 'exps', 'longest', 'step', 'stores' or an integer")
+
+
+def find_passes(entry: Entry, loops: Sequence[Loop], per_iteration: float) -> list[Pass]:
+    """The main loop and the further ones that the entry names, with the pairs that one pass of each handles."""
+    found = []
+    for role, choice in {"main": entry.main_loop, **entry.passes}.items():
+        loop = main_loop(loops, choice, entry.bytes_per_pair)
+        if loop is None:
+            continue  # a reader that compares with committed rows misses it there
+        pairs = per_iteration
+        if choice == "stores" and entry.stored_per_pair:
+            pairs = loop.store_bytes / entry.stored_per_pair
+        elif entry.bytes_per_pair and loop.load_bytes:
+            pairs = loop.load_bytes / entry.bytes_per_pair
+        found.append(Pass(role, loop, pairs))
+    return found
 
 
 def parse_sass(listing: str) -> list[Instruction]:
@@ -541,11 +604,7 @@ def read_entry(entry: Entry, target: str, listing_folder: Path | None = None) ->
         (listing_folder / f"{stem}.s").write_text(listing)
 
     loops = _loops(code, backend == "cuda")
-    main = main_loop(loops, entry.main_loop)
     per_iteration = entry.tile / (lanes * entry.num_warps)
-    pairs = per_iteration
-    if main is not None and entry.bytes_per_pair and main.load_bytes:
-        pairs = main.load_bytes / entry.bytes_per_pair
     return Report(
         name=entry.name,
         configuration=entry.configuration,
@@ -560,9 +619,8 @@ def read_entry(entry: Entry, target: str, listing_folder: Path | None = None) ->
         float64=float64,
         narrow_offsets=narrow_offsets(kernel.asm["ttir"]),
         loops=loops,
-        main=main,
-        pairs=pairs,
-        unroll=pairs / per_iteration if per_iteration else float("nan"),
+        passes=find_passes(entry, loops, per_iteration),
+        per_iteration=per_iteration,
     )
 
 
@@ -573,8 +631,8 @@ def _loop_from(values: Mapping[str, Any]) -> Loop:
 
 def _report_from(values: Mapping[str, Any]) -> Report:
     loops = [_loop_from(loop) for loop in values["loops"]]
-    main = None if values["main"] is None else _loop_from(values["main"])
-    return Report(**{**values, "loops": loops, "main": main})
+    passes = [Pass(**{**each, "loop": _loop_from(each["loop"])}) for each in values["passes"]]
+    return Report(**{**values, "loops": loops, "passes": passes})
 
 
 def _run_worker(work: Sequence[tuple[Entry, str]], listing_folder: Path | None) -> list[Report]:
@@ -626,9 +684,9 @@ def read(
 
 def table(reports: Sequence[Report]) -> str:
     """The reports as aligned text."""
-    if not reports:
+    rows = [row for report in reports for row in report.rows()]
+    if not rows:
         return ""
-    rows = [report.row() for report in reports]
     cells = [list(rows[0])] + [[str(value) for value in row.values()] for row in rows]
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     return "\n".join(
@@ -637,11 +695,12 @@ def table(reports: Sequence[Report]) -> str:
 
 
 def write_csv(reports: Sequence[Report], path: Path) -> None:
-    """One row per report, columns as in `Report.row`."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(reports[0].row()) if reports else [], lineterminator="\n")
+    """One row per report and pass, columns as in `Report.rows`."""
+    rows = [row for report in reports for row in report.rows()]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(report.row() for report in reports)
+        writer.writerows(rows)
 
 
 def main() -> None:
@@ -658,11 +717,17 @@ def main() -> None:
     if arguments.worker:
         _work()
         return
-    if not arguments.entries:
-        parser.error("entries is missing, expected module:NAME or file.py:NAME")
     os.environ.pop("TRITON_INTERPRET", None)
-    entries = [entry for entry in load_kernel(arguments.entries) if arguments.filter in entry.name]
-    reports = read(entries, arguments.targets.split(","), jobs=arguments.jobs, listing_folder=arguments.listings)
+    targets = arguments.targets.split(",")
+    unknown = [target for target in targets if target not in TARGETS]
+    if unknown:
+        parser.error(f"--targets holds {', '.join(unknown)}, expected names among {', '.join(TARGETS)}")
+    reports = []
+    for kind in ("cuda", "hip"):
+        of_kind = [target for target in targets if TARGETS[target][0] == kind]
+        entries = load_kernel(arguments.entries or f"bench.kernels:{kind.upper()}") if of_kind else []
+        chosen = [entry for entry in entries if arguments.filter in entry.name]
+        reports += read(chosen, of_kind, jobs=arguments.jobs, listing_folder=arguments.listings)
     print(table(reports))
     for report in reports:
         for product in report.narrow_offsets:

@@ -1,6 +1,11 @@
-"""The package's kernels in their main configurations, for the static reader (bench/codegen.py)."""
+"""The package's kernels in their main configurations, for the static reader (bench/codegen.py).
+
+An entry's name is "KERNEL DTYPE" with what is special after a comma; bench.works names the KERNEL that serves a work.
+"""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from optsample_triton import launch
 
@@ -19,38 +24,49 @@ NUMBERS = {
     "V": "i32", "width": "i32", "stride_theta": "i32", "stride_t": "i32", "stride_out": "i32", "splits": "i32",
     "max_iter": "i32", "tol": "fp32", "eps": "fp32",
 }  # fmt: skip
+BITS = {"bf16": 16, "fp16": 16, "fp32": 32}
 
 
 def solve_entry(
-    name: str, dtype: str, method: int, *, present: tuple[str, ...] = (), aligned: bool = True, kind: str = "cuda"
+    name: str,
+    dtype: str,
+    method: int = 0,
+    *,
+    present: tuple[str, ...] = (),
+    probabilities: bool = False,
+    aligned: bool = True,
+    kind: str = "cuda",
 ) -> Entry:
-    """solve_kernel on rows of a dtype ("bf16", "fp16", "fp32"), with some of its optional arguments present."""
-    bits = 32 if dtype == "fp32" else 16
+    """solve_kernel on rows of a dtype (a key of BITS), with some of its optional arguments present."""
+    bits = BITS[dtype]
     shape = launch.SHAPES[kind][bits]
     signature = {"theta_ptr": f"*{dtype}", "t_ptr": f"*{dtype}"}
     signature |= {pointer: KINDS[pointer] for pointer in POINTERS}
     signature |= {pointer: KINDS.get(pointer, f"*{dtype}") for pointer in present}
     constexprs = {pointer: None for pointer in OPTIONAL if pointer not in present}
     flags = {
-        "METHOD": method, "PROBS": False, "PACKED": bits == 16, "H": shape.half, "CHUNK": shape.chunk,
+        "METHOD": method, "PROBS": probabilities, "PACKED": bits == 16, "H": shape.half, "CHUNK": shape.chunk,
         "UNROLL": shape.unroll,
     }  # fmt: skip
     rows = ("theta_ptr", "t_ptr", "stride_theta", "stride_t") if aligned else ()
+    writes = "out_ptr" in present
     return Entry(
         name,
         "optsample_triton.kernels.solve:solve_kernel",
         signature | NUMBERS,
         {**constexprs, **flags},
-        (*rows, *POINTERS, *(("out_ptr", "stride_out") if "out_ptr" in present else ())),
+        (*rows, *POINTERS, *(("out_ptr", "stride_out") if writes else ())),
         shape.num_warps,
         tile=2 * shape.half,
         bytes_per_pair=2 * bits // 8,
+        passes={"step": "step", **({"write": "stores"} if writes else {})},
+        stored_per_pair=bits // 8 if writes else 0,
     )
 
 
 def gradient_entry(name: str, dtype: str, *, kind: str = "cuda") -> Entry:
     """gradient_kernel of log_q, through alpha*."""
-    bits = 32 if dtype == "fp32" else 16
+    bits = BITS[dtype]
     shape = launch.SHAPES[kind][bits]
     pointers = {
         "theta_ptr": f"*{dtype}", "t_ptr": f"*{dtype}", "alpha_ptr": "*fp32", "status_ptr": "*u8",
@@ -68,19 +84,30 @@ def gradient_entry(name: str, dtype: str, *, kind: str = "cuda") -> Entry:
         (*pointers, *numbers),
         shape.num_warps,
         tile=2 * shape.half,
+        bytes_per_pair=2 * bits // 8,
+        main_loop="step",
+        passes={"write": "stores"},
+        stored_per_pair=2 * bits // 8,
     )
 
 
 def entries(kind: str) -> list[Entry]:
     """The main configurations on a kind of device ("cuda" or "hip")."""
+    figures, out = ("figures_ptr",), ("out_ptr",)
+    bf16, fp32 = "bf16", "fp32"
     return [
-        solve_entry("solve bf16", "bf16", 0, kind=kind),
-        solve_entry("solve fp16", "fp16", 0, kind=kind),
-        solve_entry("solve fp32", "fp32", 0, kind=kind),
-        solve_entry("solve bf16, unaligned", "bf16", 0, aligned=False, kind=kind),
-        solve_entry("bisect bf16", "bf16", 1, kind=kind),
-        solve_entry("log_q bf16, diagnostics", "bf16", 0, present=("out_ptr", "figures_ptr"), kind=kind),
-        gradient_entry("gradient bf16", "bf16", kind=kind),
+        solve_entry("solve bf16", bf16, kind=kind),
+        solve_entry("solve fp16", "fp16", kind=kind),
+        solve_entry("solve fp32", fp32, kind=kind),
+        solve_entry("solve bf16, unaligned", bf16, aligned=False, kind=kind),
+        *(solve_entry(f"bisect {dtype}", dtype, 1, kind=kind) for dtype in (bf16, fp32)),
+        *(solve_entry(f"log_q {dtype}", dtype, present=out, kind=kind) for dtype in (bf16, fp32)),
+        *(solve_entry(f"diagnostics {dtype}", dtype, present=figures, kind=kind) for dtype in (bf16, fp32)),
+        replace(
+            solve_entry("dropin fp32", fp32, present=(*figures, *out), probabilities=True, kind=kind),
+            passes={"write": "stores"},  # a sweep on probabilities takes two logarithms more
+        ),
+        *(gradient_entry(f"gradient {dtype}", dtype, kind=kind) for dtype in (bf16, fp32)),
     ]
 
 

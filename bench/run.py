@@ -1,234 +1,177 @@
-"""One case from gate to figures, and the rows that results are kept in."""
+"""One case from gate to figures."""
 
 from __future__ import annotations
 
-import csv
 import datetime
-import importlib.metadata
-import os
+import functools
 import platform
 import re
-import subprocess
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from optsample_triton import backend
 from optsample_triton._version import __version__
 
+from . import results, rivals
 from .cases import DTYPES, Case, make_logits
-from .timing import Budget, Clock, Quantiles, copy_of, measure, peak_extra_bytes
-from .works import prepare
+from .timing import Budget, Call, Clock, Quantiles, captured, copy_of, measure, peak_extra_bytes
+from .works import WORKS, Rows
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "bench" / "results"
+# Above this many rows a launch takes much longer than its overhead, and a graph would show nothing.
+GRAPH_ROWS = 132
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one candidate of one case gave; times are missing where it did not run."""
+
+    case: Case
+    who: str
+    moved_bytes: int | None = None
+    version: str = ""
+    note: str = ""
+    times: Quantiles | None = None
+    extra_bytes: int | None = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one case gave; times are missing where the gate was not passed."""
+    """What one case gave; a case that did not pass its gate has no times, one that did not fit no error either."""
 
     case: Case
     backend: str
-    error_ratio: float
-    moved_bytes: int
-    package: Quantiles | None = None
-    reference: Quantiles | None = None
-    copy: Quantiles | None = None
-    package_extra_bytes: int | None = None
-    reference_extra_bytes: int | None = None
+    error_ratio: float | None
+    results: tuple[Result, ...]
 
     @property
-    def passed(self) -> bool:
-        return self.error_ratio <= 1.0
-
-    @property
-    def speed_up(self) -> float | None:
-        """Over the reference, by the medians."""
-        return self.reference.p50 / self.package.p50 if self.package and self.reference else None
-
-    @property
-    def copy_ratio(self) -> float | None:
-        """Our time in units of the copy of the same bytes."""
-        return self.package.p50 / self.copy.p50 if self.package and self.copy else None
-
-    @property
-    def gb_per_s(self) -> float | None:
-        return self.moved_bytes / self.package.p50 / 1e9 if self.package else None
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of bench/results/<device>.csv; an empty field was not measured."""
-
-    case: str
-    work: str
-    N: int
-    V: int
-    dtype: str
-    status: str
-    error_over_tolerance: str
-    moved_bytes: int
-    package_p20_ms: str
-    package_p50_ms: str
-    package_p80_ms: str
-    reference_p20_ms: str
-    reference_p50_ms: str
-    reference_p80_ms: str
-    copy_p20_ms: str
-    copy_p50_ms: str
-    copy_p80_ms: str
-    speed_up: str
-    copy_ratio: str
-    gb_per_s: str
-    package_extra_bytes: str
-    reference_extra_bytes: str
-    backend: str
-    device: str
-    threads: int
-    date: str
-    commit: str
-    optsample_triton: str
-    torch: str
-    triton: str
-    numpy: str
-    python: str
+    def failed(self) -> bool:
+        return self.error_ratio is not None and not self.error_ratio <= 1.0
 
 
 def run_case(case: Case, device: torch.device, clock: Clock, budget: Budget) -> Outcome:
-    """Judge the package on the case; time it only if it is right."""
-    logits_theta, logits_t = make_logits(case, device)
-    prepared = prepare(case, logits_theta, logits_t)
+    """Judge the package on the case; time it, and those it is timed against, only if it is right."""
+    try:
+        return _run_case(case, device, clock, budget)
+    except torch.OutOfMemoryError as error:
+        return Outcome(case, "", None, (Result(case, "package", note=reason(error)),))
+
+
+def _run_case(case: Case, device: torch.device, clock: Clock, budget: Budget) -> Outcome:
+    work = WORKS[case.work]
+    rows = Rows(case, *make_logits(case, device))
+    moved = work.moved_bytes(case)
     chosen, _ = backend.choose(device, DTYPES[case.dtype])
-    error_ratio = prepared.error_ratio(prepared.package())
-    outcome = Outcome(case, chosen, error_ratio, prepared.moved_bytes)
-    if not outcome.passed:
-        return outcome
-    candidates = {
-        "package": prepared.package,
-        "reference": prepared.reference,
-        "copy": copy_of(prepared.moved_bytes, device),
-    }
-    return Outcome(
-        case,
-        chosen,
-        error_ratio,
-        prepared.moved_bytes,
-        **measure(clock, candidates, budget),
-        package_extra_bytes=peak_extra_bytes(prepared.package, device),
-        reference_extra_bytes=peak_extra_bytes(prepared.reference, device),
-    )
+    if backend.interpreter_on() and chosen == "triton":
+        chosen = "triton, interpreted"
+    package = work.package(rows)
+    error_ratio = work.error_ratio(rows, package())
+    asked = [Result(case, "package", moved), Result(case, "copy", moved)]
+    if not error_ratio <= 1.0:
+        return Outcome(case, chosen, error_ratio, (asked[0],))
+
+    binders: dict[str, Callable[[], Call]] = {"package": lambda: package, "copy": lambda: copy_of(moved, device)}
+    if device.type == "cuda" and case.N <= GRAPH_ROWS:
+        asked.append(Result(case, "graph", moved))
+        binders["graph"] = lambda: captured(package)
+    if "reference" in case.rivals:
+        asked.append(Result(case, "reference", moved))
+        binders["reference"] = lambda: work.reference(rows)
+    finish = work.finish
+    if device.type == "cuda" and finish is not None and "compiled" in case.rivals:
+        asked += [Result(case, "compiled", moved), Result(case, "graphed", moved)]
+        compiled = functools.cache(lambda: rivals.compiled(rows, finish))
+        binders["compiled"] = compiled
+        binders["graphed"] = lambda: captured(compiled())
+    for peer in rivals.PEERS:
+        if case.work in peer.works and "peers" in case.rivals:
+            asked.append(Result(case, peer.name, peer.moved_bytes(case), peer.version))
+            binders[peer.name] = functools.partial(peer.bind, rows)
+
+    ready: dict[str, Call] = {}
+    extra: dict[str, int | None] = {}
+    for index, result in enumerate(asked):
+        try:
+            if result.who in {peer.name for peer in rivals.PEERS} and not result.version:
+                raise ModuleNotFoundError("not installed")
+            call = binders[result.who]()
+            call()
+            clock.synchronize()
+            extra[result.who] = None if result.who == "copy" else peak_extra_bytes(call, device)
+            ready[result.who] = call
+        except Exception as error:  # a rival that cannot run is a finding, not the end of the run
+            if result.who in ("package", "copy"):
+                raise
+            asked[index] = replace(result, note=reason(error))
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    times = measure(clock, ready, budget)
+    done = (replace(r, times=times.get(r.who), extra_bytes=extra.get(r.who)) for r in asked)
+    return Outcome(case, chosen, error_ratio, tuple(done))
 
 
-def rows_of(outcomes: Iterable[Outcome], device: torch.device) -> list[Row]:
-    """Outcomes with all that is needed to know where they come from."""
+def reason(error: Exception) -> str:
+    """An exception in one short line.
+
+    >>> reason(OSError("/opt/lib/libx.so: cannot open\\nmore"))
+    'OSError: libx.so: cannot open'
+    """
+    first = (str(error).strip().splitlines() or [""])[0]
+    first = re.sub(r"/[\w.+/-]+/", "", first)  # results are published, folders of a machine are not
+    kind = "" if isinstance(error, ModuleNotFoundError) else f"{type(error).__name__}: "
+    return f"{kind}{first}"[:160]
+
+
+def rows_of(outcomes: Sequence[Outcome], device: torch.device) -> list[results.Row]:
+    """Outcomes as rows of a result file."""
     date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
-    commit, name = current_commit(), device_name(device)
-    return [
-        Row(
-            case=outcome.case.name,
-            work=outcome.case.work,
-            N=outcome.case.N,
-            V=outcome.case.V,
-            dtype=outcome.case.dtype,
-            status="ok" if outcome.passed else "FAILED",
-            error_over_tolerance=_figure(outcome.error_ratio),
-            moved_bytes=outcome.moved_bytes,
-            **{
-                f"{who}_{quantile}_ms": _figure(getattr(times, quantile) * 1e3 if times else None)
-                for who, times in (
-                    ("package", outcome.package),
-                    ("reference", outcome.reference),
-                    ("copy", outcome.copy),
+    commit, name = results.current_commit(), results.device_name(device)
+    rows = []
+    for outcome in outcomes:
+        by_name = {result.who: result for result in outcome.results}
+        package, copy = by_name["package"], by_name.get("copy")
+        for result in outcome.results:
+            status = "FAILED" if outcome.failed else "ok" if result.times else "not run"
+            times = result.times
+            rows.append(
+                results.Row(
+                    case=outcome.case.name,
+                    work=outcome.case.work,
+                    N=outcome.case.N,
+                    V=outcome.case.V,
+                    dtype=outcome.case.dtype,
+                    who=result.who,
+                    version=result.version,
+                    status=status,
+                    note=result.note,
+                    error_over_tolerance=outcome.error_ratio if result.who == "package" else None,
+                    calls=times.calls if times else None,
+                    p20_ms=times.p20 * 1e3 if times else None,
+                    p50_ms=times.p50 * 1e3 if times else None,
+                    p80_ms=times.p80 * 1e3 if times else None,
+                    host_ms=times.host * 1e3 if times and device.type == "cuda" else None,
+                    moved_bytes=result.moved_bytes,
+                    gb_per_s=_rate(result) / 1e9 if times else None,
+                    of_copy=_rate(result) / _rate(copy) if times and copy and copy.times else None,
+                    over=times.p50 / package.times.p50 if times and package.times else None,
+                    extra_bytes=result.extra_bytes,
+                    backend=outcome.backend,
+                    device=name,
+                    kind=device.type,
+                    threads=torch.get_num_threads(),
+                    date=date,
+                    commit=commit,
+                    optsample_triton=__version__,
+                    torch=torch.__version__,
+                    triton=rivals.installed_version("triton"),
+                    numpy=rivals.installed_version("numpy"),
+                    python=platform.python_version(),
                 )
-                for quantile in ("p20", "p50", "p80")
-            },
-            speed_up=_figure(outcome.speed_up),
-            copy_ratio=_figure(outcome.copy_ratio),
-            gb_per_s=_figure(outcome.gb_per_s),
-            package_extra_bytes=_count(outcome.package_extra_bytes),
-            reference_extra_bytes=_count(outcome.reference_extra_bytes),
-            backend=outcome.backend,
-            device=name,
-            threads=torch.get_num_threads(),
-            date=date,
-            commit=commit,
-            optsample_triton=__version__,
-            torch=torch.__version__,
-            triton=_version("triton"),
-            numpy=_version("numpy"),
-            python=platform.python_version(),
-        )
-        for outcome in outcomes
-    ]
+            )
+    return rows
 
 
-def save(rows: Sequence[Row], path: Path) -> None:
-    """Write the rows; rows of other cases that the file already holds stay."""
-    names = [field.name for field in fields(Row)]
-    measured = {row.case for row in rows}
-    kept: list[dict[str, str]] = []
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if reader.fieldnames != names:
-                raise ValueError(f"{path} does not have the columns of a result file: move it away first")
-            kept = [row for row in reader if row["case"] not in measured]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([*kept, *(asdict(row) for row in rows)])
-    os.replace(partial, path)
-
-
-def device_name(device: torch.device) -> str:
-    """The device as its maker calls it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        match = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(encoding="utf-8"), re.MULTILINE)
-        if match:
-            return match.group(1).strip()
-    return platform.processor() or platform.machine()
-
-
-def slug(name: str) -> str:
-    """
-    >>> slug("Intel(R) Xeon(R) CPU @ 2.20GHz")
-    'intel-r-xeon-r-cpu-2-20ghz'
-    """
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def current_commit() -> str:
-    """The short commit, with a plus sign where the tree differs from it; "unknown" outside a git checkout."""
-    try:
-        commit = _git("rev-parse", "--short", "HEAD")
-        return commit + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(ROOT), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
-
-
-def _count(value: int | None) -> str:
-    return "" if value is None else str(value)
+def _rate(result: Result) -> float:
+    """Bytes per second."""
+    return (result.moved_bytes or 0) / result.times.p50 if result.times else 0.0

@@ -1,4 +1,4 @@
-"""The readable side of the results: an aligned table and the words around it."""
+"""The readable side of the results: aligned tables and the words around them."""
 
 from __future__ import annotations
 
@@ -8,76 +8,118 @@ import torch
 
 from optsample_triton import backend
 
+from . import gates, results, roofline
 from .cases import Case
-from .run import Outcome, device_name
+from .results import Row
 
-COLUMNS: dict[str, Callable[[Outcome], str]] = {
-    "work": lambda outcome: outcome.case.work,
-    "dtype": lambda outcome: outcome.case.dtype,
-    "rows x vocabulary": lambda outcome: f"{outcome.case.N} x {outcome.case.V:,}",
-    "check": lambda outcome: ("ok" if outcome.passed else "FAILED") + f" {outcome.error_ratio:.2g}",
-    "reference": lambda outcome: milliseconds(outcome.reference.p50) if outcome.reference else "-",
-    "package": lambda outcome: milliseconds(outcome.package.p50) if outcome.package else "-",
-    "p20 .. p80": lambda outcome: (
-        f"{milliseconds(outcome.package.p20)} .. {milliseconds(outcome.package.p80)}" if outcome.package else "-"
-    ),
-    "speed-up": lambda outcome: f"{outcome.speed_up:.3g}x" if outcome.speed_up else "-",
-    "bytes": lambda outcome: size(outcome.moved_bytes),
-    "GB/s": lambda outcome: f"{outcome.gb_per_s:.3g}" if outcome.gb_per_s else "-",
-    "/ copy": lambda outcome: f"{outcome.copy_ratio:.3g}" if outcome.copy_ratio else "-",
-    "memory": lambda outcome: (
-        f"{size(outcome.package_extra_bytes)} ({size(outcome.reference_extra_bytes)})"
-        if outcome.package_extra_bytes is not None and outcome.reference_extra_bytes is not None
-        else "-"
-    ),
+COLUMNS: dict[str, Callable[[Row, dict[str, Row]], str]] = {
+    "work": lambda row, case: row.work,
+    "dtype": lambda row, case: row.dtype,
+    "rows x vocabulary": lambda row, case: f"{row.N} x {row.V:,}",
+    "checked": lambda row, case: f"{row.status} {figure(row.error_over_tolerance)}".removesuffix(" -"),
+    "p20": lambda row, case: milliseconds(row.p20_ms),
+    "p50": lambda row, case: milliseconds(row.p50_ms),
+    "p80": lambda row, case: milliseconds(row.p80_ms),
+    "graph": lambda row, case: milliseconds(case["graph"].p50_ms) if "graph" in case else "-",
+    "reference": lambda row, case: milliseconds(case["reference"].p50_ms) if "reference" in case else "-",
+    "ratio": lambda row, case: f"{figure(case['reference'].over)}x" if "reference" in case else "-",
+    "bytes": lambda row, case: size(row.moved_bytes or 0),
+    "GB/s": lambda row, case: figure(row.gb_per_s),
+    "of copy": lambda row, case: f"{row.of_copy:.0%}" if row.of_copy else "-",
+    "memory": lambda row, case: "-" if row.extra_bytes is None else size(row.extra_bytes),
 }
 
 LEGEND = """\
-check       largest error of the package against the float64 truth over its tolerance: above 1 a case FAILED
+checked     largest error against the float64 truth over its tolerance: above 1 a case has FAILED and is not timed
+p20 p50 p80 optsample_triton on the logits (dropin: on the probabilities), milliseconds, cold cache
+graph       the same call as a CUDA-graph replay, median (GPU, few rows)
 reference   the documents' functions in eager PyTorch on probabilities (their softmax untimed), median ms
-package     optsample_triton on the logits (dropin: on the probabilities), median ms; cold cache
-bytes       what must move: both inputs read once, the output written once
-/ copy      package time over the time of a copy that moves as many bytes, taken in the same run
-memory      peak memory beyond the inputs: package (reference); measured on a GPU only"""
+ratio       reference over p50
+bytes       what must move: the inputs read once, the outputs written once
+of copy     bytes per second as a share of a copy of as many bytes, taken in the same run: 100% is memory speed
+memory      peak memory beyond the inputs (GPU)"""
+
+EXPECTATION = """\
+What to expect on GPUs, without one: the least time that a device can take, from its data sheet and the kernels as
+compiled for it by Triton {triton} (bench/results/codegen.csv), for rows that take one sweep. No GPU run stands behind
+these, and of devices marked ~ the copy bandwidth is an estimate. Beside each time stands what sets it: memory or cache
+bandwidth, issue slots, special-function or float32 operations."""
 
 
 def heading(device: torch.device) -> str:
-    name, reason = backend.choose(device, torch.float32)
+    name, why = backend.choose(device, torch.float32)
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    place = f"{device_name(device)}{threads}"
-    return f"optsample_triton on {place}; torch {torch.__version__}\nbackend: {name}, since {reason}"
+    place = f"{results.device_name(device)}{threads}"
+    return f"optsample_triton on {place}; torch {torch.__version__}\nbackend: {name}, since {why}"
 
 
-def render(outcomes: Sequence[Outcome]) -> str:
-    """The table: words to the left, figures to the right."""
-    cells = [list(COLUMNS), *([column(outcome) for column in COLUMNS.values()] for outcome in outcomes)]
-    widths = [max(len(row[index]) for row in cells) for index in range(len(COLUMNS))]
+def aligned(cells: Sequence[Sequence[str]], left: int) -> str:
+    """Rows of cells under a heading: the first `left` columns to the left, the others to the right."""
+    widths = [max(len(row[index]) for row in cells) for index in range(len(cells[0]))]
 
-    def line(row: list[str]) -> str:
+    def line(row: Sequence[str]) -> str:
         return "  ".join(
-            cell.ljust(width) if index < 2 else cell.rjust(width)
+            cell.ljust(width) if index < left else cell.rjust(width)
             for index, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
 
     return "\n".join([line(cells[0]), "  ".join("-" * width for width in widths), *map(line, cells[1:])])
 
 
-def goals(outcomes: Sequence[Outcome]) -> str:
-    """One line per case that has a goal and was timed."""
-    return "\n".join(
-        f"{outcome.case.name}: {outcome.speed_up:.2f}x over the reference, goal {outcome.case.goal:g}x: "
-        + ("reached" if outcome.speed_up >= outcome.case.goal else "MISSED")
-        for outcome in outcomes
-        if outcome.case.goal is not None and outcome.speed_up is not None
-    )
+def render(rows: Sequence[Row]) -> str:
+    """One line per case; columns in which nothing was measured are left out."""
+    lines = []
+    for row in rows:
+        if row.who == "package":
+            of_case = results.of(rows, row.case)
+            lines.append([column(row, of_case) for column in COLUMNS.values()])
+    kept = [index for index in range(len(COLUMNS)) if any(line[index] != "-" for line in lines)]
+    return aligned([[line[index] for index in kept] for line in [list(COLUMNS), *lines]], left=3)
 
 
-def failures(outcomes: Sequence[Outcome]) -> list[Case]:
-    return [outcome.case for outcome in outcomes if not outcome.passed]
+def render_rivals(rows: Sequence[Row]) -> str:
+    """The candidates besides package, copy and eager reference, each with its version or why it did not run."""
+    lines = []
+    for row in rows:
+        if row.who not in ("package", "copy", "reference", "graph"):
+            who = f"{row.who} ({row.version})" if row.version else row.who
+            share = f"{row.of_copy:.0%}" if row.of_copy else "-"
+            over = f"{figure(row.over)}x" if row.over else row.note
+            lines.append([row.case, who, milliseconds(row.p50_ms), share, over])
+    if not lines:
+        return ""
+    return aligned([["case", "timed in the same run", "p50", "of copy", "over the package"], *lines], left=2)
 
 
-def milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.4g}"
+def render_expectations() -> str:
+    """The static bounds: work by device, with what limits it."""
+    found = roofline.expectations()
+    devices = list(dict.fromkeys(device for _, device, _ in found))
+    cells = [["at least, microseconds", *(f"{'' if device.measured else '~'}{device.name}" for device in devices)]]
+    for case in dict.fromkeys(case for case, _, _ in found):
+        bounds = {device: limit for each, device, limit in found if each == case}
+        cells.append([case_words(case), *(f"{bounds[device].seconds * 1e6:,.0f} {bounds[device].limit}"
+                                          for device in devices)])  # fmt: skip
+    versions = ", ".join(sorted({row["triton"] for row in gates.read_rows()}))
+    return EXPECTATION.format(triton=versions) + "\n\n" + aligned(cells, left=1)
+
+
+def case_words(case: Case) -> str:
+    return f"{case.work}, {roofline.SHORT[case.dtype]}, {case.N} x {case.V:,}"
+
+
+def milliseconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def figure(value: float | None) -> str:
+    """
+    >>> figure(92.41), figure(1234.5), figure(None)
+    ('92.4', '1,234', '-')
+    """
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def size(count: int) -> str:

@@ -1,4 +1,4 @@
-"""How time is taken: rotated order, a flushed cache before every call, quantiles, peak extra memory."""
+"""How time is taken: rotated order, a flushed cache before every call, quantiles, CUDA graphs, peak extra memory."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Enough to push the rows out of a CPU's last-level cache; a GPU's is asked for its size.
+Call = Callable[[], Any]
+
+# Enough to push the rows out of a CPU's last-level cache; of a GPU's too, and so long a write that the host has
+# launched the call before it ends.
 CPU_FLUSH_BYTES = 64 * 2**20
+GPU_FLUSH_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
 class Quantiles:
-    """Seconds per call, and how many calls they come from."""
+    """Seconds per call, how many calls they come from, and the median that the host was busy with a call."""
 
     p20: float
     p50: float
     p80: float
     calls: int
+    host: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,8 @@ class Budget:
     max_calls: int
 
 
-DEFAULT_BUDGET = Budget(seconds=2.0, min_calls=3, max_calls=50)
+CPU_BUDGET = Budget(seconds=1.0, min_calls=3, max_calls=50)
+GPU_BUDGET = Budget(seconds=0.15, min_calls=5, max_calls=60)
 QUICK_BUDGET = Budget(seconds=0.2, min_calls=3, max_calls=5)
 
 
@@ -44,35 +50,37 @@ class Clock:
         self.device = device
         size = CPU_FLUSH_BYTES
         if device.type == "cuda":
-            size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+            size = max(GPU_FLUSH_BYTES, 2 * torch.cuda.get_device_properties(device).L2_cache_size)
         self._flush = torch.rand(size // 4, device=device)
 
-    def start(self, call: Callable[[], Any]) -> Callable[[], float]:
-        """Flush the cache and make the call; what is returned gives its seconds, after a synchronisation."""
+    def start(self, call: Call) -> Callable[[], tuple[float, float]]:
+        """Flush the cache and make the call; what is returned gives its seconds and the host's, after a sync."""
         self._flush.mul_(-1.0)
         if self.device.type == "cuda":
-            # The flush keeps the GPU busy while the host launches, so launch time is not counted.
+            # The flush keeps the GPU busy while the host launches, so one launch's time is not counted.
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
+            begin_ns = time.perf_counter_ns()
             call()
+            host = (time.perf_counter_ns() - begin_ns) / 1e9
             end.record()
-            return lambda: begin.elapsed_time(end) / 1e3
+            return lambda: (begin.elapsed_time(end) / 1e3, host)
         begin_ns = time.perf_counter_ns()
         call()
         seconds = (time.perf_counter_ns() - begin_ns) / 1e9
-        return lambda: seconds
+        return lambda: (seconds, seconds)
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def seconds(self, call: Callable[[], Any]) -> float:
+    def seconds(self, call: Call) -> float:
         read = self.start(call)
         self.synchronize()
-        return read()
+        return read()[0]
 
 
-def measure(clock: Clock, candidates: Mapping[str, Callable[[], Any]], budget: Budget) -> dict[str, Quantiles]:
+def measure(clock: Clock, candidates: Mapping[str, Call], budget: Budget) -> dict[str, Quantiles]:
     """Time every candidate, in an order that rotates from round to round so that none is favoured."""
     names = list(candidates)
     calls = {}
@@ -82,7 +90,7 @@ def measure(clock: Clock, candidates: Mapping[str, Callable[[], Any]], budget: B
             estimate = clock.seconds(candidates[name])
         calls[name] = calls_within(budget, estimate)
     rounds = max(calls.values())
-    reads: dict[str, list[Callable[[], float]]] = {name: [] for name in names}
+    reads: dict[str, list[Callable[[], tuple[float, float]]]] = {name: [] for name in names}
     for index in range(rounds):
         for name in rotated(names, index):
             # A candidate with fewer calls has them spread over all rounds.
@@ -119,14 +127,14 @@ def due(index: int, calls: int, rounds: int) -> bool:
     return (index + 1) * calls // rounds > index * calls // rounds
 
 
-def quantiles(seconds: Sequence[float]) -> Quantiles:
+def quantiles(readings: Sequence[tuple[float, float]]) -> Quantiles:
     """
-    >>> quantiles([5.0, 1.0, 2.0, 6.0, 3.0, 4.0])
-    Quantiles(p20=2.0, p50=3.5, p80=5.0, calls=6)
+    >>> quantiles([(seconds, 0.5) for seconds in (5.0, 1.0, 2.0, 6.0, 3.0, 4.0)])
+    Quantiles(p20=2.0, p50=3.5, p80=5.0, calls=6, host=0.5)
     """
-    values = torch.tensor(seconds, dtype=torch.float64)
-    p20, p50, p80 = (float(torch.quantile(values, q)) for q in (0.2, 0.5, 0.8))
-    return Quantiles(p20, p50, p80, len(seconds))
+    seconds, host = torch.tensor(readings, dtype=torch.float64).unbind(-1)
+    p20, p50, p80 = (float(torch.quantile(seconds, q)) for q in (0.2, 0.5, 0.8))
+    return Quantiles(p20, p50, p80, len(readings), float(host.median()))
 
 
 def copy_of(moved_bytes: int, device: torch.device) -> Callable[[], Tensor]:
@@ -136,7 +144,21 @@ def copy_of(moved_bytes: int, device: torch.device) -> Callable[[], Tensor]:
     return lambda: target.copy_(source)
 
 
-def peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
+def captured(call: Call) -> Call:
+    """The call as a CUDA graph; what is returned replays it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def peak_extra_bytes(call: Call, device: torch.device) -> int | None:
     """The most memory that a call holds beyond what was held before it; known on a GPU only."""
     if device.type != "cuda":
         return None

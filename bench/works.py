@@ -1,13 +1,14 @@
-"""What a case does: the package's call, the reference's call on the same rows, and the judge of both.
+"""What a case does, as data: one `Work` per row of WORKS.
 
-The judge is the float64 truth on up to GATE_ROWS rows, spread evenly over the batch. Errors are divided by
-their tolerance: a case passes the gate where the ratio is at most 1.
+The judge is the float64 truth on up to GATE_ROWS rows, spread evenly over the batch. Errors are divided by their
+tolerance: a case passes the gate where the ratio is at most 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ import optsample_triton as ost
 import reference
 from reference import truth
 
+from . import rivals
 from .cases import Case
+from .timing import Call
 
 GATE_ROWS = 8
 # Twice the step at which the bisection stops, and the same for the solver, whose tol is 1e-6 as well.
@@ -25,131 +28,221 @@ ALPHA_TOLERANCE = 4e-6
 LOG_Q_TOLERANCE = 5e-5
 # Float32 sums over the vocabulary, relative to the value.
 DIAGNOSTIC_TOLERANCE = 1e-4
+# Relative to the row's largest entry, on top of the output's own rounding.
+GRADIENT_TOLERANCE = 1e-4
 # On top of the float32 listing's own error against its float64 run.
 DROPIN_TOLERANCE = 2e-6
 
-Call = Callable[[], Any]
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one case, both [N, V], and what candidates start from; none of it is timed."""
+
+    case: Case
+    a: Tensor
+    b: Tensor
+
+    @cached_property
+    def pi_theta(self) -> Tensor:
+        """What the reference starts from: its softmax is given to it for nothing. Float32."""
+        return torch.softmax(self.a.float(), dim=-1)
+
+    @cached_property
+    def pi_t(self) -> Tensor:
+        return torch.softmax(self.b.float(), dim=-1)
+
+    @cached_property
+    def upstream(self) -> Tensor:
+        """A gradient of log q, [N, V]."""
+        generator = torch.Generator(self.a.device).manual_seed(1)
+        noise = torch.randn(self.a.shape, generator=generator, device=self.a.device)
+        return noise.to(self.a.dtype)
+
+    @cached_property
+    def gate(self) -> list[int]:
+        """The rows that are judged."""
+        count = min(self.case.N, GATE_ROWS)
+        return [index * (self.case.N - 1) // max(count - 1, 1) for index in range(count)]
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """One case, ready to run; `error_ratio` takes what `package` returned."""
+class Work:
+    """One thing that the package does.
 
-    package: Call
-    reference: Call
-    error_ratio: Callable[[Any], float]
-    moved_bytes: int
+    package and reference bind the two calls to rows; error_ratio judges what the package's call returned.
+    matrices counts the [N, V] matrices that must move, read or written, in the case's dtype.
+    finish turns (pi_theta, pi_t, alpha) into what the reference returns: with it the reference is also run without
+    looking at the GPU, compiled and as a CUDA graph. kernel and passes are for bench.roofline: the static entry that
+    serves the work, and how often a row goes through each of its loops ("sweeps" stands for the further sweeps).
+    """
 
+    name: str
+    package: Callable[[Rows], Call]
+    reference: Callable[[Rows], Call]
+    error_ratio: Callable[[Rows, Any], float]
+    matrices: int
+    finish: rivals.Finish | None = None
+    kernel: str = ""
+    passes: Mapping[str, float] = field(default_factory=dict)
 
-def prepare(case: Case, logits_theta: Tensor, logits_t: Tensor) -> Prepared:
-    """Bind a case's work to its rows [N, V]."""
-    return WORKS[case.work](case, logits_theta, logits_t)
-
-
-def _solve(case: Case, a: Tensor, b: Tensor) -> Prepared:
-    return _alpha_work(case, a, b, lambda: ost.solve(a, b))
-
-
-def _bisect(case: Case, a: Tensor, b: Tensor) -> Prepared:
-    return _alpha_work(case, a, b, lambda: ost.solve(a, b, algorithm="bisect"))
-
-
-def _alpha_work(case: Case, a: Tensor, b: Tensor, package: Call) -> Prepared:
-    pi_theta, pi_t = _probabilities(a, b)
-
-    def error_ratio(solution: Any) -> float:
-        rows = _gate_rows(case)
-        return _worst(solution.alpha[rows], truth.solve(a[rows], b[rows]).alpha, ALPHA_TOLERANCE)
-
-    return Prepared(package, lambda: reference.solve_kl_symmetry(pi_theta, pi_t), error_ratio, case.row_pair_bytes)
+    def moved_bytes(self, case: Case) -> int:
+        return self.matrices * case.matrix_bytes
 
 
-def _log_q(case: Case, a: Tensor, b: Tensor) -> Prepared:
-    pi_theta, pi_t = _probabilities(a, b)
-
-    def reference_call() -> Tensor:
-        q_star, _ = reference.optimal_sampling_distribution(pi_theta, pi_t)
-        return q_star.log_()
-
-    def error_ratio(log_q: Tensor) -> float:
-        rows = _gate_rows(case)
-        expected = truth.log_q(a[rows], b[rows])
-        # Half a unit in the last place of the output, and what the computation may add.
-        tolerance = LOG_Q_TOLERANCE + torch.finfo(log_q.dtype).eps * expected.abs()
-        return _worst(log_q[rows], expected, tolerance)
-
-    moved = case.row_pair_bytes + case.row_pair_bytes // 2
-    return Prepared(lambda: ost.log_q(a, b), reference_call, error_ratio, moved)
+def _alpha_error(rows: Rows, solution: Any) -> float:
+    return worst(solution.alpha[rows.gate], truth.solve(rows.a[rows.gate], rows.b[rows.gate]).alpha, ALPHA_TOLERANCE)
 
 
-def _diagnostics(case: Case, a: Tensor, b: Tensor) -> Prepared:
-    pi_theta, pi_t = _probabilities(a, b)
+def _log_q_error(rows: Rows, log_q: Tensor) -> float:
+    expected = truth.log_q(rows.a[rows.gate], rows.b[rows.gate])
+    # Half a unit in the last place of the output, and what the computation may add.
+    tolerance = LOG_Q_TOLERANCE + torch.finfo(log_q.dtype).eps * expected.abs()
+    return worst(log_q[rows.gate], expected, tolerance)
+
+
+def _listed_log_q(rows: Rows) -> Call:
+    return lambda: reference.optimal_sampling_distribution(rows.pi_theta, rows.pi_t)[0].log_()
+
+
+def _diagnostics_error(rows: Rows, solution: Any) -> float:
+    expected = truth.solve(rows.a[rows.gate], rows.b[rows.gate])
+    ratios = [worst(solution.alpha[rows.gate], expected.alpha, ALPHA_TOLERANCE)]
+    for name in ("kl_theta", "kl_t", "ess_theta", "ess_t", "entropy_theta", "entropy_t", "entropy_q", "overlap_theta",
+                 "overlap_t"):  # fmt: skip
+        value = getattr(expected, name)
+        tolerance = DIAGNOSTIC_TOLERANCE * value.abs() + 1e-6
+        ratios.append(worst(getattr(solution, name)[rows.gate], value, tolerance))
+    return max(ratios)
+
+
+def _listed_class(rows: Rows) -> Call:
     listing = reference.OptimalSamplingDistribution()
-
-    def error_ratio(solution: Any) -> float:
-        rows = _gate_rows(case)
-        expected = truth.solve(a[rows], b[rows])
-        ratios = [_worst(solution.alpha[rows], expected.alpha, ALPHA_TOLERANCE)]
-        for name in ("kl_theta", "kl_t", "ess_theta", "ess_t", "entropy_theta", "entropy_t", "entropy_q",
-                     "overlap_theta", "overlap_t"):  # fmt: skip
-            value = getattr(expected, name)
-            tolerance = DIAGNOSTIC_TOLERANCE * value.abs() + 1e-6
-            ratios.append(_worst(getattr(solution, name)[rows], value, tolerance))
-        return max(ratios)
-
-    return Prepared(
-        lambda: ost.solve(a, b, diagnostics=True),
-        lambda: listing(pi_theta, pi_t),
-        error_ratio,
-        case.row_pair_bytes,
-    )
+    return lambda: listing(rows.pi_theta, rows.pi_t)
 
 
-def _dropin(case: Case, a: Tensor, b: Tensor) -> Prepared:
-    pi_theta, pi_t = _probabilities(a, b)
-    ours, listing = ost.OptimalSamplingDistribution(), reference.OptimalSamplingDistribution()
-
-    def error_ratio(result: tuple[Tensor, Tensor, dict[str, Tensor]]) -> float:
-        rows = _gate_rows(case)
-        p, t = pi_theta[rows], pi_t[rows]
-        q_star, alpha, info = listing(p.double(), t.double())
-        q_listing, alpha_listing, info_listing = listing(p, t)
-        ratios = []
-        for actual, float32, expected in (
-            (result[0][rows], q_listing, q_star),
-            (result[1][rows], alpha_listing, alpha),
-            (result[2]["kl_theta"][rows], info_listing["kl_theta"], info["kl_theta"]),
-            (result[2]["ess_t"][rows], info_listing["ess_t"], info["ess_t"]),
-        ):
-            tolerance = (float32.double() - expected).abs().max() + DROPIN_TOLERANCE
-            ratios.append(_worst(actual, expected, tolerance))
-        return max(ratios)
-
-    # Reads both rows of probabilities (float32) and writes q*.
-    moved = 3 * pi_theta.numel() * pi_theta.element_size()
-    return Prepared(lambda: ours(pi_theta, pi_t), lambda: listing(pi_theta, pi_t), error_ratio, moved)
+def _gradient(rows: Rows) -> Call:
+    """The backward pass of log_q alone, through alpha*; the forward pass is not timed."""
+    a, b = (x.detach().clone().requires_grad_() for x in (rows.a, rows.b))
+    log_q, upstream = ost.log_q(a, b), rows.upstream
+    return lambda: torch.autograd.grad(log_q, (a, b), upstream, retain_graph=True)
 
 
-def _probabilities(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """What the reference starts from. Its softmax is not timed: the reference is given this for nothing."""
-    return torch.softmax(a.float(), dim=-1), torch.softmax(b.float(), dim=-1)
+def _listed_gradient(rows: Rows) -> Call:
+    """Autograd through softmax and the listing's mixture; the listing has no gradient through its bisection."""
+    a, b = (x.detach().clone().requires_grad_() for x in (rows.a, rows.b))
+    alpha = reference.solve_kl_symmetry(rows.pi_theta, rows.pi_t)
+    mixture = reference.geometric_mean(torch.softmax(a.float(), -1), torch.softmax(b.float(), -1), alpha)
+    log_q, upstream = mixture.log(), rows.upstream.float()
+    return lambda: torch.autograd.grad(log_q, (a, b), upstream, retain_graph=True)
 
 
-def _gate_rows(case: Case) -> list[int]:
-    count = min(case.N, GATE_ROWS)
-    return [index * (case.N - 1) // max(count - 1, 1) for index in range(count)]
+def _gradient_error(rows: Rows, gradients: tuple[Tensor, Tensor]) -> float:
+    a, b, upstream = (x[rows.gate].double() for x in (rows.a, rows.b, rows.upstream))
+    alpha = truth.solve(a, b).alpha[:, None]
+    q, d = truth.log_q(a, b).exp(), a - b
+    moved = (upstream * (d - (q * d).sum(-1, keepdim=True))).sum(-1, keepdim=True)
+    direct = upstream - q * upstream.sum(-1, keepdim=True)
+    ratios = []
+    for actual, share, slope in zip(gradients, (alpha, 1 - alpha), truth.alpha_gradient(a, b), strict=True):
+        expected = share * direct + moved * slope
+        scale = expected.abs().amax(-1, keepdim=True)
+        tolerance = GRADIENT_TOLERANCE * scale + torch.finfo(actual.dtype).eps * expected.abs()
+        ratios.append(worst(actual[rows.gate], expected, tolerance))
+    return max(ratios)
 
 
-def _worst(actual: Tensor, expected: Tensor, tolerance: Tensor | float) -> float:
+def _dropin(rows: Rows) -> Call:
+    ours = ost.OptimalSamplingDistribution()
+    return lambda: ours(rows.pi_theta, rows.pi_t)
+
+
+def _dropin_error(rows: Rows, result: tuple[Tensor, Tensor, dict[str, Tensor]]) -> float:
+    listing = reference.OptimalSamplingDistribution()
+    p, t = rows.pi_theta[rows.gate], rows.pi_t[rows.gate]
+    q_star, alpha, info = listing(p.double(), t.double())
+    q_listing, alpha_listing, info_listing = listing(p, t)
+    ratios = []
+    for actual, float32, expected in (
+        (result[0], q_listing, q_star),
+        (result[1], alpha_listing, alpha),
+        (result[2]["kl_theta"], info_listing["kl_theta"], info["kl_theta"]),
+        (result[2]["ess_t"], info_listing["ess_t"], info["ess_t"]),
+    ):
+        tolerance = (float32.double() - expected).abs().max() + DROPIN_TOLERANCE
+        ratios.append(worst(actual[rows.gate], expected, tolerance))
+    return max(ratios)
+
+
+def worst(actual: Tensor, expected: Tensor, tolerance: Tensor | float) -> float:
     """Largest |actual - expected| / tolerance; infinite where a value is not finite."""
     ratio = (actual.double() - expected).abs() / tolerance
     return float(torch.nan_to_num(ratio, nan=torch.inf).max())
 
 
-WORKS: dict[str, Callable[[Case, Tensor, Tensor], Prepared]] = {
-    "solve": _solve,
-    "bisect": _bisect,
-    "log_q": _log_q,
-    "diagnostics": _diagnostics,
-    "dropin": _dropin,
-}
+def _listed_alpha(rows: Rows) -> Call:
+    return lambda: reference.solve_kl_symmetry(rows.pi_theta, rows.pi_t)
+
+
+_SWEEPS = {"main": 1.0, "sweeps": 1.0}
+_ALL = (
+    Work(
+        "solve",
+        lambda rows: lambda: ost.solve(rows.a, rows.b),
+        _listed_alpha,
+        _alpha_error,
+        matrices=2,
+        finish=rivals.alpha_itself,
+        kernel="solve",
+        passes=_SWEEPS,
+    ),
+    Work(
+        "bisect",
+        lambda rows: lambda: ost.solve(rows.a, rows.b, algorithm="bisect"),
+        _listed_alpha,
+        _alpha_error,
+        matrices=2,
+        finish=rivals.alpha_itself,
+        kernel="bisect",
+        passes={"main": 1.0, "step": 20.0},
+    ),
+    Work(
+        "log_q",
+        lambda rows: lambda: ost.log_q(rows.a, rows.b),
+        _listed_log_q,
+        _log_q_error,
+        matrices=3,
+        finish=rivals.log_mixture,
+        kernel="log_q",
+        passes={**_SWEEPS, "write": 1.0},
+    ),
+    Work(
+        "diagnostics",
+        lambda rows: lambda: ost.solve(rows.a, rows.b, diagnostics=True),
+        _listed_class,
+        _diagnostics_error,
+        matrices=2,
+        finish=rivals.figures,
+        kernel="diagnostics",
+        passes={**_SWEEPS, "step": 8.0},  # two for the entropies, five for the KLs and ESS, one for the overlaps
+    ),
+    Work(
+        "backward",
+        _gradient,
+        _listed_gradient,
+        _gradient_error,
+        matrices=5,  # both rows and the gradient read, both gradients written
+        kernel="gradient",
+        passes={"main": 2.0, "write": 1.0},  # E[d] and its variance, the gradient's moments, the gradients
+    ),
+    Work(
+        "dropin",
+        _dropin,
+        _listed_class,
+        _dropin_error,
+        matrices=3,
+        finish=rivals.figures,
+        kernel="dropin",
+        passes={"main": 2.0, "write": 1.0},  # the second for the figures
+    ),
+)
+WORKS: dict[str, Work] = {work.name: work for work in _ALL}

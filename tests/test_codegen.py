@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import codegen
+from bench import codegen, gates
 from bench.codegen import Entry, Instruction
 
 triton = pytest.importorskip("triton")
@@ -96,6 +96,38 @@ def test_good_kernel(reports: dict[str, codegen.Report]) -> None:
     assert report.narrow_offsets == []
 
 
+# What the gates say of each fault, beside the good kernel's committed figures.
+SENTENCES = {
+    "scalar load": "load_width fell from 16 to 2 bytes",
+    "spill": "spills rose from 0 to",
+    "third exp": "exps_per_pair rose from 2 to 3",
+    "barrier": "barriers rose from 0 to",
+    "narrow": "a row offset is 32-bit",
+}
+
+
+@pytest.mark.parametrize("fault", SENTENCES)
+def test_gates_catch_what_is_planted(fault: str, reports: dict[str, codegen.Report]) -> None:
+    good, faulty = reports["good"].rows(), reports[fault].rows()
+    assert gates.regressions(good, good) == []
+    found = gates.regressions(faulty, good)
+    assert any(f"exp_sums on sm_90, main loop: {SENTENCES[fault]}" in sentence for sentence in found)
+
+
+def test_gates_allow_a_margin_and_miss_nothing(reports: dict[str, codegen.Report]) -> None:
+    (good,) = reports["good"].rows()
+    assert gates.regressions([{**good, "registers": good["registers"] + 8}], [good]) == []
+    assert "registers rose" in gates.regressions([{**good, "registers": good["registers"] + 9}], [good])[0]
+    assert "run python -m bench.codegen" in gates.regressions([good], [])[0]
+    assert gates.regressions([good], [good, {**good, "pass": "step"}]) == [
+        "exp_sums on sm_90, step loop: the loop is gone"
+    ]
+    # Under another Triton the committed figures say nothing, and the budgets still do.
+    newer = {**good, "triton": "99", "exps_per_pair": 3.0}
+    (sentence,) = gates.check([newer], [good])
+    assert sentence == "exp_sums on sm_90, main loop: exps_per_pair is 3.0, expected at most 2"
+
+
 def test_scalar_load_is_seen(reports: dict[str, codegen.Report]) -> None:
     report = reports["scalar load"]
     assert report.load_width == 2
@@ -142,6 +174,7 @@ def test_every_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with (tmp_path / "codegen.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["target"] for row in rows] == list(codegen.TARGETS)
+    assert {row["pass"] for row in rows} == {"main"}
     assert {row["load_width"] for row in rows} == {"16"}
     assert len(codegen.table(reports).splitlines()) == len(reports) + 1
 
@@ -191,6 +224,31 @@ def test_sass_listing() -> None:
     (loop,) = codegen._loops(code, nvidia=True)
     assert (loop.slots, loop.exps, loop.loads, loop.branches) == (4, 1, {16: 1, 2: 1}, 0)
     assert loop.load_bytes == 18
+
+
+def test_passes_are_found_by_what_they_do() -> None:
+    """A loop of one exp per pair, one that stores, and one that the entry names but the kernel lacks."""
+    sweep = codegen.parse_sass(listing_of("LDG.E.128", "MUFU.EX2", "MUFU.EX2", "MUFU.EX2", "MUFU.EX2", "MUFU.EX2"))
+    step = codegen.parse_sass(listing_of("LDG.E.64", "LDG.E.64", "MUFU.EX2", "MUFU.EX2", "MUFU.EX2", "MUFU.EX2"))
+    write = codegen.parse_sass(listing_of("LDG.E.64", "FFMA", "FFMA2", "STG.E.64"))
+    loops = [replace(codegen._loops(code, nvidia=True)[0], index=index)
+             for index, code in enumerate((sweep, step, write))]  # fmt: skip
+    entry = replace(GOOD, passes={"step": "step", "write": "stores", "last": 7}, stored_per_pair=2)
+    passes = {each.role: each for each in codegen.find_passes(entry, loops, per_iteration=1.0)}
+    assert {role: (each.loop.index, each.pairs) for role, each in passes.items()} == {
+        "main": (0, 4.0), "step": (1, 4.0), "write": (2, 4.0),
+    }  # fmt: skip
+    assert passes["write"].loop.float32 == 3
+    with pytest.raises(ValueError, match="main_loop is 'widest'"):
+        codegen.main_loop(loops, "widest")
+
+
+def listing_of(*opcodes: str) -> str:
+    """One loop over the opcodes."""
+    lines = [*(f"{opcode} R0, R1" for opcode in opcodes), "@P0 BRA 0x10", "EXIT"]
+    return "/*0000*/ LDC R1 ;\n".rjust(30) + "".join(
+        f"    /*{16 * (index + 1):04x}*/ {line} ;\n" for index, line in enumerate(lines)
+    )
 
 
 def test_constant_product_is_no_row_offset() -> None:

@@ -1,31 +1,60 @@
-"""The kernels as compiled for GPUs that need not be there: no spills, wide loads, few issue slots per pair.
+"""The kernels as compiled for GPUs that need not be there, against bench/results/codegen.csv and absolute budgets.
 
-The budgets are those of an H200 at memory speed (docs/theory.md, "Cost"): about 31 slots and 3.2 exps per bf16 pair.
+The full set is compiled by `python -m bench.codegen --csv bench/results/codegen.csv`; here the ones that matter most.
 """
+
+from dataclasses import replace
 
 import pytest
 
-from bench import codegen, kernels
+from bench import codegen, gates, kernels
 
 pytest.importorskip("triton")
 
-SLOTS = {"sm_80": 30.0, "sm_90": 30.0, "sm_100": 24.0, "gfx942": 24.0}  # first sweep, per pair
-CASES = [
-    ("solve bf16", "sm_80"), ("solve bf16", "sm_90"), ("solve bf16", "sm_100"), ("solve bf16", "gfx942"),
-    ("solve fp32", "sm_90"), ("log_q bf16, diagnostics", "sm_90"), ("log_q bf16, diagnostics", "gfx942"),
-    ("gradient bf16", "sm_90"), ("gradient bf16", "gfx942"),
-]  # fmt: skip
+COMPILED = {
+    "sm_80": ("solve bf16",),
+    "sm_90": ("solve bf16", "solve fp32", "log_q bf16", "diagnostics bf16", "gradient bf16"),
+    "sm_100": ("solve bf16",),
+    "gfx942": ("solve bf16", "gradient bf16"),
+}
+# The probability rows' kernel and one gradient do not fit their registers yet.
+SPILLING = {("dropin fp32", "sm_80"), ("dropin fp32", "sm_90"), ("gradient bf16", "sm_80")}
 
 
-@pytest.mark.parametrize(("name", "target"), CASES)
-def test_main_configurations(name, target):
+def entry(name: str, target: str) -> codegen.Entry:
     entries = kernels.HIP if target == "gfx942" else kernels.CUDA
-    (report,) = codegen.read([entry for entry in entries if entry.name == name], [target], jobs=1)
-    assert (report.stack, report.spills) == (0, 0)
-    assert report.load_width == 16
-    assert not report.narrow_offsets
-    if not name.startswith("gradient"):
-        assert report.slots_per_pair <= SLOTS[target]
-        assert report.exps_per_pair <= 2
-        assert report.main is not None
-        assert report.main.barriers == 0
+    return next(entry for entry in entries if entry.name == name)
+
+
+def rows_of(reports: list[codegen.Report]) -> list[dict[str, object]]:
+    return [row for report in reports for row in report.rows()]
+
+
+@pytest.mark.parametrize("target", COMPILED)
+def test_nothing_got_worse(target: str) -> None:
+    reports = codegen.read([entry(name, target) for name in COMPILED[target]], [target], jobs=1)
+    assert gates.check(rows_of(reports), gates.read_rows()) == []
+
+
+def test_planted_regressions_of_the_solver_are_caught() -> None:
+    """Rows without their alignment, and fewer registers than the sweep needs."""
+    solver = entry("solve bf16", "sm_90")
+    unaligned = tuple(name for name in solver.divisible if name in kernels.POINTERS)
+    reports = codegen.read([replace(solver, divisible=unaligned, options={"maxnreg": 64})], ["sm_90"], jobs=1)
+    committed = [row for row in gates.read_rows() if row["kernel"] == "solve bf16"]
+    found = "\n".join(gates.regressions(rows_of(reports), committed))
+    for sentence in ("main loop: load_width fell from 16 to 4 bytes", "main loop: spills rose from 0 to",
+                     "main loop: stack rose from 0 to", "main loop: slots_per_pair rose from"):  # fmt: skip
+        assert f"solve bf16 on sm_90, {sentence}" in found
+    assert "stack is" in "\n".join(gates.over_budget(rows_of(reports)))
+
+
+def test_committed_figures_are_complete() -> None:
+    committed = gates.read_rows()
+    expected = {(each.name, target) for target in codegen.TARGETS
+                for each in (kernels.HIP if target == "gfx942" else kernels.CUDA)}  # fmt: skip
+    assert {gates.key(row)[:2] for row in committed} == expected
+    assert len({gates.key(row) for row in committed}) == len(committed)
+    assert len({row["triton"] for row in committed}) == 1
+    over = gates.over_budget(row for row in committed if (row["kernel"], row["target"]) not in SPILLING)
+    assert over == []

@@ -1,0 +1,161 @@
+"""The READMEs' tables, generated from bench/results: never typed by hand. `python -m bench.plot` writes them.
+
+Each table stands between <!-- bench: NAME --> and <!-- /bench -->.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from . import gates, goals, results, roofline, table
+from .results import ROOT, Row
+
+READMES = {"en": ROOT / "README.md", "zh": ROOT / "README.zh-CN.md"}
+BLOCK = re.compile(r"(<!-- bench: (\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+CHINESE = {
+    "case": "用例",
+    "reference": "参考实现",
+    "this package": "本包",
+    "speed-up": "加速比",
+    "of copy speed": "占拷贝速度",
+    "work": "任务",
+    "kernel": "内核",
+    "target": "目标架构",
+    "slots / pair": "发射槽 / 对",
+    "exps / pair": "指数 / 对",
+    "load": "读取宽度",
+    "registers": "寄存器",
+    "spills": "溢出",
+    "goal": "目标",
+    "measured": "实测",
+    "graph replay": "图重放",
+    "reached": "达到",
+    "missed": "未达到",
+    "at least": "至少",
+    "at most": "至多",
+    "memory": "显存",
+    "cache": "缓存",
+    "issue": "发射",
+    "special": "特殊函数",
+    "float32": "float32",
+    "threads": "线程",
+    "commit": "提交",
+    "No GPU has been measured yet.": "尚未在 GPU 上实测。",
+}
+# What the table of compiled kernels shows.
+KERNELS = ("solve bf16", "solve fp32", "gradient bf16")
+
+
+def words(text: str, language: str) -> str:
+    return CHINESE.get(text, text) if language == "zh" else text
+
+
+def markdown(heading: Sequence[str], lines: Sequence[Sequence[str]], language: str) -> str:
+    rows = [[words(cell, language) for cell in heading], ["---", *["---:"] * (len(heading) - 1)], *lines]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def origin(row: Row, language: str) -> str:
+    """Where a table's rows come from, in one line."""
+    threads = f", {row.threads} {words('threads', language)}" if row.kind == "cpu" else ""
+    commit = words("commit", language)
+    return f"{row.device}{threads}; torch {row.torch}, triton {row.triton}; {commit} {row.commit}, {row.date}"
+
+
+def cpu(language: str) -> str:
+    """The package against the reference on each CPU that was measured."""
+    blocks = []
+    for rows in _measured("cpu"):
+        lines = []
+        for row in rows:
+            case = results.of(rows, row.case)
+            if row.who == "package" and row.p50_ms is not None and "reference" in case:
+                reference = case["reference"]
+                lines.append(
+                    [
+                        _case(row),
+                        f"{table.milliseconds(reference.p50_ms)} ms",
+                        f"{table.milliseconds(row.p50_ms)} ms",
+                        f"{table.figure(reference.over)}×",
+                    ]
+                )
+        heading = ("case", "reference", "this package", "speed-up")
+        blocks.append(origin(rows[0], language) + "\n\n" + markdown(heading, lines, language))
+    return "\n".join(blocks)
+
+
+def gpu(language: str) -> str:
+    """The goals, and the cases that they are about, on each GPU that was measured."""
+    blocks = []
+    for rows in _measured("cuda"):
+        lines = []
+        for each in goals.measured(rows, "cuda"):
+            sign = words("at least" if goals.FIGURES[each.goal.figure].floor else "at most", language)
+            verdict = words("reached" if each.reached else "missed", language)
+            goal = f"{each.goal.figure}: {sign} {each.goal.limit:g}"
+            lines.append([f"`{each.goal.case}`", goal, table.figure(each.value), verdict])
+        heading = ("case", "goal", "measured", "reached")
+        blocks.append(origin(rows[0], language) + "\n\n" + markdown(heading, lines, language))
+    if not blocks:
+        return words("No GPU has been measured yet.", language) + "\n"
+    return "\n".join(blocks)
+
+
+def bounds(language: str) -> str:
+    """The least time on each device, with what sets it."""
+    found = roofline.expectations()
+    devices = list(dict.fromkeys(device for _, device, _ in found))
+    heading = ["work", *(("" if device.measured else "~") + device.name for device in devices)]
+    lines = []
+    for case in dict.fromkeys(case for case, _, _ in found):
+        of_case = {device: bound for each, device, bound in found if each == case}
+        cells = [
+            f"{of_case[device].seconds * 1e6:,.0f} µs ({words(of_case[device].limit, language)})" for device in devices
+        ]
+        lines.append([f"`{case.work}` {roofline.SHORT[case.dtype]} {case.N:,} × {case.V:,}", *cells])
+    return markdown(heading, lines, language)
+
+
+def kernels(language: str) -> str:
+    """What was read off the compiled kernels' main loops."""
+    rows = [row for row in gates.read_rows() if row["pass"] == "main" and row["kernel"] in KERNELS]
+    lines = [
+        [
+            f"{row['kernel']}, {row['target']}",
+            row["slots_per_pair"],
+            row["exps_per_pair"],
+            f"{row['load_width']} B",
+            row["registers"],
+            row["spills"],
+        ]
+        for row in rows
+    ]
+    return markdown(("kernel", "slots / pair", "exps / pair", "load", "registers", "spills"), lines, language)
+
+
+BLOCKS = {"cpu": cpu, "gpu": gpu, "bounds": bounds, "kernels": kernels}
+
+
+def filled(text: str, language: str) -> str:
+    """The text with every marked table written anew."""
+
+    def block(match: re.Match[str]) -> str:
+        if match[2] not in BLOCKS:
+            raise ValueError(f"the marker names the table {match[2]!r}, expected one of: {', '.join(BLOCKS)}")
+        return f"{match[1]}{BLOCKS[match[2]](language)}{match[3]}"
+
+    return BLOCK.sub(block, text)
+
+
+def write() -> None:
+    for language, path in READMES.items():
+        path.write_text(filled(path.read_text(encoding="utf-8"), language), encoding="utf-8")
+
+
+def _measured(kind: str) -> list[list[Row]]:
+    return [rows for rows in results.read_all().values() if rows[0].kind == kind]
+
+
+def _case(row: Row) -> str:
+    return f"`{row.work}` {roofline.SHORT[row.dtype]} {row.N:,} × {row.V:,}"

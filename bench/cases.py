@@ -49,7 +49,7 @@ class Goal:
 
 VOCABULARIES = (32_000, 50_257, 128_256, 151_936, 262_144)
 BATCHES = (1, 8, 64, 132, 1024, 4096)
-GRID_WORKS = ("solve", "log_q", "bisect", "diagnostics", "backward")
+GRID_WORKS = ("solve", "sample", "log_q", "verify", "bisect", "diagnostics", "backward")
 
 CPU_CASES = (
     Case("solve", 1, 50_257, rivals=FULL),
@@ -58,6 +58,8 @@ CPU_CASES = (
     Case("solve", 16, 50_257, "bfloat16"),
     Case("bisect", 16, 50_257),
     Case("log_q", 16, 50_257, rivals=FULL),
+    Case("sample", 16, 50_257),
+    Case("verify", 16, 50_257),
     Case("diagnostics", 16, 50_257),
     Case("backward", 16, 50_257),
     Case("dropin", 16, 50_257),
@@ -67,6 +69,7 @@ CPU_CASES = (
 CUDA_GOAL_CASES = (
     *(Case("solve", 1, V, "bfloat16") for V in (50_257, 151_936)),
     Case("bisect", 132, 50_257, "bfloat16", UNCOMPILED),
+    *(Case("sample", 4096, V, "bfloat16", UNCOMPILED) for V in (50_257, 151_936)),
     *(Case("log_q", 4096, V, "bfloat16", UNCOMPILED) for V in (50_257, 151_936)),
     Case("solve", 4096, 151_936, "bfloat16", UNCOMPILED),
     *(Case("solve", N, 50_257, "bfloat16", FULL) for N in (4096, 132)),
@@ -87,6 +90,7 @@ CUDA_CASES = (*CUDA_GOAL_CASES, *(case for case in CUDA_GRID if case.name not in
 GOALS = (
     Goal("solve/float32/64x50257", "over the reference", 12.0, "cpu"),
     *(Goal(f"solve/bfloat16/4096x{V}", "times the copy", 1.25) for V in (50_257, 151_936)),
+    *(Goal(f"sample/bfloat16/4096x{V}", "times the copy", 1.3) for V in (50_257, 151_936)),
     *(Goal(f"log_q/bfloat16/4096x{V}", "times the copy", 1.4) for V in (50_257, 151_936)),
     Goal("solve/bfloat16/1x50257", "graph replay, us", 12.0),
     Goal("solve/bfloat16/1x151936", "graph replay, us", 16.0),
@@ -97,7 +101,7 @@ GOALS = (
 )
 
 # Every work once, small enough for a test run; the interpreter, which pays per operation, gets them smaller still.
-QUICK_WORKS = ("solve", "bisect", "log_q", "diagnostics", "backward", "dropin")
+QUICK_WORKS = ("solve", "bisect", "log_q", "sample", "verify", "diagnostics", "backward", "dropin")
 QUICK_CASES = tuple(Case(work, 4, 8192, rivals=FULL) for work in QUICK_WORKS)
 INTERPRETED_CASES = tuple(Case(work, 2, 2048) for work in QUICK_WORKS)
 

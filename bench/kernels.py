@@ -64,6 +64,46 @@ def solve_entry(
     )
 
 
+def draw_entry(name: str, dtype: str, kernel: str, *, kind: str = "cuda") -> Entry:
+    """sample_kernel or verify_kernel with one draw per row, one seed for all rows, no filter; V up to 262,144."""
+    bits = BITS[dtype]
+    shape = launch.SHAPES[kind][bits]._replace(chunk=launch.DRAW_CHUNK)
+    numbers = {
+        "seed": "i64", "offset": "i64", "seed_step": "i32", "offset_step": "i32", "mixed": "i32", "V": "i32",
+        "stride_theta": "i32", "stride_t": "i32", "splits": "i32", "max_iter": "i32", "tol": "fp32",
+    }  # fmt: skip
+    pointers = {
+        "theta_ptr": f"*{dtype}", "t_ptr": f"*{dtype}", "token_ptr": "*i64", "log_q_ptr": "*fp32",
+        "log_theta_ptr": "*fp32", "log_t_ptr": "*fp32", "alpha_ptr": "*fp32", "status_ptr": "*u8",
+        "partial_ptr": "*fp32", "arrived_ptr": "*i32",
+    }  # fmt: skip
+    absent = dict.fromkeys(
+        ("given_ptr", "scale_theta_ptr", "scale_t_ptr", "cooling_ptr", "min_p_ptr", "seed_ptr", "offset_ptr")
+    )
+    flags = {
+        "METHOD": 0, "PACKED": bits == 16, "H": shape.half, "CHUNK": shape.chunk, "UNROLL": shape.unroll,
+        "TILE": launch.DRAW_TILE, "LANES": 32, "FILTER": False,
+    }  # fmt: skip
+    if kernel == "sample":
+        numbers["num_samples"] = "i32"
+        flags["DRAWS"] = 1
+    else:
+        pointers |= {"draft_ptr": "*i64", "length_ptr": "*i64", "accepted_ptr": "*u8"}
+        numbers["positions"] = "i32"
+        flags["MODEL"] = 0
+    return Entry(
+        name,
+        f"optsample_triton.kernels.sample:{kernel}_kernel",
+        pointers | numbers,
+        {**absent, **flags},
+        (*pointers, "stride_theta", "stride_t"),
+        shape.num_warps,
+        tile=2 * shape.half,
+        bytes_per_pair=2 * bits // 8,
+        passes={"step": "step"},
+    )
+
+
 def gradient_entry(name: str, dtype: str, *, kind: str = "cuda") -> Entry:
     """gradient_kernel of log_q, through alpha*."""
     bits = BITS[dtype]
@@ -106,6 +146,11 @@ def entries(kind: str) -> list[Entry]:
         replace(
             solve_entry("dropin fp32", fp32, present=(*figures, *out), probabilities=True, kind=kind),
             passes={"write": "stores"},  # a sweep on probabilities takes two logarithms more
+        ),
+        *(
+            draw_entry(f"{kernel} {dtype}", dtype, kernel, kind=kind)
+            for kernel in ("sample", "verify")
+            for dtype in (bf16, fp32)
         ),
         *(gradient_entry(f"gradient {dtype}", dtype, kind=kind) for dtype in (bf16, fp32)),
     ]

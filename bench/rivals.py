@@ -60,6 +60,16 @@ def log_mixture(pi_theta: Tensor, pi_t: Tensor, alpha: Tensor) -> Tensor:
     return mixture.log()
 
 
+def drawn(pi_theta: Tensor, pi_t: Tensor, alpha: Tensor) -> tuple[Tensor, ...]:
+    return drawn_from(reference.geometric_mean(pi_theta, pi_t, alpha), pi_theta, pi_t)
+
+
+def drawn_from(q_star: Tensor, pi_theta: Tensor, pi_t: Tensor) -> tuple[Tensor, ...]:
+    """A token [N, 1] and its three log-probabilities."""
+    token = torch.multinomial(q_star, 1)
+    return token, *(pi.gather(-1, token).log() for pi in (q_star, pi_theta, pi_t))
+
+
 def figures(pi_theta: Tensor, pi_t: Tensor, alpha: Tensor) -> tuple[Tensor, ...]:
     """q* and what the listing's info holds."""
     q = reference.geometric_mean(pi_theta, pi_t, alpha)
@@ -152,5 +162,5 @@ PEERS = (
     Peer("Liger softmax of both", "liger-kernel", ("log_q",), 4, _liger_softmax),
     Peer("QuACK softmax of both", "quack-kernels", ("log_q",), 4, _both("quack.softmax", "softmax")),
     # Draws from q*, which is given to it, in float32.
-    Peer("FlashInfer sampling of q*", "flashinfer-python", ("log_q",), 1, _flashinfer_sampling, float32=True),
+    Peer("FlashInfer sampling of q*", "flashinfer-python", ("sample",), 1, _flashinfer_sampling, float32=True),
 )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import optsample_triton as ost
 import reference
-from reference import truth
+from reference import speculative, truth
 
 from . import rivals
 from .cases import Case
@@ -28,6 +28,8 @@ ALPHA_TOLERANCE = 4e-6
 LOG_Q_TOLERANCE = 5e-5
 # Float32 sums over the vocabulary, relative to the value.
 DIAGNOSTIC_TOLERANCE = 1e-4
+# sample's and verify's own default tol.
+SAMPLE_ALPHA_TOLERANCE = 1e-4
 # Relative to the row's largest entry, on top of the output's own rounding.
 GRADIENT_TOLERANCE = 1e-4
 # On top of the float32 listing's own error against its float64 run.
@@ -173,6 +175,58 @@ def _dropin_error(rows: Rows, result: tuple[Tensor, Tensor, dict[str, Tensor]]) 
     return max(ratios)
 
 
+def _draft(rows: Rows) -> tuple[Tensor, ...]:
+    """Drafts from pi_theta [B, K] for both models' rows [B, K + 1, V]: K = 3 where the batch is a multiple of 4."""
+    positions = 4 if rows.case.N % 4 == 0 else 1
+    tokens = ost.sample(rows.a, rows.b, alpha=1.0, seed=2).token.view(-1, positions)[:, :-1]
+    return tokens.contiguous(), *(x.view(-1, positions, rows.case.V) for x in (rows.a, rows.b))
+
+
+def _verify(rows: Rows) -> Call:
+    tokens, a, b = _draft(rows)
+    return lambda: ost.verify(tokens, a, b, seed=1)
+
+
+def _drawn_error(rows: Rows, drawn: Any) -> float:
+    """alpha within sample's own tol, and the log-probabilities of what was drawn under the law of that alpha."""
+    a, b = rows.a[rows.gate].double(), rows.b[rows.gate].double()
+    token, alpha, *logs = (
+        getattr(drawn, name).reshape(-1)[rows.gate]
+        for name in ("token" if hasattr(drawn, "token") else "tokens", "alpha", "log_q", "log_theta", "log_t")
+    )
+    ratios = [worst(alpha, truth.solve(a, b).alpha, SAMPLE_ALPHA_TOLERANCE)]
+    emitted = token >= 0  # -1 stands behind the end of a sequence
+    laws = truth.log_q(a, b, alpha=alpha.double()), a.log_softmax(-1), b.log_softmax(-1)
+    for actual, law in zip(logs, laws, strict=True):
+        expected = law.gather(-1, token.clamp(min=0)[:, None])[:, 0]
+        ratios.append(worst(torch.where(emitted, actual.double(), expected), expected, LOG_Q_TOLERANCE))
+    return max(ratios)
+
+
+def _listed_sample(rows: Rows) -> Call:
+    """The listing's q*, a draw from it, and three look-ups."""
+
+    def call() -> tuple[Tensor, ...]:
+        q_star = reference.optimal_sampling_distribution(rows.pi_theta, rows.pi_t)[0]
+        return rivals.drawn_from(q_star, rows.pi_theta, rows.pi_t)
+
+    return call
+
+
+def _listed_verify(rows: Rows) -> Call:
+    """The listing's q*, acceptance of the drafts, and a draw from the exact residual at every position."""
+    drafts = ost.sample(rows.a, rows.b, alpha=1.0, seed=2).token[:, None]
+
+    def call() -> tuple[Tensor, ...]:
+        q_star = reference.optimal_sampling_distribution(rows.pi_theta, rows.pi_t)[0]
+        chance = speculative.acceptance(rows.pi_theta, q_star).gather(-1, drafts)
+        recovered = torch.multinomial(speculative.residual(rows.pi_theta, q_star), 1)
+        token = torch.where(torch.rand_like(chance) < chance, drafts, recovered)
+        return token, *(pi.gather(-1, token).log() for pi in (q_star, rows.pi_theta, rows.pi_t))
+
+    return call
+
+
 def worst(actual: Tensor, expected: Tensor, tolerance: Tensor | float) -> float:
     """Largest |actual - expected| / tolerance; infinite where a value is not finite."""
     ratio = (actual.double() - expected).abs() / tolerance
@@ -215,6 +269,17 @@ _ALL = (
         kernel="log_q",
         passes={**_SWEEPS, "write": 1.0},
     ),
+    Work(
+        "sample",
+        lambda rows: lambda: ost.sample(rows.a, rows.b, seed=1),
+        _listed_sample,
+        _drawn_error,
+        matrices=2,
+        finish=rivals.drawn,
+        kernel="sample",
+        passes=_SWEEPS,
+    ),
+    Work("verify", _verify, _listed_verify, _drawn_error, matrices=2, kernel="verify", passes=_SWEEPS),
     Work(
         "diagnostics",
         lambda rows: lambda: ost.solve(rows.a, rows.b, diagnostics=True),

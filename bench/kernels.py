@@ -20,9 +20,10 @@ KINDS = {
     "partial_ptr": "*fp32", "arrived_ptr": "*i32", "figures_ptr": "*fp32", "given_ptr": "*fp32",
     "scale_theta_ptr": "*fp32", "scale_t_ptr": "*fp32",
 }  # fmt: skip
+PLACES = dict.fromkeys(("inner_theta", "outer_theta", "stride_theta", "inner_t", "outer_t", "stride_t"), "i32")
 NUMBERS = {
-    "V": "i32", "width": "i32", "stride_theta": "i32", "stride_t": "i32", "stride_out": "i32", "splits": "i32",
-    "max_iter": "i32", "tol": "fp32", "eps": "fp32",
+    "V": "i32", "width": "i32", **PLACES, "stride_out": "i32", "splits": "i32", "max_iter": "i32", "tol": "fp32",
+    "eps": "fp32",
 }  # fmt: skip
 BITS = {"bf16": 16, "fp16": 16, "fp32": 32}
 
@@ -48,7 +49,7 @@ def solve_entry(
         "METHOD": method, "PROBS": probabilities, "PACKED": bits == 16, "H": shape.half, "CHUNK": shape.chunk,
         "UNROLL": shape.unroll,
     }  # fmt: skip
-    rows = ("theta_ptr", "t_ptr", "stride_theta", "stride_t") if aligned else ()
+    rows = ("theta_ptr", "t_ptr", *PLACES) if aligned else ()
     writes = "out_ptr" in present
     return Entry(
         name,
@@ -70,7 +71,7 @@ def draw_entry(name: str, dtype: str, kernel: str, *, kind: str = "cuda") -> Ent
     shape = launch.SHAPES[kind][bits]._replace(chunk=launch.DRAW_CHUNK)
     numbers = {
         "seed": "i64", "offset": "i64", "seed_step": "i32", "offset_step": "i32", "mixed": "i32", "V": "i32",
-        "stride_theta": "i32", "stride_t": "i32", "splits": "i32", "max_iter": "i32", "tol": "fp32",
+        **PLACES, "splits": "i32", "max_iter": "i32", "tol": "fp32",
     }  # fmt: skip
     pointers = {
         "theta_ptr": f"*{dtype}", "t_ptr": f"*{dtype}", "token_ptr": "*i64", "log_q_ptr": "*fp32",
@@ -96,7 +97,7 @@ def draw_entry(name: str, dtype: str, kernel: str, *, kind: str = "cuda") -> Ent
         f"optsample_triton.kernels.sample:{kernel}_kernel",
         pointers | numbers,
         {**absent, **flags},
-        (*pointers, "stride_theta", "stride_t"),
+        (*pointers, *PLACES),
         shape.num_warps,
         tile=2 * shape.half,
         bytes_per_pair=2 * bits // 8,
@@ -113,7 +114,7 @@ def gradient_entry(name: str, dtype: str, *, kind: str = "cuda") -> Entry:
         "partition_ptr": "*fp64", "grad_log_q_ptr": f"*{dtype}", "grad_theta_ptr": f"*{dtype}",
         "grad_t_ptr": f"*{dtype}", "grad_given_ptr": "*fp32",
     }  # fmt: skip
-    numbers = {"V": "i32", "stride_theta": "i32", "stride_t": "i32", "stride_grad": "i32"}
+    numbers = {"V": "i32", **PLACES, "stride_grad": "i32"}
     absent = dict.fromkeys(("scale_theta_ptr", "scale_t_ptr", "grad_alpha_ptr", "grad_log_z_ptr"))
     flags = {"THROUGH_ROOT": True, "PACKED": bits == 16, "H": shape.half}
     return Entry(

@@ -33,11 +33,27 @@ def check_rows(theta: Tensor, t: Tensor, name_theta: str, name_t: str) -> None:
         raise ValueError(f"{name_t} must be on the device of {name_theta}, {theta.device}, but is on {t.device}")
 
 
-def as_matrix(rows: Tensor) -> Tensor:
-    """[..., V] as [N, V] with a contiguous last dimension; a copy only where no view can give that."""
-    if rows.shape[-1] > 1 and rows.stride(-1) != 1:
+def as_rows(rows: Tensor) -> Tensor:
+    """[..., V] with a contiguous last dimension as a view [N, V], or [outer, inner, V] where no one stride fits.
+
+    The latter is what ``logits[:, :-1]`` of [B, S, V] needs. A copy is made only where neither can be had.
+    """
+    vocab = rows.shape[-1]
+    if vocab > 1 and rows.stride(-1) != 1:
         rows = rows.contiguous()
-    return rows.reshape(-1, rows.shape[-1]) if rows.dim() != 2 else rows
+    if rows.dim() == 2:
+        return rows
+    merged: list[tuple[int, int]] = []  # sizes and strides of the leading dimensions, joined where one stride serves
+    for size, stride in zip(rows.shape[:-1], rows.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == size * stride:
+            merged[-1] = merged[-1][0] * size, stride
+        else:
+            merged.append((size, stride))
+    if len(merged) != 2:
+        return rows.reshape(rows.numel() // vocab, vocab)
+    return rows.reshape(merged[0][0], merged[1][0], vocab)
 
 
 def check_choice(value: str, choices: tuple[str, ...], name: str) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from optsample_triton.arguments import as_matrix, check_rows
+from optsample_triton.arguments import as_rows, check_rows
 from optsample_triton.types import METHODS, Status
 
 EPS = 1e-10
@@ -196,7 +196,7 @@ def _solve(
 ) -> Any:
     """The op on probability rows. The listings are not differentiated: their gradient would end at the bisection."""
     _check_options(tol, max_iter, eps)
-    theta, t = as_matrix(pi_theta.detach()), as_matrix(pi_t.detach())
+    theta, t = as_rows(pi_theta.detach()), as_rows(pi_t.detach())
     return torch.ops.optsample.solve(
         theta, t, alpha, None, None, method, "chernoff", tol, max_iter, eps, True, diagnostics,
         pi_theta.shape[-1] if write else 0, _row_dtype(pi_theta),

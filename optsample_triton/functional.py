@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import optsample_triton.ops  # noqa: F401 (defines torch.ops.optsample)
-from optsample_triton.arguments import as_matrix, check_choice, check_out, check_rows, inverse_temperature, per_row
+from optsample_triton.arguments import as_rows, check_choice, check_out, check_rows, inverse_temperature, per_row
 from optsample_triton.types import ALGORITHMS, INPUT_DTYPES, METHODS, Diagnostics, Solution
 
 # Methods whose alpha has no implicit gradient here; their mixture has one.
@@ -131,7 +131,7 @@ def prepare(
     max_iter: int,
     detach: bool,
 ) -> tuple[tuple[Any, ...], torch.Size, torch.Size]:
-    """Check the arguments; return the op's first ones (rows as [N, V]), the batch's shape and the rows' shape."""
+    """Check the arguments; return the op's first ones, the batch's shape and the rows' shape."""
     check_rows(theta, t, "logits_theta", "logits_t")
     check_choice(method, METHODS, "method")
     check_choice(algorithm, ALGORITHMS, "algorithm")
@@ -151,8 +151,8 @@ def prepare(
         raise ValueError(f"method {method!r} has no gradient through alpha: pass detach_alpha=True")
     batch = shape[:-1]
     rows = (
-        as_matrix(theta)[:, :vocab_size],
-        as_matrix(t)[:, :vocab_size],
+        as_rows(theta)[..., :vocab_size],
+        as_rows(t)[..., :vocab_size],
         None if alpha is None else per_row(alpha, theta, "alpha"),
         inverse_temperature(temperature_theta, theta, "temperature_theta"),
         inverse_temperature(temperature_t, theta, "temperature_t"),

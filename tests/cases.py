@@ -405,6 +405,17 @@ def last_positions(a: Tensor, b: Tensor) -> Pair:
     return _last_of_three(a), _last_of_three(b)
 
 
+def all_but_the_last_position(a: Tensor, b: Tensor) -> Pair:
+    """logits[:, :-1] of [B, S, V] sequences: no one stride fits all rows."""
+    return tuple(_in_longer_sequences(x) for x in leading_dims(a, b))  # type: ignore[return-value]
+
+
+def one_of_each(a: Tensor, b: Tensor) -> Pair:
+    """Rows of theta in longer sequences, rows of t in a plain batch."""
+    a, b = leading_dims(a, b)
+    return _in_longer_sequences(a), b
+
+
 LAYOUTS: list[Callable[[Tensor, Tensor], Pair]] = [
     contiguous,
     strided,
@@ -414,6 +425,8 @@ LAYOUTS: list[Callable[[Tensor, Tensor], Pair]] = [
     expanded_both,
     leading_dims,
     last_positions,
+    all_but_the_last_position,
+    one_of_each,
 ]
 
 
@@ -421,6 +434,12 @@ def _in_wider_buffer(x: Tensor, extra: int) -> Tensor:
     buffer = x.new_full((x.shape[0], x.shape[1] + extra), NAN)
     buffer[:, : x.shape[1]] = x
     return buffer[:, : x.shape[1]]
+
+
+def _in_longer_sequences(x: Tensor) -> Tensor:
+    buffer = x.new_full((x.shape[0], x.shape[1] + 1, x.shape[2]), NAN)
+    buffer[:, :-1] = x
+    return buffer[:, :-1]
 
 
 def _shifted_by_one(x: Tensor) -> Tensor:

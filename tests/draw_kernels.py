@@ -17,7 +17,7 @@ def _kernel(
     H: tl.constexpr, CHUNK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0).to(tl.int64)
-    row = open_row(theta_ptr, t_ptr, None, None, index, V, stride_theta, stride_t, 0.0, H, False, False)
+    row = open_row(theta_ptr, t_ptr, None, None, index, V, (V, 0, stride_theta), (V, 0, stride_t), 0.0, H, False, False)
     chunks = tl.cdiv(V, CHUNK)
     partial_ptr += index * chunks * SUMS
     _kept, _last = nodes(row, 0, 1, partial_ptr, arrived_ptr, H, CHUNK, 1, False, False, True)

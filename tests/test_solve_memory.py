@@ -255,10 +255,14 @@ WORKS = {
 
 
 def peak_memory(work, rows, vocab, device):
-    """The most bytes that the work holds at once beyond its arguments."""
+    """The most bytes that the work holds at once beyond its arguments, ``rows`` by their leading shape."""
     g = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(rows, vocab, generator=g).to(device) for _ in range(2))
+    a, b = (torch.randn(*rows, vocab, generator=g).to(device) for _ in range(2))
     work(a[:1], b[:1])  # whatever is set up once
+    return peak_of(work, a, b, device)
+
+
+def peak_of(work, a, b, device):
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -279,7 +283,16 @@ def peak_memory(work, rows, vocab, device):
 def test_memory_does_not_grow_with_the_rows_size(work, device, interpreted):
     """O(N + chunk): four times the vocabulary costs nothing more, a further row a few hundred bytes."""
     rows, vocab = (1, 20000) if interpreted else (64, 32768)
-    base = peak_memory(WORKS[work], rows, vocab, device)
+    base = peak_memory(WORKS[work], (rows,), vocab, device)
     # Drawing keeps 44 bytes for each of a row's chunks of 8,192 tokens.
-    assert peak_memory(WORKS[work], rows, 4 * vocab, device) <= 1.1 * base + 4096 + rows * 44 * 3 * vocab // 8192
-    assert peak_memory(WORKS[work], 4 * rows, vocab, device) <= 1.1 * base + 3 * rows * 2048
+    assert peak_memory(WORKS[work], (rows,), 4 * vocab, device) <= 1.1 * base + 4096 + rows * 44 * 3 * vocab // 8192
+    assert peak_memory(WORKS[work], (4 * rows,), vocab, device) <= 1.1 * base + 3 * rows * 2048
+
+
+@pytest.mark.parametrize("work", ["solve", "sample"])
+def test_a_slice_of_sequences_is_not_copied(work, device, interpreted):
+    """logits[:, :-1] of [B, S, V] is what losses take: a copy would be as large as the logits."""
+    size, vocab = (2, 20000) if interpreted else (16, 32768)
+    a, b = torch.randn(2, size, size + 1, vocab, generator=torch.Generator().manual_seed(0)).to(device).unbind(0)
+    copies = 4 * 2 * size * size * vocab
+    assert peak_of(WORKS[work], a[:, :-1], b[:, :-1], device) <= 0.25 * copies

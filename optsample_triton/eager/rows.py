@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -17,9 +18,9 @@ BLOCK_ELEMENTS = 1 << 17
 
 @dataclass(frozen=True)
 class Rows:
-    """Two [N, V] matrices of logits (or of probabilities, with eps >= 0) and 1/temperature per row."""
+    """N rows of logits (or of probabilities, with eps >= 0) of both models, and 1/temperature per row."""
 
-    theta: Tensor
+    theta: Tensor  # [N, V], or [outer, inner, V] with outer * inner = N
     t: Tensor
     inverse_temperature_theta: Tensor | None = None  # [N], None for 1
     inverse_temperature_t: Tensor | None = None
@@ -28,11 +29,11 @@ class Rows:
 
     @property
     def count(self) -> int:
-        return self.theta.shape[0] if self.index is None else self.index.shape[0]
+        return math.prod(self.theta.shape[:-1]) if self.index is None else self.index.shape[0]
 
     @property
     def vocab(self) -> int:
-        return self.theta.shape[1]
+        return self.theta.shape[-1]
 
     @property
     def working_dtype(self) -> torch.dtype:
@@ -45,7 +46,15 @@ class Rows:
         return replace(self, index=index if self.index is None else self.index[index])
 
     def _part(self, matrix: Tensor, block: slice, chunk: slice) -> Tensor:
+        if matrix.dim() == 3:
+            row, inner = self._numbers[block], matrix.shape[1]
+            return matrix[row // inner, row % inner, chunk]
         return matrix[block, chunk] if self.index is None else matrix[:, chunk][self.index[block]]
+
+    @property
+    def _numbers(self) -> Tensor:
+        """Which rows these are, [N]."""
+        return torch.arange(self.count, device=self.theta.device) if self.index is None else self.index
 
     def _read(self, matrix: Tensor, scale: Tensor | None, block: slice, chunk: slice, dtype: torch.dtype) -> Tensor:
         if scale is not None:
@@ -64,9 +73,14 @@ class Rows:
     def gather(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """a and b of tokens [N, S] of all rows."""
         return (
-            self._scaled(self.theta.gather(1, tokens).to(self.working_dtype), self.inverse_temperature_theta),
-            self._scaled(self.t.gather(1, tokens).to(self.working_dtype), self.inverse_temperature_t),
+            self._scaled(self._entries(self.theta, tokens), self.inverse_temperature_theta),
+            self._scaled(self._entries(self.t, tokens), self.inverse_temperature_t),
         )
+
+    def _entries(self, matrix: Tensor, tokens: Tensor) -> Tensor:
+        row = self._numbers[:, None]
+        place = (row,) if matrix.dim() == 2 else (row // matrix.shape[1], row % matrix.shape[1])
+        return matrix[(*place, tokens)].to(self.working_dtype)
 
     def read(self, block: slice, chunk: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """a and b of a block of rows and a chunk of tokens, [R, C]; they may alias the inputs: do not write."""

@@ -13,6 +13,7 @@ from optsample_triton import backend, launch
 from optsample_triton.kernels.gradient import gradient_kernel
 from optsample_triton.kernels.sample import sample_kernel, verify_kernel
 from optsample_triton.kernels.solve import BISECT, ENTROPY, ESS_BALANCE, FIXED, KL_SYMMETRY, SUMS, solve_kernel
+from optsample_triton.ops.library import row_count
 from optsample_triton.types import FIGURES, Draws, Options
 
 METHODS = {
@@ -33,11 +34,21 @@ def _device(device: torch.device) -> tuple[str, int]:
     return kind, torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def _place(rows: Tensor) -> tuple[int, int, int]:
+    """Where row i lies: at (i // inner) * outer + (i % inner) * stride."""
+    if rows.dim() == 3:
+        return rows.shape[1], rows.stride(0), rows.stride(1)
+    return 1 << 30, 0, rows.stride(0)
+
+
 def _packed(*matrices: Tensor) -> bool:
     """Whether 16-bit rows can be read as 32-bit words: every row starts on a multiple of 4 bytes."""
     if matrices[0].element_size() != 2:
         return False
-    return all(m.data_ptr() % 4 == 0 and (m.stride(0) % 2 == 0 or m.shape[0] == 1) for m in matrices)
+    return all(
+        m.data_ptr() % 4 == 0 and all(s % 2 == 0 or n == 1 for n, s in zip(m.shape[:-1], m.stride()[:-1], strict=True))
+        for m in matrices
+    )
 
 
 def solve(
@@ -51,7 +62,7 @@ def solve(
     out: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """alpha, log_z, status, sweeps [N], partitions [N, 4], figures [N, 9]; log q* goes into ``out``."""
-    n, vocab = theta.shape
+    n, vocab = row_count(theta), theta.shape[-1]
     alpha, inverse_temperature_theta, inverse_temperature_t = (
         None if x is None else x.contiguous() for x in (alpha, inverse_temperature_theta, inverse_temperature_t)
     )
@@ -72,7 +83,7 @@ def solve(
         solve_kernel[(n * splits,)](
             theta, t, alpha, inverse_temperature_theta, inverse_temperature_t,
             *results, partitions, figures if diagnostics else None, out, partial, arrived,
-            vocab, 0 if out is None else out.shape[1], theta.stride(0), t.stride(0),
+            vocab, 0 if out is None else out.shape[1], *_place(theta), *_place(t),
             0 if out is None else out.stride(0), splits, options.max_iter, options.tol, max(options.eps, 0.0),
             METHOD=method, PROBS=options.from_probabilities, PACKED=_packed(theta, t),
             H=shape.half, CHUNK=shape.chunk, UNROLL=shape.unroll, num_warps=shape.num_warps,
@@ -90,7 +101,7 @@ def _draw_arguments(
     draws: Draws,
 ) -> tuple[int, tuple[Any, ...], tuple[Any, ...], tuple[Any, ...], dict[str, Any]]:
     """What both drawing kernels take: programs, rows and numbers, alpha and status, the meeting place, constexprs."""
-    (n, vocab), device = theta.shape, theta.device
+    n, vocab, device = row_count(theta), theta.shape[-1], theta.device
     kind, processors = _device(device)
     shape = launch.draw_shape(kind, theta.dtype)
     splits, chunks = launch.splits(n, vocab, shape.chunk, processors), triton.cdiv(vocab, shape.chunk)
@@ -125,14 +136,14 @@ def sample(
     num_samples: int,
 ) -> tuple[Tensor, ...]:
     """token, log_q, log_theta, log_t [N, num_samples], alpha, status [N]."""
-    n, vocab = theta.shape
+    n, vocab = row_count(theta), theta.shape[-1]
     temperatures = inverse_temperature_theta, inverse_temperature_t
     splits, inputs, results, meeting, flags = _draw_arguments(theta, t, alpha, *temperatures, options, draws)
     token = torch.empty(n, num_samples, dtype=torch.int64, device=theta.device)
     drawn = [torch.empty_like(token, dtype=torch.float32) for _ in range(3)]
     if n:
         sample_kernel[(n * splits,)](
-            *inputs, token, *drawn, *results, *meeting, vocab, theta.stride(0), t.stride(0), splits, options.max_iter,
+            *inputs, token, *drawn, *results, *meeting, vocab, *_place(theta), *_place(t), splits, options.max_iter,
             options.tol, num_samples, DRAWS=launch.draws(_device(theta.device)[0], num_samples), **flags,
         )  # fmt: skip
     return token, *drawn, *results
@@ -151,7 +162,7 @@ def verify(
     model: int,
 ) -> tuple[Tensor, ...]:
     """token, log_q, log_theta, log_t, accepted, alpha, status [N] of rows (b, k), N = B (K + 1)."""
-    n, vocab = theta.shape
+    n, vocab = row_count(theta), theta.shape[-1]
     temperatures = inverse_temperature_theta, inverse_temperature_t
     splits, inputs, results, meeting, flags = _draw_arguments(theta, t, alpha, *temperatures, options, draws)
     token = torch.empty(n, dtype=torch.int64, device=theta.device)
@@ -160,7 +171,7 @@ def verify(
     if n:
         verify_kernel[(n * splits,)](
             *inputs, drafts.contiguous(), lengths, token, *drawn, accepted.view(torch.uint8), *results, *meeting,
-            vocab, drafts.shape[1] + 1, theta.stride(0), t.stride(0), splits, options.max_iter, options.tol,
+            vocab, drafts.shape[1] + 1, *_place(theta), *_place(t), splits, options.max_iter, options.tol,
             MODEL=model, **flags,
         )  # fmt: skip
     return token, *drawn, accepted, *results
@@ -180,7 +191,7 @@ def backward(
     through_root: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients in theta and t [N, V], and in alpha [N]."""
-    n, vocab = theta.shape
+    n, vocab = row_count(theta), theta.shape[-1]
     inverse_temperature_theta, inverse_temperature_t = (
         None if x is None else x.contiguous() for x in (inverse_temperature_theta, inverse_temperature_t)
     )
@@ -195,7 +206,7 @@ def backward(
             theta, t, alpha, status, partitions, inverse_temperature_theta, inverse_temperature_t,
             grad_log_q, None if grad_alpha is None else grad_alpha.contiguous(),
             None if grad_log_z is None else grad_log_z.contiguous(), grad_theta, grad_t, grad_given,
-            vocab, theta.stride(0), t.stride(0), 0 if grad_log_q is None else grad_log_q.stride(0),
+            vocab, *_place(theta), *_place(t), 0 if grad_log_q is None else grad_log_q.stride(0),
             THROUGH_ROOT=through_root, PACKED=_packed(theta, t), H=shape.half, num_warps=shape.num_warps,
         )  # fmt: skip
     return grad_theta, grad_t, grad_given

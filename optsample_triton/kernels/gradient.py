@@ -11,7 +11,7 @@ import triton.language as tl
 
 from optsample_triton.kernels.evaluate import evaluate, reference_gap
 from optsample_triton.kernels.log_partition import LOG2E, first_maxima, weighted_excess
-from optsample_triton.kernels.solve import DISJOINT, INVALID, OK, _or_one
+from optsample_triton.kernels.solve import DISJOINT, INVALID, OK, _or_one, row_offset
 from optsample_triton.kernels.tiles import narrowed
 
 
@@ -43,12 +43,12 @@ def gradient_kernel(
     theta_ptr, t_ptr, alpha_ptr, status_ptr, partition_ptr, scale_theta_ptr, scale_t_ptr,
     grad_log_q_ptr, grad_alpha_ptr, grad_log_z_ptr,  # upstream, each or None
     grad_theta_ptr, grad_t_ptr, grad_given_ptr,
-    V, stride_theta, stride_t, stride_grad,
+    V, inner_theta, outer_theta, stride_theta, inner_t, outer_t, stride_t, stride_grad,
     THROUGH_ROOT: tl.constexpr, PACKED: tl.constexpr, H: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0).to(tl.int64)
-    theta_ptr += index * stride_theta
-    t_ptr += index * stride_t
+    theta_ptr += row_offset(index, (inner_theta, outer_theta, stride_theta))
+    t_ptr += row_offset(index, (inner_t, outer_t, stride_t))
     status = tl.load(status_ptr + index).to(tl.int32)
     lone, dead = status == DISJOINT, status == INVALID
     scale_theta, scale_t = _or_one(scale_theta_ptr, index), _or_one(scale_t_ptr, index)

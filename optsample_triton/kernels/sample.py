@@ -95,7 +95,7 @@ def sample_kernel(
     theta_ptr, t_ptr, given_ptr, scale_theta_ptr, scale_t_ptr, cooling_ptr, min_p_ptr,  # all but the first two or None
     seed_ptr, offset_ptr, seed: tl.int64, offset: tl.int64, seed_step, offset_step, mixed,
     token_ptr, log_q_ptr, log_theta_ptr, log_t_ptr, alpha_ptr, status_ptr, partial_ptr, arrived_ptr,
-    V, stride_theta, stride_t, splits, max_iter, tol, num_samples,
+    V, inner_theta, outer_theta, stride_theta, inner_t, outer_t, stride_t, splits, max_iter, tol, num_samples,
     METHOD: tl.constexpr, PACKED: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, UNROLL: tl.constexpr,
     TILE: tl.constexpr, LANES: tl.constexpr, DRAWS: tl.constexpr, FILTER: tl.constexpr,
 ):  # fmt: skip
@@ -103,8 +103,9 @@ def sample_kernel(
     index = (program // splits).to(tl.int64)
     H_LATER: tl.constexpr = H // 2  # the sweeps after the first keep more values per pair
     row = open_row(
-        theta_ptr, t_ptr, scale_theta_ptr, scale_t_ptr, index, V, stride_theta, stride_t, 0.0, H_LATER, PACKED, False
-    )
+        theta_ptr, t_ptr, scale_theta_ptr, scale_t_ptr, index, V, (inner_theta, outer_theta, stride_theta),
+        (inner_t, outer_t, stride_t), 0.0, H_LATER, PACKED, False,
+    )  # fmt: skip
     partial_ptr += index * tl.cdiv(V, CHUNK) * SUMS
     _merged, last = nodes(
         row, program % splits, splits, partial_ptr, arrived_ptr + index, H, CHUNK, UNROLL, PACKED, False, True
@@ -135,7 +136,7 @@ def verify_kernel(
     theta_ptr, t_ptr, given_ptr, scale_theta_ptr, scale_t_ptr, cooling_ptr, min_p_ptr,  # all but the first two or None
     seed_ptr, offset_ptr, seed: tl.int64, offset: tl.int64, seed_step, offset_step, mixed, draft_ptr, length_ptr,
     token_ptr, log_q_ptr, log_theta_ptr, log_t_ptr, accepted_ptr, alpha_ptr, status_ptr, partial_ptr, arrived_ptr,
-    V, positions, stride_theta, stride_t, splits, max_iter, tol,
+    V, positions, inner_theta, outer_theta, stride_theta, inner_t, outer_t, stride_t, splits, max_iter, tol,
     METHOD: tl.constexpr, PACKED: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, UNROLL: tl.constexpr,
     TILE: tl.constexpr, LANES: tl.constexpr, FILTER: tl.constexpr, MODEL: tl.constexpr,
 ):  # fmt: skip
@@ -143,8 +144,9 @@ def verify_kernel(
     index = (program // splits).to(tl.int64)
     H_LATER: tl.constexpr = H // 2  # the sweeps after the first keep more values per pair
     row = open_row(
-        theta_ptr, t_ptr, scale_theta_ptr, scale_t_ptr, index, V, stride_theta, stride_t, 0.0, H_LATER, PACKED, False
-    )
+        theta_ptr, t_ptr, scale_theta_ptr, scale_t_ptr, index, V, (inner_theta, outer_theta, stride_theta),
+        (inner_t, outer_t, stride_t), 0.0, H_LATER, PACKED, False,
+    )  # fmt: skip
     partial_ptr += index * tl.cdiv(V, CHUNK) * SUMS
     _merged, last = nodes(
         row, program % splits, splits, partial_ptr, arrived_ptr + index, H, CHUNK, UNROLL, PACKED, False, True

@@ -310,13 +310,21 @@ def solved(
 
 
 @triton.jit
+def row_offset(index, place):
+    """Of a row, in 64 bits; rows lie ``stride`` apart, groups of ``inner`` rows ``outer`` apart."""
+    inner, outer, stride = place
+    row = index.to(tl.int32)
+    return (row // inner).to(tl.int64) * outer + (row % inner).to(tl.int64) * stride
+
+
+@triton.jit
 def open_row(
-    theta_ptr, t_ptr, scale_theta_ptr, scale_t_ptr, index, V, stride_theta, stride_t, eps, H: tl.constexpr,
+    theta_ptr, t_ptr, scale_theta_ptr, scale_t_ptr, index, V, place_theta, place_t, eps, H: tl.constexpr,
     PACKED: tl.constexpr, PROBS: tl.constexpr,
 ):  # fmt: skip
     """The tuple that says where row ``index`` lies, with references from its first tokens."""
-    theta_ptr += index * stride_theta
-    t_ptr += index * stride_t
+    theta_ptr += row_offset(index, place_theta)
+    t_ptr += row_offset(index, place_t)
     scale_theta, scale_t = _or_one(scale_theta_ptr, index), _or_one(scale_t_ptr, index)
     zero = tl.zeros([], tl.float32)
     ref_theta, ref_t = first_maxima((theta_ptr, t_ptr, V, scale_theta, scale_t, zero, zero, eps), H, PACKED, PROBS)
@@ -328,7 +336,8 @@ def solve_kernel(
     theta_ptr, t_ptr, given_ptr, scale_theta_ptr, scale_t_ptr,  # rows [N, V]; alpha and 1/temperature [N] or None
     alpha_ptr, log_z_ptr, status_ptr, sweeps_ptr, partition_ptr, figures_ptr, out_ptr,  # results; the last two or None
     partial_ptr, arrived_ptr,  # where the programs of a split row meet
-    V, width, stride_theta, stride_t, stride_out, splits, max_iter, tol, eps,
+    V, width, inner_theta, outer_theta, stride_theta, inner_t, outer_t, stride_t, stride_out, splits,
+    max_iter, tol, eps,
     METHOD: tl.constexpr, PROBS: tl.constexpr, PACKED: tl.constexpr,
     H: tl.constexpr, CHUNK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
@@ -337,8 +346,9 @@ def solve_kernel(
     # The sweeps after the first keep more values per pair: half the tile holds their registers down.
     G: tl.constexpr = H // 2
     row = open_row(
-        theta_ptr, t_ptr, scale_theta_ptr, scale_t_ptr, index, V, stride_theta, stride_t, eps, G, PACKED, PROBS
-    )
+        theta_ptr, t_ptr, scale_theta_ptr, scale_t_ptr, index, V, (inner_theta, outer_theta, stride_theta),
+        (inner_t, outer_t, stride_t), eps, G, PACKED, PROBS,
+    )  # fmt: skip
     total, last = nodes(
         row, program % splits, splits, partial_ptr + index * tl.cdiv(V, CHUNK) * SUMS, arrived_ptr + index,
         H, CHUNK, UNROLL, PACKED, PROBS, False,

@@ -1,6 +1,6 @@
 """The torch custom ops: schema, fake implementations and autograd. Each op picks its backend by the rows' device.
 
-Rows arrive here as [N, V] matrices whose last dimension is contiguous. On the Triton backend the ops never
+Rows arrive here as [N, V] or [outer, inner, V] with a contiguous last dimension. On the Triton backend the ops never
 synchronise with the host, so that they can be compiled (fullgraph) and captured in a CUDA graph.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,10 @@ def implement(name: str, function: Callable[..., Any], fake: Callable[..., Any])
     for key in ("CPU", "CUDA"):
         library.impl(name, function, key)
     torch.library.register_fake(f"optsample::{name}", fake)
+
+
+def row_count(rows: Tensor) -> int:
+    return math.prod(rows.shape[:-1])
 
 
 def backend_of(rows: Tensor) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optsample_triton.ops.library import backend_of, implement, library, result_dtype
+from optsample_triton.ops.library import backend_of, implement, library, result_dtype, row_count
 from optsample_triton.types import Draws, Options
 
 _INPUTS = (
@@ -70,7 +70,7 @@ def _verify(
 
 
 def _fake_sample(theta: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    n, num_samples, dtype = theta.shape[0], args[-1], result_dtype(theta.dtype)
+    n, num_samples, dtype = row_count(theta), args[-1], result_dtype(theta.dtype)
     return (
         theta.new_empty(n, num_samples, dtype=torch.int64),
         *(theta.new_empty(n, num_samples, dtype=dtype) for _ in range(3)),

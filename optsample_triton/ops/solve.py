@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optsample_triton.ops.library import backend_of, implement, library, result_dtype
+from optsample_triton.ops.library import backend_of, implement, library, result_dtype, row_count
 from optsample_triton.types import FIGURES, Options
 
 # detach says that gradients stop at alpha; eps >= 0 that the rows are probabilities.
@@ -52,7 +52,7 @@ def _solve(*args: Any) -> tuple[Tensor, ...]:
     theta, *rest, width, dtype = args
     if not width:
         return theta.new_empty(0, 0, dtype=dtype), *_solve_into(theta, *rest, out=None)
-    out = theta.new_empty(theta.shape[0], width, dtype=dtype)
+    out = theta.new_empty(row_count(theta), width, dtype=dtype)
     return out, *_solve_into(theta, *rest, out=out)
 
 
@@ -74,16 +74,16 @@ def _solve_backward(
     grad_log_z: Tensor | None,
     through_root: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients in theta, t [N, V] (their dtype) and in alpha [N]."""
-    result: tuple[Tensor, Tensor, Tensor] = backend_of(theta).backward(
+    """Gradients in theta and t (of their shape and dtype) and in alpha [N]."""
+    grad_theta, grad_t, grad_given = backend_of(theta).backward(
         theta, t, alpha, status, partitions, inverse_temperature_theta, inverse_temperature_t,
         grad_log_q, grad_alpha, grad_log_z, through_root,
     )  # fmt: skip
-    return result
+    return grad_theta.view(theta.shape), grad_t.view(t.shape), grad_given
 
 
 def _fake_rows(theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    n, dtype = theta.shape[0], result_dtype(theta.dtype)
+    n, dtype = row_count(theta), result_dtype(theta.dtype)
     return (
         theta.new_empty(n, dtype=dtype),
         theta.new_empty(n, dtype=dtype),
@@ -92,7 +92,7 @@ def _fake_rows(theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fake_solve(theta: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    n = theta.shape[0]
+    n = row_count(theta)
     diagnostics, width, dtype = args[-3:]
     return (
         theta.new_empty(n if width else 0, width, dtype=dtype),

@@ -203,8 +203,9 @@ def wide_moments(row, x, base, centre, unit, H: tl.constexpr, PACKED: tl.constex
 @triton.jit
 def central(mass, s1, s2, s3, s4, centre):
     """log mass, and mean and central moments from the raw sums about ``centre``, in float64."""
-    m1, m2 = s1.to(tl.float64) / mass, s2.to(tl.float64) / mass
-    m3, m4 = s3.to(tl.float64) / mass, s4.to(tl.float64) / mass
+    share = 1.0 / mass
+    m1, m2 = s1.to(tl.float64) * share, s2.to(tl.float64) * share
+    m3, m4 = s3.to(tl.float64) * share, s4.to(tl.float64) * share
     variance = m2 - m1 * m1
     # Where one token has all the weight, what is left of float32 sums is rounding and no variance.
     variance = tl.where(variance > 1e-6 * m1 * m1, variance, 0.0)
@@ -273,9 +274,10 @@ def narrow_moments(row, x, base, centre, up, down, H: tl.constexpr, PACKED: tl.c
     log_mass, mean, variance, third, fourth = central(
         mass, s1, tl.sum(acc[2], 0), tl.sum(acc[3], 0), tl.sum(acc[4], 0), centre
     )
-    offset = s1.to(tl.float64) / mass
-    gap_up = gap(up.to(tl.float64) * offset, tl.sum(acc[5], 0).to(tl.float64) / mass)
-    gap_down = gap(down.to(tl.float64) * offset, tl.sum(acc[6], 0).to(tl.float64) / mass)
+    share = 1.0 / mass
+    offset = s1.to(tl.float64) * share
+    gap_up = gap(up.to(tl.float64) * offset, tl.sum(acc[5], 0).to(tl.float64) * share)
+    gap_down = gap(down.to(tl.float64) * offset, tl.sum(acc[6], 0).to(tl.float64) * share)
     identical = tl.max(acc[8], 0) <= tl.min(acc[7], 0)
     return log_mass, mean, variance, third, fourth, gap_up, gap_down, identical
 

@@ -71,6 +71,62 @@ def gradient_entry(name: str, dtype: str, *, kind: str = "cuda") -> Entry:
     )
 
 
+def draw_entry(
+    name: str, kernel: str, dtype: str, method: int = 0, *, filtered: bool = False, draws: int = 1, model: int = 0,
+    kind: str = "cuda",
+) -> Entry:  # fmt: skip
+    """sample_kernel with ``draws`` side by side, or verify_kernel with drafts of ``model`` (0 for theta, 1 for t)."""
+    bits = 32 if dtype == "fp32" else 16
+    shape = launch.SHAPES[kind][bits]._replace(chunk=launch.DRAW_CHUNK)
+    pointers = {
+        "theta_ptr": f"*{dtype}", "t_ptr": f"*{dtype}", "token_ptr": "*i64", "log_q_ptr": "*fp32",
+        "log_theta_ptr": "*fp32", "log_t_ptr": "*fp32", "alpha_ptr": "*fp32", "status_ptr": "*u8",
+        "partial_ptr": "*fp32", "arrived_ptr": "*i32",
+    }  # fmt: skip
+    numbers = {
+        "seed": "i64", "offset": "i64", "seed_step": "i32", "offset_step": "i32", "mixed": "i32", "V": "i32",
+        "stride_theta": "i32", "stride_t": "i32", "splits": "i32", "max_iter": "i32", "tol": "fp32",
+    }  # fmt: skip
+    absent = ["given_ptr", "scale_theta_ptr", "scale_t_ptr", "seed_ptr", "offset_ptr"]
+    filters = ["cooling_ptr", "min_p_ptr"]
+    flags: dict[str, int | bool] = {
+        "METHOD": method, "PACKED": bits == 16, "H": shape.half, "CHUNK": shape.chunk, "UNROLL": shape.unroll,
+        "TILE": launch.DRAW_TILE, "LANES": 32, "FILTER": filtered,
+    }  # fmt: skip
+    if filtered:
+        pointers |= dict.fromkeys(filters, "*fp32")
+    else:
+        absent += filters
+    if kernel == "verify_kernel":
+        pointers |= {"draft_ptr": "*i64", "length_ptr": "*i64", "accepted_ptr": "*u8"}
+        numbers["positions"], flags["MODEL"] = "i32", model
+    else:
+        numbers["num_samples"], flags["DRAWS"] = "i32", draws
+    return Entry(
+        name,
+        f"optsample_triton.kernels.sample:{kernel}",
+        pointers | numbers,
+        {**dict.fromkeys(absent), **flags},
+        (*pointers, "stride_theta", "stride_t"),
+        shape.num_warps,
+        tile=2 * shape.half,
+        bytes_per_pair=2 * bits // 8,
+    )
+
+
+def draw_entries(kind: str) -> list[Entry]:
+    """The main configurations of the drawing kernels on a kind of device."""
+    return [
+        draw_entry("sample bf16", "sample_kernel", "bf16", kind=kind),
+        draw_entry("sample bf16, 4 side by side", "sample_kernel", "bf16", draws=4, kind=kind),
+        draw_entry("sample bf16, filtered", "sample_kernel", "bf16", filtered=True, kind=kind),
+        draw_entry("sample fp32", "sample_kernel", "fp32", kind=kind),
+        draw_entry("verify bf16, drafts of theta", "verify_kernel", "bf16", model=0, kind=kind),
+        draw_entry("verify bf16, drafts of t", "verify_kernel", "bf16", model=1, kind=kind),
+        draw_entry("verify fp32, drafts of theta", "verify_kernel", "fp32", model=0, kind=kind),
+    ]
+
+
 def entries(kind: str) -> list[Entry]:
     """The main configurations on a kind of device ("cuda" or "hip")."""
     return [
@@ -81,6 +137,7 @@ def entries(kind: str) -> list[Entry]:
         solve_entry("bisect bf16", "bf16", 1, kind=kind),
         solve_entry("log_q bf16, diagnostics", "bf16", 0, present=("out_ptr", "figures_ptr"), kind=kind),
         gradient_entry("gradient bf16", "bf16", kind=kind),
+        *draw_entries(kind),
     ]
 
 

@@ -14,6 +14,7 @@ CASES = [
     ("solve bf16", "sm_80"), ("solve bf16", "sm_90"), ("solve bf16", "sm_100"), ("solve bf16", "gfx942"),
     ("solve fp32", "sm_90"), ("log_q bf16, diagnostics", "sm_90"), ("log_q bf16, diagnostics", "gfx942"),
     ("gradient bf16", "sm_90"), ("gradient bf16", "gfx942"),
+    ("sample bf16", "sm_90"), ("verify bf16, drafts of theta", "sm_90"), ("sample bf16", "gfx942"),
 ]  # fmt: skip
 
 

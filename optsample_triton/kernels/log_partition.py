@@ -192,8 +192,9 @@ def wide_moments(row, x, base, centre, unit, H: tl.constexpr, PACKED: tl.constex
         u0, u1, v0, v1, _, _, keep0, keep1 = load_pair(row, tile, H, PACKED, False, PROBS)
         acc = _add_wide(acc, u0, v0, keep0, x, base, centre, unit)
         acc = _add_wide(acc, u1, v1, keep1, x, base, centre, unit)
-    if full < V:
-        u0, u1, v0, v1, _, _, keep0, keep1 = load_pair(row, full, H, PACKED, True, PROBS)
+    # A loop, though of one tile at most: a branch's addresses would be held in registers through all sweeps.
+    for tile in tl.range(full, V, 2 * H):
+        u0, u1, v0, v1, _, _, keep0, keep1 = load_pair(row, tile, H, PACKED, True, PROBS)
         acc = _add_wide(acc, u0, v0, keep0, x, base, centre, unit)
         acc = _add_wide(acc, u1, v1, keep1, x, base, centre, unit)
     mass = tl.sum(acc[0], 0).to(tl.float64)
@@ -265,8 +266,8 @@ def narrow_moments(row, x, base, centre, up, down, H: tl.constexpr, PACKED: tl.c
         u0, u1, v0, v1, d0, d1, keep0, keep1 = load_pair(row, tile, H, PACKED, False, PROBS)
         acc = _add_narrow(acc, u0, v0, d0, keep0, x, base, centre, up, down, scales)
         acc = _add_narrow(acc, u1, v1, d1, keep1, x, base, centre, up, down, scales)
-    if full < V:
-        u0, u1, v0, v1, d0, d1, keep0, keep1 = load_pair(row, full, H, PACKED, True, PROBS)
+    for tile in tl.range(full, V, 2 * H):
+        u0, u1, v0, v1, d0, d1, keep0, keep1 = load_pair(row, tile, H, PACKED, True, PROBS)
         acc = _add_narrow(acc, u0, v0, d0, keep0, x, base, centre, up, down, scales)
         acc = _add_narrow(acc, u1, v1, d1, keep1, x, base, centre, up, down, scales)
     mass = tl.sum(acc[0], 0).to(tl.float64)

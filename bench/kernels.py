@@ -65,8 +65,17 @@ def solve_entry(
     )
 
 
-def draw_entry(name: str, dtype: str, kernel: str, *, kind: str = "cuda") -> Entry:
-    """sample_kernel or verify_kernel with one draw per row, one seed for all rows, no filter; V up to 262,144."""
+def draw_entry(
+    name: str,
+    dtype: str,
+    kernel: str,
+    *,
+    filtered: bool = False,
+    draws: int = 1,
+    model: int = 0,
+    kind: str = "cuda",
+) -> Entry:
+    """sample_kernel, ``draws`` side by side, or verify_kernel with drafts of ``model``; one seed for all rows."""
     bits = BITS[dtype]
     shape = launch.SHAPES[kind][bits]._replace(chunk=launch.DRAW_CHUNK)
     numbers = {
@@ -78,20 +87,22 @@ def draw_entry(name: str, dtype: str, kernel: str, *, kind: str = "cuda") -> Ent
         "log_theta_ptr": "*fp32", "log_t_ptr": "*fp32", "alpha_ptr": "*fp32", "status_ptr": "*u8",
         "partial_ptr": "*fp32", "arrived_ptr": "*i32",
     }  # fmt: skip
-    absent = dict.fromkeys(
-        ("given_ptr", "scale_theta_ptr", "scale_t_ptr", "cooling_ptr", "min_p_ptr", "seed_ptr", "offset_ptr")
-    )
+    filters = ("cooling_ptr", "min_p_ptr")
+    if filtered:
+        pointers |= dict.fromkeys(filters, "*fp32")
+    absent = dict.fromkeys(("given_ptr", "scale_theta_ptr", "scale_t_ptr", "seed_ptr", "offset_ptr"))
+    absent |= {} if filtered else dict.fromkeys(filters)
     flags = {
         "METHOD": 0, "PACKED": bits == 16, "H": shape.half, "CHUNK": shape.chunk, "UNROLL": shape.unroll,
-        "TILE": launch.DRAW_TILE, "LANES": 32, "FILTER": False,
+        "TILE": launch.DRAW_TILE, "LANES": 32, "FILTER": filtered,
     }  # fmt: skip
     if kernel == "sample":
         numbers["num_samples"] = "i32"
-        flags["DRAWS"] = 1
+        flags["DRAWS"] = draws
     else:
         pointers |= {"draft_ptr": "*i64", "length_ptr": "*i64", "accepted_ptr": "*u8"}
         numbers["positions"] = "i32"
-        flags["MODEL"] = 0
+        flags["MODEL"] = model
     return Entry(
         name,
         f"optsample_triton.kernels.sample:{kernel}_kernel",
@@ -153,6 +164,9 @@ def entries(kind: str) -> list[Entry]:
             for kernel in ("sample", "verify")
             for dtype in (bf16, fp32)
         ),
+        draw_entry("sample bf16, filtered", bf16, "sample", filtered=True, kind=kind),
+        draw_entry("sample bf16, 4 side by side", bf16, "sample", draws=4, kind=kind),
+        draw_entry("verify bf16, drafts of t", bf16, "verify", model=1, kind=kind),
         *(gradient_entry(f"gradient {dtype}", dtype, kind=kind) for dtype in (bf16, fp32)),
     ]
 

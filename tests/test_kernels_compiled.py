@@ -13,9 +13,17 @@ pytest.importorskip("triton")
 
 COMPILED = {
     "sm_80": ("solve bf16",),
-    "sm_90": ("solve bf16", "solve fp32", "log_q bf16", "diagnostics bf16", "gradient bf16"),
+    "sm_90": (
+        "solve bf16",
+        "solve fp32",
+        "log_q bf16",
+        "diagnostics bf16",
+        "gradient bf16",
+        "sample bf16",
+        "verify bf16",
+    ),
     "sm_100": ("solve bf16",),
-    "gfx942": ("solve bf16", "gradient bf16"),
+    "gfx942": ("solve bf16", "gradient bf16", "sample bf16"),
 }
 # The probability rows' kernel and one gradient do not fit their registers yet.
 SPILLING = {("dropin fp32", "sm_80"), ("dropin fp32", "sm_90"), ("gradient bf16", "sm_80")}

@@ -124,44 +124,58 @@ def interpolated_masses(partial_ptr, chunks, x, level, LANES: tl.constexpr):
 
 @triton.jit
 def pick(masses, uniform):
-    """An index [R] into masses [R, C] or [1, C] with their probabilities; never one of mass 0 where any has more."""
+    """An index [R] into masses [R, C] or [1, C] with their probabilities, and how far into that mass, from 0 to 1.
+
+    Never one of mass 0 where any has more.
+    """
     COUNT: tl.constexpr = masses.shape[1]
     index = tl.arange(0, COUNT)[None, :]
     running = tl.cumsum(masses, 1)
-    hit = (running > (uniform * tl.max(running, 1))[:, None]) & (masses > 0)
-    first = tl.min(tl.where(hit, index, COUNT), 1)
+    target = (uniform * tl.max(running, 1))[:, None]
+    first = tl.min(tl.where((running > target) & (masses > 0), index, COUNT), 1)
     # Rounding may leave nothing beyond the target: then the last that has mass.
     last = tl.max(tl.where(masses > 0, index, 0), 1)
-    return tl.where(first < COUNT, first, last)
+    chosen = tl.where(first < COUNT, first, last)
+    short = tl.sum(tl.where(index == chosen[:, None], running - target, 0.0), 1)
+    mass = tl.sum(tl.where(index == chosen[:, None], masses, 0.0), 1)
+    return chosen, tl.where(mass > 0.0, 1.0 - short / mass, 0.0)
 
 
 @triton.jit
-def _tile_weights(row, law, start, TILE: tl.constexpr, FILTER: tl.constexpr, MODEL: tl.constexpr):
-    """Weights [R, TILE] of the tiles that begin at start [R]."""
+def block_masses(
+    row, law, start, COUNT: tl.constexpr, SIZE: tl.constexpr, H: tl.constexpr, FILTER: tl.constexpr,
+    MODEL: tl.constexpr,
+):  # fmt: skip
+    """Masses [R, COUNT] in float64 of the blocks of SIZE tokens that lie one behind another from start [R] on."""
     theta_ptr, t_ptr, V, scale_theta, scale_t, ref_theta, ref_t, _ = row
-    offs_v = start[:, None] + tl.arange(0, TILE)[None, :]
-    mask_v = offs_v < V
-    a = tl.load(theta_ptr + offs_v, mask=mask_v, other=-float("inf")).to(tl.float32)
-    b = tl.load(t_ptr + offs_v, mask=mask_v, other=-float("inf")).to(tl.float32)
-    keep = (a != -float("inf")) & (b != -float("inf"))
-    u = tl.where(keep, (a - ref_theta) * scale_theta, 0.0)
-    v = tl.where(keep, (b - ref_t) * scale_t, 0.0)
-    return law_weights(u, v, keep, law, FILTER, MODEL)
+    R: tl.constexpr = start.shape[0]
+    WIDTH: tl.constexpr = min(SIZE, max(1, 2 * H // (R * COUNT)))
+    blocks = tl.arange(0, COUNT)[None, :, None] * SIZE + tl.arange(0, WIDTH)[None, None, :]
+    masses = tl.zeros([R, COUNT, WIDTH], tl.float64)
+    for k in tl.range(0, SIZE, WIDTH):
+        offs_v = start[:, None, None] + k + blocks
+        mask_v = offs_v < V
+        a = tl.load(theta_ptr + offs_v, mask=mask_v, other=-float("inf")).to(tl.float32)
+        b = tl.load(t_ptr + offs_v, mask=mask_v, other=-float("inf")).to(tl.float32)
+        keep = (a != -float("inf")) & (b != -float("inf"))
+        u = tl.where(keep, (a - ref_theta) * scale_theta, 0.0)
+        v = tl.where(keep, (b - ref_t) * scale_t, 0.0)
+        masses += law_weights(u, v, keep, law, FILTER, MODEL).to(tl.float64)
+    return tl.sum(masses, 2)
 
 
 @triton.jit
 def draw(
-    row, law, masses, place, second, within, CHUNK: tl.constexpr, TILE: tl.constexpr, FILTER: tl.constexpr,
-    MODEL: tl.constexpr,
+    row, law, masses, place, second, within, CHUNK: tl.constexpr, TILE: tl.constexpr, H: tl.constexpr,
+    FILTER: tl.constexpr, MODEL: tl.constexpr,
 ):  # fmt: skip
-    """Tokens [R] from the chunks' masses and three uniforms [R]."""
-    TILES: tl.constexpr = CHUNK // TILE
-    chunk = pick(masses[None, :], place)
-    lanes = tl.arange(0, TILES)[None, :]
-    tiles = tl.zeros([chunk.shape[0], TILES], tl.float64)
-    for k in tl.range(0, TILES):
-        weights = _tile_weights(row, law, chunk * CHUNK + k * TILE, TILE, FILTER, MODEL)
-        tiles = tl.where(lanes == k, tl.sum(weights, 1).to(tl.float64)[:, None], tiles)
-    start = chunk * CHUNK + pick(tiles, second) * TILE
-    weights = _tile_weights(row, law, start, TILE, FILTER, MODEL)
-    return start + pick(weights.to(tl.float64), within)
+    """Tokens [R] from the chunks' masses and three uniforms [R]; a tile's token in two steps from one uniform."""
+    FEW: tl.constexpr = 32
+    chunk, _ = pick(masses[None, :], place)
+    start = chunk * CHUNK
+    tile, _ = pick(block_masses(row, law, start, CHUNK // TILE, TILE, H, FILTER, MODEL), second)
+    start += tile * TILE
+    block, rest = pick(block_masses(row, law, start, TILE // FEW, FEW, H, FILTER, MODEL), within)
+    start += block * FEW
+    token, _ = pick(block_masses(row, law, start, FEW, 1, H, FILTER, MODEL), rest)
+    return start + token

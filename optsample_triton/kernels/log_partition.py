@@ -196,8 +196,9 @@ def wide_moments(row, x, base, centre, unit, H: tl.constexpr, PACKED: tl.constex
         u0, u1, v0, v1, _, _, keep0, keep1 = load_pair(row, tile, H, PACKED, False, PROBS)
         acc = _add_wide(acc, u0, v0, keep0, x, base, centre, unit)
         acc = _add_wide(acc, u1, v1, keep1, x, base, centre, unit)
-    if full < V:
-        u0, u1, v0, v1, _, _, keep0, keep1 = load_pair(row, full, H, PACKED, True, PROBS)
+    # A loop, though of one tile at most: a branch's addresses would be held in registers through all sweeps.
+    for tile in tl.range(full, V, 2 * H):
+        u0, u1, v0, v1, _, _, keep0, keep1 = load_pair(row, tile, H, PACKED, True, PROBS)
         acc = _add_wide(acc, u0, v0, keep0, x, base, centre, unit)
         acc = _add_wide(acc, u1, v1, keep1, x, base, centre, unit)
     mass = tl.sum(acc[0], 0).to(tl.float64)
@@ -207,8 +208,9 @@ def wide_moments(row, x, base, centre, unit, H: tl.constexpr, PACKED: tl.constex
 @triton.jit
 def central(mass, s1, s2, s3, s4, centre):
     """log mass, and mean and central moments from the raw sums about ``centre``, in float64."""
-    m1, m2 = s1.to(tl.float64) / mass, s2.to(tl.float64) / mass
-    m3, m4 = s3.to(tl.float64) / mass, s4.to(tl.float64) / mass
+    share = 1.0 / mass
+    m1, m2 = s1.to(tl.float64) * share, s2.to(tl.float64) * share
+    m3, m4 = s3.to(tl.float64) * share, s4.to(tl.float64) * share
     variance = m2 - m1 * m1
     # Where one token has all the weight, what is left of float32 sums is rounding and no variance.
     variance = tl.where(variance > 1e-6 * m1 * m1, variance, 0.0)
@@ -268,8 +270,8 @@ def narrow_moments(row, x, base, centre, up, down, H: tl.constexpr, PACKED: tl.c
         u0, u1, v0, v1, d0, d1, keep0, keep1 = load_pair(row, tile, H, PACKED, False, PROBS)
         acc = _add_narrow(acc, u0, v0, d0, keep0, x, base, centre, up, down, scales)
         acc = _add_narrow(acc, u1, v1, d1, keep1, x, base, centre, up, down, scales)
-    if full < V:
-        u0, u1, v0, v1, d0, d1, keep0, keep1 = load_pair(row, full, H, PACKED, True, PROBS)
+    for tile in tl.range(full, V, 2 * H):
+        u0, u1, v0, v1, d0, d1, keep0, keep1 = load_pair(row, tile, H, PACKED, True, PROBS)
         acc = _add_narrow(acc, u0, v0, d0, keep0, x, base, centre, up, down, scales)
         acc = _add_narrow(acc, u1, v1, d1, keep1, x, base, centre, up, down, scales)
     mass = tl.sum(acc[0], 0).to(tl.float64)
@@ -277,9 +279,10 @@ def narrow_moments(row, x, base, centre, up, down, H: tl.constexpr, PACKED: tl.c
     log_mass, mean, variance, third, fourth = central(
         mass, s1, tl.sum(acc[2], 0), tl.sum(acc[3], 0), tl.sum(acc[4], 0), centre
     )
-    offset = s1.to(tl.float64) / mass
-    gap_up = gap(up.to(tl.float64) * offset, tl.sum(acc[5], 0).to(tl.float64) / mass)
-    gap_down = gap(down.to(tl.float64) * offset, tl.sum(acc[6], 0).to(tl.float64) / mass)
+    share = 1.0 / mass
+    offset = s1.to(tl.float64) * share
+    gap_up = gap(up.to(tl.float64) * offset, tl.sum(acc[5], 0).to(tl.float64) * share)
+    gap_down = gap(down.to(tl.float64) * offset, tl.sum(acc[6], 0).to(tl.float64) * share)
     identical = tl.max(acc[8], 0) <= tl.min(acc[7], 0)
     return log_mass, mean, variance, third, fourth, gap_up, gap_down, identical
 

@@ -122,7 +122,7 @@ def sample_kernel(
             within, _ = uniforms(key, count, index * mixed, which, TOKEN)
             token = tl.zeros([DRAWS], tl.int32)
             if status != INVALID:
-                token = draw(shared_row(row, status), law, masses, place, second, within, CHUNK, TILE, FILTER, -1)
+                token = draw(shared_row(row, status), law, masses, place, second, within, CHUNK, TILE, H, FILTER, -1)
             log_q, log_theta, log_t = logs_at(row, law, partitions, status, token, FILTER)
             at, inside = index * num_samples + which, which < num_samples
             tl.store(token_ptr + at, tl.where(status == INVALID, -1, token).to(tl.int64), mask=inside)
@@ -204,4 +204,4 @@ def recovered(
     place, second = uniforms(key, count, group, one, RECOVER_PLACE)
     within, _ = uniforms(key, count, group, one, RECOVER_TOKEN)
     law = (x, base, cooling, floor, far, own)
-    return draw(row, law, masses, place, second, within, CHUNK, TILE, FILTER, MODEL)
+    return draw(row, law, masses, place, second, within, CHUNK, TILE, H, FILTER, MODEL)

@@ -196,7 +196,7 @@ def search(
             if identical:
                 alpha, psi, error = nothing + 0.5, nothing, nothing
                 status = tl.full([], IDENTICAL, tl.int32)
-            if error <= tol:
+            if error.to(tl.float32) <= tol:
                 task = tl.full([], DONE, tl.int32)
             elif (steps if BISECTING else sweeps) >= max_iter:
                 task, status = tl.full([], PIN, tl.int32), tl.full([], NOT_CONVERGED, tl.int32)
@@ -269,7 +269,7 @@ def solved(
     theta_ptr, t_ptr, V, scale_theta, scale_t, ref_theta, ref_t, eps = row
     alpha, psi, error, low, high, A, B, psi_half, target, finite = start(row, total, PROBS)
     status, sweeps = tl.zeros([], tl.int32), tl.full([], 1, tl.int32)
-    task = tl.where(error <= tol, DONE, STEP)
+    task = tl.where(error.to(tl.float32) <= tol, DONE, STEP)
     if METHOD == KL_SYMMETRY:
         short = (task == STEP) & (sweeps >= max_iter)
         task, status = tl.where(short, PIN, task), tl.where(short, NOT_CONVERGED, status)

@@ -151,7 +151,7 @@ def block_masses(
     R: tl.constexpr = start.shape[0]
     WIDTH: tl.constexpr = min(SIZE, max(1, 2 * H // (R * COUNT)))
     blocks = tl.arange(0, COUNT)[None, :, None] * SIZE + tl.arange(0, WIDTH)[None, None, :]
-    masses = tl.zeros([R, COUNT, WIDTH], tl.float64)
+    masses = tl.zeros([R, COUNT, WIDTH], tl.float32)
     for k in tl.range(0, SIZE, WIDTH):
         offs_v = start[:, None, None] + k + blocks
         mask_v = offs_v < V
@@ -160,8 +160,8 @@ def block_masses(
         keep = (a != -float("inf")) & (b != -float("inf"))
         u = tl.where(keep, (a - ref_theta) * scale_theta, 0.0)
         v = tl.where(keep, (b - ref_t) * scale_t, 0.0)
-        masses += law_weights(u, v, keep, law, FILTER, MODEL).to(tl.float64)
-    return tl.sum(masses, 2)
+        masses += law_weights(u, v, keep, law, FILTER, MODEL)
+    return tl.sum(masses.to(tl.float64), 2)
 
 
 @triton.jit

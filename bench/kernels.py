@@ -91,7 +91,7 @@ def draw_entry(
     filters = ["cooling_ptr", "min_p_ptr"]
     flags: dict[str, int | bool] = {
         "METHOD": method, "PACKED": bits == 16, "H": shape.half, "CHUNK": shape.chunk, "UNROLL": shape.unroll,
-        "TILE": launch.DRAW_TILE, "LANES": 32, "FILTER": filtered,
+        "TILE": launch.DRAW_TILE, "STEP": launch.DRAW_STEP[kind], "LANES": 32, "FILTER": filtered,
     }  # fmt: skip
     if filtered:
         pointers |= dict.fromkeys(filters, "*fp32")

@@ -94,7 +94,7 @@ def draw_entry(
     absent |= {} if filtered else dict.fromkeys(filters)
     flags = {
         "METHOD": 0, "PACKED": bits == 16, "H": shape.half, "CHUNK": shape.chunk, "UNROLL": shape.unroll,
-        "TILE": launch.DRAW_TILE, "LANES": 32, "FILTER": filtered,
+        "TILE": launch.DRAW_TILE, "STEP": launch.DRAW_STEP[kind], "LANES": 32, "FILTER": filtered,
     }  # fmt: skip
     if kernel == "sample":
         numbers["num_samples"] = "i32"

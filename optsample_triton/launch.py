@@ -30,6 +30,8 @@ SHAPES: dict[str, dict[int, Shape]] = {
 # gets the same token on every device.
 DRAW_CHUNK = 8192
 DRAW_TILE = 1024
+# Tokens that a draw reads at a time: eight for each thread, and far more where the interpreter pays per operation.
+DRAW_STEP = {"cuda": 1024, "hip": 2048, "interpreter": 1 << 19}
 INTERPRETER_PROCESSORS = 4  # a stand-in, so that the interpreter's small batches are split as well
 
 

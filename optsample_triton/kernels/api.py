@@ -119,7 +119,7 @@ def _draw_arguments(
     flags = {
         "METHOD": METHODS.get((options.method, options.algorithm), METHODS.get(options.method)),
         "PACKED": _packed(theta, t), "H": shape.half, "CHUNK": shape.chunk, "UNROLL": shape.unroll,
-        "TILE": launch.DRAW_TILE, "LANES": max(32, triton.next_power_of_2(chunks)),
+        "TILE": launch.DRAW_TILE, "STEP": launch.DRAW_STEP[kind], "LANES": max(32, triton.next_power_of_2(chunks)),
         "FILTER": draws.cooling is not None, "num_warps": shape.num_warps,
     }  # fmt: skip
     return splits, (*rows, *numbers), results, meeting, flags

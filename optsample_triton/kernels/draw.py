@@ -143,15 +143,15 @@ def pick(masses, uniform):
 
 @triton.jit
 def block_masses(
-    row, law, start, COUNT: tl.constexpr, SIZE: tl.constexpr, H: tl.constexpr, FILTER: tl.constexpr,
+    row, law, start, COUNT: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, FILTER: tl.constexpr,
     MODEL: tl.constexpr,
 ):  # fmt: skip
-    """Masses [R, COUNT] in float64 of the blocks of SIZE tokens that lie one behind another from start [R] on."""
+    """Masses [R, COUNT] in float64 of the blocks of SIZE tokens from start [R] on, by STEP tokens at a time."""
     theta_ptr, t_ptr, V, scale_theta, scale_t, ref_theta, ref_t, _ = row
     R: tl.constexpr = start.shape[0]
-    WIDTH: tl.constexpr = min(SIZE, max(1, 2 * H // (R * COUNT)))
+    WIDTH: tl.constexpr = min(SIZE, max(1, STEP // (R * COUNT)))
     blocks = tl.arange(0, COUNT)[None, :, None] * SIZE + tl.arange(0, WIDTH)[None, None, :]
-    masses = tl.zeros([R, COUNT, WIDTH], tl.float64)
+    masses = tl.zeros([R, COUNT, WIDTH], tl.float32)
     for k in tl.range(0, SIZE, WIDTH):
         offs_v = start[:, None, None] + k + blocks
         mask_v = offs_v < V
@@ -160,22 +160,22 @@ def block_masses(
         keep = (a != -float("inf")) & (b != -float("inf"))
         u = tl.where(keep, (a - ref_theta) * scale_theta, 0.0)
         v = tl.where(keep, (b - ref_t) * scale_t, 0.0)
-        masses += law_weights(u, v, keep, law, FILTER, MODEL).to(tl.float64)
-    return tl.sum(masses, 2)
+        masses += law_weights(u, v, keep, law, FILTER, MODEL)
+    return tl.sum(masses.to(tl.float64), 2)
 
 
 @triton.jit
 def draw(
-    row, law, masses, place, second, within, CHUNK: tl.constexpr, TILE: tl.constexpr, H: tl.constexpr,
+    row, law, masses, place, second, within, CHUNK: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
     FILTER: tl.constexpr, MODEL: tl.constexpr,
 ):  # fmt: skip
     """Tokens [R] from the chunks' masses and three uniforms [R]; a tile's token in two steps from one uniform."""
     FEW: tl.constexpr = 32
     chunk, _ = pick(masses[None, :], place)
     start = chunk * CHUNK
-    tile, _ = pick(block_masses(row, law, start, CHUNK // TILE, TILE, H, FILTER, MODEL), second)
+    tile, _ = pick(block_masses(row, law, start, CHUNK // TILE, TILE, STEP, FILTER, MODEL), second)
     start += tile * TILE
-    block, rest = pick(block_masses(row, law, start, TILE // FEW, FEW, H, FILTER, MODEL), within)
+    block, rest = pick(block_masses(row, law, start, TILE // FEW, FEW, STEP, FILTER, MODEL), within)
     start += block * FEW
-    token, _ = pick(block_masses(row, law, start, FEW, 1, H, FILTER, MODEL), rest)
+    token, _ = pick(block_masses(row, law, start, FEW, 1, STEP, FILTER, MODEL), rest)
     return start + token

@@ -97,7 +97,7 @@ def sample_kernel(
     token_ptr, log_q_ptr, log_theta_ptr, log_t_ptr, alpha_ptr, status_ptr, partial_ptr, arrived_ptr,
     V, inner_theta, outer_theta, stride_theta, inner_t, outer_t, stride_t, splits, max_iter, tol, num_samples,
     METHOD: tl.constexpr, PACKED: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, UNROLL: tl.constexpr,
-    TILE: tl.constexpr, LANES: tl.constexpr, DRAWS: tl.constexpr, FILTER: tl.constexpr,
+    TILE: tl.constexpr, STEP: tl.constexpr, LANES: tl.constexpr, DRAWS: tl.constexpr, FILTER: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     index = (program // splits).to(tl.int64)
@@ -122,7 +122,7 @@ def sample_kernel(
             within, _ = uniforms(key, count, index * mixed, which, TOKEN)
             token = tl.zeros([DRAWS], tl.int32)
             if status != INVALID:
-                token = draw(shared_row(row, status), law, masses, place, second, within, CHUNK, TILE, H, FILTER, -1)
+                token = draw(shared_row(row, status), law, masses, place, second, within, CHUNK, TILE, STEP, FILTER, -1)
             log_q, log_theta, log_t = logs_at(row, law, partitions, status, token, FILTER)
             at, inside = index * num_samples + which, which < num_samples
             tl.store(token_ptr + at, tl.where(status == INVALID, -1, token).to(tl.int64), mask=inside)
@@ -138,7 +138,7 @@ def verify_kernel(
     token_ptr, log_q_ptr, log_theta_ptr, log_t_ptr, accepted_ptr, alpha_ptr, status_ptr, partial_ptr, arrived_ptr,
     V, positions, inner_theta, outer_theta, stride_theta, inner_t, outer_t, stride_t, splits, max_iter, tol,
     METHOD: tl.constexpr, PACKED: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, UNROLL: tl.constexpr,
-    TILE: tl.constexpr, LANES: tl.constexpr, FILTER: tl.constexpr, MODEL: tl.constexpr,
+    TILE: tl.constexpr, STEP: tl.constexpr, LANES: tl.constexpr, FILTER: tl.constexpr, MODEL: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     index = (program // splits).to(tl.int64)
@@ -173,7 +173,7 @@ def verify_kernel(
             # Where the supports are disjoint, no draft of t's lies where q has mass.
             refused = has_draft & (status != DISJOINT)
             token = recovered(
-                shared_row(row, status), law, masses, partitions, refused, key, count, group, CHUNK, TILE, LANES,
+                shared_row(row, status), law, masses, partitions, refused, key, count, group, CHUNK, TILE, STEP, LANES,
                 H_LATER, PACKED, FILTER, MODEL,
             )  # fmt: skip
             log_q, log_theta, log_t = logs_at(row, law, partitions, status, token, FILTER)
@@ -187,7 +187,8 @@ def verify_kernel(
 @triton.jit
 def recovered(
     row, law, masses, partitions, refused, key, count, group, CHUNK: tl.constexpr, TILE: tl.constexpr,
-    LANES: tl.constexpr, H: tl.constexpr, PACKED: tl.constexpr, FILTER: tl.constexpr, MODEL: tl.constexpr,
+    STEP: tl.constexpr, LANES: tl.constexpr, H: tl.constexpr, PACKED: tl.constexpr, FILTER: tl.constexpr,
+    MODEL: tl.constexpr,
 ):  # fmt: skip
     """The token [1] of a row without an accepted draft: from what q has more than the draft's law, or from q."""
     x, base, cooling, floor, far, _ = law
@@ -204,4 +205,4 @@ def recovered(
     place, second = uniforms(key, count, group, one, RECOVER_PLACE)
     within, _ = uniforms(key, count, group, one, RECOVER_TOKEN)
     law = (x, base, cooling, floor, far, own)
-    return draw(row, law, masses, place, second, within, CHUNK, TILE, H, FILTER, MODEL)
+    return draw(row, law, masses, place, second, within, CHUNK, TILE, STEP, FILTER, MODEL)

@@ -189,10 +189,11 @@ def tilted_moments(rows: Rows, x: Tensor, centre: Tensor, offsets: Tensor | None
     mass = sums[:, 0]
     m1, m2, m3, m4 = (sums[:, k] / mass for k in range(1, 5))
     variance = m2 - m1.square()
-    # Where one token has all the weight, what is left is rounding and no variance.
-    variance = torch.where(variance > 1e-14 * m1.square(), variance, 0.0)
     third = m3 - 3.0 * m1 * m2 + 2.0 * m1**3
     fourth = m4 - 4.0 * m1 * m3 + 6.0 * m1.square() * m2 - 3.0 * m1.square().square()
+    # Where one token has all the weight, what is left is rounding and no moment.
+    spread = variance > 1e-14 * m1.square()
+    variance, third, fourth = (torch.where(spread, moment, 0.0) for moment in (variance, third, fourth))
     mean_t = sums[:, 5] / mass
     excess = sums[:, 6:] / mass[:, None]
     identical = torch.zeros_like(mass, dtype=torch.bool)

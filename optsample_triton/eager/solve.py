@@ -162,14 +162,17 @@ def _groups(state: State, index: Tensor) -> Iterator[tuple[Tensor, bool]]:
 def _settle(part: State, at: _Evaluation, x: Tensor, alpha: Tensor, dtype: torch.dtype) -> None:
     """Take alpha, as it will be reported, with psi(alpha) by Taylor from x. Identical rows end here, at 1/2."""
     part.precise, alpha = alpha, alpha.to(dtype).double()
-    move = alpha - x
-    psi = at.psi + move * (at.slope + move * (at.moments.variance / 2.0 + move * at.moments.third / 6.0))
-    identical = at.moments.identical
+    move, moments = alpha - x, at.moments
+    bend = move * (moments.variance / 2.0 + move * moments.third / 6.0)
+    # At a corner the series has no meaning, and the tangent's error is as small beside psi as the move.
+    smooth = move.square() * (moments.variance + move.square() * moments.fourth) <= 1.0
+    psi = at.psi + move * (at.slope + torch.where(smooth, bend, 0.0))
+    identical = moments.identical
     part.alpha = torch.where(identical, 0.5, alpha)
     part.psi = torch.where(identical, 0.0, psi)
     part.error = torch.where(identical, 0.0, part.error)
     part.status[identical] = int(Status.IDENTICAL)
-    part.centre_theta, part.centre_t = at.moments.mean_theta, at.moments.mean_t
+    part.centre_theta, part.centre_t = moments.mean_theta, moments.mean_t
     part.sweeps += 1
 
 
@@ -205,7 +208,7 @@ def _refine(rows: Rows, state: State, options: Options, tol: float) -> None:
             value = at.psi + (at.residual - at.slope) * x
             step = safeguarded_step(
                 x, value, at.residual, (moments.variance, moments.third, moments.fourth), part.bracket,
-                part.sweeps % 3 == 0,
+                part.sweeps % 3 == 0, tol, rows.roundoff,
             )  # fmt: skip
             part.bracket, part.error = step.bracket, step.error
             _settle(part, at, x, step.alpha, rows.working_dtype)
@@ -274,7 +277,8 @@ def _balance_ess(rows: Rows, state: State, options: Options, tol: float) -> None
             at = _evaluate(some, x, part, options, narrow=narrow)
             fall = upper.mean - lower.mean  # -d gap / d alpha > 0
             cumulants = (fall, lower.variance - upper.variance, torch.zeros_like(x))
-            step = safeguarded_step(x, torch.full_like(x, torch.nan), -gap, cumulants, part.bracket, gap > 0)
+            unknown = torch.full_like(x, torch.nan)
+            step = safeguarded_step(x, unknown, -gap, cumulants, part.bracket, unknown == 0, tol, rows.roundoff)
             part.bracket = step.bracket
             part.error = torch.where(gap == 0, 0.0, (step.alpha - x).abs())
             _settle(part, at, x, step.alpha, rows.working_dtype)

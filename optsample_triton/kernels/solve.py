@@ -122,11 +122,14 @@ def start(row, total, PROBS: tl.constexpr):
 
 
 @triton.jit
-def settle(x, alpha, psi, slope, variance, third):
+def settle(x, alpha, psi, slope, variance, third, fourth):
     """alpha as it will be reported, and psi(alpha) by Taylor from x."""
     alpha = rounded(alpha)
     move = alpha - x
-    return alpha, psi + move * (slope + move * (variance / 2.0 + move * third / 6.0))
+    bend = move * (variance / 2.0 + move * third / 6.0)
+    # At a corner the series has no meaning, and the tangent's error is as small beside psi as the move.
+    smooth = move * move * (variance + move * move * fourth) <= 1.0
+    return alpha, psi + move * (slope + tl.where(smooth, bend, 0.0))
 
 
 @triton.jit
@@ -183,11 +186,11 @@ def search(
                 error = tl.where(error < tol, 0.0, error)
             else:
                 following, error, moved = safeguarded_step(
-                    x, at + (residual - slope) * x, residual, variance, third, fourth, bracket, sweeps % 3 == 0
+                    x, at + (residual - slope) * x, residual, variance, third, fourth, bracket, sweeps % 3 == 0, tol
                 )
                 low, high, value_low, slope_low, value_high, slope_high = moved
             precise = following
-            alpha, psi = settle(x, following, at, slope, variance, third)
+            alpha, psi = settle(x, following, at, slope, variance, third, fourth)
             if identical:
                 alpha, psi, error = nothing + 0.5, nothing, nothing
                 status = tl.full([], IDENTICAL, tl.int32)
@@ -228,20 +231,20 @@ def balance_ess(row, ends, status, sweeps, tol, max_iter, H: tl.constexpr, PACKE
         x = alpha
         difference, fall, turn = nothing, nothing, nothing
         same = psi != psi
-        at, slope, variance, third = nothing, nothing, nothing, nothing
+        at, slope, variance, third, fourth = nothing, nothing, nothing, nothing, nothing
         for k in range(3):  # at 2 - x, -x and x itself
             point = tl.where(k == 0, rounded(2.0 - x), tl.where(k == 1, -x, x))
             scale = tl.where(k == 0, 1.0, tl.where(k == 1, -1.0, 0.0))
             plain = tl.where(k == 2, psi_half, nothing - 1.0)
-            at, slope, mean, variance, third, _, same = evaluate(row, point, (A, B, plain, unit), H, PACKED, PROBS)
+            at, slope, mean, variance, third, fourth, same = evaluate(row, point, (A, B, plain, unit), H, PACKED, PROBS)
             difference, fall, turn = difference + scale * at, fall + scale * mean, turn - scale * variance
         if psi_half > -NARROW:
             difference = balance_gap(row, x, ends, H, PACKED, PROBS)
         if PROBS:  # not renormalised: the ends of the chord do not count
             difference += 2.0 * (A - B + reference_gap(row))
-        following, _, bracket = safeguarded_step(x, unknown, -difference, fall, turn, nothing, bracket, True)
+        following, _, bracket = safeguarded_step(x, unknown, -difference, fall, turn, nothing, bracket, True, tol)
         error = tl.where(difference == 0.0, 0.0, tl.abs(following - x))
-        alpha, psi = settle(x, following, at, slope, variance, third)
+        alpha, psi = settle(x, following, at, slope, variance, third, fourth)
         if same:
             alpha, psi, error = nothing + 0.5, nothing, nothing
             status = tl.full([], IDENTICAL, tl.int32)

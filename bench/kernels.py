@@ -48,8 +48,8 @@ def solve_entry(
     )
 
 
-def gradient_entry(name: str, dtype: str, *, kind: str = "cuda") -> Entry:
-    """gradient_kernel of log_q, through alpha*."""
+def gradient_entry(name: str, dtype: str, method: int, *, kind: str = "cuda") -> Entry:
+    """gradient_kernel of log_q, through alpha."""
     bits = 32 if dtype == "fp32" else 16
     shape = launch.SHAPES[kind][bits]
     pointers = {
@@ -59,7 +59,7 @@ def gradient_entry(name: str, dtype: str, *, kind: str = "cuda") -> Entry:
     }  # fmt: skip
     numbers = {"V": "i32", "stride_theta": "i32", "stride_t": "i32", "stride_grad": "i32"}
     absent = dict.fromkeys(("scale_theta_ptr", "scale_t_ptr", "grad_alpha_ptr", "grad_log_z_ptr"))
-    flags = {"THROUGH_ROOT": True, "PACKED": bits == 16, "H": shape.half}
+    flags = {"METHOD": method, "PACKED": bits == 16, "H": shape.half}
     return Entry(
         name,
         "optsample_triton.kernels.gradient:gradient_kernel",
@@ -80,7 +80,10 @@ def entries(kind: str) -> list[Entry]:
         solve_entry("solve bf16, unaligned", "bf16", 0, aligned=False, kind=kind),
         solve_entry("bisect bf16", "bf16", 1, kind=kind),
         solve_entry("log_q bf16, diagnostics", "bf16", 0, present=("out_ptr", "figures_ptr"), kind=kind),
-        gradient_entry("gradient bf16", "bf16", kind=kind),
+        solve_entry("ess_balance bf16, diagnostics", "bf16", 2, present=("out_ptr", "figures_ptr"), kind=kind),
+        gradient_entry("gradient bf16", "bf16", 0, kind=kind),
+        gradient_entry("gradient bf16, ess_balance", "bf16", 2, kind=kind),
+        gradient_entry("gradient bf16, entropy", "bf16", 3, kind=kind),
     ]
 
 

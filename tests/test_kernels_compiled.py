@@ -14,6 +14,7 @@ CASES = [
     ("solve bf16", "sm_80"), ("solve bf16", "sm_90"), ("solve bf16", "sm_100"), ("solve bf16", "gfx942"),
     ("solve fp32", "sm_90"), ("log_q bf16, diagnostics", "sm_90"), ("log_q bf16, diagnostics", "gfx942"),
     ("gradient bf16", "sm_90"), ("gradient bf16", "gfx942"),
+    ("ess_balance bf16, diagnostics", "sm_90"), ("gradient bf16, ess_balance", "sm_100"),
 ]  # fmt: skip
 
 
@@ -22,7 +23,8 @@ def test_main_configurations(name, target):
     entries = kernels.HIP if target == "gfx942" else kernels.CUDA
     (report,) = codegen.read([entry for entry in entries if entry.name == name], [target], jobs=1)
     assert (report.stack, report.spills) == (0, 0)
-    assert report.load_width == 16
+    if not name.startswith("gradient bf16,"):  # else the widest loop is not the first sweep's, and its loads are masked
+        assert report.load_width == 16
     assert not report.narrow_offsets
     if not name.startswith("gradient"):
         assert report.slots_per_pair <= SLOTS[target]

@@ -244,9 +244,9 @@ def plain_slope(rows: Rows, x: Tensor, at_theta: Tensor, at_t: Tensor) -> PlainS
     return PlainSlope(psi, first / mass + moved_theta - moved_t)
 
 
-def own_moments(rows: Rows) -> Tensor:
-    """A, B and both entropies, each over the model's own finite entries, [N, 4] float64."""
-    n, device, dtype = rows.count, rows.theta.device, rows.working_dtype
+def own_moments(rows: Rows, dtype: torch.dtype | None = None) -> Tensor:
+    """A, B and both entropies, each over the model's own finite entries, [N, 4] float64; rows are read in dtype."""
+    n, device, dtype = rows.count, rows.theta.device, dtype or rows.working_dtype
     top = torch.full((2, n), -torch.inf, dtype=torch.float64, device=device)
     mass, first = torch.zeros_like(top), torch.zeros_like(top)  # sums of w and w z, z = logits - top
     for block in rows.blocks():

@@ -263,20 +263,13 @@ def _balance_ess(rows: Rows, state: State, options: Options, tol: float) -> None
         for group, narrow in _groups(state, index):
             part, some = state.part(group), rows.select(group)
             x = part.alpha
-            upper, lower = tilted_moments(some, 2.0 - x, 0.0 * x), tilted_moments(some, -x, 0.0 * x)
-            chord = part.log_partition_theta - part.log_partition_t
-            if narrow:
-                half = torch.full_like(x, 0.5)
-                offsets = torch.stack([1.5 - x, -0.5 - x, half, -half], -1)
-                excess = tilted_moments(some, half, chord, offsets).excess
-                gap = excess[:, 0] - excess[:, 1] - 2.0 * (excess[:, 2] - excess[:, 3])
-            else:
-                gap = upper.log_partition - lower.log_partition - 2.0 * chord
+            upper, lower, at = (_evaluate(some, y, part, options, narrow=narrow) for y in (2.0 - x, -x, x))
+            gap = upper.psi - lower.psi
             if options.from_probabilities:  # not renormalised: the ends of the chord do not count
-                gap = gap + 2.0 * chord
-            at = _evaluate(some, x, part, options, narrow=narrow)
-            fall = upper.mean - lower.mean  # -d gap / d alpha > 0
-            cumulants = (fall, lower.variance - upper.variance, torch.zeros_like(x))
+                gap = gap + 2.0 * (part.log_partition_theta - part.log_partition_t)
+            fall = upper.moments.mean - lower.moments.mean  # -d gap / d alpha > 0
+            turn = lower.moments.variance - upper.moments.variance
+            cumulants = (fall, turn, torch.zeros_like(x))
             unknown = torch.full_like(x, torch.nan)
             step = safeguarded_step(x, unknown, -gap, cumulants, part.bracket, unknown == 0, tol, rows.roundoff)
             part.bracket = step.bracket
@@ -294,6 +287,7 @@ def solve(rows: Rows, options: Options, alpha: Tensor | None) -> State:
     tol = min(options.tol, FLOAT64_TOL) if rows.working_dtype == torch.float64 else options.tol
     if alpha is not None:
         state.alpha = torch.where(state.status == Status.OK, alpha.double(), state.alpha)
+        state.precise = state.alpha.clone()
         state.error = torch.zeros_like(state.error)
         _pin(rows, state, _where(state.status == Status.OK), options)
     elif options.method == "ess_balance":

@@ -64,7 +64,7 @@ def test_opcheck_of_solve_out(setting):
     assert set(result.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("method", ["kl_symmetry", "ess_balance", "entropy", "fixed"])
+@pytest.mark.parametrize("method", ["kl_symmetry", "fixed"])
 def test_opcheck_of_solve_backward(method, setting):
     device, dtype = setting
     a, b = rows((2, 9), device, dtype)

@@ -12,6 +12,8 @@ from optsample_triton.eager.rows import Rows, outside_common_support
 from optsample_triton.eager.solve import FAR, State
 from optsample_triton.types import FIGURES, Status
 
+HUGE = 1e30  # in size beyond what a mixture of logits should be added up from in float32
+
 
 def entropy_alpha(rows: Rows) -> Tensor:
     """The entropy formula H_theta / (H_theta + H_t), [N]; 1/2 where both entropies are 0."""
@@ -33,7 +35,8 @@ def _probability_entropies(rows: Rows) -> Tensor:
 
 def _by_precision(rows: Rows, state: State) -> Iterator[tuple[Tensor, torch.dtype]]:
     """Rows that the working dtype serves, and far ones, which need float64; empty groups left out."""
-    far = state.psi < -FAR
+    # Of huge logits, even differences within one row may overflow.
+    far = (state.psi < -FAR) | (state.centre_theta.abs() + state.centre_t.abs() > HUGE)
     for group, dtype in ((~far, rows.working_dtype), (far, torch.float64)):
         index = group.nonzero().squeeze(-1)
         if index.numel():

@@ -22,6 +22,7 @@ from optsample_triton.types import Options, Status
 
 FLOAT64_TOL = 1e-12  # float64 is the precision path: solved to this, whatever looser tolerance is asked for
 NARROW = 0.3  # Chernoff information below which psi' is evaluated through G
+REACH = 2.5  # beyond this distance from 1/2 the models are no neighbours of q_x, and G would overflow
 FAR = 50.0  # and above which float32 would blur alpha a + (1 - alpha) b
 
 
@@ -74,8 +75,7 @@ def _survey(rows: Rows) -> Tensor:
     for block in rows.blocks():
         for chunk in rows.chunks():
             a, b = rows.read(block, chunk, rows.working_dtype)
-            raw_a, raw_b = rows.raw(block, chunk)
-            broken = torch.isnan(a) | torch.isnan(b) | torch.isposinf(raw_a) | torch.isposinf(raw_b)
+            broken = torch.isnan(a) | torch.isnan(b) | torch.isposinf(a) | torch.isposinf(b)
             some_a, some_b = a > -torch.inf, b > -torch.inf
             flags[block] |= torch.stack([z.any(-1) for z in (broken, some_a, some_b, some_a & some_b)], -1)
     broken, any_theta, any_t, any_common = flags.unbind(-1)
@@ -139,14 +139,14 @@ class _Evaluation:
 def _evaluate(rows: Rows, x: Tensor, state: State, options: Options, *, narrow: bool) -> _Evaluation:
     """One read at x [N]. Narrow rows go through G, where A - B would cancel; wide rows do not need it."""
     chord = state.log_partition_theta - state.log_partition_t
+    moments = tilted_moments(rows, x, chord, torch.stack([1.0 - x, -x], -1) if narrow else None)
+    psi = moments.log_partition - x * state.log_partition_theta - (1.0 - x) * state.log_partition_t
+    slope = moments.mean - chord
     if narrow:
-        moments = tilted_moments(rows, x, chord, torch.stack([1.0 - x, -x], -1))
         to_theta, to_t = moments.excess.unbind(-1)
-        psi, slope = -x * to_theta - (1.0 - x) * to_t, to_t - to_theta
-    else:
-        moments = tilted_moments(rows, x, chord)
-        psi = moments.log_partition - x * state.log_partition_theta - (1.0 - x) * state.log_partition_t
-        slope = moments.mean - chord
+        near = (x - 0.5).abs() < REACH
+        psi = torch.where(near, -x * to_theta - (1.0 - x) * to_t, psi)
+        slope = torch.where(near, to_t - to_theta, slope)
     residual = moments.mean if options.from_probabilities else slope
     return _Evaluation(psi, slope, residual, moments)
 
@@ -305,6 +305,9 @@ def solve(rows: Rows, options: Options, alpha: Tensor | None) -> State:
         at_theta = own_moments(rows.select(lone))[:, 0]
         state.log_partition_theta[lone], state.log_partition_t[lone] = at_theta, 0.0
         state.centre_theta[lone], state.centre_t[lone] = at_theta, 0.0
+    # psi is not positive between the models; beside huge logits its rounding may be.
+    between = (state.alpha >= 0.0) & (state.alpha <= 1.0)
+    state.psi = torch.where(between, state.psi.clamp(max=0.0), state.psi)
     for field, at_disjoint in (("alpha", 1.0), ("psi", 0.0)):
         value = torch.where(disjoint, at_disjoint, getattr(state, field))
         setattr(state, field, torch.where(invalid, torch.nan, value))

@@ -90,9 +90,8 @@ def gradient_kernel(
     grad_x += level * slope
     to_theta, to_t = -(1.0 - x) * slope - psi, x * slope - psi
     rate, far_up, far_down = variance, nothing, nothing
-    if METHOD == ESS_BALANCE:
-        if status == OK:
-            rate, far_up, far_down = balance_tilts(row, x, psi, slope, (A, B, psi_half, unit), H // 4, PACKED)
+    if (METHOD == ESS_BALANCE) & (status == OK):
+        rate, far_up, far_down = balance_tilts(row, x, psi, slope, (A, B, psi_half, unit), H // 4, PACKED)
     own = (nothing, nothing, nothing, nothing, nothing, nothing)
     if METHOD == ENTROPY:
         own = _entropy_scalars(row, x, H, PACKED)

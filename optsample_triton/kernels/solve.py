@@ -356,6 +356,8 @@ def finish(
         psi = tl.where(status == DISJOINT, 0.0, alpha)
         # q* = pi_theta, normalised over its own support.
         A, B = own_moments(row, 0, H, PACKED, PROBS)[0], tl.zeros([], tl.float64)
+    # psi is not positive between the models; beside huge logits its rounding may be.
+    psi = tl.where((alpha >= 0.0) & (alpha <= 1.0), tl.minimum(psi, 0.0), psi)
     tl.store(alpha_ptr + index, alpha.to(tl.float32))
     tl.store(log_z_ptr + index, psi.to(tl.float32))
     tl.store(status_ptr + index, status.to(tl.uint8))

@@ -498,7 +498,8 @@ def narrow_offsets(ttir: str) -> list[str]:
             product = operation_of.get(name, "")
             if not (product.startswith("arith.muli") and re.search(r"(: |x)i32\b", product)):
                 continue
-            left, right = (ancestors(operand) for operand in uses[name][:2])
+            factors = re.findall(r"%[\w$#]+", product)[:2]  # not from uses: sibling regions may reuse a name
+            left, right = (ancestors(factor.split("#")[0]) for factor in factors)
             if (from_program_id(left) and right & arguments) or (from_program_id(right) and left & arguments):
                 found[f"{name} = {product.strip()}"] = None
     return list(found)

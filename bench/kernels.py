@@ -116,8 +116,8 @@ def draw_entry(
     )
 
 
-def gradient_entry(name: str, dtype: str, *, kind: str = "cuda") -> Entry:
-    """gradient_kernel of log_q, through alpha*."""
+def gradient_entry(name: str, dtype: str, method: int = 0, *, kind: str = "cuda") -> Entry:
+    """gradient_kernel of log_q, through alpha."""
     bits = BITS[dtype]
     shape = launch.SHAPES[kind][bits]
     pointers = {
@@ -127,7 +127,7 @@ def gradient_entry(name: str, dtype: str, *, kind: str = "cuda") -> Entry:
     }  # fmt: skip
     numbers = {"V": "i32", **PLACES, "stride_grad": "i32"}
     absent = dict.fromkeys(("scale_theta_ptr", "scale_t_ptr", "grad_alpha_ptr", "grad_log_z_ptr"))
-    flags = {"THROUGH_ROOT": True, "PACKED": bits == 16, "H": shape.half}
+    flags = {"METHOD": method, "PACKED": bits == 16, "H": shape.half}
     return Entry(
         name,
         "optsample_triton.kernels.gradient:gradient_kernel",
@@ -168,6 +168,9 @@ def entries(kind: str) -> list[Entry]:
         draw_entry("sample bf16, 4 side by side", bf16, "sample", draws=4, kind=kind),
         draw_entry("verify bf16, drafts of t", bf16, "verify", model=1, kind=kind),
         *(gradient_entry(f"gradient {dtype}", dtype, kind=kind) for dtype in (bf16, fp32)),
+        solve_entry("ess_balance bf16", bf16, 2, kind=kind),
+        gradient_entry("gradient bf16, ess_balance", bf16, 2, kind=kind),
+        gradient_entry("gradient bf16, entropy", bf16, 3, kind=kind),
     ]
 
 

@@ -15,9 +15,6 @@ import optsample_triton.ops  # noqa: F401 (defines torch.ops.optsample)
 from optsample_triton.arguments import as_rows, check_choice, check_out, check_rows, inverse_temperature, per_row
 from optsample_triton.types import ALGORITHMS, INPUT_DTYPES, METHODS, Diagnostics, Solution
 
-# Methods whose alpha has no implicit gradient here; their mixture has one.
-_DETACHED_METHODS = ("ess_balance", "entropy")
-
 
 def solve(
     logits_theta: Tensor,
@@ -51,7 +48,7 @@ def solve(
 
     Returns:
         Solution(alpha, log_z, status, diagnostics), each [...]; alpha and log_z = psi(alpha) are float32
-        (float64 for float64 rows) and differentiable in both logits for method "kl_symmetry".
+        (float64 for float64 rows) and differentiable in both logits, and in a given alpha.
 
     >>> import torch
     >>> a, b = torch.tensor([[0.7, 0.3]]).log(), torch.tensor([[0.3, 0.7]]).log()
@@ -146,9 +143,6 @@ def prepare(
     shape, vocab = theta.shape, theta.shape[-1]
     if vocab_size is not None and not 1 <= vocab_size <= vocab:
         raise ValueError(f"vocab_size must be between 1 and the rows' length {vocab}, but is {vocab_size}")
-    differentiated = torch.is_grad_enabled() and (theta.requires_grad or t.requires_grad)
-    if method in _DETACHED_METHODS and differentiated and not detach:
-        raise ValueError(f"method {method!r} has no gradient through alpha: pass detach_alpha=True")
     batch = shape[:-1]
     rows = (
         as_rows(theta)[..., :vocab_size],

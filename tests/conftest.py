@@ -37,6 +37,12 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
 # not warn, and warnings are errors here.
 np.seterr(all="ignore")
 
+
+def pytest_configure(config):
+    # Triton 3.6's interpreter takes 1-element arrays for scalars, and NumPy 2.3 warns where 2.4 refuses.
+    config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim > 0:DeprecationWarning:triton")
+
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers share the cores: one thread each, else they wait for each other.
     torch.set_num_threads(1)

@@ -180,15 +180,6 @@ def test_out_does_not_go_with_gradients(backend):
         ost.log_q(a, B, out=torch.zeros(3, 5))
 
 
-@pytest.mark.parametrize("method", ["ess_balance", "entropy"])
-def test_methods_without_a_gradient_say_so(method, backend):
-    a = A.clone().requires_grad_()
-    for function in (ost.solve, ost.log_q):
-        with pytest.raises(ValueError, match="detach_alpha") as caught:
-            function(a, B, method=method)
-        assert_one_sentence(caught, "method")
-
-
 @pytest.mark.parametrize(
     ("name", "options"),
     [

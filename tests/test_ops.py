@@ -65,13 +65,13 @@ def test_opcheck_of_solve_out(setting):
     assert set(result.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("through_root", [True, False])
-def test_opcheck_of_solve_backward(through_root, setting):
+@pytest.mark.parametrize("method", ["kl_symmetry", "fixed"])
+def test_opcheck_of_solve_backward(method, setting):
     device, dtype = setting
     a, b = rows((2, 9), device, dtype)
     _, alpha, _, status, _, partitions, _ = torch.ops.optsample.solve(*op_arguments(a, b), 9, dtype)
     upstream = rows((2, 9), device, dtype, seed=1)[0], alpha.clone(), alpha.clone()
-    arguments = (a, b, alpha, status, partitions, None, None, *upstream, through_root)
+    arguments = (a, b, alpha, status, partitions, None, None, *upstream, method)
     result = torch.library.opcheck(torch.ops.optsample.solve_backward.default, arguments, test_utils=CHECKS)
     assert set(result.values()) == {"SUCCESS"}
 
@@ -194,6 +194,14 @@ def test_gradcheck(name, algorithm, std, eager):
     assert gradcheck(lambda a, b: FUNCTIONS[name](a, b, **options), doubles(std=std))
 
 
+@pytest.mark.parametrize("std", [0.1, 3.0])
+@pytest.mark.parametrize("method", ["ess_balance", "entropy"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_gradcheck_of_other_methods(name, method, std, eager):
+    options = {"method": method, "temperature_t": 1.3, "max_iter": 60}
+    assert gradcheck(lambda a, b: FUNCTIONS[name](a, b, **options), doubles(std=std))
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_gradcheck_of_a_given_alpha(name, eager):
     alpha = torch.tensor([-0.3, 1.4], dtype=torch.float64, requires_grad=True)
@@ -206,15 +214,16 @@ def test_gradcheck_with_temperatures(name, eager):
     assert gradcheck(lambda a, b: FUNCTIONS[name](a, b, **options), doubles())
 
 
+@pytest.mark.parametrize("method", ["kl_symmetry", "ess_balance", "entropy"])
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_gradcheck_with_masks_and_padding(name, eager):
+def test_gradcheck_with_masks_and_padding(name, method, eager):
     """The masked entries and the padding are constants; what depends on them has no gradient."""
     mask_theta = torch.tensor([[0, 1, 0, 0, 0, 0, 0], [1, 0, 0, 0, 1, 0, 0]]).bool()
     mask_t = torch.tensor([[0, 0, 0, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0]]).bool()
 
     def function(a, b):
         a, b = a.masked_fill(mask_theta, -torch.inf), b.masked_fill(mask_t, -torch.inf)
-        value = FUNCTIONS[name](a, b, vocab_size=6)
+        value = FUNCTIONS[name](a, b, vocab_size=6, method=method)
         return value[value.isfinite()]
 
     assert gradcheck(function, doubles())
@@ -268,7 +277,30 @@ def test_alpha_gradient_against_truth(name, device, interpreted):
         assert_within(gradient, expected, "gradient", label=name)
 
 
-@pytest.mark.parametrize("options", [{}, {"detach_alpha": True}, {"alpha": 1.5}, {"temperature_t": 0.6}], ids=str)
+@pytest.mark.parametrize("method", ["ess_balance", "entropy"])
+@pytest.mark.parametrize("name", GRADED)
+def test_alpha_gradient_of_other_methods(name, method, device, interpreted, monkeypatch):
+    count = 1 if interpreted and name != "every status" else None
+    a, b = (x[:count] for x in cases.by_name(name).logits(device=device))
+
+    def alpha(a, b):
+        return ost.solve(a, b, method=method).alpha.nan_to_num().sum()
+
+    gradients = gradients_of(alpha, a, b)
+    monkeypatch.setenv("OPTSAMPLE_BACKEND", "eager")
+    expected = gradients_of(alpha, a.cpu().double(), b.cpu().double())
+    for gradient, right in zip(gradients, expected, strict=True):
+        assert gradient.dtype == torch.float32
+        assert_within(gradient, right, "gradient", label=name)
+
+
+OPTIONS = [
+    {}, {"detach_alpha": True}, {"alpha": 1.5}, {"temperature_t": 0.6},
+    {"method": "ess_balance", "temperature_theta": 1.4}, {"method": "entropy", "temperature_t": 0.6},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("name", ["zipf, std 1", "tops differ 0.99", "same top 0.999", "masked, theta", "V=17"])
 def test_log_q_gradient_against_float64(name, options, backend, device, monkeypatch):
     a, b = (x[:2] for x in cases.by_name(name).logits(device=device))
@@ -295,28 +327,40 @@ def test_log_z_gradient_against_float64(name, backend, device, monkeypatch):
         assert_within(gradient, right, "gradient", label=name)
 
 
+@pytest.mark.parametrize("method", ["kl_symmetry", "ess_balance", "entropy"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_gradients(dtype, backend, device):
+def test_half_precision_gradients(dtype, method, backend, device, monkeypatch):
     a, b = (x[:2] for x in cases.by_name("zipf, std 1").logits(dtype, device))
-    gradients = gradients_of(lambda a, b: ost.solve(a, b).alpha.sum(), a, b)
-    for gradient, expected in zip(gradients, truth.alpha_gradient(a.cpu(), b.cpu()), strict=True):
+    gradients = gradients_of(lambda a, b: ost.solve(a, b, method=method).alpha.sum(), a, b)
+    monkeypatch.setenv("OPTSAMPLE_BACKEND", "eager")
+    wide = a.cpu().double(), b.cpu().double()
+    expected = gradients_of(lambda a, b: ost.solve(a, b, method=method).alpha.sum(), *wide)
+    if method == "kl_symmetry":
+        expected = truth.alpha_gradient(*wide)
+    for gradient, right in zip(gradients, expected, strict=True):
         assert gradient.dtype == dtype
-        assert_within(gradient, expected, "gradient")
+        assert_within(gradient, right, "gradient")
 
 
-@pytest.mark.parametrize("name", ["every status", "invalid among good rows", "one common token", "huge 3e38"])
-def test_gradients_are_finite_whatever_the_row(name, backend, device):
+WILD = ["every status", "invalid among good rows", "one common token", "huge 3e38"]
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [*((name, "kl_symmetry") for name in WILD), ("every status", "ess_balance"), ("every status", "entropy")],
+)
+def test_gradients_are_finite_whatever_the_row(name, method, backend, device):
     a, b = cases.by_name(name).logits(device=device)
-    status = ost.solve(a, b).status.cpu()
+    status = ost.solve(a, b, method=method).status.cpu()
 
     def everything(a, b):
-        solution, log_q = ost.solve(a, b), ost.log_q(a, b)
+        solution, log_q = ost.solve(a, b, method=method), ost.log_q(a, b, method=method)
         return (solution.alpha + solution.log_z).nansum() + torch.where(log_q.isfinite(), log_q, 0.0).sum()
 
     for gradient in gradients_of(everything, a, b):
         assert bool(gradient.isfinite().all())
         assert not bool(gradient[status == Status.INVALID].any())
-    for gradient in gradients_of(lambda a, b: ost.solve(a, b).alpha.nansum(), a, b):
+    for gradient in gradients_of(lambda a, b: ost.solve(a, b, method=method).alpha.nansum(), a, b):
         assert bool(gradient.isfinite().all())
         assert not bool(gradient[status != Status.OK].any())
 
@@ -376,7 +420,7 @@ class NoSynchronisation(TorchDispatchMode):
 def everything_once(a, b, alpha):
     """One call of each kind, gradients included."""
     solution = ost.solve(a, b, diagnostics=True)
-    ost.solve(a, b, method="ess_balance", detach_alpha=True, algorithm="bisect", max_iter=3)
+    ost.solve(a, b, method="ess_balance", algorithm="bisect", max_iter=3).alpha.sum().backward()
     ost.solve(a, b, alpha=alpha, temperature_theta=0.5, temperature_t=alpha.abs() + 1.0)
     log_q = ost.log_q(a, b)
     (solution.alpha.sum() + log_q.sum()).backward()
@@ -397,6 +441,7 @@ def test_nothing_synchronises(monkeypatch):
     with NoSynchronisation() as mode:
         everything_once(a, b, alpha)
     assert mode.entered.count("solve") == 4
+    assert mode.entered.count("solve_backward") == 3
     assert set(mode.entered) == {"solve", "solve_out", "solve_backward", "sample", "verify"}
     if device == "cuda":
         torch.cuda.set_sync_debug_mode("error")

@@ -103,11 +103,11 @@ def backward(
     grad_log_q: Tensor | None,
     grad_alpha: Tensor | None,
     grad_log_z: Tensor | None,
-    through_root: bool,
+    method: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = Rows(theta, t, inverse_temperature_theta, inverse_temperature_t)
     grad_theta, grad_t, grad_given = gradient.gradients(
-        rows, alpha, status, partitions, grad_log_q, grad_alpha, grad_log_z, through_root=through_root
+        rows, alpha, status, partitions, grad_log_q, grad_alpha, grad_log_z, method
     )
     for grad, scale in ((grad_theta, inverse_temperature_theta), (grad_t, inverse_temperature_t)):
         if scale is not None:

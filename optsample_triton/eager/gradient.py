@@ -1,13 +1,114 @@
-"""Gradients by implicit differentiation: the root moves as -(dF/dinput)/psi'' (docs/theory.md, "Gradients")."""
+"""Gradients by implicit differentiation: alpha moves as -dF / (dF/dalpha) (docs/theory.md, "Gradients").
+
+A method is its F: the sensitivity of F to alpha and, token by token, to both rows of logits. Everything else here
+does not know it.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from optsample_triton.eager.log_partition import tilted_moments, weighted_excess
+from optsample_triton.eager.log_partition import TiltedMoments, own_moments, tilted_moments, weighted_excess
 from optsample_triton.eager.rows import Rows, outside_common_support
 from optsample_triton.types import Status
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """A block of rows and a chunk of tokens, [R, C]: logits, d - E[d], q and its logarithm."""
+
+    block: slice
+    a: Tensor
+    b: Tensor
+    centred: Tensor
+    q: Tensor
+    log_q: Tensor
+
+    def excess(self, offset: Tensor, gap: Tensor) -> Tensor:
+        """q h(log(q_{x + offset} / q)), what q_{x + offset} has beyond its first order; offset and gap are [R, 1]."""
+        return weighted_excess(self.q, self.log_q, offset * self.centred - gap)
+
+
+class _Method(Protocol):
+    @property
+    def rate(self) -> Tensor:
+        """dF/dalpha [N]."""
+
+    def slopes(self, tile: _Tile) -> tuple[Tensor, Tensor]:
+        """dF/da and dF/db of the tile's tokens [R, C]; anything where a token has no probability."""
+
+
+@dataclass(frozen=True)
+class _Tilted:
+    """F whose differential is a sum of tilted models, for KL symmetry and ESS balance.
+
+    ``weights`` are those of q_{x + s} at the offsets s in dF/da and in dF/db. Their zeroth order in d - E[d] cancels
+    and ``lean`` is their first, so that only second orders are added up.
+    """
+
+    rate: Tensor
+    lean: Tensor  # [N]
+    offsets: Tensor  # [N, K]
+    gaps: Tensor  # G at the offsets
+    weights: tuple[Tensor, Tensor]  # [N, K] each
+
+    def slopes(self, tile: _Tile) -> tuple[Tensor, Tensor]:
+        offsets, gaps = self.offsets[tile.block], self.gaps[tile.block]
+        first = self.lean[tile.block, None] * tile.centred * tile.q
+        slopes = first, -first
+        for k in range(offsets.shape[1]):
+            part = tile.excess(offsets[:, k, None], gaps[:, k, None]).sub_(gaps[:, k, None] * tile.q)
+            for slope, weight in zip(slopes, self.weights, strict=True):
+                slope.add_(weight[tile.block, k, None] * part)
+        return slopes
+
+
+def _kl_symmetry(x: Tensor, moments: TiltedMoments) -> _Method:
+    """F = psi'."""
+    zero, one = torch.zeros_like(x), torch.ones_like(x)
+    offsets = torch.stack([1.0 - x, -x], -1)
+    weights = torch.stack([-one, zero], -1), torch.stack([zero, one], -1)
+    return _Tilted(moments.variance, 2.0 * x - 1.0, offsets, moments.excess[:, :2], weights)
+
+
+def _ess_balance(rows: Rows, x: Tensor, chord: Tensor, moments: TiltedMoments) -> _Method:
+    """F = psi(2 - x) - psi(-x)."""
+    zero, two = torch.zeros_like(x), torch.full_like(x, 2.0)
+    offsets = torch.stack([1.0 - x, -x, 2.0 - 2.0 * x, -2.0 * x], -1)
+    weights = torch.stack([-two, zero, 2.0 - x, x], -1), torch.stack([zero, two, x - 1.0, -1.0 - x], -1)
+    rate = tilted_moments(rows, -x, chord).mean - tilted_moments(rows, 2.0 - x, chord).mean
+    return _Tilted(rate, 2.0 - 4.0 * x, offsets, moments.excess, weights)
+
+
+class _Entropy:
+    """F = alpha - H_theta / (H_theta + H_t), over each model's own tokens."""
+
+    def __init__(self, rows: Rows, x: Tensor) -> None:
+        self.rate = torch.ones_like(x)
+        at_theta, at_t, entropy_theta, entropy_t = own_moments(rows, torch.float64).unbind(-1)
+        both = entropy_theta + entropy_t
+        self.models = (at_theta, entropy_theta, (1.0 - x) / both), (at_t, entropy_t, -x / both)
+
+    def slopes(self, tile: _Tile) -> tuple[Tensor, Tensor]:
+        slopes = []
+        for logits, figures in zip((tile.a, tile.b), self.models, strict=True):
+            log_partition, entropy, share = (x[tile.block, None] for x in figures)
+            log_p = logits - log_partition
+            slopes.append(share * log_p.exp() * (log_p + entropy))  # share times -dH/dlogits
+        return slopes[0], slopes[1]
+
+
+def _sensitivity(method: str, rows: Rows, x: Tensor, chord: Tensor, moments: TiltedMoments) -> _Method | None:
+    """None where alpha is given: it does not hang on the rows."""
+    if method == "kl_symmetry":
+        return _kl_symmetry(x, moments)
+    if method == "ess_balance":
+        return _ess_balance(rows, x, chord, moments)
+    return _Entropy(rows, x) if method == "entropy" else None
 
 
 def gradients(
@@ -18,25 +119,25 @@ def gradients(
     grad_log_q: Tensor | None,
     grad_alpha: Tensor | None,
     grad_log_z: Tensor | None,
-    *,
-    through_root: bool,
+    method: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients in theta [N, V], t [N, V] (of the scaled logits) and alpha [N].
 
     ``partitions`` [N, 4] holds A and B over the common support (theta's own A where there is none) and, last, alpha
-    before rounding. ``through_root`` says that alpha is the KL-symmetric root of the rows; else alpha is an input, and
-    the rows move only the mixture.
+    before rounding. ``method`` says how alpha hangs on the rows; "fixed" that it is an input, and the rows move only
+    the mixture.
     """
     f64 = torch.float64
     disjoint, invalid = status == Status.DISJOINT, status == Status.INVALID
     alone = disjoint | invalid
     at_theta, at_t, _, precise = partitions.unbind(-1)
     # Of close rows the root's gradient is of second order, and a rounded alpha would drown it.
-    x = torch.where(status == Status.OK, precise, alpha.to(f64)) if through_root else alpha.to(f64)
+    x = alpha.to(f64) if method == "fixed" else torch.where(status == Status.OK, precise, alpha.to(f64))
     x = torch.where(invalid, 0.5, x)
     chord = torch.where(alone, 0.0, at_theta - at_t)
-    moments = tilted_moments(rows, x, chord, torch.stack([1.0 - x, -x], -1))
-    to_theta, to_t = (torch.where(alone, 0.0, excess) for excess in moments.excess.unbind(-1))
+    offsets = [1.0 - x, -x, 2.0 - 2.0 * x, -2.0 * x][: 4 if method == "ess_balance" else 2]
+    moments = tilted_moments(rows, x, chord, torch.stack(offsets, -1))
+    to_theta, to_t = (torch.where(alone, 0.0, excess) for excess in moments.excess[:, :2].unbind(-1))
     mean, log_partition = torch.where(alone, 0.0, moments.mean), torch.where(alone, 0.0, moments.log_partition)
     zero = torch.zeros_like(x)
 
@@ -53,10 +154,9 @@ def gradients(
     grad_alpha = zero if grad_alpha is None else grad_alpha.to(f64)
     grad_log_z = zero if grad_log_z is None else grad_log_z.to(f64)
     grad_x = grad_alpha + turn + grad_log_z * (to_t - to_theta)
-    pull = zero
-    if through_root:
-        solved = (status == Status.OK) & (moments.variance > 0)
-        pull = torch.where(solved, -grad_x / moments.variance, 0.0)
+    pull, sensitivity = zero, _sensitivity(method, rows, x, chord, moments)
+    if sensitivity is not None:
+        pull = torch.where((status == Status.OK) & (sensitivity.rate != 0), -grad_x / sensitivity.rate, 0.0)
     grad_theta = torch.zeros(rows.count, rows.vocab, dtype=f64, device=rows.theta.device)
     grad_t = torch.zeros_like(grad_theta)
     for block in rows.blocks():
@@ -69,20 +169,24 @@ def gradients(
             log_norm = torch.where(lone, at_theta[col], log_partition[col])
             log_q = (weight * a + tilted_t - log_norm).masked_fill(outside, -torch.inf)
             centred = (a - b - mean[col]).masked_fill(outside | lone, 0.0)
-            q = log_q.exp()
-            up = (1.0 - weight) * centred - to_theta[col]  # log(pi_theta / q)
-            down = -weight * centred - to_t[col]  # log(pi_t / q)
-            excess_theta, excess_t = weighted_excess(q, log_q, up), weighted_excess(q, log_q, down)
+            tile = _Tile(block, a, b, centred, log_q.exp(), log_q)
+            q = tile.q
             mix = zero[col].expand_as(q)
             if grad_log_q is not None:
                 mix = grad_log_q[block, chunk].to(f64).masked_fill(outside, 0.0) - q * total[col]
-            root_theta = q * ((2.0 * weight - 1.0) * centred + to_theta[col]) - excess_theta
-            root_t = q * ((1.0 - 2.0 * weight) * centred - to_t[col]) + excess_t
             level = grad_log_z[col]
-            part_theta = weight * (mix - level * (q * up + excess_theta)) + pull[col] * root_theta
-            part_t = (1.0 - weight) * (mix - level * (q * down + excess_t)) + pull[col] * root_t
+            # log(pi_theta / q) and log(pi_t / q) are (1 - x) c - G(1 - x) and -x c - G(-x).
+            rise = [
+                q * (offset * centred - gap) + tile.excess(offset, gap)
+                for offset, gap in ((1.0 - weight, to_theta[col]), (-weight, to_t[col]))
+            ]
+            parts = [weight * (mix - level * rise[0]), (1.0 - weight) * (mix - level * rise[1])]
+            if sensitivity is not None:
+                for part, a_or_b, slope in zip(parts, (a, b), sensitivity.slopes(tile), strict=True):
+                    part += torch.where((pull[col] == 0) | torch.isneginf(a_or_b), 0.0, pull[col] * slope)
             # Rows whose differences overflow have no gradient worth the name: 0, not NaN.
-            dead = outside | invalid[col] | ~torch.isfinite((part_theta.abs() + part_t.abs()).to(rows.theta.dtype))
+            part_theta, part_t = parts
+            dead = invalid[col] | ~torch.isfinite((part_theta.abs() + part_t.abs()).to(rows.theta.dtype))
             grad_theta[block, chunk] = part_theta.masked_fill(dead, 0.0)
             grad_t[block, chunk] = part_t.masked_fill(dead | lone, 0.0)
     return grad_theta, grad_t, torch.where(invalid | disjoint, 0.0, grad_x)

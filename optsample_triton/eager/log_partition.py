@@ -189,10 +189,11 @@ def tilted_moments(rows: Rows, x: Tensor, centre: Tensor, offsets: Tensor | None
     mass = sums[:, 0]
     m1, m2, m3, m4 = (sums[:, k] / mass for k in range(1, 5))
     variance = m2 - m1.square()
-    # Where one token has all the weight, what is left is rounding and no variance.
-    variance = torch.where(variance > 1e-14 * m1.square(), variance, 0.0)
     third = m3 - 3.0 * m1 * m2 + 2.0 * m1**3
     fourth = m4 - 4.0 * m1 * m3 + 6.0 * m1.square() * m2 - 3.0 * m1.square().square()
+    # Where one token has all the weight, what is left is rounding and no moment.
+    spread = variance > 1e-14 * m1.square()
+    variance, third, fourth = (torch.where(spread, moment, 0.0) for moment in (variance, third, fourth))
     mean_t = sums[:, 5] / mass
     excess = sums[:, 6:] / mass[:, None]
     identical = torch.zeros_like(mass, dtype=torch.bool)
@@ -243,9 +244,9 @@ def plain_slope(rows: Rows, x: Tensor, at_theta: Tensor, at_t: Tensor) -> PlainS
     return PlainSlope(psi, first / mass + moved_theta - moved_t)
 
 
-def own_moments(rows: Rows) -> Tensor:
-    """A, B and both entropies, each over the model's own finite entries, [N, 4] float64."""
-    n, device, dtype = rows.count, rows.theta.device, rows.working_dtype
+def own_moments(rows: Rows, dtype: torch.dtype | None = None) -> Tensor:
+    """A, B and both entropies, each over the model's own finite entries, [N, 4] float64; rows are read in dtype."""
+    n, device, dtype = rows.count, rows.theta.device, dtype or rows.working_dtype
     top = torch.full((2, n), -torch.inf, dtype=torch.float64, device=device)
     mass, first = torch.zeros_like(top), torch.zeros_like(top)  # sums of w and w z, z = logits - top
     for block in rows.blocks():

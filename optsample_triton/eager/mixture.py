@@ -12,10 +12,13 @@ from optsample_triton.eager.rows import Rows, outside_common_support
 from optsample_triton.eager.solve import FAR, State
 from optsample_triton.types import Status
 
+HUGE = 1e30  # in size beyond what a mixture of logits should be added up from in float32
+
 
 def by_precision(rows: Rows, state: State, also: Tensor | None = None) -> Iterator[tuple[Tensor, torch.dtype]]:
     """Rows that the working dtype serves, and far ones (and ``also`` [N]), which need float64; no empty groups."""
-    far = state.psi < -FAR
+    # Of huge logits, even differences within one row may overflow.
+    far = (state.psi < -FAR) | (state.centre_theta.abs() + state.centre_t.abs() > HUGE)
     if also is not None:
         far = far | also
     for group, dtype in ((~far, rows.working_dtype), (far, torch.float64)):

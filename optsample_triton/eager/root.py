@@ -134,18 +134,15 @@ class Bracket(NamedTuple):
             torch.where(above, slope, self.slope_high),
         )
 
-    def inner_point(self, halve: Tensor) -> tuple[Tensor, Tensor]:
-        """Where the end tangents meet, and True; the middle where they are not known or ``halve`` is set.
+    def meeting_point(self) -> Tensor:
+        """Where the end tangents meet; NaN where they are not known.
 
         For rows of huge logits F is piecewise linear, and the tangents' meeting point finds its corner in a few
         steps where halving would need dozens.
         """
-        middle = 0.5 * (self.low + self.high)
         turn = self.slope_high - self.slope_low
         rise = self.value_low - self.value_high + self.slope_high * (self.high - self.low)
-        meeting = self.low + rise / turn
-        usable = (meeting > self.low) & (meeting < self.high) & ~halve
-        return torch.where(usable, meeting, middle), usable
+        return self.low + rise / turn
 
 
 class Step(NamedTuple):
@@ -155,14 +152,24 @@ class Step(NamedTuple):
 
 
 def safeguarded_step(
-    x: Tensor, value: Tensor, slope: Tensor, cumulants: tuple[Tensor, Tensor, Tensor], bracket: Bracket, halve: Tensor
+    x: Tensor,
+    value: Tensor,
+    slope: Tensor,
+    cumulants: tuple[Tensor, Tensor, Tensor],
+    bracket: Bracket,
+    halve: Tensor,
+    tol: float,
+    roundoff: float,
 ) -> Step:
     """One third-order step for the root of F' = ``slope``, from its derivatives ``cumulants`` at x.
 
     The Chebyshev step's error is |2 c2^2 - c3| |step|^3 with c2 = third/(2 variance) and c3 = kappa4/(6 variance), the
-    latter bounded through the fourth central moment. A step that leaves the bracket is replaced by its inner point.
+    latter bounded through the fourth central moment. A step that leaves the bracket, or is lost in x's ``roundoff``
+    with an error above ``tol``, is replaced: by the point where the end tangents meet, or by the bracket's middle
+    where they are not known, teach nothing new, or ``halve`` is set.
     """
     variance, third, fourth = cumulants
+    opposite = torch.where(slope > 0, bracket.slope_low, bracket.slope_high)
     bracket = bracket.narrowed(x, value, slope)
     newton = -slope / variance
     ratio = third / variance
@@ -171,11 +178,18 @@ def safeguarded_step(
     error = 2.0 * newton.abs() ** 3 * spread
     # q* feels an error of alpha in units of 1/sd.
     error = error * variance.sqrt().clamp(min=1.0)
-    inside = (alpha >= bracket.low) & (alpha <= bracket.high) & (newton.abs() < 0.5)
-    inner, met = bracket.inner_point(halve)
-    alpha = torch.where(inside, alpha, inner)
+    lost = ((alpha - x).abs() <= roundoff) & (error > tol)
+    inside = (alpha >= bracket.low) & (alpha <= bracket.high) & (newton.abs() < 0.5) & ~lost
+
+    # F lies above both tangents and its minimum not above F(x): that bounds how far beyond their meeting it can be.
     width = bracket.high - bracket.low
-    # Tangents that meet where one of them touches: a corner of a piecewise linear F.
-    error = torch.where(inside, error, torch.where(met, (inner - x).abs(), width))
-    error = torch.where((slope == 0) | (width <= 2.0**-52), 0.0, error)
+    meeting = bracket.meeting_point()
+    away = (meeting - x).abs()
+    bound = (away + 2.0**-53) * (slope / opposite).abs().clamp(min=1.0)
+    corner = (away <= roundoff) & (bound <= tol)
+    met = (meeting > bracket.low) & (meeting < bracket.high) & (away > roundoff) & ~halve
+    inner = torch.where(met, meeting, torch.where(corner, x, 0.5 * (bracket.low + bracket.high)))
+    beyond = torch.where(met | corner, torch.minimum(bound, width), width)
+    alpha, error = torch.where(inside, alpha, inner), torch.where(inside, error, beyond)
+    error = torch.where((slope == 0) | (width <= 2.0 * roundoff), 0.0, error)
     return Step(torch.where(slope == 0, x, alpha), error, bracket)

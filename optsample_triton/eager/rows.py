@@ -39,6 +39,11 @@ class Rows:
     def working_dtype(self) -> torch.dtype:
         return torch.float64 if self.theta.dtype == torch.float64 else torch.float32
 
+    @property
+    def roundoff(self) -> float:
+        """How far apart the working dtype's numbers lie just below 1, where alpha is reported in it."""
+        return 0.5 * float(torch.finfo(self.working_dtype).eps)
+
     def select(self, index: Tensor) -> Rows:
         """A view of some rows, by a rising 1-d index into these."""
         if index.shape[0] == self.count:

@@ -22,6 +22,7 @@ from optsample_triton.types import Options, Status
 
 FLOAT64_TOL = 1e-12  # float64 is the precision path: solved to this, whatever looser tolerance is asked for
 NARROW = 0.3  # Chernoff information below which psi' is evaluated through G
+REACH = 2.5  # beyond this distance from 1/2 the models are no neighbours of q_x, and G would overflow
 FAR = 50.0  # and above which float32 would blur alpha a + (1 - alpha) b
 
 
@@ -74,8 +75,7 @@ def _survey(rows: Rows) -> Tensor:
     for block in rows.blocks():
         for chunk in rows.chunks():
             a, b = rows.read(block, chunk, rows.working_dtype)
-            raw_a, raw_b = rows.raw(block, chunk)
-            broken = torch.isnan(a) | torch.isnan(b) | torch.isposinf(raw_a) | torch.isposinf(raw_b)
+            broken = torch.isnan(a) | torch.isnan(b) | torch.isposinf(a) | torch.isposinf(b)
             some_a, some_b = a > -torch.inf, b > -torch.inf
             flags[block] |= torch.stack([z.any(-1) for z in (broken, some_a, some_b, some_a & some_b)], -1)
     broken, any_theta, any_t, any_common = flags.unbind(-1)
@@ -139,14 +139,14 @@ class _Evaluation:
 def _evaluate(rows: Rows, x: Tensor, state: State, options: Options, *, narrow: bool) -> _Evaluation:
     """One read at x [N]. Narrow rows go through G, where A - B would cancel; wide rows do not need it."""
     chord = state.log_partition_theta - state.log_partition_t
+    moments = tilted_moments(rows, x, chord, torch.stack([1.0 - x, -x], -1) if narrow else None)
+    psi = moments.log_partition - x * state.log_partition_theta - (1.0 - x) * state.log_partition_t
+    slope = moments.mean - chord
     if narrow:
-        moments = tilted_moments(rows, x, chord, torch.stack([1.0 - x, -x], -1))
         to_theta, to_t = moments.excess.unbind(-1)
-        psi, slope = -x * to_theta - (1.0 - x) * to_t, to_t - to_theta
-    else:
-        moments = tilted_moments(rows, x, chord)
-        psi = moments.log_partition - x * state.log_partition_theta - (1.0 - x) * state.log_partition_t
-        slope = moments.mean - chord
+        near = (x - 0.5).abs() < REACH
+        psi = torch.where(near, -x * to_theta - (1.0 - x) * to_t, psi)
+        slope = torch.where(near, to_t - to_theta, slope)
     residual = moments.mean if options.from_probabilities else slope
     return _Evaluation(psi, slope, residual, moments)
 
@@ -162,14 +162,17 @@ def _groups(state: State, index: Tensor) -> Iterator[tuple[Tensor, bool]]:
 def _settle(part: State, at: _Evaluation, x: Tensor, alpha: Tensor, dtype: torch.dtype) -> None:
     """Take alpha, as it will be reported, with psi(alpha) by Taylor from x. Identical rows end here, at 1/2."""
     part.precise, alpha = alpha, alpha.to(dtype).double()
-    move = alpha - x
-    psi = at.psi + move * (at.slope + move * (at.moments.variance / 2.0 + move * at.moments.third / 6.0))
-    identical = at.moments.identical
+    move, moments = alpha - x, at.moments
+    bend = move * (moments.variance / 2.0 + move * moments.third / 6.0)
+    # At a corner the series has no meaning, and the tangent's error is as small beside psi as the move.
+    smooth = move.square() * (moments.variance + move.square() * moments.fourth) <= 1.0
+    psi = at.psi + move * (at.slope + torch.where(smooth, bend, 0.0))
+    identical = moments.identical
     part.alpha = torch.where(identical, 0.5, alpha)
     part.psi = torch.where(identical, 0.0, psi)
     part.error = torch.where(identical, 0.0, part.error)
     part.status[identical] = int(Status.IDENTICAL)
-    part.centre_theta, part.centre_t = at.moments.mean_theta, at.moments.mean_t
+    part.centre_theta, part.centre_t = moments.mean_theta, moments.mean_t
     part.sweeps += 1
 
 
@@ -205,7 +208,7 @@ def _refine(rows: Rows, state: State, options: Options, tol: float) -> None:
             value = at.psi + (at.residual - at.slope) * x
             step = safeguarded_step(
                 x, value, at.residual, (moments.variance, moments.third, moments.fourth), part.bracket,
-                part.sweeps % 3 == 0,
+                part.sweeps % 3 == 0, tol, rows.roundoff,
             )  # fmt: skip
             part.bracket, part.error = step.bracket, step.error
             _settle(part, at, x, step.alpha, rows.working_dtype)
@@ -260,21 +263,15 @@ def _balance_ess(rows: Rows, state: State, options: Options, tol: float) -> None
         for group, narrow in _groups(state, index):
             part, some = state.part(group), rows.select(group)
             x = part.alpha
-            upper, lower = tilted_moments(some, 2.0 - x, 0.0 * x), tilted_moments(some, -x, 0.0 * x)
-            chord = part.log_partition_theta - part.log_partition_t
-            if narrow:
-                half = torch.full_like(x, 0.5)
-                offsets = torch.stack([1.5 - x, -0.5 - x, half, -half], -1)
-                excess = tilted_moments(some, half, chord, offsets).excess
-                gap = excess[:, 0] - excess[:, 1] - 2.0 * (excess[:, 2] - excess[:, 3])
-            else:
-                gap = upper.log_partition - lower.log_partition - 2.0 * chord
+            upper, lower, at = (_evaluate(some, y, part, options, narrow=narrow) for y in (2.0 - x, -x, x))
+            gap = upper.psi - lower.psi
             if options.from_probabilities:  # not renormalised: the ends of the chord do not count
-                gap = gap + 2.0 * chord
-            at = _evaluate(some, x, part, options, narrow=narrow)
-            fall = upper.mean - lower.mean  # -d gap / d alpha > 0
-            cumulants = (fall, lower.variance - upper.variance, torch.zeros_like(x))
-            step = safeguarded_step(x, torch.full_like(x, torch.nan), -gap, cumulants, part.bracket, gap > 0)
+                gap = gap + 2.0 * (part.log_partition_theta - part.log_partition_t)
+            fall = upper.moments.mean - lower.moments.mean  # -d gap / d alpha > 0
+            turn = lower.moments.variance - upper.moments.variance
+            cumulants = (fall, turn, torch.zeros_like(x))
+            unknown = torch.full_like(x, torch.nan)
+            step = safeguarded_step(x, unknown, -gap, cumulants, part.bracket, unknown == 0, tol, rows.roundoff)
             part.bracket = step.bracket
             part.error = torch.where(gap == 0, 0.0, (step.alpha - x).abs())
             _settle(part, at, x, step.alpha, rows.working_dtype)
@@ -290,6 +287,7 @@ def solve(rows: Rows, options: Options, alpha: Tensor | None) -> State:
     tol = min(options.tol, FLOAT64_TOL) if rows.working_dtype == torch.float64 else options.tol
     if alpha is not None:
         state.alpha = torch.where(state.status == Status.OK, alpha.double(), state.alpha)
+        state.precise = state.alpha.clone()
         state.error = torch.zeros_like(state.error)
         _pin(rows, state, _where(state.status == Status.OK), options)
     elif options.method == "ess_balance":
@@ -307,6 +305,9 @@ def solve(rows: Rows, options: Options, alpha: Tensor | None) -> State:
         at_theta = own_moments(rows.select(lone))[:, 0]
         state.log_partition_theta[lone], state.log_partition_t[lone] = at_theta, 0.0
         state.centre_theta[lone], state.centre_t[lone] = at_theta, 0.0
+    # psi is not positive between the models; beside huge logits its rounding may be.
+    between = (state.alpha >= 0.0) & (state.alpha <= 1.0)
+    state.psi = torch.where(between, state.psi.clamp(max=0.0), state.psi)
     for field, at_disjoint in (("alpha", 1.0), ("psi", 0.0)):
         value = torch.where(disjoint, at_disjoint, getattr(state, field))
         setattr(state, field, torch.where(invalid, torch.nan, value))

@@ -17,8 +17,7 @@ from optsample_triton.ops.library import row_count
 from optsample_triton.types import FIGURES, Draws, Options
 
 METHODS = {
-    ("kl_symmetry", "chernoff"): KL_SYMMETRY.value,
-    ("kl_symmetry", "bisect"): BISECT.value,
+    "kl_symmetry": KL_SYMMETRY.value,
     "ess_balance": ESS_BALANCE.value,
     "entropy": ENTROPY.value,
     "fixed": FIXED.value,
@@ -71,7 +70,8 @@ def solve(
     partitions = torch.empty(n, 4, dtype=torch.float64, device=theta.device)
     figures = torch.empty(n if diagnostics else 0, FIGURES, dtype=torch.float32, device=theta.device)
     if n:
-        method = METHODS.get((options.method, options.algorithm), METHODS.get(options.method))
+        bisecting = (options.method, options.algorithm) == ("kl_symmetry", "bisect")
+        method = BISECT.value if bisecting else METHODS[options.method]
         kind, processors = _device(theta.device)
         shape = launch.shape(kind, theta.dtype)
         splits = launch.splits(n, vocab, shape.chunk, processors)
@@ -117,7 +117,7 @@ def _draw_arguments(
         torch.zeros(n if splits > 1 else 0, dtype=torch.int32, device=device),
     )
     flags = {
-        "METHOD": METHODS.get((options.method, options.algorithm), METHODS.get(options.method)),
+        "METHOD": METHODS[options.method],
         "PACKED": _packed(theta, t), "H": shape.half, "CHUNK": shape.chunk, "UNROLL": shape.unroll,
         "TILE": launch.DRAW_TILE, "STEP": launch.DRAW_STEP[kind], "LANES": max(32, triton.next_power_of_2(chunks)),
         "FILTER": draws.cooling is not None, "num_warps": shape.num_warps,
@@ -188,7 +188,7 @@ def backward(
     grad_log_q: Tensor | None,
     grad_alpha: Tensor | None,
     grad_log_z: Tensor | None,
-    through_root: bool,
+    method: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients in theta and t [N, V], and in alpha [N]."""
     n, vocab = row_count(theta), theta.shape[-1]
@@ -207,6 +207,6 @@ def backward(
             grad_log_q, None if grad_alpha is None else grad_alpha.contiguous(),
             None if grad_log_z is None else grad_log_z.contiguous(), grad_theta, grad_t, grad_given,
             vocab, *_place(theta), *_place(t), 0 if grad_log_q is None else grad_log_q.stride(0),
-            THROUGH_ROOT=through_root, PACKED=_packed(theta, t), H=shape.half, num_warps=shape.num_warps,
+            METHOD=METHODS[method], PACKED=_packed(theta, t), H=shape.half, num_warps=shape.num_warps,
         )  # fmt: skip
     return grad_theta, grad_t, grad_given

@@ -6,6 +6,7 @@ import triton.language as tl
 from optsample_triton.kernels.log_partition import narrow_moments, tilted_top, wide_moments
 
 NARROW = tl.constexpr(0.3)  # Chernoff information below which psi' is evaluated through G
+REACH = tl.constexpr(2.5)  # beyond this distance from 1/2 the models are no neighbours of q_x, and G would overflow
 WILD = tl.constexpr(30.0)  # and beyond which no reference is known before a sweep
 
 
@@ -33,8 +34,9 @@ def evaluate(row, x, ends, H: tl.constexpr, PACKED: tl.constexpr, PROBS: tl.cons
             row, x32, base.to(tl.float32), (chord + apart).to(tl.float32), 1.0 - x32, -x32, H, PACKED, PROBS
         )
         mean -= apart
-        psi = -x * to_theta - (1.0 - x) * to_t
-        slope = to_t - to_theta
+        near = tl.abs(x - 0.5) < REACH
+        psi = tl.where(near, -x * to_theta - (1.0 - x) * to_t, log_mass - level)
+        slope = tl.where(near, to_t - to_theta, mean - chord)
     else:
         log_mass, mean, variance, third, fourth = wide_moments(
             row, x, base, (chord * unit.to(tl.float64)).to(tl.float32), unit, H, PACKED, PROBS

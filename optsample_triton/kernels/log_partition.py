@@ -130,7 +130,7 @@ def _add_survey(acc, a, b, inside):
 
 @triton.jit
 def survey(row, H: tl.constexpr, PACKED: tl.constexpr, PROBS: tl.constexpr):
-    """Look at every entry of a row whose sums are not finite: its status, and its largest |logit| in common."""
+    """Look at every entry of a row whose sums are not finite: its status, and its largest scaled |logit| in common."""
     theta_ptr, t_ptr, V, scale_theta, scale_t, _, _, eps = row
     zero = tl.zeros([H], tl.int32)
     acc = (zero, zero, zero, zero, tl.zeros([H], tl.float32))
@@ -138,13 +138,14 @@ def survey(row, H: tl.constexpr, PACKED: tl.constexpr, PROBS: tl.constexpr):
         a0, a1 = load_halves(theta_ptr, tile, V, H, PACKED, True)
         b0, b1 = load_halves(t_ptr, tile, V, H, PACKED, True)
         in0, in1 = inside_halves(theta_ptr, tile, V, H)
-        acc = _add_survey(acc, as_logits(a0, eps, PROBS), as_logits(b0, eps, PROBS), in0)
-        acc = _add_survey(acc, as_logits(a1, eps, PROBS), as_logits(b1, eps, PROBS), in1)
+        a0, a1 = as_logits(a0, eps, PROBS) * scale_theta, as_logits(a1, eps, PROBS) * scale_theta
+        b0, b1 = as_logits(b0, eps, PROBS) * scale_t, as_logits(b1, eps, PROBS) * scale_t
+        acc = _add_survey(_add_survey(acc, a0, b0, in0), a1, b1, in1)
     broken = tl.max(acc[0], 0)
     some_theta, some_t, some_common = tl.max(acc[1], 0), tl.max(acc[2], 0), tl.max(acc[3], 0)
     status = tl.where(some_common == 0, 2, 0)
     status = tl.where((broken != 0) | (some_theta == 0) | (some_t == 0), 3, status)
-    return status, tl.max(acc[4], 0) * tl.maximum(scale_theta, scale_t)
+    return status, tl.max(acc[4], 0)
 
 
 @triton.jit

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 NEWTON_STEPS = tl.constexpr(8)
+ROUNDOFF = tl.constexpr(2.0**-24)  # how far apart float32 numbers lie just below 1
 
 
 @triton.jit
@@ -94,23 +95,26 @@ def interpolate(psi, slope, variance, target, top_share):
 
 
 @triton.jit
-def inner_point(bracket, halve):
-    """Where the tangents at the bracket's ends meet, and True; else its middle (unknown tangents are NaN)."""
+def meeting_point(bracket):
+    """Where the tangents at the bracket's ends meet; NaN where they are not known.
+
+    For rows of huge logits F is piecewise linear, and this point finds its corner where halving would need dozens.
+    """
     low, high, value_low, slope_low, value_high, slope_high = bracket
-    middle = 0.5 * (low + high)
-    meeting = low + (value_low - value_high + slope_high * (high - low)) / (slope_high - slope_low)
-    usable = (meeting > low) & (meeting < high) & (halve == 0)
-    return tl.where(usable, meeting, middle), usable
+    return low + (value_low - value_high + slope_high * (high - low)) / (slope_high - slope_low)
 
 
 @triton.jit
-def safeguarded_step(x, value, slope, variance, third, fourth, bracket, halve):
+def safeguarded_step(x, value, slope, variance, third, fourth, bracket, halve, tol):
     """One third-order step for the root of F' = slope inside a bracket: the next point, its error, the bracket.
 
-    A step that leaves the bracket is replaced by the bracket's inner point.
+    A step that leaves the bracket, or is lost in x's rounding with an error above tol, is replaced: by the point
+    where the end tangents meet, or by the bracket's middle where they are not known, teach nothing new, or ``halve``
+    is set.
     """
     low, high, value_low, slope_low, value_high, slope_high = bracket
     above = slope > 0
+    opposite = tl.where(above, slope_low, slope_high)
     bracket = (
         tl.where(above, low, x), tl.where(above, x, high),
         tl.where(above, value_low, value), tl.where(above, slope_low, slope),
@@ -122,11 +126,17 @@ def safeguarded_step(x, value, slope, variance, third, fourth, bracket, halve):
     spread = 0.5 * ratio * ratio + (fourth + 3.0 * variance * variance) / (6.0 * variance)
     size = tl.abs(newton)
     error = 2.0 * size * size * size * spread * tl.maximum(tl.sqrt(tl.maximum(variance, 0.0)), 1.0)
-    inside = (alpha >= bracket[0]) & (alpha <= bracket[1]) & (size < 0.5)
-    inner, met = inner_point(bracket, halve)
-    alpha = tl.where(inside, alpha, inner)
+    lost = (tl.abs(alpha - x) <= ROUNDOFF) & (error > tol)
+    inside = (alpha >= bracket[0]) & (alpha <= bracket[1]) & (size < 0.5) & (lost == 0)
+    # F lies above both tangents and its minimum not above F(x): that bounds how far beyond their meeting it can be.
     width = bracket[1] - bracket[0]
-    # Tangents that meet where one of them touches: a corner of a piecewise linear F.
-    error = tl.where(inside, error, tl.where(met, tl.abs(inner - x), width))
-    done = (slope == 0) | (width <= 1.2e-7)
+    meeting = meeting_point(bracket)
+    away = tl.abs(meeting - x)
+    bound = (away + 2.0**-53) * tl.maximum(tl.abs(slope / opposite), 1.0)
+    corner = (away <= ROUNDOFF) & (bound <= tol)
+    met = (meeting > bracket[0]) & (meeting < bracket[1]) & (away > ROUNDOFF) & (halve == 0)
+    inner = tl.where(met, meeting, tl.where(corner, x, 0.5 * (bracket[0] + bracket[1])))
+    beyond = tl.where(met | corner, tl.minimum(bound, width), width)
+    alpha, error = tl.where(inside, alpha, inner), tl.where(inside, error, beyond)
+    done = (slope == 0) | (width <= 2.0 * ROUNDOFF)
     return tl.where(slope == 0, x, alpha), tl.where(done, 0.0, error), bracket

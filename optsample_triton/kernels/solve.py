@@ -127,11 +127,14 @@ def start(row, total, PROBS: tl.constexpr):
 
 
 @triton.jit
-def settle(x, alpha, psi, slope, variance, third):
+def settle(x, alpha, psi, slope, variance, third, fourth):
     """alpha as it will be reported, and psi(alpha) by Taylor from x."""
     alpha = rounded(alpha)
     move = alpha - x
-    return alpha, psi + move * (slope + move * (variance / 2.0 + move * third / 6.0))
+    bend = move * (variance / 2.0 + move * third / 6.0)
+    # At a corner the series has no meaning, and the tangent's error is as small beside psi as the move.
+    smooth = move * move * (variance + move * move * fourth) <= 1.0
+    return alpha, psi + move * (slope + tl.where(smooth, bend, 0.0))
 
 
 @triton.jit
@@ -188,11 +191,11 @@ def search(
                 error = tl.where(error < tol, 0.0, error)
             else:
                 following, error, moved = safeguarded_step(
-                    x, at + (residual - slope) * x, residual, variance, third, fourth, bracket, sweeps % 3 == 0
+                    x, at + (residual - slope) * x, residual, variance, third, fourth, bracket, sweeps % 3 == 0, tol
                 )
                 low, high, value_low, slope_low, value_high, slope_high = moved
             precise = following
-            alpha, psi = settle(x, following, at, slope, variance, third)
+            alpha, psi = settle(x, following, at, slope, variance, third, fourth)
             if identical:
                 alpha, psi, error = nothing + 0.5, nothing, nothing
                 status = tl.full([], IDENTICAL, tl.int32)
@@ -205,19 +208,13 @@ def search(
 
 
 @triton.jit
-def balance_gap(row, x, ends, H: tl.constexpr, PACKED: tl.constexpr, PROBS: tl.constexpr):
-    """psi(2 - x) - psi(-x) of a narrow row, through G at 1/2, where the plain difference would cancel."""
+def balance_gap(row, x, slope, ends, H: tl.constexpr, PACKED: tl.constexpr, PROBS: tl.constexpr):
+    """psi(2 - x) - psi(-x) of a narrow row: from G about x, whose weights' rounding is common to both and cancels."""
     A, B, psi_half, _ = ends
-    base = (0.5 * (A + B) + psi_half).to(tl.float32)
-    chord = (A - B + reference_gap(row)).to(tl.float32)
-    half = tl.full([], 0.5, tl.float32)
-    difference = tl.zeros([], tl.float64)
-    for k in range(2):
-        up = tl.where(k == 0, (1.5 - x).to(tl.float32), half)
-        down = tl.where(k == 0, (-0.5 - x).to(tl.float32), -half)
-        moments = narrow_moments(row, half, base, chord, up, down, H, PACKED, PROBS)
-        difference += tl.where(k == 0, 1.0, -2.0) * (moments[5] - moments[6])
-    return difference
+    base, chord = (x * A + (1.0 - x) * B + psi_half).to(tl.float32), (A - B + reference_gap(row)).to(tl.float32)
+    up, down = (2.0 - 2.0 * x).to(tl.float32), (-2.0 * x).to(tl.float32)
+    moments = narrow_moments(row, x.to(tl.float32), base, chord, up, down, H, PACKED, PROBS)
+    return moments[5] - moments[6] + 2.0 * slope
 
 
 @triton.jit
@@ -226,27 +223,27 @@ def balance_ess(row, ends, status, sweeps, tol, max_iter, H: tl.constexpr, PACKE
     A, B, psi_half, unit = ends
     nothing = tl.zeros([], tl.float64)
     unknown = nothing + float("nan")
-    alpha, psi, error = nothing + 0.5, nothing, nothing + 1.0
+    alpha, precise, psi, error = nothing + 0.5, nothing + 0.5, nothing, nothing + 1.0
     bracket = (nothing, nothing + 1.0, unknown, unknown, unknown, unknown)
     steps = 0
     while (status == OK) & ~(error <= tol) & (steps < max_iter):
-        x = alpha
+        x = tl.floor(alpha * 8388608.0 + 0.5) / 8388608.0  # float32 then holds 1 - x and 2 - x as well
         difference, fall, turn = nothing, nothing, nothing
         same = psi != psi
-        at, slope, variance, third = nothing, nothing, nothing, nothing
+        at, slope, variance, third, fourth = nothing, nothing, nothing, nothing, nothing
         for k in range(3):  # at 2 - x, -x and x itself
-            point = tl.where(k == 0, rounded(2.0 - x), tl.where(k == 1, -x, x))
-            scale = tl.where(k == 0, 1.0, tl.where(k == 1, -1.0, 0.0))
+            point = tl.where(k == 0, 2.0 - x, tl.where(k == 1, -x, x))
+            sign = tl.where(k == 0, 1.0, tl.where(k == 1, -1.0, 0.0))
             plain = tl.where(k == 2, psi_half, nothing - 1.0)
-            at, slope, mean, variance, third, _, same = evaluate(row, point, (A, B, plain, unit), H, PACKED, PROBS)
-            difference, fall, turn = difference + scale * at, fall + scale * mean, turn - scale * variance
+            at, slope, mean, variance, third, fourth, same = evaluate(row, point, (A, B, plain, unit), H, PACKED, PROBS)
+            difference, fall, turn = difference + sign * at, fall + sign * mean, turn - sign * variance
         if psi_half > -NARROW:
-            difference = balance_gap(row, x, ends, H, PACKED, PROBS)
+            difference = balance_gap(row, x, slope, ends, H, PACKED, PROBS)
         if PROBS:  # not renormalised: the ends of the chord do not count
             difference += 2.0 * (A - B + reference_gap(row))
-        following, _, bracket = safeguarded_step(x, unknown, -difference, fall, turn, nothing, bracket, True)
-        error = tl.where(difference == 0.0, 0.0, tl.abs(following - x))
-        alpha, psi = settle(x, following, at, slope, variance, third)
+        precise, _, bracket = safeguarded_step(x, unknown, -difference, fall, turn, nothing, bracket, True, tol)
+        error = tl.where(difference == 0.0, 0.0, tl.abs(precise - x))
+        alpha, psi = settle(x, precise, at, slope, variance, third, fourth)
         if same:
             alpha, psi, error = nothing + 0.5, nothing, nothing
             status = tl.full([], IDENTICAL, tl.int32)
@@ -254,7 +251,7 @@ def balance_ess(row, ends, status, sweeps, tol, max_iter, H: tl.constexpr, PACKE
         steps += 1
     if (status == OK) & ~(error <= tol):
         status = tl.full([], NOT_CONVERGED, tl.int32)
-    return alpha, psi, status, sweeps
+    return alpha, precise, psi, status, sweeps
 
 
 @triton.jit
@@ -305,7 +302,9 @@ def solved(
     )  # fmt: skip
     ends = (A, B, psi_half, unit)
     if METHOD == ESS_BALANCE:
-        alpha, psi, status, sweeps = balance_ess(row, ends, status, sweeps, tol, max_iter, H, PACKED, PROBS)
+        alpha, precise, psi, status, sweeps = balance_ess(
+            row, ends, status, sweeps, tol, max_iter, H // 2, PACKED, PROBS
+        )
     return row, ends, alpha, precise, psi, status, sweeps
 
 
@@ -402,6 +401,8 @@ def finish(
         psi = tl.where(status == DISJOINT, 0.0, alpha)
         # q* = pi_theta, normalised over its own support.
         A, B = own_moments(row, 0, H, PACKED, PROBS)[0], tl.zeros([], tl.float64)
+    # psi is not positive between the models; beside huge logits its rounding may be.
+    psi = tl.where((alpha >= 0.0) & (alpha <= 1.0), tl.minimum(psi, 0.0), psi)
     tl.store(alpha_ptr + index, alpha.to(tl.float32))
     tl.store(log_z_ptr + index, psi.to(tl.float32))
     tl.store(status_ptr + index, status.to(tl.uint8))

@@ -22,7 +22,7 @@ library.define(f"solve_out({_INPUTS}, Tensor(a!) out) -> (Tensor, Tensor, Tensor
 library.define(
     "solve_backward(Tensor theta, Tensor t, Tensor alpha, Tensor status, Tensor partitions, "
     "Tensor? inverse_temperature_theta, Tensor? inverse_temperature_t, "
-    "Tensor? grad_log_q, Tensor? grad_alpha, Tensor? grad_log_z, bool through_root) -> (Tensor, Tensor, Tensor)"
+    "Tensor? grad_log_q, Tensor? grad_alpha, Tensor? grad_log_z, str method) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -72,12 +72,12 @@ def _solve_backward(
     grad_log_q: Tensor | None,
     grad_alpha: Tensor | None,
     grad_log_z: Tensor | None,
-    through_root: bool,
+    method: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients in theta and t (of their shape and dtype) and in alpha [N]."""
+    """Gradients in theta and t (of their shape and dtype) and in alpha [N]; method "fixed": alpha is an input."""
     grad_theta, grad_t, grad_given = backend_of(theta).backward(
         theta, t, alpha, status, partitions, inverse_temperature_theta, inverse_temperature_t,
-        grad_log_q, grad_alpha, grad_log_z, through_root,
+        grad_log_q, grad_alpha, grad_log_z, method,
     )  # fmt: skip
     return grad_theta.view(theta.shape), grad_t.view(t.shape), grad_given
 
@@ -121,13 +121,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     _, alpha, _, status, _, partitions, _ = output
     ctx.save_for_backward(theta, t, alpha, status, partitions, scale_theta, scale_t)
     ctx.given, ctx.detach, ctx.inputs = given is not None, inputs[10], len(inputs)
+    ctx.method = "fixed" if ctx.given or ctx.detach else inputs[5]
     ctx.wrote = output[0].numel() > 0
 
 
 def _differentiate(ctx: Any, grad_log_q: Tensor, grad_alpha: Tensor, grad_log_z: Tensor, *_: Any) -> tuple[Any, ...]:
     through = grad_alpha if ctx.given or not ctx.detach else torch.zeros_like(grad_alpha)
     grad_theta, grad_t, grad_given = torch.ops.optsample.solve_backward(
-        *ctx.saved_tensors, grad_log_q if ctx.wrote else None, through, grad_log_z, not (ctx.given or ctx.detach)
+        *ctx.saved_tensors, grad_log_q if ctx.wrote else None, through, grad_log_z, ctx.method
     )
     return grad_theta, grad_t, grad_given if ctx.given else None, *(None,) * (ctx.inputs - 3)
 

@@ -5,3 +5,4 @@ synchronise with the host, so that they can be compiled (fullgraph) and captured
 """
 
 from optsample_triton.ops import solve as solve  # importing a module defines its ops
+from optsample_triton.ops import token_logprob as token_logprob

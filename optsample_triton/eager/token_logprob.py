@@ -34,7 +34,7 @@ def logprobs(
     entropies = torch.zeros(len(models) if entropy else 0, n, dtype=dtype, device=device)
     partitions = torch.zeros(len(models), n, dtype=torch.float64, device=device)
     for model, (rows, scale) in enumerate(models):
-        for matrix, first in _matrices(rows):
+        for (matrix,), first in _matrices(rows):
             for block in Rows(matrix, matrix).blocks():
                 where = slice(first + block.start, first + block.stop)
                 kept = tokens[where] != ignore_index
@@ -53,6 +53,7 @@ def logprobs_backward(
     logits: Tensor,
     tokens: Tensor,
     inverse_temperature: Tensor | None,
+    log_probs: Tensor,
     partitions: Tensor,
     entropies: Tensor | None,
     grad_log_probs: Tensor,
@@ -71,10 +72,20 @@ def logprobs_backward(
     # The log-partition in two parts, the first in the logits' own units: x - top is then exact where it matters.
     top = (partitions / factor).to(dtype)
     rest = (partitions - top.double() * factor).to(dtype)
-    columns = {"top": top, "rest": rest, "scale": factor.to(dtype), "up": grad_log_probs.to(dtype)}
+    # Of a confident row's token 1 - p is all that is left: to its digits.
+    at_token = -torch.expm1(log_probs) * grad_log_probs
+    if grad_entropies is not None and entropies is not None:
+        at_token -= log_probs.exp() * (log_probs.clamp(min=FLOOR) + entropies) * grad_entropies
+    columns = {
+        "at_token": at_token,
+        "top": top,
+        "rest": rest,
+        "scale": factor.to(dtype),
+        "up": grad_log_probs.to(dtype),
+    }
     if grad_entropies is not None and entropies is not None:
         columns |= {"turn": grad_entropies.to(dtype), "entropy": entropies.to(dtype)}
-    for (matrix, first), (target, _) in zip(_matrices(logits), _matrices(out), strict=True):
+    for (matrix, target), first in _matrices(logits, out):
         rows = Rows(matrix, matrix)
         for block in rows.blocks():
             where = slice(first + block.start, first + block.stop)
@@ -94,16 +105,16 @@ def _working_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def _matrices(rows: Tensor) -> Iterator[tuple[Tensor, int]]:
-    """[outer, inner, V] as [R, V] matrices, one where a view can give that, each with the number of its first row."""
-    outer, inner, vocab = rows.shape
+def _matrices(*tensors: Tensor) -> Iterator[tuple[list[Tensor], int]]:
+    """[outer, inner, V] as [R, V] matrices, one where views can give that, with the number of their first row."""
+    outer, inner, vocab = tensors[0].shape
     if inner == 1:
-        yield rows[:, 0], 0
-    elif outer == 1 or rows.stride(0) == inner * rows.stride(1):
-        yield rows.as_strided((outer * inner, vocab), rows.stride()[1:]), 0
+        yield [rows[:, 0] for rows in tensors], 0
+    elif outer == 1 or all(rows.stride(0) == inner * rows.stride(1) for rows in tensors):
+        yield [rows.as_strided((outer * inner, vocab), rows.stride()[1:]) for rows in tensors], 0
     else:
         for index in range(outer):
-            yield rows[index], index * inner
+            yield [rows[index] for rows in tensors], index * inner
 
 
 def _block(matrix: Tensor, tokens: Tensor, scale: Tensor | None, *, entropy: bool) -> list[Tensor]:
@@ -124,9 +135,9 @@ def _block(matrix: Tensor, tokens: Tensor, scale: Tensor | None, *, entropy: boo
             moments.append(z.clamp_(min=FLOOR).mul_(e).sum(-1))
         else:
             e = z.exp_()
-        masses.append(e.sum(-1))
+        masses.append(e.sum(-1, dtype=torch.float64))  # beside a confident row's 1 the rest keeps its digits
     factor = factor.double()
-    top, part = torch.stack(tops).double(), torch.stack(masses).double()  # [chunks, R]
+    top, part = torch.stack(tops).double(), torch.stack(masses)  # [chunks, R]
     level = top.amax(0).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     shift = torch.where(part == 0.0, 0.0, (top.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) - level) * factor)
     weight = shift.exp()
@@ -153,5 +164,6 @@ def _chunk_gradient(x: Tensor, tokens: Tensor, columns: dict[str, Tensor]) -> Te
         grad = log_p.exp_().mul_(-up)
     width = x.shape[1]
     here = (tokens >= 0) & (tokens < width)
-    grad.scatter_add_(1, tokens.clamp(0, width - 1), torch.where(here, up, 0.0))
+    where = tokens.clamp(0, width - 1)
+    grad.scatter_(1, where, torch.where(here, columns["at_token"], grad.gather(1, where)))
     return grad.mul_(scale)

@@ -4,9 +4,9 @@ With z = (logit - reference) / temperature and s = sum exp(z), both over the row
     log p_token = z_token - log s,  H = log s - (sum exp(z) z) / s,  dH/dz_i = -p_i (log p_i + H),
     dz_i = g (1[i = token] - p_i) - h p_i (log p_i + H)                 g, h: upstream of log p_token and of H
 
-One exponential per logit in each direction. The reference is the maximum of the first tile that holds a finite logit:
-later logits may exceed it by 60 nats and more before a sum overflows, and the rare row where one does is read again
-with its true maximum.
+One exponential per logit in each direction. The reference is the token's own logit or the maximum of the first tile
+that holds a finite one, whichever is larger: other logits may exceed it by 60 nats and more before a sum overflows, and
+the rare row where one does is read again with its true maximum.
 """
 
 import torch
@@ -20,6 +20,7 @@ from optsample_triton.kernels.log_partition import LOG2E
 from optsample_triton.kernels.tiles import inside_halves, load_halves, narrowed
 
 FLOOR = tl.constexpr(-1e4)  # nats: far below where exp underflows, and finite, so that 0 * FLOOR is 0
+HIGH = tl.constexpr(12.0)  # nats: means of z beyond it cost the entropy, from which they are subtracted, its digits
 
 
 @triton.jit
@@ -101,20 +102,22 @@ def row_logprob(
     NaN for a row that holds NaN, +inf or nothing finite, and for a token outside the vocabulary.
     """
     ENTROPY: tl.constexpr = entropy_ptr is not None
+    inside = (token >= 0) & (token < V)
+    logit = tl.load(ptr + token, mask=inside, other=float("nan")).to(tl.float32)
     reference = first_maximum(ptr, V, H, PACKED)
-    mass, first = tl.zeros([], tl.float64) + float("inf"), tl.zeros([], tl.float64)
+    reference = tl.where((logit > reference) & (logit < float("inf")), logit, reference)
+    mass, first = tl.zeros([], tl.float64), tl.zeros([], tl.float64)
     sweeps = 0
-    while (sweeps < 2) & ~(mass < float("inf")):
+    while sweeps < 2:
         if sweeps == 1:
             reference = true_maximum(ptr, V, H, PACKED)
         mass, first = row_sums(ptr, V, reference, scale, H, CHUNK, UNROLL, PACKED, ENTROPY)
-        sweeps += 1
+        done = (mass < float("inf")) & (first <= mass * HIGH)
+        sweeps += tl.where(done, 2, 1)
     nan = mass * float("nan")
     usable = (mass > 0.0) & (mass < float("inf"))
     log_mass = tl.where(usable, tl.log(tl.where(usable, mass, 1.0)), nan)
-    inside = (token >= 0) & (token < V)
-    logit = tl.load(ptr + token, mask=inside, other=float("nan")).to(tl.float64)
-    log_prob = (logit - reference) * scale.to(tl.float64) - log_mass
+    log_prob = (logit.to(tl.float64) - reference) * scale.to(tl.float64) - log_mass
     tl.store(log_prob_ptr + slot, log_prob.to(tl.float32))
     tl.store(partition_ptr + slot, reference * scale.to(tl.float64) + log_mass)
     if ENTROPY:
@@ -162,19 +165,19 @@ def logprob_kernel(
 
 @triton.jit
 def _store_tile(x, offs, token, scalars, grad_ptr, mask, ENTROPY: tl.constexpr):
-    top, rest, scale, up, turn, entropy = scalars
+    top, rest, scale, up, turn, entropy, at_token = scalars
     log_p = (x - top) * scale - rest
     p = tl.exp2(log_p * LOG2E)
     pull = up
     if ENTROPY:
         pull += turn * (tl.maximum(log_p, FLOOR) + entropy)
-    grad = tl.where(offs == token, up, 0.0) - p * pull
+    grad = tl.where(offs == token, at_token, -p * pull)
     tl.store(grad_ptr + offs, narrowed(grad * scale, grad_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def logprob_gradient_kernel(
-    logits_ptr, token_ptr, scale_ptr, partition_ptr, entropy_ptr,  # [outer, inner, V], and [N] each
+    logits_ptr, token_ptr, scale_ptr, log_prob_ptr, partition_ptr, entropy_ptr,  # [outer, inner, V], and [N] each
     up_ptr, turn_ptr,  # upstream of the log-probabilities and of the entropies [N]; with entropy_ptr or None
     grad_ptr,  # [outer, inner, V], and it may be the logits themselves
     V, inner, stride_outer, stride_inner, grad_stride_outer, grad_stride_inner, ignore_index, chunks,
@@ -205,7 +208,13 @@ def logprob_gradient_kernel(
         # The log-partition in two parts, the first in the logits' own units: x - top is then exact where it matters.
         top = (partition / scale).to(tl.float32)
         rest = (partition - top.to(tl.float64) * scale).to(tl.float32)
-        scalars = (top, rest, scale, up, turn, entropy)
+        # Of a confident row's token 1 - p is all that is left: to its digits.
+        log_prob = tl.load(log_prob_ptr + index).to(tl.float64)
+        p = tl.exp(log_prob)
+        at_token = ((1.0 - p) * up).to(tl.float32)
+        if ENTROPY:
+            at_token -= (p * (tl.maximum(log_prob, FLOOR) + entropy) * turn).to(tl.float32)
+        scalars = (top, rest, scale, up, turn, entropy, at_token)
         for tile in tl.range(start, full, BLOCK):
             x = tl.load(logits_ptr + tile + lanes).to(tl.float32)
             _store_tile(x, tile + lanes, token, scalars, grad_ptr, None, ENTROPY)
@@ -254,6 +263,7 @@ def logprobs_backward(
     logits: Tensor,
     tokens: Tensor,
     inverse_temperature: Tensor | None,
+    log_probs: Tensor,
     partitions: Tensor,
     entropies: Tensor | None,
     grad_log_probs: Tensor,
@@ -267,7 +277,7 @@ def logprobs_backward(
         shape = launch.shape(_device(logits.device)[0], logits.dtype)
         chunks = triton.cdiv(vocab, shape.chunk)
         logprob_gradient_kernel[(outer * inner * chunks,)](
-            logits, tokens, inverse_temperature, partitions, entropies, grad_log_probs, grad_entropies, out,
+            logits, tokens, inverse_temperature, log_probs, partitions, entropies, grad_log_probs, grad_entropies, out,
             vocab, inner, *logits.stride()[:2], *out.stride()[:2], ignore_index, chunks,
             BLOCK=2 * shape.half, CHUNK=shape.chunk, num_warps=shape.num_warps,
         )  # fmt: skip

@@ -20,8 +20,8 @@ library.define(
     "Tensor? other_inverse_temperature, int ignore_index, bool entropy, bool inplace) -> (Tensor, Tensor, Tensor)"
 )
 _UPSTREAM = (
-    "Tensor tokens, Tensor? inverse_temperature, Tensor partitions, Tensor? entropies, Tensor grad_log_probs, "
-    "Tensor? grad_entropies, int ignore_index"
+    "Tensor tokens, Tensor? inverse_temperature, Tensor log_probs, Tensor partitions, Tensor? entropies, "
+    "Tensor grad_log_probs, Tensor? grad_entropies, int ignore_index"
 )
 library.define(f"token_logprobs_backward(Tensor logits, {_UPSTREAM}) -> Tensor")
 library.define(f"token_logprobs_backward_(Tensor(a!) logits, {_UPSTREAM}) -> ()")
@@ -78,18 +78,18 @@ implement("token_logprobs_backward_", _token_logprobs_backward_, _fake_backward_
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, other, tokens, scale, other_scale, ctx.ignore_index, ctx.entropy, ctx.inplace = inputs
-    ctx.save_for_backward(logits, other, tokens, scale, other_scale, output[1], output[2])
+    ctx.save_for_backward(logits, other, tokens, scale, other_scale, *output)
 
 
 def _differentiate(ctx: Any, grad_log_probs: Tensor, grad_entropies: Tensor, _: Tensor) -> tuple[Any, ...]:
-    logits, other, tokens, scale, other_scale, entropies, partitions = ctx.saved_tensors
+    logits, other, tokens, scale, other_scale, log_probs, entropies, partitions = ctx.saved_tensors
     grads: list[Tensor | None] = [None, None]
     for model, (rows, factor) in enumerate(((logits, scale), (other, other_scale))):
         if rows is None or not ctx.needs_input_grad[model]:
             continue
         entropy, grad_entropy = (entropies[model], grad_entropies[model]) if ctx.entropy else (None, None)
         upstream = grad_log_probs[model].contiguous(), None if grad_entropy is None else grad_entropy.contiguous()
-        arguments = (rows, tokens, factor, partitions[model], entropy, *upstream, ctx.ignore_index)
+        arguments = (rows, tokens, factor, log_probs[model], partitions[model], entropy, *upstream, ctx.ignore_index)
         if ctx.inplace:
             torch.ops.optsample.token_logprobs_backward_(*arguments)
             # Whoever else saved the logits must learn that they are gone.

@@ -10,8 +10,10 @@ from bench import codegen, kernels_reshape
 
 pytest.importorskip("triton")
 
-SLOTS = {"logprob bf16": 7.0, "logprob fp32": 6.0, "logprob bf16, both models, entropy": 9.0,
-         "logprob gradient bf16": 23.0, "logprob gradient fp32": 15.0, "logprob gradient bf16, entropy": 25.0}  # fmt: skip
+SLOTS = {
+    "logprob bf16": 7.0, "logprob fp32": 6.0, "logprob bf16, both models, entropy": 9.0,
+    "logprob gradient bf16": 23.0, "logprob gradient fp32": 15.0, "logprob gradient bf16, entropy": 25.0,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=["sm_90", "gfx942"])

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from optsample_triton.is_reshape.ratios import LOG_RATIO_BOUND, check_floats, check_fraction, kept
+from optsample_triton.is_reshape.ratios import LOG_RATIO_BOUND, as_like, check_floats, check_fraction, kept
 
 SECTIONS, ROUNDS = 8, 9  # of the exact search: 8^-9 = 7e-9
 
@@ -77,13 +77,12 @@ def weights(
 ) -> Weights:
     """ESS_gamma, its share of n, and the largest share of one sample; gamma is a number or broadcasts to log_w."""
     x, keep = _samples(log_w, mask)
-    gamma = torch.as_tensor(gamma).to(x)
-    return shares(gamma * x, keep, group)
+    return shares(as_like(gamma, x) * x, keep, group)
 
 
 def predicted_ess_ratio(sigma_sq: Tensor, gamma: float | Tensor) -> Tensor:
     """ESS_gamma/n of log-normal weights: exp(-sigma^2 gamma^2)."""
-    return torch.exp(-sigma_sq * torch.as_tensor(gamma).to(sigma_sq).square())
+    return torch.exp(-sigma_sq * as_like(gamma, sigma_sq).square())
 
 
 def gamma_exact(
@@ -121,7 +120,7 @@ def log_mean_weight(
 ) -> Tensor:
     """log of the mean of w^gamma, 0-d float64: (gamma - 1) D_gamma(pi||mu) with the Renyi divergence of that order."""
     x, keep = _samples(log_w, mask)
-    z = torch.as_tensor(gamma).to(x) * x
+    z = as_like(gamma, x) * x
     top = _top(z, keep, group)
     sums = torch.stack([torch.where(keep, (z - top).exp(), 0.0).sum(), keep.sum().double()])
     sums = _exchanged(sums, group).sum(0)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optsample_triton.is_reshape.ratios import check_width, exponent_bound
+from optsample_triton.is_reshape.ratios import as_like, check_width, exponent_bound
 
 Width = float | Tensor
 
@@ -47,7 +47,8 @@ def _laplace_integral(x: Tensor, width: Width) -> Tensor:
 
 
 def _clipped(x: Tensor, width: Width) -> Tensor:
-    return torch.maximum(torch.minimum(x, torch.as_tensor(width).to(x)), -torch.as_tensor(width).to(x))
+    edge = as_like(width, x)
+    return torch.maximum(torch.minimum(x, edge), -edge)
 
 
 def _epanechnikov_integral(x: Tensor, width: Width) -> Tensor:
@@ -81,7 +82,7 @@ def reshaped_ratio(log_r: Tensor, gamma: float | Tensor, kernel: str = "power", 
     ([0.5, -0.5], [0.6487, -0.3935])
     """
     check_kernel(kernel, width)
-    gamma = torch.as_tensor(gamma).to(log_r)
+    gamma = as_like(gamma, log_r)
     if kernel == "power":
         divisor = torch.where(gamma == 0.0, 1.0, gamma)
         power = torch.expm1((divisor * log_r).clamp(max=exponent_bound(log_r.dtype))) / divisor
@@ -92,7 +93,7 @@ def reshaped_ratio(log_r: Tensor, gamma: float | Tensor, kernel: str = "power", 
 def gradient_weight(log_r: Tensor, gamma: float | Tensor, kernel: str = "power", width: Width = 1.0) -> Tensor:
     """g(r), the derivative of ``reshaped_ratio`` in log r: the loss's gradient is -g(r) A grad log pi."""
     check_kernel(kernel, width)
-    gamma = torch.as_tensor(gamma).to(log_r)
+    gamma = as_like(gamma, log_r)
     bound = exponent_bound(log_r.dtype)
     if kernel == "power":
         exponent = gamma * log_r

@@ -11,7 +11,7 @@ from torch import Tensor
 from optsample_triton.arguments import check_choice
 from optsample_triton.is_reshape import gamma as gammas
 from optsample_triton.is_reshape.kernels import check_kernel, reshaped_ratio
-from optsample_triton.is_reshape.ratios import check_floats, check_fraction, check_like, kept, log_ratio
+from optsample_triton.is_reshape.ratios import as_like, check_floats, check_fraction, check_like, kept, log_ratio
 from optsample_triton.logprobs import token_logprobs
 
 REDUCTIONS, LEVELS, CHOICES = ("mean", "sum", "none"), ("token", "sequence"), ("auto", "exact")
@@ -147,16 +147,15 @@ def _gamma(
         return gamma.detach().to(samples).clamp(0.0, 1.0)
     if not isinstance(gamma, (int, float)) or not 0.0 <= gamma <= 1.0:
         raise ValueError(f"gamma must lie between 0 and 1, but is {gamma!r}")
-    return sigma_sq.new_full((), float(gamma))
+    return as_like(gamma, sigma_sq)
 
 
 def _reward(reward: float | Tensor, ratio: Tensor) -> Tensor:
     if isinstance(reward, Tensor):
         _check_broadcasts(reward, ratio, "reward")
-        return reward.detach().to(ratio)
-    if not isinstance(reward, (int, float)):
+    elif not isinstance(reward, (int, float)):
         raise TypeError(f"reward must be a number or a torch.Tensor, but is {type(reward).__name__}")
-    return ratio.new_full((), float(reward))
+    return as_like(reward, ratio).detach()
 
 
 def _check_broadcasts(value: Tensor, like: Tensor, name: str) -> None:

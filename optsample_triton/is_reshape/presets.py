@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from optsample_triton.is_reshape.kernels import gradient_weight, reshaped_ratio
-from optsample_triton.is_reshape.ratios import LOG_RATIO_BOUND, exponent_bound
+from optsample_triton.is_reshape.ratios import LOG_RATIO_BOUND, as_like, exponent_bound
 
 
 class Preset(NamedTuple):
@@ -90,12 +90,12 @@ def sapo(
     log_pi: Tensor, log_mu: Tensor, advantage: Tensor, tau_positive: float = 1.0, tau_negative: float = 1.05
 ) -> Tensor:
     """-A (4/tau) sigmoid(tau (r - 1)), with a temperature for each sign of A: sech2 of width 2/tau at gamma = 1."""
-    tau = torch.where(advantage > 0, tau_positive, tau_negative).to(log_pi)
+    tau = torch.where(advantage > 0, as_like(tau_positive, log_pi), as_like(tau_negative, log_pi))
     return -advantage * 4 / tau * torch.sigmoid(tau * (_ratio(_log_r(log_pi, log_mu)) - 1))
 
 
 def sapo_coefficient(log_r: Tensor, advantage: Tensor, tau_positive: float = 1.0, tau_negative: float = 1.05) -> Tensor:
-    tau = torch.where(advantage > 0, tau_positive, tau_negative).to(log_r)
+    tau = torch.where(advantage > 0, as_like(tau_positive, log_r), as_like(tau_negative, log_r))
     return advantage * gradient_weight(log_r, 1.0, "sech2", 2 / tau)
 
 

@@ -17,6 +17,11 @@ from torch import Tensor
 LOG_RATIO_BOUND = 1e6
 
 
+def as_like(value: float | Tensor, like: Tensor) -> Tensor:
+    """A number or a tensor in the dtype and on the device of ``like``; a number without a copy from the host."""
+    return value.to(like) if isinstance(value, Tensor) else like.new_full((), float(value))
+
+
 def exponent_bound(dtype: torch.dtype) -> float:
     return 600.0 if dtype == torch.float64 else 60.0
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optsample_triton.is_reshape.ratios import check_floats, check_like
+from optsample_triton.is_reshape.ratios import as_like, check_floats, check_like
 
 
 class Curves(NamedTuple):
@@ -41,7 +41,7 @@ def target_log_probs(mu: Tensor, reward: Tensor, tau: float, gamma: float | Tens
     check_like(reward, mu, "reward", "mu")
     if not 0.0 < tau < math.inf:
         raise ValueError(f"tau must be positive and finite, but is {tau}")
-    weight = torch.as_tensor(gamma).to(mu)
+    weight = as_like(gamma, mu)
     if not bool(((weight >= 0) & (weight <= 1)).all()):
         raise ValueError(f"gamma must lie between 0 and 1, but is {gamma}")
     sft = bool((weight < 1).any())

@@ -36,7 +36,8 @@ def backward_entry(name: str, dtype: str, *, entropy: bool = False, kind: str = 
     """logprob_gradient_kernel on aligned rows; out of place or in place are the same code."""
     bits = 32 if dtype == "fp32" else 16
     shape = launch.SHAPES[kind][bits]
-    pointers = {"logits_ptr": f"*{dtype}", "token_ptr": "*i64", "partition_ptr": "*fp64", "up_ptr": "*fp32"}
+    pointers = {"logits_ptr": f"*{dtype}", "token_ptr": "*i64", "log_prob_ptr": "*fp32"}
+    pointers |= {"partition_ptr": "*fp64", "up_ptr": "*fp32"}
     pointers |= {"entropy_ptr": "*fp32", "turn_ptr": "*fp32"} if entropy else {}
     pointers |= {"grad_ptr": f"*{dtype}"}
     absent = ("scale_ptr", "entropy_ptr", "turn_ptr")

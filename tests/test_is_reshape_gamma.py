@@ -121,7 +121,14 @@ def test_renyi_identity_of_a_sample():
 def processes(tmp_path_factory):
     """Results of four gloo processes, by rank and size of the group."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.sharded_gamma", str(tmp_path_factory.mktemp("gloo") / "store")]
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        "-m",
+        "tests.sharded_gamma",
+        str(tmp_path_factory.mktemp("gloo") / "store"),
+    ]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=150, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -168,8 +168,6 @@ def _exchanged(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Every process's values [K] as [P, K] in rank order; [1, K] without a group."""
     if group is None:
         return values[None]
-    size = dist.get_world_size(group)
-    everyone = values.new_empty(size * values.numel())
-    dist.all_gather_into_tensor(everyone, values.contiguous(), group=group)
-    gathered: Tensor = everyone.reshape(size, -1)
-    return gathered
+    everyone = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, values.contiguous(), group=group)
+    return torch.stack(everyone)

@@ -18,7 +18,7 @@ from optsample_triton.dropin import (
 )
 from optsample_triton.functional import log_q, solve
 from optsample_triton.is_reshape import is_reshape_loss
-from optsample_triton.logprobs import token_logprobs
+from optsample_triton.logprobs import linear_token_logprobs, token_logprobs
 from optsample_triton.types import Diagnostics, Solution, Status
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "geometric_mean",
     "is_reshape_loss",
     "kl_divergence",
+    "linear_token_logprobs",
     "log_q",
     "optimal_sampling_distribution",
     "solve",

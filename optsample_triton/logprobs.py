@@ -72,6 +72,68 @@ def token_logprobs(
     return results[0] if logits_t is None else (results[0], results[1])
 
 
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    entropy: bool = False,
+    ignore_index: int = -100,
+    chunk_size: int = 1024,
+) -> Result:
+    """token_logprobs(hidden @ weight.T + bias, tokens) with logits for ``chunk_size`` rows at a time only.
+
+    The backward pass makes them again, chunk by chunk, which costs one more matrix product; the extra memory is
+    chunk_size * V elements in either direction, beside the gradients themselves.
+
+    Args:
+        hidden: [..., H], float32, bfloat16, float16 or float64.
+        weight: [V, H], the output embedding.
+        tokens: [...], integers.
+        bias: [V].
+        chunk_size: rows whose logits exist at once.
+
+    The other arguments, and the results, are those of ``token_logprobs``. Differentiable in hidden, weight and bias.
+    The logits are rounded to the dtype of ``hidden``, as an output layer rounds them.
+
+    >>> import torch
+    >>> hidden, weight = torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0], [1.0]]).log1p()
+    >>> [round(x, 4) for x in linear_token_logprobs(hidden, weight, torch.tensor([1, 0])).exp().tolist()]
+    [0.6667, 0.5]
+    """
+    check_rows(hidden, hidden, "hidden", "hidden")
+    for value, name, shape in (
+        (weight, "weight", [weight.shape[0] if isinstance(weight, Tensor) and weight.dim() else 0, hidden.shape[-1]]),
+        (bias, "bias", list(weight.shape[:1]) if isinstance(weight, Tensor) else []),
+    ):
+        if value is None and name == "bias":
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, but is {type(value).__name__}")
+        if list(value.shape) != shape or not value.numel():
+            wanted = "[V, H] with the H of hidden" if name == "weight" else "[V] with the V of weight"
+            raise ValueError(f"{name} must have shape {wanted}, but has shape {list(value.shape)}")
+        if value.dtype != hidden.dtype:
+            raise TypeError(f"{name} must have the dtype of hidden, {hidden.dtype}, but has {value.dtype}")
+        if value.device != hidden.device:
+            raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, but is on {value.device}")
+    check_tokens(tokens, hidden.shape[:-1], hidden.device, "hidden")
+    check_ignore_index(ignore_index)
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, but is {chunk_size}")
+    scale = inverse_temperature(temperature, hidden, "temperature")
+    log_probs, entropies, _ = torch.ops.optsample.linear_token_logprobs(
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, tokens.reshape(-1).long().contiguous(), scale,
+        int(ignore_index), bool(entropy), int(chunk_size),
+    )  # fmt: skip
+    if entropy:
+        return log_probs.reshape(tokens.shape), entropies.reshape(tokens.shape)
+    result: Tensor = log_probs.reshape(tokens.shape)
+    return result
+
+
 def check_tokens(tokens: Tensor, batch: torch.Size, device: torch.device, name: str) -> None:
     """Integers, one for each row of ``name``, on its device."""
     if not isinstance(tokens, Tensor):

@@ -67,9 +67,10 @@ class ISReshapeGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         advantages = inputs["advantages"]
         # Without a second pass over the batch TRL leaves these out: the policy is the one that sampled.
         log_mu = inputs.get("old_per_token_logps")
+        log_mu = log_pi.detach() if log_mu is None else log_mu
         losses, metrics = is_reshape_loss(
             log_pi,
-            log_pi if log_mu is None else log_mu,
+            log_mu,
             advantages[:, None] if advantages.dim() == 1 else advantages,
             mask=mask,
             reduction="none",
@@ -80,6 +81,8 @@ class ISReshapeGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             losses = losses * inputs["importance_sampling_ratio"]
         if self.beta != 0.0:
             divergence = kl_penalty(log_pi, inputs["ref_per_token_logps"])
+            if self.args.use_bias_correction_kl:
+                divergence = divergence * torch.exp(log_pi - log_mu)
             losses = losses + self.beta * divergence
             metrics["kl"] = (divergence.detach() * mask).sum() / mask.sum().clamp(min=1.0)
         metrics["entropy"] = (entropies.detach() * mask).sum() / mask.sum().clamp(min=1.0)

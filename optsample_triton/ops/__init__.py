@@ -4,5 +4,6 @@ Rows arrive here as [N, V] matrices whose last dimension is contiguous. On the T
 synchronise with the host, so that they can be compiled (fullgraph) and captured in a CUDA graph.
 """
 
+from optsample_triton.ops import linear_token_logprob as linear_token_logprob
 from optsample_triton.ops import solve as solve  # importing a module defines its ops
 from optsample_triton.ops import token_logprob as token_logprob

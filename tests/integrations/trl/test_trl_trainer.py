@@ -1,5 +1,9 @@
 """The trainer in the real TRL: training steps of a tiny random model on a CPU, against GRPOTrainer itself."""
 
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
+
 import pytest
 import torch
 from datasets import Dataset
@@ -39,11 +43,12 @@ def many_a(completions, **kwargs):
 
 def trained(folder, tmp_path, kind, own=None, **options):
     """Parameters after two optimiser steps, and the trainer. num_iterations = 2: the second has ratios beside 1."""
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     arguments = GRPOConfig(
-        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", save_strategy="no", max_steps=4,
-        per_device_train_batch_size=4, num_generations=4, num_iterations=2, max_completion_length=6, learning_rate=0.02,
-        logging_steps=1, disable_tqdm=True, seed=0, **options,
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", save_strategy="no", max_steps=2,
+        per_device_train_batch_size=4, num_generations=4, num_iterations=2, max_completion_length=6, optim="sgd",
+        learning_rate=1.0, logging_steps=1, disable_tqdm=True, seed=0, **options,
     )  # fmt: skip
     extra = {} if own is None else {"is_reshape": own}
     trainer = kind(
@@ -70,7 +75,7 @@ def start(folder):
 @pytest.mark.parametrize(
     "options",
     [{"loss_type": "grpo"}, {"loss_type": "bnpo"}, {"loss_type": "dr_grpo"}, {"loss_type": "dapo"},
-     {"loss_type": "grpo", "beta": 0.1}],
+     {"loss_type": "grpo", "beta": 0.1}, {"loss_type": "bnpo", "beta": 0.1, "use_bias_correction_kl": False}],
     ids=str,
 )  # fmt: skip
 def test_gamma_1_is_grpo_without_its_clip(options, folder, tmp_path):
@@ -79,7 +84,7 @@ def test_gamma_1_is_grpo_without_its_clip(options, folder, tmp_path):
     assert_same(ours, theirs)
     assert distance(ours, start(folder)) > 1e-2
     history = [entry for entry in trainer.state.log_history if "is_reshape/gamma" in entry]
-    assert len(history) == 4
+    assert len(history) == 2
     assert all(entry["is_reshape/gamma"] == 1.0 for entry in history)
     assert any(entry["is_reshape/sigma_sq"] > 0 for entry in history)
     assert ("kl" in history[-1]) == ("beta" in options)

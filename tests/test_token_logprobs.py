@@ -117,10 +117,12 @@ def test_large_vocabularies(vocab, device):
 
 def test_a_later_maximum_far_above_the_first(device):
     """The reference is the first tile's maximum: beyond it a sum overflows, and the row is read again."""
-    logits = torch.zeros(3, 20000, device=device)
+    logits = torch.zeros(4, 20000, device=device)
     logits[0, 19000], logits[1, 19000], logits[2] = 50.0, 3e4, -1e30
     logits[2, 17000] = 0.0
-    tokens = torch.tensor([0, 19000, 17000], device=device)
+    logits[3] -= 1000.0  # and a first half without anything
+    logits[3, :17000] = -torch.inf
+    tokens = torch.tensor([0, 19000, 17000, 18000], device=device)
     found, expected = (f(x, t, entropy=True) for f, x, t in (
         (ost.token_logprobs, logits, tokens), (truth.token_logprobs, logits.cpu(), tokens.cpu())))  # fmt: skip
     for actual, right, quantity in zip(found, expected, ("log_prob", "entropy"), strict=True):

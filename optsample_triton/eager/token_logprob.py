@@ -1,6 +1,6 @@
 """Log-probabilities of given tokens and their gradient in PyTorch, chunk by chunk; the equations are the kernels'.
 
-The work stays in cache and the extra memory is O(N); chunks are merged in float64.
+The work stays in cache and the extra memory is O(N).
 """
 
 from __future__ import annotations
@@ -25,28 +25,71 @@ def logprobs(
     entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """log-probabilities [M, N], entropies [M or 0, N] and log-partitions [M, N] (float64); M is 1 or 2."""
+    kept = tokens != ignore_index
     models = [(logits, inverse_temperature)]
     if other is not None:
         models.append((other, other_inverse_temperature))
-    n, device = tokens.shape[0], logits.device
+    results = [_model(rows, tokens, kept, scale, entropy=entropy) for rows, scale in models]
+    log_probs, partitions, entropies = (torch.stack(values) for values in zip(*results, strict=True))
     dtype = _working_dtype(logits)
-    log_probs = torch.zeros(len(models), n, dtype=dtype, device=device)  # ignored rows keep the 0
-    entropies = torch.zeros(len(models) if entropy else 0, n, dtype=dtype, device=device)
-    partitions = torch.zeros(len(models), n, dtype=torch.float64, device=device)
-    for model, (rows, scale) in enumerate(models):
-        for (matrix,), first in _matrices(rows):
-            for block in Rows(matrix, matrix).blocks():
-                where = slice(first + block.start, first + block.stop)
-                kept = tokens[where] != ignore_index
-                if not bool(kept.any()):
-                    continue
-                factor = None if scale is None else scale[where]
-                values = _block(matrix[block], tokens[where], factor, entropy=entropy)
-                log_probs[model, where] = torch.where(kept, values[0], 0.0).to(dtype)
-                partitions[model, where] = values[1]
-                if entropy:
-                    entropies[model, where] = torch.where(kept, values[2], 0.0).to(dtype)
-    return log_probs, entropies, partitions
+    return log_probs.to(dtype), entropies.to(dtype) if entropy else entropies[:0].to(dtype), partitions
+
+
+def _model(
+    logits: Tensor, tokens: Tensor, kept: Tensor, scale: Tensor | None, *, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One model's log-probabilities, log-partitions and entropies, [N] in float64; NaN for rows without a law."""
+    n, vocab, dtype = tokens.shape[0], logits.shape[-1], _working_dtype(logits)
+    inside = (tokens >= 0) & (tokens < vocab)
+    empty = logits.new_empty(0, vocab)
+    count = len(list(Rows(empty, empty).chunks()))
+    tops, rests, moments = (torch.zeros(n, count, dtype=dtype, device=logits.device) for _ in range(3))
+    own = torch.zeros(n, dtype=torch.float64, device=logits.device)
+    for (matrix,), first in _matrices(logits):
+        rows = Rows(matrix, matrix)
+        for block in rows.blocks():
+            where = slice(first + block.start, first + block.stop)
+            if not bool(kept[where].any()):
+                continue
+            token = tokens[where, None]
+            own[where] = matrix[block].gather(1, token.clamp(0, vocab - 1))[:, 0].double()
+            factor = None if scale is None else scale[where, None].to(dtype)
+            for index, chunk in enumerate(rows.chunks()):
+                part = _chunk_sums(matrix[block, chunk].to(dtype), token - chunk.start, factor, entropy=entropy)
+                tops[where, index], rests[where, index], moments[where, index] = part
+    factor = torch.ones_like(own) if scale is None else scale.double()
+    top, rest, moment = tops.double(), rests.double(), moments.double()
+    level = torch.where(torch.isfinite(top), top, -torch.inf).amax(-1).nan_to_num(neginf=0.0)
+    shift = torch.where(rest == 0.0, 0.0, (_finite_or_zero(top) - level[:, None]) * factor[:, None])
+    weight, height = shift.exp(), torch.where(inside, (own - level) * factor, -torch.inf)
+    mass = height.exp() + (weight * rest).sum(-1)
+    log_mass = torch.where(torch.isfinite(mass) & (mass > 0.0), mass.log(), torch.nan)
+    log_prob = torch.where(inside, height - log_mass, torch.nan)
+    first_moment = height.exp() * height.clamp(min=FLOOR) + (weight * (moment + shift * rest)).sum(-1)
+    values = log_prob, level * factor + log_mass, log_mass - first_moment / mass
+    log_prob, partition, entropies = (torch.where(kept, value, 0.0) for value in values)
+    return log_prob, partition, entropies
+
+
+def _finite_or_zero(x: Tensor) -> Tensor:
+    return x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _chunk_sums(
+    x: Tensor, tokens: Tensor, scale: Tensor | None, *, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor | float]:
+    """A chunk's maximum, its sum of exp(z) and of exp(z) z relative to it, [R]; the row's own token is left out.
+
+    Beside a confident row's token, which is added in float64, the others would lose their digits.
+    """
+    top = x.amax(-1)
+    z = x - _finite_or_zero(top)[:, None]  # a NaN or +inf shows in the sum
+    if scale is not None:
+        z.mul_(scale)
+    e = z.exp() if entropy else z.exp_()
+    at = tokens.clamp(0, x.shape[1] - 1)
+    e.scatter_(1, at, torch.where(at == tokens, 0.0, e.gather(1, at)))
+    return top, e.sum(-1), z.clamp_(min=FLOOR).mul_(e).sum(-1) if entropy else 0.0
 
 
 def logprobs_backward(
@@ -115,42 +158,6 @@ def _matrices(*tensors: Tensor) -> Iterator[tuple[list[Tensor], int]]:
     else:
         for index in range(outer):
             yield [rows[index] for rows in tensors], index * inner
-
-
-def _block(matrix: Tensor, tokens: Tensor, scale: Tensor | None, *, entropy: bool) -> list[Tensor]:
-    """A block's log-probabilities, log-partitions and entropies, [R] in float64; NaN for rows without a law."""
-    rows = Rows(matrix, matrix)
-    dtype, vocab = rows.working_dtype, matrix.shape[1]
-    factor = torch.ones_like(tokens, dtype=dtype) if scale is None else scale.to(dtype)
-    tops, masses, moments = [], [], []
-    for chunk in rows.chunks():
-        x = matrix[:, chunk].to(dtype)
-        top = x.amax(-1)
-        tops.append(top)
-        z = x - top.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)[:, None]
-        if scale is not None:
-            z.mul_(factor[:, None])
-        if entropy:
-            e = z.exp()
-            moments.append(z.clamp_(min=FLOOR).mul_(e).sum(-1))
-        else:
-            e = z.exp_()
-        masses.append(e.sum(-1, dtype=torch.float64))  # beside a confident row's 1 the rest keeps its digits
-    factor = factor.double()
-    top, part = torch.stack(tops).double(), torch.stack(masses)  # [chunks, R]
-    level = top.amax(0).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-    shift = torch.where(part == 0.0, 0.0, (top.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) - level) * factor)
-    weight = shift.exp()
-    mass = (part * weight).sum(0)
-    log_mass = torch.where(torch.isfinite(mass) & (mass > 0.0), mass.log(), torch.nan)
-    inside = (tokens >= 0) & (tokens < vocab)
-    logit = matrix.gather(1, tokens.clamp(0, vocab - 1)[:, None])[:, 0].double()
-    log_prob = torch.where(inside, (logit - level) * factor - log_mass, torch.nan)
-    values = [log_prob, level * factor + log_mass]
-    if entropy:
-        moment = (weight * (torch.stack(moments).double() + shift * part)).sum(0)
-        values.append(log_mass - moment / mass)
-    return values
 
 
 def _chunk_gradient(x: Tensor, tokens: Tensor, columns: dict[str, Tensor]) -> Tensor:

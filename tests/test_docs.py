@@ -47,7 +47,7 @@ def test_readme_examples_run():
     """The blocks share one namespace and run in order, as a reader would type them."""
     fences = FENCE.findall(TWINS[0].read_text(encoding="utf-8"))
     blocks = [code for language, code in fences if language == "python"]
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     torch.manual_seed(0)
     namespace: dict[str, object] = {}
     for number, code in enumerate(blocks):

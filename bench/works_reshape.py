@@ -52,6 +52,8 @@ def rivals() -> dict[str, LogProbs]:
         liger = importlib.import_module("liger_kernel.ops.cross_entropy").LigerCrossEntropyFunction
     except ImportError:
         return found
+    if not torch.cuda.is_available():  # it has no path of its own there
+        return found
     arguments = (None, -100, 0.0, 0.0, "none")  # weight, ignored token, z-loss, smoothing, reduction
     found["Liger cross-entropy"] = lambda logits, tokens: -liger.apply(logits, tokens, *arguments)[0]
     return found

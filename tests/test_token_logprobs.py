@@ -302,6 +302,8 @@ def test_offsets_beyond_2_to_the_31(device):
     far.copy_(logits)
     tokens = tokens_of(logits)
     assert bits(ost.token_logprobs(far, tokens)) == bits(ost.token_logprobs(logits, tokens))
+    # the rows of one sequence each: the outer stride, not the inner one, is the long one
+    assert bits(ost.token_logprobs(far[:, None], tokens[:, None])) == bits(ost.token_logprobs(logits, tokens))
     slope = gradient(lambda x: ost.token_logprobs(x, tokens).sum(), logits)
     far.requires_grad_()
     ost.token_logprobs(far * 1.0, tokens, inplace_backward=True).sum().backward()

@@ -17,7 +17,8 @@ bench: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-# Each folder of tests/integrations names its packages in requirements.txt and gets an environment of its own.
+# Each folder of tests/integrations names its packages in requirements.txt and gets an environment of its own; packages
+# of no-deps.txt, where there is one, come without the packages that they in turn ask for.
 test-integrations: $(STAMP)
 	@set -eu; found=; \
 	for requirements in tests/integrations/*/requirements.txt; do \
@@ -27,6 +28,9 @@ test-integrations: $(STAMP)
 	  if ! [ "$$venv/.installed" -nt "$$requirements" ] || ! [ "$$venv/.installed" -nt $(STAMP) ]; then \
 	    $(PYTHON) -m venv "$$venv"; \
 	    "$$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools; \
+	    if [ -e "$$folder/no-deps.txt" ]; then \
+	      "$$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps -r "$$folder/no-deps.txt"; \
+	    fi; \
 	    "$$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$$requirements"; \
 	    "$$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[test]'; \
 	    touch "$$venv/.installed"; \

@@ -1,8 +1,8 @@
 """Sample from, and learn from, the optimal distribution between two language models.
 
 q* is the geometric mean of two models, pi_theta^alpha pi_t^(1-alpha) / Z, with alpha where both KL divergences are
-equal. ``solve``, ``log_q``, ``sample`` and ``verify`` work on logits; the other functions are drop-ins for the
-documents' own.
+equal. ``solve``, ``log_q``, ``sample``, ``verify`` and ``token_logprobs`` work on logits, ``is_reshape_loss`` on
+log-probabilities (more in ``is_reshape``); the other functions are drop-ins for the documents' own.
 """
 
 from optsample_triton._version import __version__
@@ -17,6 +17,8 @@ from optsample_triton.dropin import (
     solve_kl_symmetry_batch,
 )
 from optsample_triton.functional import log_q, solve
+from optsample_triton.is_reshape import is_reshape_loss
+from optsample_triton.logprobs import linear_token_logprobs, token_logprobs
 from optsample_triton.sampling import sample, verify
 from optsample_triton.types import Diagnostics, Sample, Solution, Status, Verified
 
@@ -31,12 +33,15 @@ __all__ = [
     "effective_sample_size",
     "entropy",
     "geometric_mean",
+    "is_reshape_loss",
     "kl_divergence",
+    "linear_token_logprobs",
     "log_q",
     "optimal_sampling_distribution",
     "sample",
     "solve",
     "solve_kl_symmetry",
     "solve_kl_symmetry_batch",
+    "token_logprobs",
     "verify",
 ]

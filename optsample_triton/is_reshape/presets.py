@@ -1,0 +1,155 @@
+"""Published methods as per-token losses of one signature, each with its coefficient c: the gradient is -c grad log pi.
+
+    losses = PRESETS["sapo"].loss(log_pi, log_mu, advantage)                    # [...], no reduction
+    c = PRESETS["sapo"].coefficient(log_pi - log_mu, advantage)                 # A g(r)
+
+The functions below carry the methods' own parameters; PRESETS binds their published defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from optsample_triton.is_reshape.kernels import gradient_weight, reshaped_ratio
+from optsample_triton.is_reshape.ratios import LOG_RATIO_BOUND, as_like, exponent_bound
+
+
+class Preset(NamedTuple):
+    """``loss(log_pi, log_mu, advantage, **own)`` and ``coefficient(log_r, advantage, **own)``, elementwise."""
+
+    loss: Callable[..., Tensor]
+    coefficient: Callable[..., Tensor]
+
+
+def _log_r(log_pi: Tensor, log_mu: Tensor) -> Tensor:
+    return (log_pi - log_mu.detach()).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+
+
+def _ratio(log_r: Tensor) -> Tensor:
+    return log_r.clamp(max=exponent_bound(log_r.dtype)).exp()
+
+
+def sft(log_pi: Tensor, log_mu: Tensor, advantage: Tensor) -> Tensor:
+    """Likelihood, whatever the advantage: gamma = 0, r = 1."""
+    return -log_pi
+
+
+def sft_coefficient(log_r: Tensor, advantage: Tensor) -> Tensor:
+    return torch.ones_like(log_r)
+
+
+def weighted_sft(log_pi: Tensor, log_mu: Tensor, advantage: Tensor) -> Tensor:
+    """Likelihood weighted by the reward, and on-policy REINFORCE: gamma = 0."""
+    return -advantage * log_pi
+
+
+def weighted_sft_coefficient(log_r: Tensor, advantage: Tensor) -> Tensor:
+    return advantage.expand_as(log_r)
+
+
+def importance_sampling(log_pi: Tensor, log_mu: Tensor, advantage: Tensor) -> Tensor:
+    """Off-policy REINFORCE, -r A: gamma = 1 of the power family, up to the constant A."""
+    return -advantage * _ratio(_log_r(log_pi, log_mu))
+
+
+def importance_sampling_coefficient(log_r: Tensor, advantage: Tensor) -> Tensor:
+    return advantage * gradient_weight(log_r, 1.0)
+
+
+def ppo_clip(
+    log_pi: Tensor, log_mu: Tensor, advantage: Tensor, epsilon_low: float = 0.2, epsilon_high: float = 0.2
+) -> Tensor:
+    """-min(r A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A)."""
+    r = _ratio(_log_r(log_pi, log_mu))
+    return -torch.minimum(r * advantage, r.clamp(1 - epsilon_low, 1 + epsilon_high) * advantage)
+
+
+def ppo_clip_coefficient(
+    log_r: Tensor, advantage: Tensor, epsilon_low: float = 0.2, epsilon_high: float = 0.2
+) -> Tensor:
+    """r A, but 0 for A > 0 beyond 1 + epsilon_high and for A < 0 below 1 - epsilon_low."""
+    r = _ratio(log_r)
+    clipped = ((advantage > 0) & (r > 1 + epsilon_high)) | ((advantage < 0) & (r < 1 - epsilon_low))
+    return torch.where(clipped, 0.0, advantage * gradient_weight(log_r, 1.0))
+
+
+def symmetric_indicator(log_pi: Tensor, log_mu: Tensor, advantage: Tensor, epsilon: float = 0.2) -> Tensor:
+    """-A clip(r), masked on both sides whatever the sign of A: the indicator kernel at gamma = 1, not PPO's clip."""
+    return -advantage * (1 + reshaped_ratio(_log_r(log_pi, log_mu), 1.0, "indicator", epsilon))
+
+
+def symmetric_indicator_coefficient(log_r: Tensor, advantage: Tensor, epsilon: float = 0.2) -> Tensor:
+    return advantage * gradient_weight(log_r, 1.0, "indicator", epsilon)
+
+
+def sapo(
+    log_pi: Tensor, log_mu: Tensor, advantage: Tensor, tau_positive: float = 1.0, tau_negative: float = 1.05
+) -> Tensor:
+    """-A (4/tau) sigmoid(tau (r - 1)), with a temperature for each sign of A: sech2 of width 2/tau at gamma = 1."""
+    tau = torch.where(advantage > 0, as_like(tau_positive, log_pi), as_like(tau_negative, log_pi))
+    return -advantage * 4 / tau * torch.sigmoid(tau * (_ratio(_log_r(log_pi, log_mu)) - 1))
+
+
+def sapo_coefficient(log_r: Tensor, advantage: Tensor, tau_positive: float = 1.0, tau_negative: float = 1.05) -> Tensor:
+    tau = torch.where(advantage > 0, as_like(tau_positive, log_r), as_like(tau_negative, log_r))
+    return advantage * gradient_weight(log_r, 1.0, "sech2", 2 / tau)
+
+
+def cispo(log_pi: Tensor, log_mu: Tensor, advantage: Tensor, epsilon_high: float = 5.0) -> Tensor:
+    """-A min(r, epsilon_high) log pi with the truncated ratio as a constant: every token keeps a gradient."""
+    return -advantage * _ratio(_log_r(log_pi, log_mu)).clamp(max=epsilon_high).detach() * log_pi
+
+
+def cispo_coefficient(log_r: Tensor, advantage: Tensor, epsilon_high: float = 5.0) -> Tensor:
+    return advantage * _ratio(log_r).clamp(max=epsilon_high)
+
+
+PRESETS: dict[str, Preset] = {
+    "sft": Preset(sft, sft_coefficient),
+    "weighted_sft": Preset(weighted_sft, weighted_sft_coefficient),
+    "reinforce": Preset(weighted_sft, weighted_sft_coefficient),
+    "importance_sampling": Preset(importance_sampling, importance_sampling_coefficient),
+    "ppo_clip": Preset(ppo_clip, ppo_clip_coefficient),
+    "symmetric_indicator": Preset(symmetric_indicator, symmetric_indicator_coefficient),
+    "sapo": Preset(sapo, sapo_coefficient),
+    "cispo": Preset(cispo, cispo_coefficient),
+    "grpo": Preset(ppo_clip, ppo_clip_coefficient),  # with group_advantage and, where wanted, kl_penalty
+}
+
+
+def group_advantage(reward: Tensor, *, scale: bool = True, eps: float = 1e-4) -> Tensor:
+    """GRPO's advantages of groups [..., G] that answer one prompt: (r - mean)/(std + eps), std with G - 1.
+
+    ``scale=False`` leaves the division out.
+
+    >>> import torch
+    >>> [round(x, 3) for x in group_advantage(torch.tensor([1.0, 0.0, 0.0, 1.0])).tolist()]
+    [0.866, -0.866, -0.866, 0.866]
+    """
+    centred = reward - reward.mean(-1, keepdim=True)
+    if not scale:
+        return centred
+    if reward.shape[-1] < 2:
+        return torch.zeros_like(centred)
+    return centred / (reward.std(-1, keepdim=True) + eps)
+
+
+def kl_penalty(log_pi: Tensor, log_ref: Tensor) -> Tensor:
+    """The estimator of KL(pi||ref) that GRPO adds: exp(d) - d - 1 with d = log ref - log pi; never negative."""
+    d = -_log_r(log_pi, log_ref)
+    return torch.expm1(d.clamp(max=exponent_bound(d.dtype))) - d
+
+
+def sequence_mean(losses: Tensor, mask: Tensor) -> Tensor:
+    """GRPO's reduction of [..., T]: the mean over each sequence's tokens, then over the sequences."""
+    keep = (mask != 0).to(losses)
+    return ((torch.where(mask != 0, losses, 0.0)).sum(-1) / keep.sum(-1).clamp(min=1.0)).mean()
+
+
+def log_ratio_reward(log_t: Tensor, log_ref: Tensor) -> Tensor:
+    """The reward log(pi_t / pi_ref) of a token or a response, a constant. It has any sign: for losses, not as r > 0."""
+    return (log_t - log_ref).detach()

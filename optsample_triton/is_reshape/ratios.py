@@ -1,0 +1,71 @@
+"""Importance ratios as all of the package reads them: log r = log pi - log mu, masked, bounded, in a dtype that sums.
+
+What is held where, so that no finite input gives a NaN or an infinity:
+
+* log r lies within +-1e6 (a token of probability 0 under one of the models has log r = -+infinity);
+* an exponent, gamma log r or log r itself, is at most 60 (float64: 600). Beyond that a sample counts as a constant:
+  its value is that of the bound and its gradient 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LOG_RATIO_BOUND = 1e6
+
+
+def as_like(value: float | Tensor, like: Tensor) -> Tensor:
+    """A number or a tensor in the dtype and on the device of ``like``; a number without a copy from the host."""
+    return value.to(like) if isinstance(value, Tensor) else like.new_full((), float(value))
+
+
+def exponent_bound(dtype: torch.dtype) -> float:
+    return 600.0 if dtype == torch.float64 else 60.0
+
+
+def check_floats(value: Any, name: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, but is {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be of a floating-point dtype, but is {value.dtype}")
+
+
+def check_like(value: Tensor, like: Tensor, name: str, name_like: str) -> None:
+    """The shape and the device of ``like``."""
+    if value.shape != like.shape:
+        shapes = f"{list(like.shape)}, but has {list(value.shape)}"
+        raise ValueError(f"{name} must have the shape of {name_like}, {shapes}")
+    if value.device != like.device:
+        raise ValueError(f"{name} must be on the device of {name_like}, {like.device}, but is on {value.device}")
+
+
+def check_fraction(value: Any, name: str) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0.0 < value < 1.0:
+        raise ValueError(f"{name} must be a number between 0 and 1, but is {value!r}")
+
+
+def check_width(width: float | Tensor, name: str = "width") -> None:
+    if not isinstance(width, Tensor) and not (isinstance(width, (int, float)) and 0.0 < width < float("inf")):
+        raise ValueError(f"{name} must be positive and finite, but is {width!r}")
+
+
+def kept(mask: Tensor | None, like: Tensor, name_like: str) -> Tensor:
+    """The mask as booleans of the shape of ``like``; everything without one."""
+    if mask is None:
+        return torch.ones_like(like, dtype=torch.bool)
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a torch.Tensor, but is {type(mask).__name__}")
+    check_like(mask, like, "mask", name_like)
+    return mask != 0
+
+
+def log_ratio(log_pi: Tensor, log_mu: Tensor, keep: Tensor) -> Tensor:
+    """log pi - log mu in float32 or float64, differentiable in log_pi alone; 0 where it is masked."""
+    dtype = torch.promote_types(log_pi.dtype, torch.float32)
+    # A masked NaN must not reach the subtraction: its gradient would be NaN as well.
+    ours = torch.where(keep, log_pi.to(dtype), 0.0)
+    theirs = torch.where(keep, log_mu.detach().to(dtype), 0.0)
+    return (ours - theirs).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)

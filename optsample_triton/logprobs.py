@@ -1,0 +1,173 @@
+"""Log-probabilities of given tokens, from logits or hidden states: validation, documentation, one call each."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+import optsample_triton.ops  # noqa: F401 (defines torch.ops.optsample)
+from optsample_triton.arguments import check_rows, inverse_temperature
+
+Result = Tensor | tuple[Tensor, Tensor]
+
+
+def token_logprobs(
+    logits: Tensor,
+    tokens: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    entropy: bool = False,
+    inplace_backward: bool = False,
+    ignore_index: int = -100,
+    logits_t: Tensor | None = None,
+    temperature_t: float | Tensor = 1.0,
+) -> Result | tuple[Result, Result]:
+    """log softmax(logits / temperature)[token] for every row, without a tensor of the logits' size.
+
+    One read of the logits forward; backward one read and one write, of the gradient. Beside the logits a call holds
+    O(N) memory, its backward the gradient, and with ``inplace_backward`` not even that.
+
+    Args:
+        logits: [..., V], float32, bfloat16, float16 or float64; rows may be strided, as in ``logits[:, :-1]``.
+        tokens: [...], integers.
+        temperature: positive float or [...]; a constant of the gradient.
+        entropy: also return the rows' entropies, in nats and differentiable.
+        inplace_backward: write the gradient over the logits, which nobody may use after that; an operation that saved
+            them for its own backward (a tanh cap) raises. Not for leaf tensors.
+        ignore_index: rows with this token are not read; log-probability, entropy and gradient are 0. Append it to
+            shifted labels instead of slicing the logits: the gradient of a slice is a copy.
+        logits_t, temperature_t: a second model's logits of the same shape, for both models' results from one launch.
+
+    Returns:
+        log-probabilities [...] in float32 (float64 for float64 logits); with ``entropy`` the pair (log-probabilities,
+        entropies); with ``logits_t`` the pair of what each model alone would give.
+
+        A token whose logit is -inf has log-probability -inf. A row with NaN, +inf or nothing finite, and a token
+        outside the vocabulary, give NaN and no gradient. Neither disturbs other rows.
+
+    >>> import torch
+    >>> logits = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]]).log()
+    >>> token_logprobs(logits, torch.tensor([0, 2])).exp().tolist()
+    [0.5, 0.699999988079071]
+    """
+    check_rows(logits, logits if logits_t is None else logits_t, "logits", "logits_t")
+    check_tokens(tokens, logits.shape[:-1], logits.device, "logits")
+    check_ignore_index(ignore_index)
+    scale = inverse_temperature(temperature, logits, "temperature")
+    scale_t = inverse_temperature(temperature_t, logits, "temperature_t")
+    if inplace_backward and torch.is_grad_enabled():
+        for rows, name in ((logits, "logits"), (logits_t, "logits_t")):
+            if rows is not None and rows.requires_grad:
+                _check_overwritable(rows, name)
+    log_probs, entropies, _ = torch.ops.optsample.token_logprobs(
+        _as_rows(logits), None if logits_t is None else _as_rows(logits_t), tokens.reshape(-1).long().contiguous(),
+        scale, scale_t, int(ignore_index), bool(entropy), bool(inplace_backward),
+    )  # fmt: skip
+    results: list[Result] = []
+    for model in range(1 if logits_t is None else 2):
+        values = [x[model].reshape(tokens.shape) for x in (log_probs, *((entropies,) if entropy else ()))]
+        results.append((values[0], values[1]) if entropy else values[0])
+    return results[0] if logits_t is None else (results[0], results[1])
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    entropy: bool = False,
+    ignore_index: int = -100,
+    chunk_size: int = 1024,
+) -> Result:
+    """token_logprobs(hidden @ weight.T + bias, tokens) with logits for ``chunk_size`` rows at a time only.
+
+    The backward pass makes them again, chunk by chunk, which costs one more matrix product; the extra memory is
+    chunk_size * V elements in either direction, beside the gradients themselves.
+
+    Args:
+        hidden: [..., H], float32, bfloat16, float16 or float64.
+        weight: [V, H], the output embedding.
+        tokens: [...], integers.
+        bias: [V].
+        chunk_size: rows whose logits exist at once.
+
+    The other arguments, and the results, are those of ``token_logprobs``. Differentiable in hidden, weight and bias.
+    The logits are rounded to the dtype of ``hidden``, as an output layer rounds them.
+
+    >>> import torch
+    >>> hidden, weight = torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0], [1.0]]).log1p()
+    >>> [round(x, 4) for x in linear_token_logprobs(hidden, weight, torch.tensor([1, 0])).exp().tolist()]
+    [0.6667, 0.5]
+    """
+    check_rows(hidden, hidden, "hidden", "hidden")
+    for value, name, shape in (
+        (weight, "weight", [weight.shape[0] if isinstance(weight, Tensor) and weight.dim() else 0, hidden.shape[-1]]),
+        (bias, "bias", list(weight.shape[:1]) if isinstance(weight, Tensor) else []),
+    ):
+        if value is None and name == "bias":
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, but is {type(value).__name__}")
+        if list(value.shape) != shape or not value.numel():
+            wanted = "[V, H] with the H of hidden" if name == "weight" else "[V] with the V of weight"
+            raise ValueError(f"{name} must have shape {wanted}, but has shape {list(value.shape)}")
+        if value.dtype != hidden.dtype:
+            raise TypeError(f"{name} must have the dtype of hidden, {hidden.dtype}, but has {value.dtype}")
+        if value.device != hidden.device:
+            raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, but is on {value.device}")
+    check_tokens(tokens, hidden.shape[:-1], hidden.device, "hidden")
+    check_ignore_index(ignore_index)
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, but is {chunk_size}")
+    scale = inverse_temperature(temperature, hidden, "temperature")
+    log_probs, entropies, _ = torch.ops.optsample.linear_token_logprobs(
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, tokens.reshape(-1).long().contiguous(), scale,
+        int(ignore_index), bool(entropy), int(chunk_size),
+    )  # fmt: skip
+    if entropy:
+        return log_probs.reshape(tokens.shape), entropies.reshape(tokens.shape)
+    result: Tensor = log_probs.reshape(tokens.shape)
+    return result
+
+
+def check_tokens(tokens: Tensor, batch: torch.Size, device: torch.device, name: str) -> None:
+    """Integers, one for each row of ``name``, on its device."""
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"tokens must be a torch.Tensor, but is {type(tokens).__name__}")
+    if tokens.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise TypeError(f"tokens must be integers, but is {tokens.dtype}")
+    if tokens.shape != batch:
+        raise ValueError(f"tokens must have shape {list(batch)}, one per row of {name}, but has {list(tokens.shape)}")
+    if tokens.device != device:
+        raise ValueError(f"tokens must be on the device of {name}, {device}, but is on {tokens.device}")
+
+
+def check_ignore_index(ignore_index: int) -> None:
+    if not isinstance(ignore_index, int) or not -(2**31) <= ignore_index < 2**31:
+        raise ValueError(f"ignore_index must be an integer of 32 bits, but is {ignore_index!r}")
+
+
+def _as_rows(logits: Tensor) -> Tensor:
+    """[..., V] as [outer, inner, V] with a contiguous last dimension; a copy only where no view can give that."""
+    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
+        logits = logits.contiguous()
+    if logits.dim() == 3:
+        return logits
+    if logits.dim() < 3:
+        return logits.reshape(1, -1, logits.shape[-1])
+    return logits.reshape(math.prod(logits.shape[:-2]), *logits.shape[-2:])
+
+
+def _check_overwritable(logits: Tensor, name: str) -> None:
+    if logits.is_leaf:
+        raise ValueError(f"inplace_backward would overwrite {name}, which is a leaf tensor: pass a model's output")
+    vocab = logits.shape[-1]
+    apart = all(
+        stride >= vocab for size, stride in zip(logits.shape[:-1], logits.stride()[:-1], strict=True) if size > 1
+    )
+    if logits.numel() and not apart:
+        raise ValueError(f"inplace_backward needs distinct rows of {name}, but its strides are {list(logits.stride())}")

@@ -90,7 +90,8 @@ def generate(
         tokenizer, target_tokenizer: compared where both are given; the first also serves ``stop_strings``. Neither goes
             through ``model.generate(custom_generate=...)``, which keeps them.
         kwargs: those of ``model.generate``. Processors in ``logits_processor`` act on pi_theta before the mixture, and
-            from the first ``...LogitsWarper`` on, on q*. It always draws, whatever ``do_sample`` says.
+            from the first ``...LogitsWarper`` on, on q*. It always draws; ``do_sample=True`` in
+            ``model.generate`` is what transformers asks for num_return_sequences, and is of no other use.
     """
     called_by_transformers = hasattr(generation_config, "_eos_token_tensor")
     if len(inputs) > 2 or (len(inputs) == 2 and target_model is not None):
@@ -120,6 +121,7 @@ def generate(
         (input_ids,) = inputs
         return _decode(model, input_ids, settings, generation_config=generation_config, **kwargs)
     kwargs.setdefault("return_dict_in_generate", True)
+    kwargs.setdefault("do_sample", True)  # transformers would not return several sequences otherwise
     if "stop_strings" in kwargs and tokenizer is not None:
         # transformers would make this criterion, but keeps no tokeniser for a custom_generate.
         criterion = StopStringCriteria(tokenizer, kwargs.pop("stop_strings"))

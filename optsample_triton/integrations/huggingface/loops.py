@@ -83,22 +83,24 @@ def speculate(pair: Pair, rows: Rows, target_ids: Tensor, _: list[Any]) -> None:
     drafter, reader = (pair.theta, pair.t) if settings.draft == "theta" else (pair.t, pair.theta)
     last, target_last = rows.ids[:, -1:], target_ids[:, -1:]
     for model, ids in ((pair.theta, rows.ids), (pair.t, target_ids)):
+        model.last = ids.shape[1] - int(model.padding.min()) + rows.limit - rows.start - 1
         if ids.shape[1] > 1:
             model.read(ids[:, :-1])
     while bool(rows.running.any()):
-        left = rows.limit - rows.start - int(rows.lengths[rows.running].max())
-        count = min(settings.num_draft_tokens, left - 1)
+        # Each row has as many drafts as it would have alone, so that its tokens do not depend on the others.
+        lengths = (rows.limit - rows.start - 1 - rows.lengths).clamp(0, settings.num_draft_tokens)
+        count = int(lengths[rows.running].max())
         drafts, own = _drafts(drafter, last if drafter is pair.theta else target_last, count, rows, settings)
         others = reader.read(torch.cat([target_last if drafter is pair.theta else last, drafts], 1), count + 1)
         theta, t = (own, others) if drafter is pair.theta else (others, own)
         theta, t = aligned(theta, t, settings.vocab_size, rows.ids.device)
         checked = verify(
-            drafts, theta, t, draft=settings.draft, seed=rows.seed, offset=rows.offset, **settings.law,
-            **settings.filters,
+            drafts, theta, t, draft=settings.draft, draft_lengths=lengths.clamp(max=count), seed=rows.seed,
+            offset=rows.offset, **settings.law, **settings.filters,
         )  # fmt: skip
         accepted = checked.num_accepted * rows.running
         rows.accepted += accepted
-        rows.tested += (accepted + 1).clamp(max=count) * rows.running
+        rows.tested += torch.minimum(accepted + 1, lengths) * rows.running
         records = {name: getattr(checked, name) for name in _RECORDS}
         if settings.diagnostics:
             records |= _figures(theta, t, settings)

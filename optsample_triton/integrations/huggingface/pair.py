@@ -34,6 +34,8 @@ class CachedModel:
         self.padding = padding.to(self.device)
         self.padded = bool((padding > 0).any())
         self.width = 0
+        # No token that counts stands behind it, but a draft that will not count may, where a model has no positions.
+        self.last: int | None = None
         accepted = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in accepted
         self._keep = "logits_to_keep" if "logits_to_keep" in accepted else None
@@ -46,7 +48,8 @@ class CachedModel:
         if self.padded:
             inputs["attention_mask"] = (slots >= self.padding[:, None]).long()
         if self._takes_positions:
-            inputs["position_ids"] = (slots[self.width :] - self.padding[:, None]).clamp(min=0)
+            positions = (slots[self.width :] - self.padding[:, None]).clamp(min=0)
+            inputs["position_ids"] = positions if self.last is None else positions.clamp(max=self.last)
         if self._keep:
             inputs[self._keep] = keep
         outputs = self.model(**inputs, past_key_values=self.cache, use_cache=True, return_dict=True)

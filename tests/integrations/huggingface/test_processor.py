@@ -98,6 +98,19 @@ def test_a_target_with_its_own_prompt(pairs, beams):
     assert torch.equal(*made)
 
 
+def test_beams_of_one_prompt_with_two_hints(pairs):
+    """Rows that say the same belong to different prompts of the target, and must not change places."""
+    model, target = pairs["llama, gpt2"]
+    ids, mask = (x[:1].expand(4, -1).contiguous() for x in prompts((5, 5)))
+    hints, hint_mask = prompts((6, 5, 7, 4), seed=5)
+    ours = OptimalSamplingLogitsProcessor(target, target_input_ids=hints, target_attention_mask=hint_mask)
+    kwargs = {"attention_mask": mask, "max_new_tokens": 10, "num_beams": 4, "do_sample": False}
+    expected, found = (
+        model.generate(ids, logits_processor=[x], **kwargs) for x in (Naive(target, mask, hints, hint_mask), ours)
+    )
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_assisted_generation_takes_tokens_back(pairs, name):
     """transformers' own speculation calls the processor on drafts, and then on other tokens in their place."""

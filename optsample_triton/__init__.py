@@ -5,6 +5,7 @@ equal. ``solve``, ``log_q``, ``sample`` and ``verify`` work on logits; the other
 documents' own.
 """
 
+from optsample_triton import integrations
 from optsample_triton._version import __version__
 from optsample_triton.dropin import (
     OptimalSamplingDistribution,
@@ -31,6 +32,7 @@ __all__ = [
     "effective_sample_size",
     "entropy",
     "geometric_mean",
+    "integrations",
     "kl_divergence",
     "log_q",
     "optimal_sampling_distribution",

@@ -16,6 +16,7 @@ from optsample_triton.integrations.huggingface.pair import (
     check_tokenizers,
     expand,
     left_padding,
+    padding_token,
     vocabulary,
 )
 from optsample_triton.integrations.huggingface.rows import Rows, Settings
@@ -73,7 +74,7 @@ def generate(
             itself, with a prompt of its own.
         inputs: ``target_model, input_ids`` or ``input_ids``, [B, S], padded at the left.
         target_input_ids, target_attention_mask: [B, S_t], the target's own prompts (a hint, a system prompt), padded at
-            the left; those of the model by default.
+            the left; those of the model by default. Without a mask leading padding tokens are taken for padding.
         seed: an int, a generator, a tensor [B] or [B * num_return_sequences], by default a number of torch's generator.
             With a tensor a row's tokens depend on its own seed and prompt, whatever the batch and its padding: token n
             takes the offset n, counted from the beginning of the prompt, and return sequence j adds j * 2^32.
@@ -159,12 +160,13 @@ def _decode(
     if target_ids is None:
         if target_mask is not None:
             raise ValueError("target_attention_mask goes with target_input_ids, which was not given")
-        target_ids, target_mask = input_ids, mask
+        target_ids, target_mask, pad_token = input_ids, mask, None  # transformers has looked for a mask
     else:
-        target_ids = expand(target_ids, rows, "target_input_ids")
+        pad_token = padding_token(settings.target_model)
+        target_ids = expand(target_ids, rows, "target_input_ids").to(model.device)
         target_mask = None if target_mask is None else expand(target_mask, rows, "target_attention_mask")
     padding = left_padding(input_ids, mask, "attention_mask")
-    target_padding = left_padding(target_ids, target_mask, "target_attention_mask")
+    target_padding = left_padding(target_ids, target_mask, "target_attention_mask", pad_token)
     speculative = settings.num_draft_tokens > 0
     if speculative and processors:
         raise ValueError(f"speculative generation takes no processors, but there is {type(processors[0]).__name__}")
@@ -174,7 +176,7 @@ def _decode(
         settings,
     )
     state = Rows(input_ids, padding, settings, stopping_criteria, generation_config)
-    (speculate if speculative else step_by_step)(pair, state, target_ids.to(model.device), processors)
+    (speculate if speculative else step_by_step)(pair, state, target_ids, processors)
     out = state.output()
     return out if generation_config.return_dict_in_generate else out.sequences
 

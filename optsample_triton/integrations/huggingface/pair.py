@@ -94,16 +94,27 @@ def can_rewind(model: Any) -> bool:
     return all(kind in ATTENTION for kind in kinds)
 
 
-def left_padding(ids: Tensor, mask: Tensor | None, name: str) -> Tensor:
-    """How many slots [B] of ids [B, S] are padding, which must stand at the left."""
+def left_padding(ids: Tensor, mask: Tensor | None, name: str, pad_token_id: int | None = None) -> Tensor:
+    """How many slots [B] of ids [B, S] are padding, which must stand at the left; without a mask, the pad tokens."""
     if mask is None:
-        return torch.zeros(ids.shape[0], dtype=torch.int64, device=ids.device)
+        return (ids == (-1 if pad_token_id is None else pad_token_id)).long().cumprod(-1).sum(-1)
     if mask.shape != ids.shape:
         raise ValueError(f"{name} must have the shape of its ids, {list(ids.shape)}, but has {list(mask.shape)}")
-    padding = (mask == 0).sum(-1)
-    if bool(((torch.arange(ids.shape[1], device=mask.device) >= padding[:, None]) != (mask != 0)).any()):
+    mask = mask.to(ids.device) != 0
+    padding = (~mask).sum(-1)
+    if bool(((torch.arange(ids.shape[1], device=ids.device) >= padding[:, None]) != mask).any()):
         raise ValueError(f"{name} must have its zeros at the left, but other places are masked too: pad at the left")
     return padding
+
+
+def padding_token(model: Any) -> int | None:
+    """The model's padding token, if it can be nothing else."""
+    config = getattr(model, "generation_config", None) or model.config
+    others: set[Any] = set()
+    for value in (getattr(config, name, None) for name in ("eos_token_id", "bos_token_id")):
+        others |= set(value) if isinstance(value, (list, tuple)) else {value}
+    token: int | None = getattr(config, "pad_token_id", None)
+    return None if token in others else token
 
 
 def expand(value: Tensor, rows: int, name: str) -> Tensor:

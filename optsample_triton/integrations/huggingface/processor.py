@@ -9,7 +9,14 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from optsample_triton.functional import log_q
-from optsample_triton.integrations.huggingface.pair import CachedModel, can_rewind, expand, left_padding, shared_entries
+from optsample_triton.integrations.huggingface.pair import (
+    CachedModel,
+    can_rewind,
+    expand,
+    left_padding,
+    padding_token,
+    shared_entries,
+)
 
 
 class OptimalSamplingLogitsProcessor(LogitsProcessor):
@@ -56,7 +63,7 @@ class OptimalSamplingLogitsProcessor(LogitsProcessor):
             raise ValueError("target_attention_mask goes with target_input_ids, which was not given")
         self.target_model = target_model
         self.attention_mask = attention_mask
-        self.pad_token_id = _padding_token(target_model) if pad_token_id is None else pad_token_id
+        self.pad_token_id = padding_token(target_model) if pad_token_id is None else pad_token_id
         self.target_input_ids, self.target_attention_mask = target_input_ids, target_attention_mask
         self.vocab_size = vocab_size
         self._law: dict[str, Any] = {
@@ -139,26 +146,9 @@ class OptimalSamplingLogitsProcessor(LogitsProcessor):
             prompt, mask = ids, self.attention_mask
         else:
             prompt = expand(prompt, ids.shape[0], "target_input_ids")
-        if mask is not None:
-            padding = left_padding(
-                prompt, expand(mask, ids.shape[0], "attention_mask").to(prompt.device), "attention_mask"
-            )
-        elif self.pad_token_id is None:
-            padding = left_padding(prompt, None, "attention_mask")
-        else:
-            padding = (prompt == self.pad_token_id).long().cumprod(-1).sum(-1)
+        mask = None if mask is None else expand(mask, ids.shape[0], "attention_mask")
+        padding = left_padding(prompt, mask, "attention_mask", self.pad_token_id)
         # A cache that forgets what leaves a sliding window could not follow drafts that are taken back.
         self._target = CachedModel(self.target_model, padding, rewindable=self._rewindable)
         self._start, self._seen, self._prompt = ids.shape[1], ids.clone(), ids.clone()
         return self._target.read(prompt)[:, -1]
-
-
-def _padding_token(model: Any) -> int | None:
-    """The model's padding token, if it can be nothing else."""
-    config = getattr(model, "generation_config", None) or model.config
-    names = ("eos_token_id", "bos_token_id")
-    others: set[Any] = set()
-    for value in (getattr(config, name, None) for name in names):
-        others |= set(value) if isinstance(value, (list, tuple)) else {value}
-    pad = getattr(config, "pad_token_id", None)
-    return None if pad in others else pad

@@ -22,6 +22,7 @@ class OptimalGeneration(ModelOutput):
     """
 
     sequences: Tensor | None = None  # [B, S + T]: the prompts as they were given, and the tokens
+    attention_mask: Tensor | None = None  # [B, S + T] int64: of the sequences, 0 behind the rows' ends
     tokens: Tensor | None = None  # [B, T] int64
     lengths: Tensor | None = None  # [B] int64: how many tokens are the row's own
     log_q: Tensor | None = None  # [B, T], like the next ones
@@ -69,7 +70,7 @@ class Rows:
     """The rows that are generated: their tokens and records, which are at their end, and their random numbers."""
 
     def __init__(self, ids: Tensor, padding: Tensor, settings: Settings, criteria: Any, config: Any):
-        self.ids, self.criteria, self.streamer = ids, criteria, settings.streamer
+        self.ids, self.padding, self.criteria, self.streamer = ids, padding, criteria, settings.streamer
         self.start = ids.shape[1]
         self.limit: int = config.max_length
         self.lengths = torch.zeros_like(padding)
@@ -138,8 +139,10 @@ class Rows:
         records = {name: values[:, : self.width] for name, values in self.records.items()}
         figures = [records.pop(name) for name in Diagnostics._fields if name in records]
         ids = self.ids[:, : self.start + self.width]
+        slots = torch.arange(ids.shape[1], device=ids.device)
+        own = (slots >= self.padding[:, None]) & (slots < self.start + self.lengths[:, None])
         return OptimalGeneration(
-            sequences=ids, tokens=ids[:, self.start :], lengths=self.lengths, **records,
+            sequences=ids, attention_mask=own.long(), tokens=ids[:, self.start :], lengths=self.lengths, **records,
             diagnostics=Diagnostics(*figures) if figures else None,
             num_tested=self.tested if self.speculative else None,
             num_accepted=self.accepted if self.speculative else None,

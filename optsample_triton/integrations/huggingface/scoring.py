@@ -34,7 +34,12 @@ class SequenceScores(NamedTuple):
 def score(model: Any, target_model: Any, input_ids: Tensor, **kwargs: Any) -> SequenceScores:
     """All of ``score_chunks`` in one piece, with the same arguments.
 
-    ``score(model, target_model, out.sequences, num_tokens=out.tokens.shape[1])`` is what ``generate`` has recorded.
+    ::
+
+        out = generate(model, target_model, input_ids, max_new_tokens=64)
+        score(model, target_model, out.sequences, attention_mask=out.attention_mask, num_tokens=out.tokens.shape[1])
+
+    gives what ``generate`` has recorded, and the diagnostics.
     """
     chunks = list(score_chunks(model, target_model, input_ids, **kwargs))
     figures = Diagnostics(*(torch.cat(parts, 1) for parts in zip(*(c.diagnostics for c in chunks), strict=True)))
@@ -80,15 +85,17 @@ def score_chunks(
     if target_model is None and target_input_ids is None:
         raise ValueError("target_model=None is the model itself: it needs target_input_ids, a prompt of its own")
     target_model = model if target_model is None else target_model
+    input_ids = input_ids.to(model.device)
     if target_input_ids is None:
         target_input_ids, target_attention_mask = input_ids, attention_mask
+    target_input_ids = target_input_ids.to(model.device)
     count = min(input_ids.shape[1], target_input_ids.shape[1]) - 1 if num_tokens is None else num_tokens
     shortest = min(input_ids.shape[1], target_input_ids.shape[1])
     if not 1 <= count < shortest:
         raise ValueError(f"num_tokens must be between 1 and {shortest - 1}, so that one comes before, but is {count}")
     tokens = input_ids[:, -count:]
     mask = _own(input_ids, attention_mask)[:, -count:]
-    if bool(((tokens != target_input_ids[:, -count:].to(tokens.device)) & mask).any()):
+    if bool(((tokens != target_input_ids[:, -count:]) & mask).any()):
         raise ValueError(f"target_input_ids must end with the {count} tokens that input_ids ends with: pass num_tokens")
     law: dict[str, Any] = {
         "method": method, "temperature_theta": temperature_theta, "temperature_t": temperature_t, "tol": tol,
@@ -139,7 +146,7 @@ def _own(ids: Tensor, mask: Tensor | None) -> Tensor:
         raise ValueError(
             f"attention_mask must have the shape of its ids, {list(ids.shape)}, but has {list(mask.shape)}"
         )
-    own = mask != 0
+    own = mask.to(ids.device) != 0
     starts = (own[:, 1:] & ~own[:, :-1]).sum(-1) + own[:, 0]
     if bool((starts > 1).any()):
         raise ValueError("attention_mask must have its zeros at the ends of a row, but there are some in between")

@@ -52,6 +52,7 @@ def test_equals_a_loop_without_caches(pairs, name):
         alone = generate(model, target, text[None], max_new_tokens=8, seed=SEEDS[row : row + 1], eos_token_id=-1)
         assert torch.equal(alone.tokens[0], out.tokens[row])
     assert torch.equal(out.sequences[:, : ids.shape[1]], ids)
+    assert torch.equal(out.attention_mask, torch.cat([mask, out.mask.long()], 1))
 
 
 @pytest.mark.parametrize("drafts", [0, 3])
@@ -165,15 +166,16 @@ def test_a_target_with_its_own_prompt(pairs, drafts):
     ids, mask = prompts()
     hints, hint_mask = prompts((9, 4, 7), seed=5)
     for target in (None, other):
-        kwargs = {"min_p": 1.0} if drafts else {}
-        out = generate(
-            model, target, ids, attention_mask=mask, target_input_ids=hints, target_attention_mask=hint_mask,
-            max_new_tokens=6, seed=SEEDS, num_draft_tokens=drafts, eos_token_id=-1, **kwargs,
-        )  # fmt: skip
+        kwargs = {"max_new_tokens": 6, "seed": SEEDS, "num_draft_tokens": drafts, "eos_token_id": -1}
+        kwargs |= {"min_p": 1.0} if drafts else {}
+        run = functools.partial(generate, model, target, ids, target_input_ids=hints, **kwargs)
+        out = run(attention_mask=mask, target_attention_mask=hint_mask)
+        guessed = run()  # the masks are read off the padding tokens
         for row in range(3):
             text, hint = own(ids, mask, row), own(hints, hint_mask, row)
             second = model if target is None else target
             expected = naive(model, second, text, hint, int(SEEDS[row]), 6, greedy=bool(drafts))
+            assert guessed.tokens[row].tolist() == expected
             assert out.tokens[row].tolist() == expected
 
 
@@ -398,7 +400,7 @@ def test_half_precision(dtypes, drafts):
     model, target = llama(seed=1).to(dtypes[0]), gpt2(seed=2).to(dtypes[1])
     ids, mask = prompts()
     out = generate(model, target, ids, attention_mask=mask, max_new_tokens=6, seed=0, num_draft_tokens=drafts)
-    scores = score(model, target, out.sequences, attention_mask=torch.cat([mask, out.mask.long()], 1), num_tokens=6)
+    scores = score(model, target, out.sequences, attention_mask=out.attention_mask, num_tokens=6)
     for name in ("log_theta", "log_t", "log_q"):
         assert out[name].dtype == torch.float32
         torch.testing.assert_close(out[name], getattr(scores, name), atol=0.15, rtol=0.05)
@@ -471,7 +473,7 @@ def test_wrong_arguments(pairs):
 
 def test_importing_the_package_imports_no_transformers():
     code = (
-        "import sys, optsample_triton.integrations as i; assert 'transformers' not in sys.modules; "
-        "i.huggingface.generate; assert 'transformers' in sys.modules"
+        "import sys, optsample_triton as ost; assert 'transformers' not in sys.modules; "
+        "ost.integrations.huggingface.generate; assert 'transformers' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -65,7 +65,7 @@ def test_a_target_with_its_own_prompt_as_generated(pairs, chunk_size):
     )  # fmt: skip
     count = out.tokens.shape[1]
     scores = score(
-        model, target, out.sequences, attention_mask=torch.cat([mask, out.mask.long()], 1), num_tokens=count,
+        model, target, out.sequences, attention_mask=out.attention_mask, num_tokens=count,
         target_input_ids=torch.cat([hints, out.tokens], 1),
         target_attention_mask=torch.cat([hint_mask, out.mask.long()], 1), chunk_size=chunk_size,
     )  # fmt: skip

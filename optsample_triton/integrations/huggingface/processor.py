@@ -73,7 +73,7 @@ class OptimalSamplingLogitsProcessor(LogitsProcessor):
         self._rewindable = can_rewind(target_model)
         self._target: CachedModel | None = None
         self._start = 0  # columns of the prompt
-        self._prompt: Tensor | None = None  # that the given masks and target prompts belong to
+        self._prompt: Tensor | None = None  # without its copies: what the given masks and target prompts belong to
         self._seen = torch.empty(0, 0, dtype=torch.int64)
 
     @torch.no_grad()
@@ -117,7 +117,6 @@ class OptimalSamplingLogitsProcessor(LogitsProcessor):
 
     def _parents(self, ids: Tensor, seen: Tensor) -> Tensor:
         """For each row the one before, of the same prompt, that agrees with it longest, itself where that does."""
-        assert self._prompt is not None
         rows = ids.shape[0]
         agree = (ids[:, None] == seen[None]).long().cumprod(-1).sum(-1)
         prompts = self._seen[:, : self._start]
@@ -136,7 +135,8 @@ class OptimalSamplingLogitsProcessor(LogitsProcessor):
 
     def _begin(self, ids: Tensor) -> Tensor:
         """Read new prompts."""
-        if self._prompts is not None and self._prompt is not None and not torch.equal(self._prompt, ids):
+        served = ids if self._prompts is None else ids[:: max(1, ids.shape[0] // self._prompts)]
+        if self._prompts is not None and self._prompt is not None and not torch.equal(self._prompt, served):
             raise ValueError(
                 "attention_mask and target_input_ids belong to the prompts that the processor was first used with, "
                 "but these are others: make a new processor for them"
@@ -150,5 +150,5 @@ class OptimalSamplingLogitsProcessor(LogitsProcessor):
         padding = left_padding(prompt, mask, "attention_mask", self.pad_token_id)
         # A cache that forgets what leaves a sliding window could not follow drafts that are taken back.
         self._target = CachedModel(self.target_model, padding, rewindable=self._rewindable)
-        self._start, self._seen, self._prompt = ids.shape[1], ids.clone(), ids.clone()
+        self._start, self._seen, self._prompt = ids.shape[1], ids.clone(), served.clone()
         return self._target.read(prompt)[:, -1]

@@ -158,7 +158,10 @@ def test_new_prompts_for_old_masks_are_refused(pairs):
     (ids, mask), (others, _) = prompts(), prompts(seed=1)
     processor = OptimalSamplingLogitsProcessor(target, attention_mask=mask)
     run = {"attention_mask": mask, "logits_processor": [processor], "max_new_tokens": 3, "do_sample": False}
-    assert torch.equal(model.generate(ids, **run), model.generate(ids, **run))
+    once = model.generate(ids, **run)
+    beams = model.generate(ids, num_beams=3, **run)  # the same prompts, repeated
+    assert torch.equal(model.generate(ids, **run), once)
+    assert torch.equal(beams, model.generate(ids, num_beams=3, **(run | {"logits_processor": [Naive(target, mask)]})))
     with pytest.raises(ValueError, match="make a new processor for them"):
         model.generate(others, **run)
 

@@ -14,22 +14,8 @@ from optsample_triton.integrations.huggingface import generate, score
 ROOT = Path(__file__).resolve().parents[3]
 # transformers finds out how tokens are spelt by putting them behind "abcdef".
 WORDS = [
-    "two",
-    "plus",
-    "is",
-    "the",
-    "sky",
-    "answer",
-    "four",
-    ".",
-    "look",
-    "up",
-    "blue",
-    "green",
-    "abcdef",
-    "one",
-    "sum",
-]
+    "two", "plus", "is", "the", "sky", "answer", "four", ".", "look", "up", "blue", "green", "abcdef", "one", "sum",
+]  # fmt: skip
 
 
 def tokenizer(words=WORDS):
@@ -37,7 +23,12 @@ def tokenizer(words=WORDS):
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
+        tokenizer_object=made,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
     )
 
 

@@ -5,6 +5,7 @@ equal. ``solve``, ``log_q``, ``sample``, ``verify`` and ``token_logprobs`` work 
 log-probabilities (more in ``is_reshape``); the other functions are drop-ins for the documents' own.
 """
 
+from optsample_triton import integrations
 from optsample_triton._version import __version__
 from optsample_triton.dropin import (
     OptimalSamplingDistribution,
@@ -33,6 +34,7 @@ __all__ = [
     "effective_sample_size",
     "entropy",
     "geometric_mean",
+    "integrations",
     "is_reshape_loss",
     "kl_divergence",
     "linear_token_logprobs",

@@ -1,1 +1,18 @@
-"""Adapters to other frameworks. Importing one imports its framework; nothing else in the package does."""
+"""Adapters to other libraries, each imported when it is first named; the package itself needs none of them."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+_ADAPTERS = ("huggingface", "trl", "verl")
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _ADAPTERS:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted((*globals(), *_ADAPTERS))

@@ -24,7 +24,7 @@ from optsample_triton.is_reshape import is_reshape_loss, kl_penalty, sequence_me
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 
 
-class ISReshapeGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
+class ISReshapeGRPOTrainer(GRPOTrainer):
     """GRPOTrainer with ``is_reshape_loss`` in place of the clipped objective.
 
     ``is_reshape`` holds gamma, kernel, width and rho_min; without it gamma is chosen by the weights' variance.

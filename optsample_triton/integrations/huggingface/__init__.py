@@ -1,0 +1,27 @@
+"""q* in transformers: generation with two models, speculative or not, a logits processor, and scores of given text.
+
+``generate`` is a function and a ``custom_generate`` at once. It is the exact and the fast door: the fused sampler, and
+every token's log-probabilities. ``OptimalSamplingLogitsProcessor`` serves the other modes of ``model.generate``.
+``score`` gives alpha, q* and diagnostics of sequences that exist already. Needs transformers 4.57 or newer.
+"""
+
+try:
+    import transformers  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "optsample_triton.integrations.huggingface needs transformers: pip install 'optsample-triton[hf]'"
+    ) from error
+
+from optsample_triton.integrations.huggingface.generation import generate
+from optsample_triton.integrations.huggingface.processor import OptimalSamplingLogitsProcessor
+from optsample_triton.integrations.huggingface.rows import OptimalGeneration
+from optsample_triton.integrations.huggingface.scoring import SequenceScores, score, score_chunks
+
+__all__ = [
+    "OptimalGeneration",
+    "OptimalSamplingLogitsProcessor",
+    "SequenceScores",
+    "generate",
+    "score",
+    "score_chunks",
+]

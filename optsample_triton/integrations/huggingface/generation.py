@@ -1,0 +1,191 @@
+"""One door to generation from q*: a plain function and transformers' custom_generate in one."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StopStringCriteria, TopKLogitsWarper, TopPLogitsWarper
+
+from optsample_triton.integrations.huggingface.loops import Pair, speculate, step_by_step
+from optsample_triton.integrations.huggingface.pair import (
+    CachedModel,
+    check_tokenizers,
+    expand,
+    left_padding,
+    padding_token,
+    vocabulary,
+)
+from optsample_triton.integrations.huggingface.rows import Rows, Settings
+from optsample_triton.types import DRAFTS
+
+# What transformers adds to the processors when do_sample is set, where it stands in the configuration, and its default.
+_CONFIGURED = {
+    "TemperatureLogitsWarper": ("temperature", 1.0),
+    "TopKLogitsWarper": ("top_k", 50),
+    "TopPLogitsWarper": ("top_p", 1.0),
+    "MinPLogitsWarper": ("min_p", None),
+}
+_KNOWN = ("position_ids", "use_cache", "logits_to_keep", "cache_position", "past_key_values")
+
+
+def generate(
+    model: Any,
+    *inputs: Any,
+    target_model: Any = None,
+    target_input_ids: Tensor | None = None,
+    target_attention_mask: Tensor | None = None,
+    seed: int | Tensor | torch.Generator | None = None,
+    method: str = "kl_symmetry",
+    alpha: float | None = None,
+    temperature_theta: float = 1.0,
+    temperature_t: float = 1.0,
+    temperature: float = 1.0,
+    min_p: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    vocab_size: int | None = None,
+    tol: float = 1e-4,
+    max_iter: int = 20,
+    num_draft_tokens: int = 0,
+    draft: str = "theta",
+    diagnostics: bool = False,
+    streamer: Any = None,
+    tokenizer: Any = None,
+    target_tokenizer: Any = None,
+    generation_config: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """Generate from q* of a model (pi_theta) and a target (pi_t), both with KV caches of their own.
+
+    Two ways to call it::
+
+        out = generate(model, target_model, input_ids, attention_mask=mask, max_new_tokens=64, seed=0)
+        ids = model.generate(input_ids, custom_generate=generate, target_model=target_model, max_new_tokens=64, seed=0)
+
+    The first returns an ``OptimalGeneration``, the second the sequences alone unless ``return_dict_in_generate`` is
+    set. Everything else (eos lists, stopping criteria, num_return_sequences, ...) goes to ``model.generate``.
+
+    Args:
+        model, target_model: causal language models of one tokeniser, on any devices. ``target_model=None`` is the model
+            itself, with a prompt of its own.
+        inputs: ``target_model, input_ids`` or ``input_ids``, [B, S], padded at the left.
+        target_input_ids, target_attention_mask: [B, S_t], the target's own prompts (a hint, a system prompt), padded at
+            the left; those of the model by default. Without a mask leading padding tokens are taken for padding.
+        seed: an int, a generator, a tensor [B] or [B * num_return_sequences], by default a number of torch's generator.
+            With a tensor a row's tokens depend on its own seed and prompt, whatever the batch and its padding: token n
+            takes the offset n, counted from the beginning of the prompt, and return sequence j adds j * 2^32.
+        method, alpha, temperature_theta, temperature_t, tol, max_iter: as for ``sample``.
+        temperature, min_p, top_k, top_p: filters on q*. Those of a generation configuration are left out, since
+            transformers' default (the 50 best tokens) would cut the law: name them in the call.
+        vocab_size: how many entries of the vocabulary the models share, by default those of the smaller one.
+        num_draft_tokens: K >= 1 generates speculatively: one model drafts K tokens, the other reads them in one pass,
+            and ``verify`` keeps what leaves the law q* exactly as it is. No processors or top_k, top_p then.
+        draft: which model drafts, "theta" or "t".
+        diagnostics: also the figures of ``solve(..., diagnostics=True)`` of every token.
+        streamer: gets the prompts, then the tokens. As a custom_generate it must come by
+            ``functools.partial(generate, streamer=...)``, since transformers keeps the one that it is given.
+        tokenizer, target_tokenizer: compared where both are given; the first also serves ``stop_strings``. Neither goes
+            through ``model.generate(custom_generate=...)``, which keeps them.
+        kwargs: those of ``model.generate``. Processors in ``logits_processor`` act on pi_theta before the mixture, and
+            from the first ``...LogitsWarper`` on, on q*. It always draws; ``do_sample=True`` in
+            ``model.generate`` is what transformers asks for num_return_sequences, and is of no other use.
+    """
+    called_by_transformers = hasattr(generation_config, "_eos_token_tensor")
+    if len(inputs) > 2 or (len(inputs) == 2 and target_model is not None):
+        raise TypeError("generate takes a model, a target_model and input_ids, but more was given")
+    if inputs and not isinstance(inputs[0], Tensor):
+        target_model, inputs = inputs[0], inputs[1:]
+    elif len(inputs) == 2:
+        raise TypeError(f"target_model must be a model or None, but is a tensor {list(inputs[0].shape)}")
+    if target_model is None and target_input_ids is None:
+        raise ValueError("target_model=None is the model itself: it needs target_input_ids, a prompt of its own")
+    if draft not in DRAFTS:
+        raise ValueError(f"draft must be one of {', '.join(DRAFTS)}, but is {draft!r}")
+    if num_draft_tokens < 0:
+        raise ValueError(f"num_draft_tokens must be at least 0, but is {num_draft_tokens}")
+    check_tokenizers(tokenizer, target_tokenizer)
+    warpers: list[Any] = [] if not top_k else [TopKLogitsWarper(top_k)]
+    warpers += [] if top_p is None or top_p == 1.0 else [TopPLogitsWarper(top_p)]
+    settings = Settings(
+        model if target_model is None else target_model, target_input_ids, target_attention_mask, seed,
+        {"method": method, "alpha": alpha, "temperature_theta": temperature_theta, "temperature_t": temperature_t,
+         "tol": tol, "max_iter": max_iter},
+        {"temperature": temperature, "min_p": min_p}, warpers,
+        vocabulary(model, model if target_model is None else target_model, vocab_size),
+        num_draft_tokens, draft, diagnostics, streamer,
+    )  # fmt: skip
+    if called_by_transformers:
+        (input_ids,) = inputs
+        return _decode(model, input_ids, settings, generation_config=generation_config, **kwargs)
+    kwargs.setdefault("return_dict_in_generate", True)
+    kwargs.setdefault("do_sample", True)  # transformers would not return several sequences otherwise
+    if "stop_strings" in kwargs and tokenizer is not None:
+        # transformers would make this criterion, but keeps no tokeniser for a custom_generate.
+        criterion = StopStringCriteria(tokenizer, kwargs.pop("stop_strings"))
+        kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or ()), criterion]
+    decode: Any = functools.partial(_decode, settings=settings)
+    return model.generate(*inputs, generation_config=generation_config, custom_generate=decode, **kwargs)
+
+
+@torch.no_grad()
+def _decode(
+    model: Any,
+    input_ids: Tensor,
+    settings: Settings,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    **model_kwargs: Any,
+) -> Any:
+    """What transformers calls, its own arguments prepared, rows repeated for num_return_sequences."""
+    mask = model_kwargs.pop("attention_mask", None)
+    cache = model_kwargs.get("past_key_values")
+    if cache is not None and cache.get_seq_length():
+        raise ValueError("past_key_values must be empty, since the target has none of the same text: pass all ids")
+    unknown = [name for name, value in model_kwargs.items() if name not in _KNOWN and value is not None]
+    if unknown:
+        raise ValueError(f"{unknown[0]} is not understood: generation from q* takes ids and masks alone")
+    if (generation_config.num_beams or 1) > 1:
+        raise ValueError(
+            f"num_beams must be 1, but is {generation_config.num_beams}: OptimalSamplingLogitsProcessor goes with beams"
+        )
+    input_ids = input_ids.to(model.device)
+    processors = [x for x in logits_processor if not _configured(x, generation_config)] + settings.warpers
+    rows = input_ids.shape[0]
+    target_ids, target_mask = settings.target_input_ids, settings.target_attention_mask
+    if target_ids is None:
+        if target_mask is not None:
+            raise ValueError("target_attention_mask goes with target_input_ids, which was not given")
+        target_ids, target_mask, pad_token = input_ids, mask, None  # transformers has looked for a mask
+    else:
+        pad_token = padding_token(settings.target_model)
+        target_ids = expand(target_ids, rows, "target_input_ids").to(model.device)
+        target_mask = None if target_mask is None else expand(target_mask, rows, "target_attention_mask")
+    padding = left_padding(input_ids, mask, "attention_mask")
+    target_padding = left_padding(target_ids, target_mask, "target_attention_mask", pad_token)
+    speculative = settings.num_draft_tokens > 0
+    if speculative and processors:
+        raise ValueError(f"speculative generation takes no processors, but there is {type(processors[0]).__name__}")
+    pair = Pair(
+        CachedModel(model, padding, rewindable=speculative),
+        CachedModel(settings.target_model, target_padding, rewindable=speculative),
+        settings,
+    )
+    state = Rows(input_ids, padding, settings, stopping_criteria, generation_config)
+    (speculate if speculative else step_by_step)(pair, state, target_ids, processors)
+    out = state.output()
+    return out if generation_config.return_dict_in_generate else out.sequences
+
+
+def _configured(processor: Any, config: Any) -> bool:
+    """Whether the configuration, not the caller, has put this filter among the processors."""
+    name, default = _CONFIGURED.get(type(processor).__name__, ("", None))
+    if not name or not config.do_sample or getattr(processor, name) != getattr(config, name):
+        return False
+    if getattr(config, name) != default:
+        warnings.warn(f"{name} of the generation configuration is left out: name it in the call", stacklevel=2)
+    return True

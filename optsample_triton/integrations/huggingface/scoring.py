@@ -1,0 +1,153 @@
+"""alpha, q* and diagnostics of every token of sequences that exist, in pieces of bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from optsample_triton.functional import log_q, solve
+from optsample_triton.integrations.huggingface.pair import CachedModel, aligned, vocabulary
+from optsample_triton.types import Diagnostics
+
+
+class SequenceScores(NamedTuple):
+    """Figures of n tokens of B sequences, each [B, n]: what the models said of a token at the place before it.
+
+    ``mask`` says which tokens count, those before the prompt's end or behind the text's do not; their log-probabilities
+    are 0.
+    """
+
+    tokens: Tensor
+    mask: Tensor  # bool
+    log_q: Tensor
+    log_theta: Tensor
+    log_t: Tensor
+    alpha: Tensor
+    status: Tensor
+    diagnostics: Diagnostics
+    log_q_star: Tensor | None  # [B, n, V] float32: the whole law, where it was asked for
+
+
+def score(model: Any, target_model: Any, input_ids: Tensor, **kwargs: Any) -> SequenceScores:
+    """All of ``score_chunks`` in one piece, with the same arguments.
+
+    ::
+
+        out = generate(model, target_model, input_ids, max_new_tokens=64)
+        score(model, target_model, out.sequences, attention_mask=out.attention_mask, num_tokens=out.tokens.shape[1])
+
+    gives what ``generate`` has recorded, and the diagnostics.
+    """
+    chunks = list(score_chunks(model, target_model, input_ids, **kwargs))
+    figures = Diagnostics(*(torch.cat(parts, 1) for parts in zip(*(c.diagnostics for c in chunks), strict=True)))
+    stars = [c.log_q_star for c in chunks if c.log_q_star is not None]
+    head = {name: torch.cat([getattr(chunk, name) for chunk in chunks], 1) for name in SequenceScores._fields[:7]}
+    return SequenceScores(**head, diagnostics=figures, log_q_star=torch.cat(stars, 1) if stars else None)
+
+
+@torch.no_grad()
+def score_chunks(
+    model: Any,
+    target_model: Any,
+    input_ids: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    target_input_ids: Tensor | None = None,
+    target_attention_mask: Tensor | None = None,
+    num_tokens: int | None = None,
+    chunk_size: int | None = None,
+    q_star: bool = False,
+    vocab_size: int | None = None,
+    method: str = "kl_symmetry",
+    alpha: float | None = None,
+    temperature_theta: float = 1.0,
+    temperature_t: float = 1.0,
+    tol: float = 1e-6,
+    max_iter: int = 20,
+) -> Iterator[SequenceScores]:
+    """The figures of given sequences, ``chunk_size`` positions at a time, from the first to the last.
+
+    With a chunk_size both models read on from KV caches, and never more than [B, chunk_size, V] logits exist.
+
+    Args:
+        model, target_model: as for ``generate``; None for the target is the model itself, with its own prompt.
+        input_ids, attention_mask: [B, S], whole sequences: padded at the left, at the right, or both.
+        target_input_ids, target_attention_mask: [B, S_t], the same for the target, with another prompt. The last
+            num_tokens columns must be those of input_ids.
+        num_tokens: how many tokens at the end of the sequences to score, S - 1 by default.
+        chunk_size: all at once by default.
+        q_star: also yield log q* over the vocabulary.
+        vocab_size, method, alpha, temperature_theta, temperature_t, tol, max_iter: as for ``solve``.
+    """
+    if target_model is None and target_input_ids is None:
+        raise ValueError("target_model=None is the model itself: it needs target_input_ids, a prompt of its own")
+    target_model = model if target_model is None else target_model
+    input_ids = input_ids.to(model.device)
+    if target_input_ids is None:
+        target_input_ids, target_attention_mask = input_ids, attention_mask
+    target_input_ids = target_input_ids.to(model.device)
+    count = min(input_ids.shape[1], target_input_ids.shape[1]) - 1 if num_tokens is None else num_tokens
+    shortest = min(input_ids.shape[1], target_input_ids.shape[1])
+    if not 1 <= count < shortest:
+        raise ValueError(f"num_tokens must be between 1 and {shortest - 1}, so that one comes before, but is {count}")
+    tokens = input_ids[:, -count:]
+    mask = _own(input_ids, attention_mask)[:, -count:]
+    if bool(((tokens != target_input_ids[:, -count:]) & mask).any()):
+        raise ValueError(f"target_input_ids must end with the {count} tokens that input_ids ends with: pass num_tokens")
+    law: dict[str, Any] = {
+        "method": method, "temperature_theta": temperature_theta, "temperature_t": temperature_t, "tol": tol,
+        "max_iter": max_iter,
+    }  # fmt: skip
+    vocab = vocabulary(model, target_model, vocab_size)
+    theta = _Reader(model, input_ids, attention_mask, count)
+    t = _Reader(target_model, target_input_ids, target_attention_mask, count)
+    step = count if chunk_size is None else chunk_size
+    if step < 1:
+        raise ValueError(f"chunk_size must be at least 1, but is {step}")
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        here = slice(start, stop)
+        a, b = aligned(theta.read(start, stop), t.read(start, stop), vocab, input_ids.device)
+        found = solve(a, b, alpha=alpha, diagnostics=True, **law)
+        assert found.diagnostics is not None
+        temperatures = {name: law[name] for name in ("temperature_theta", "temperature_t")}
+        star = log_q(a, b, found.alpha, out_dtype=torch.float32, **temperatures)
+        index = tokens[:, here].clamp(max=vocab - 1)[..., None]
+        logs = (star, (a.float() / temperature_theta).log_softmax(-1), (b.float() / temperature_t).log_softmax(-1))
+        of_q, of_theta, of_t = (torch.where(mask[:, here], x.gather(-1, index)[..., 0], 0.0) for x in logs)
+        yield SequenceScores(
+            tokens[:, here], mask[:, here], of_q, of_theta, of_t, found.alpha, found.status, found.diagnostics,
+            star if q_star else None,
+        )  # fmt: skip
+
+
+class _Reader:
+    """One model on its sequences: the logits of any piece of the last positions, in order."""
+
+    def __init__(self, model: Any, ids: Tensor, mask: Tensor | None, count: int):
+        own = _own(ids, mask)
+        # What follows the text is not masked: no token of the text sees it.
+        padding = (own.long().cumsum(-1) == 0).sum(-1)
+        self.cached, self.ids, self.first = CachedModel(model, padding), ids, ids.shape[1] - count - 1
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """[B, stop - start, V]: behind the tokens before those from start to stop."""
+        return self.cached.read(self.ids[:, self.cached.width : self.first + stop], stop - start)
+
+
+def _own(ids: Tensor, mask: Tensor | None) -> Tensor:
+    """[B, S] bool: the sequences' own tokens, one run in each row."""
+    if mask is None:
+        return torch.ones_like(ids, dtype=torch.bool)
+    if mask.shape != ids.shape:
+        raise ValueError(
+            f"attention_mask must have the shape of its ids, {list(ids.shape)}, but has {list(mask.shape)}"
+        )
+    own = mask.to(ids.device) != 0
+    starts = (own[:, 1:] & ~own[:, :-1]).sum(-1) + own[:, 0]
+    if bool((starts > 1).any()):
+        raise ValueError("attention_mask must have its zeros at the ends of a row, but there are some in between")
+    return own

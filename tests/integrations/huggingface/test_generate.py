@@ -1,0 +1,479 @@
+"""generate(): the tokens of a loop without caches, the law, and everything around it that transformers users expect."""
+
+import functools
+import subprocess
+import sys
+
+import pytest
+import torch
+from models import gpt2, joint_law, llama, mistral, naive, next_logits, prompts
+from scipy.stats import chisquare
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    StoppingCriteria,
+    TopKLogitsWarper,
+)
+from transformers.generation.streamers import BaseStreamer
+
+import optsample_triton as ost
+from optsample_triton.integrations.huggingface import OptimalSamplingLogitsProcessor, generate, score
+from reference import truth
+
+SEEDS = torch.tensor([11, 2**40 + 3, -7])
+NAMES = ("llama, gpt2", "gpt2, llama", "llama, llama", "trained")
+
+
+def own(ids, mask, row):
+    return ids[row][mask[row].bool()]
+
+
+def p_value(tokens, law):
+    """Of drawn tokens [N, T] against their joint law; cells with few expected draws are one."""
+    vocab = round(len(law) ** (1 / tokens.shape[1]))
+    index = (tokens * vocab ** torch.arange(tokens.shape[1]).flip(0)).sum(-1)
+    counts, expected = torch.bincount(index, minlength=len(law)).double(), law * len(tokens)
+    rare = expected < 5
+    if rare.any():
+        counts = torch.cat([counts[~rare], counts[rare].sum()[None]])
+        expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    return float(chisquare(counts, expected * counts.sum() / expected.sum()).pvalue)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_equals_a_loop_without_caches(pairs, name):
+    """Padded or not, in a batch or alone: the row's tokens are its own."""
+    model, target = pairs[name]
+    ids, mask = prompts()
+    out = generate(model, target, ids, attention_mask=mask, max_new_tokens=8, seed=SEEDS, eos_token_id=-1)
+    for row in range(3):
+        text = own(ids, mask, row)
+        assert out.tokens[row].tolist() == naive(model, target, text, text, int(SEEDS[row]), 8)
+        alone = generate(model, target, text[None], max_new_tokens=8, seed=SEEDS[row : row + 1], eos_token_id=-1)
+        assert torch.equal(alone.tokens[0], out.tokens[row])
+    assert torch.equal(out.sequences[:, : ids.shape[1]], ids)
+    assert torch.equal(out.attention_mask, torch.cat([mask, out.mask.long()], 1))
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_records_are_those_of_fresh_passes(pairs, name, drafts):
+    model, target = pairs[name]
+    ids, mask = prompts()
+    out = generate(
+        model, target, ids, attention_mask=mask, max_new_tokens=9, seed=SEEDS, num_draft_tokens=drafts, diagnostics=True
+    )
+    for row in range(3):
+        for k in range(int(out.lengths[row])):
+            text = torch.cat([own(ids, mask, row), out.tokens[row, :k]])
+            theta, t = next_logits(model, text), next_logits(target, text)
+            exact, token = truth.solve(theta, t), out.tokens[row, k]
+            expected = [x.double().log_softmax(-1)[token] for x in (theta, t)] + [truth.log_q(theta, t)[token]]
+            found = [x[row, k].double() for x in (out.log_theta, out.log_t, out.log_q)]
+            torch.testing.assert_close(torch.stack(found), torch.stack(expected), atol=2e-5, rtol=1e-5)
+            assert float(out.alpha[row, k]) == pytest.approx(float(exact.alpha), abs=2e-4)
+            assert int(out.status[row, k]) == ost.Status.OK
+            for figure in ("kl_theta", "kl_t", "ess_theta", "ess_t", "entropy_q", "overlap_theta"):
+                value = float(getattr(out.diagnostics, figure)[row, k])
+                assert value == pytest.approx(float(getattr(exact, figure)), rel=2e-3, abs=1e-5), figure
+
+
+@pytest.mark.parametrize("drafts", [0, 1, 4])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_mode_of_q_token_by_token(pairs, name, drafts):
+    """min_p=1 leaves the most probable token alone, whichever way it is found."""
+    model, target = pairs[name]
+    ids, mask = prompts()
+    for draft in ("theta", "t") if drafts else ("theta",):
+        out = generate(
+            model, target, ids, attention_mask=mask, max_new_tokens=8, seed=1, min_p=1.0, num_draft_tokens=drafts,
+            draft=draft, eos_token_id=-1,
+        )  # fmt: skip
+        for row in range(3):
+            text = own(ids, mask, row)
+            assert out.tokens[row].tolist() == naive(model, target, text, text, 0, 8, greedy=True)
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_sliding_windows(drafts):
+    """Shorter windows than texts, in both models and next to one without."""
+    for model, target in ((mistral(1), mistral(2, window=5)), (llama(seed=1), mistral(2))):
+        ids, mask = prompts()
+        kwargs = {"seed": 1, "min_p": 1.0, "num_draft_tokens": drafts, "eos_token_id": -1}
+        out = generate(model, target, ids, attention_mask=mask, max_new_tokens=10, **kwargs)
+        for row in range(3):
+            text = own(ids, mask, row)
+            assert out.tokens[row].tolist() == naive(model, target, text, text, 0, 10, greedy=True)
+
+
+def test_three_doors_one_law(small_pair):
+    """20,000 continuations of three tokens: the function, custom_generate, drafts of either model, the processor."""
+    model, target = small_pair
+    prompt = torch.tensor([[1, 3, 5]])
+    law = joint_law(model, target, prompt, prompt)
+    common = {"max_new_tokens": 3, "num_return_sequences": 20_000}
+    plain = generate(model, target, prompt, seed=0, **common)
+    custom = model.generate(prompt, custom_generate=generate, target_model=target, seed=1, do_sample=True, **common)
+    torch.manual_seed(2)
+    processor = OptimalSamplingLogitsProcessor(target)
+    processed = model.generate(prompt, logits_processor=[processor], do_sample=True, top_k=0, **common)
+    values = {"plain": plain.tokens, "custom": custom[:, 3:], "processor": processed[:, 3:]}
+    for draft in ("theta", "t"):
+        out = generate(model, target, prompt, seed=3, num_draft_tokens=2, draft=draft, **common)
+        values[draft] = out.tokens
+        # Of the tested drafts the share that the laws' overlap says, at the first place at least.
+        own_law = joint_law(model, target, prompt, prompt, 1, alpha=1.0 if draft == "theta" else 0.0)
+        first = float(torch.minimum(own_law, joint_law(model, target, prompt, prompt, 1)).sum())
+        assert 0.2 < out.acceptance < 0.95
+        once = generate(
+            model, target, prompt, seed=4, num_draft_tokens=1, draft=draft, **(common | {"max_new_tokens": 2})
+        )
+        assert float((once.num_accepted > 0).double().mean()) == pytest.approx(first, abs=0.015)
+    assert {name: p_value(tokens, law) > 1e-3 for name, tokens in values.items()} == dict.fromkeys(values, True)
+    for alpha in (0.0, 0.5, 1.0):
+        assert p_value(plain.tokens, joint_law(model, target, prompt, prompt, alpha=alpha)) < 1e-9
+
+
+def test_drafts_of_the_law_itself_are_all_kept(pairs):
+    """alpha=1 samples pi_theta, whose own drafts no rounding refuses; alpha=0 pi_t."""
+    ids, mask = prompts()
+    for alpha, draft in ((1.0, "theta"), (0.0, "t")):
+        out = generate(
+            *pairs["trained"], ids, attention_mask=mask, max_new_tokens=9, seed=5, alpha=alpha, num_draft_tokens=2,
+            draft=draft, eos_token_id=-1,
+        )  # fmt: skip
+        assert out.num_tested.tolist() == [6] * 3
+        assert out.acceptance >= 17 / 18  # q / p is 1 up to float32's rounding
+
+
+def test_speculation_with_temperatures(small_pair):
+    model, target = small_pair
+    prompt = torch.tensor([[2, 2]])
+    kwargs = {"temperature_theta": 1.5, "temperature_t": 0.7}
+    theta, t = next_logits(model, prompt[0]), next_logits(target, prompt[0])
+    law = truth.sample_law(theta, t, temperature=0.8, **kwargs)
+    for draft in ("theta", "t"):
+        out = generate(
+            model, target, prompt, max_new_tokens=2, num_return_sequences=8000, seed=0, temperature=0.8,
+            num_draft_tokens=1, draft=draft, **kwargs,
+        )  # fmt: skip
+        assert p_value(out.tokens[:, :1], law) > 1e-3
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_a_target_with_its_own_prompt(pairs, drafts):
+    model, other = pairs["llama, gpt2"]
+    ids, mask = prompts()
+    hints, hint_mask = prompts((9, 4, 7), seed=5)
+    for target in (None, other):
+        kwargs = {"max_new_tokens": 6, "seed": SEEDS, "num_draft_tokens": drafts, "eos_token_id": -1}
+        kwargs |= {"min_p": 1.0} if drafts else {}
+        run = functools.partial(generate, model, target, ids, target_input_ids=hints, **kwargs)
+        out = run(attention_mask=mask, target_attention_mask=hint_mask)
+        guessed = run()  # the masks are read off the padding tokens
+        for row in range(3):
+            text, hint = own(ids, mask, row), own(hints, hint_mask, row)
+            second = model if target is None else target
+            expected = naive(model, second, text, hint, int(SEEDS[row]), 6, greedy=bool(drafts))
+            assert guessed.tokens[row].tolist() == expected
+            assert out.tokens[row].tolist() == expected
+
+
+def test_custom_generate_is_the_function(pairs):
+    model, target = pairs["llama, gpt2"]
+    ids, mask = prompts()
+    plain = generate(model, target, ids, attention_mask=mask, max_new_tokens=6, seed=SEEDS)
+    keywords = generate(model, input_ids=ids, target_model=target, attention_mask=mask, max_new_tokens=6, seed=SEEDS)
+    custom = functools.partial(model.generate, ids, attention_mask=mask, custom_generate=generate, max_new_tokens=6)
+    assert torch.equal(custom(target_model=target, seed=SEEDS), plain.sequences)
+    whole = custom(target_model=target, seed=SEEDS, return_dict_in_generate=True)
+    for name, value in plain.items():
+        assert torch.equal(whole[name].nan_to_num(), value.nan_to_num()), name
+        assert torch.equal(keywords[name].nan_to_num(), value.nan_to_num()), name
+    hinted = custom(seed=SEEDS, target_input_ids=ids.flip(1), target_attention_mask=mask)
+    expected = generate(
+        model, None, ids, attention_mask=mask, max_new_tokens=6, seed=SEEDS, target_input_ids=ids.flip(1),
+        target_attention_mask=mask,
+    )  # fmt: skip
+    assert torch.equal(hinted, expected.sequences)
+
+
+def test_seeds(pairs):
+    model, target = pairs["trained"]
+    ids, mask = prompts()
+    run = functools.partial(generate, model, target, ids, attention_mask=mask, max_new_tokens=5, eos_token_id=-1)
+    once, copies = run(seed=SEEDS).tokens, run(seed=SEEDS, num_return_sequences=3).tokens.view(3, 3, 5)
+    assert torch.equal(copies[:, 0], once)
+    assert len({tuple(row.tolist()) for row in copies.flatten(0, 1)}) == 9
+    each = run(seed=torch.arange(9), num_return_sequences=3).tokens.view(3, 3, 5)
+    assert torch.equal(each[:, 1], run(seed=torch.tensor([1, 4, 7])).tokens)
+    assert torch.equal(run(seed=3).tokens, run(seed=3).tokens)
+    assert not torch.equal(run(seed=3).tokens, run(seed=4).tokens)
+    made = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        made.append((run().tokens, run().tokens, run(seed=torch.Generator().manual_seed(1)).tokens))
+    assert all(torch.equal(x, y) for x, y in zip(*made, strict=True))
+    assert not torch.equal(made[0][0], made[0][1])
+
+
+@pytest.mark.parametrize("draft", ["theta", "t"])
+@pytest.mark.parametrize("name", NAMES)
+def test_speculation_row_by_row(pairs, name, draft):
+    """Rows that accept unequally, end at unequal places and are padded: each has the tokens that it has alone."""
+    model, target = pairs[name]
+    ids, mask = prompts((3, 6, 5, 2, 6, 4))
+    seeds = torch.arange(6) * 7
+    kwargs = {"max_new_tokens": 11, "num_draft_tokens": 3, "draft": draft, "eos_token_id": [2, 5, 40, 50, 60]}
+    out = generate(model, target, ids, attention_mask=mask, seed=seeds, **kwargs)
+    assert out.num_accepted.sum() > 0
+    for row in range(6):
+        alone = generate(model, target, own(ids, mask, row)[None], seed=seeds[row : row + 1], **kwargs)
+        assert alone.tokens[0].tolist() == out.tokens[row, : out.lengths[row]].tolist()
+        assert alone.num_tested == out.num_tested[row]
+        assert alone.num_accepted == out.num_accepted[row]
+
+
+def test_speculation_up_to_the_last_position():
+    """GPT-2 has 64 positions: no draft may ask for more, not even of a row that is further than the others."""
+    model, target = gpt2(seed=1), gpt2(seed=2)
+    ids, mask = prompts((40, 50, 50, 50, 47))
+    kwargs = {"max_length": 64, "num_draft_tokens": 8, "min_p": 1.0, "alpha": 0.9, "eos_token_id": -1}
+    out = generate(model, target, ids, attention_mask=mask, seed=0, **kwargs)
+    for row in range(5):
+        text = own(ids, mask, row)
+        assert out.tokens[row].tolist() == naive(model, target, text, text, 0, 14, greedy=True, alpha=0.9)
+
+
+def test_a_text_continued_is_the_text_uninterrupted(pairs):
+    """The offset is the place in the text, so that a seed says the same wherever generation was broken off."""
+    model, target = pairs["llama, gpt2"]
+    ids, _ = prompts((4, 4))
+    whole = generate(model, target, ids, max_new_tokens=8, seed=SEEDS[:2], eos_token_id=-1)
+    half = generate(model, target, ids, max_new_tokens=3, seed=SEEDS[:2], eos_token_id=-1)
+    rest = generate(model, target, half.sequences, max_new_tokens=5, seed=SEEDS[:2], eos_token_id=-1)
+    assert torch.equal(rest.sequences, whole.sequences)
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_ends(small_pair, drafts):
+    """Rows end at any of several tokens, with it, and leave padding and zeros behind."""
+    model, target = small_pair
+    prompt = torch.tensor([[1, 3, 5]]).expand(200, -1)
+    eos = [2, 6]
+    run = functools.partial(generate, model, target, prompt, max_new_tokens=12, seed=torch.arange(200), pad_token_id=0)
+    out = run(eos_token_id=eos, num_draft_tokens=drafts)
+    if not drafts:
+        endless = run()
+    for row in range(200):
+        length = int(out.lengths[row])
+        tokens = out.tokens[row]
+        ends = torch.isin(tokens[:length], torch.tensor(eos)).nonzero().flatten().tolist()
+        assert ends in ([], [length - 1])
+        assert length == 12 or ends
+        assert (tokens[length:] == 0).all()
+        for name in ("log_q", "log_theta", "log_t"):
+            assert (out[name][row, length:] == 0).all()
+            assert (out[name][row, :length] < 0).all()
+        assert torch.equal(out.alpha[row].isnan(), ~out.mask[row])
+        if not drafts:
+            assert torch.equal(tokens[:length], endless.tokens[row, :length])
+    assert len(set(out.lengths.tolist())) > 5
+
+
+class Odd(StoppingCriteria):
+    """Ends rows whose token sum is odd, and looks at what it is shown."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __call__(self, input_ids, scores, **kwargs):
+        assert input_ids.shape[0] == self.rows
+        return input_ids[:, 4:].sum(-1) % 2 == 1
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_stopping_criteria(pairs, drafts):
+    model, target = pairs["trained"]
+    ids, _ = prompts((4,) * 20)
+    out = generate(
+        model, target, ids, max_new_tokens=6, seed=0, stopping_criteria=[Odd(20)], num_draft_tokens=drafts,
+        eos_token_id=-1,
+    )  # fmt: skip
+    for row in range(20):
+        sums = out.tokens[row, : out.lengths[row]].cumsum(0) % 2
+        assert not sums[:-1].any()
+        assert sums[-1] == 1 or out.lengths[row] == 6
+    assert 1 in out.lengths
+    assert out.lengths.max() > 1
+
+
+class Kept(BaseStreamer):
+    def __init__(self):
+        self.got, self.ended = [], False
+
+    def put(self, value):
+        self.got.append(value)
+
+    def end(self):
+        self.ended = True
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_streamers(pairs, drafts):
+    model, target = pairs["trained"]
+    ids, _ = prompts((4,))
+    for custom in (False, True):
+        streamer = Kept()
+        if custom:
+            door = functools.partial(generate, streamer=streamer)
+            kwargs = {"custom_generate": door, "target_model": target, "num_draft_tokens": drafts, "seed": 1}
+            sequences = model.generate(ids, max_new_tokens=7, **kwargs)
+        else:
+            kwargs = {"streamer": streamer, "num_draft_tokens": drafts, "seed": 1}
+            sequences = generate(model, target, ids, max_new_tokens=7, **kwargs).sequences
+        assert torch.equal(streamer.got[0], ids)
+        assert torch.equal(torch.cat(streamer.got[1:]), sequences[0, 4:])
+        assert streamer.ended
+
+
+def test_processors_act_on_theta_and_warpers_on_q(pairs):
+    model, target = pairs["llama, gpt2"]
+    ids, _ = prompts((4,) * 40)
+    theta, t = (x(input_ids=ids).logits[:, -1].detach() for x in (model, target))
+    banned = list(range(20, 90))
+    kwargs = {"max_new_tokens": 1, "seed": 0}
+    out = generate(model, target, ids, bad_words_ids=[[k] for k in banned], **kwargs)
+    masked = theta.clone()
+    masked[:, banned] = -torch.inf
+    assert not torch.isin(out.tokens, torch.tensor(banned)).any()
+    exact = truth.solve(masked, t)
+    torch.testing.assert_close(out.alpha[:, 0].double(), exact.alpha, atol=2e-4, rtol=0.0)
+    expected = truth.log_q(masked, t).gather(1, out.tokens)
+    torch.testing.assert_close(out.log_q.double(), expected, atol=1e-4, rtol=1e-4)
+    # The models' own laws are not those of the processors.
+    torch.testing.assert_close(out.log_theta, theta.log_softmax(-1).gather(1, out.tokens), atol=1e-5, rtol=1e-5)
+
+    law = truth.log_q(theta, t) / 0.7
+    best = law.topk(3)
+    cut = best.values.log_softmax(-1)
+    for more in ({"top_k": 3}, {"logits_processor": LogitsProcessorList([TopKLogitsWarper(3)])}):
+        out = generate(model, target, ids, temperature=0.7, **kwargs, **more)
+        place = (best.indices == out.tokens).long()
+        assert place.sum(-1).eq(1).all()
+        torch.testing.assert_close(out.log_q[:, 0].double(), (cut * place).sum(-1), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(out.log_t, t.log_softmax(-1).gather(1, out.tokens), atol=1e-5, rtol=1e-5)
+
+
+def test_the_defaults_of_configurations_do_not_cut_the_law(pairs):
+    model, target = pairs["llama, gpt2"]
+    ids, _ = prompts((4,) * 40)
+    plain = generate(model, target, ids, max_new_tokens=3, seed=0)
+    sampled = generate(model, target, ids, max_new_tokens=3, seed=0, do_sample=True)
+    assert torch.equal(sampled.sequences, plain.sequences)
+    config = GenerationConfig(do_sample=True, top_p=0.1, max_new_tokens=3, eos_token_id=2, pad_token_id=0)
+    with pytest.warns(UserWarning, match="top_p of the generation configuration is left out"):
+        warned = generate(model, target, ids, seed=0, generation_config=config)
+    assert torch.equal(warned.sequences, plain.sequences)
+    assert not torch.equal(generate(model, target, ids, max_new_tokens=3, seed=0, top_p=0.1).sequences, plain.sequences)
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_padded_vocabularies(drafts):
+    """What pads a vocabulary is no token, even where its logits are large."""
+    model, wide = llama(seed=1), llama(vocab=128, seed=2)
+    with torch.no_grad():
+        wide.lm_head.weight[100:] *= 20
+    ids, _ = prompts((4,) * 20)
+    for a, b in ((model, wide), (wide, model)):
+        out = generate(a, b, ids, max_new_tokens=5, seed=0, num_draft_tokens=drafts, eos_token_id=-1)
+        assert out.tokens.max() < 100
+        scores = score(a, b, out.sequences, num_tokens=5)
+        torch.testing.assert_close(scores.log_q, out.log_q, atol=1e-4, rtol=1e-4)
+    narrow = generate(wide, wide, ids, max_new_tokens=5, seed=0, vocab_size=50, num_draft_tokens=drafts)
+    assert narrow.tokens.max() < 50
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_half_precision(dtypes, drafts):
+    model, target = llama(seed=1).to(dtypes[0]), gpt2(seed=2).to(dtypes[1])
+    ids, mask = prompts()
+    out = generate(model, target, ids, attention_mask=mask, max_new_tokens=6, seed=0, num_draft_tokens=drafts)
+    scores = score(model, target, out.sequences, attention_mask=out.attention_mask, num_tokens=6)
+    for name in ("log_theta", "log_t", "log_q"):
+        assert out[name].dtype == torch.float32
+        torch.testing.assert_close(out[name], getattr(scores, name), atol=0.15, rtol=0.05)
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_a_row_without_a_law_ends_alone(pairs, drafts):
+    model, _ = pairs["llama, gpt2"]
+    broken = gpt2(seed=2)
+    ids, _ = prompts((4,) * 3)
+    with torch.no_grad():
+        broken.transformer.wte.weight[ids[1, 0]] = torch.nan
+        broken.lm_head.weight = torch.nn.Parameter(broken.lm_head.weight.nan_to_num())
+    kwargs = {"max_new_tokens": 5, "seed": SEEDS, "num_draft_tokens": drafts, "eos_token_id": -1}
+    out = generate(model, broken, ids, **kwargs)
+    assert out.lengths.tolist() == [5, 0, 5]
+    assert out.status[:, 0].tolist() == [0, 3, 0]
+    with torch.no_grad():
+        broken.transformer.wte.weight.nan_to_num_()
+    fine = generate(model, broken, ids, **kwargs)
+    assert torch.equal(out.tokens[[0, 2]], fine.tokens[[0, 2]])
+
+
+def test_nothing_is_kept_for_gradients(pairs):
+    model, target = pairs["llama, gpt2"]
+    ids, _ = prompts((4,))
+    out = generate(model, target, ids, max_new_tokens=2, seed=0)
+    assert not any(value.requires_grad for value in (out.log_q, out.log_theta, out.log_t, out.alpha))
+    assert not score(model, target, out.sequences).log_q.requires_grad
+    assert all(parameter.grad is None for parameter in (*model.parameters(), *target.parameters()))
+
+
+def test_both_backends_draw_the_same(pairs, backend):
+    model, target = pairs["llama, gpt2"]
+    ids, mask = prompts((2, 3))
+    kwargs = {"attention_mask": mask, "max_new_tokens": 3, "seed": SEEDS[:2], "eos_token_id": -1}
+    out = generate(model, target, ids, **kwargs)
+    assert [naive(model, target, own(ids, mask, k), own(ids, mask, k), int(SEEDS[k]), 3) for k in (0, 1)] == (
+        out.tokens.tolist()
+    )
+    drafted = generate(model, target, ids, num_draft_tokens=2, min_p=1.0, **kwargs)
+    assert [
+        naive(model, target, own(ids, mask, k), own(ids, mask, k), 0, 3, greedy=True) for k in (0, 1)
+    ] == drafted.tokens.tolist()
+
+
+def test_wrong_arguments(pairs):
+    model, target = pairs["llama, gpt2"]
+    ids, mask = prompts()
+    run = functools.partial(generate, max_new_tokens=2, seed=0)
+    with pytest.raises(ValueError, match="target_model=None is the model itself"):
+        run(model, None, ids)
+    with pytest.raises(ValueError, match="vocabularies of 100 and 1000"):
+        run(model, llama(vocab=1000), ids)
+    with pytest.raises(ValueError, match="num_beams must be 1, but is 2"):
+        run(model, target, ids, num_beams=2)
+    with pytest.raises(ValueError, match="attention_mask must have its zeros at the left"):
+        run(model, target, ids, attention_mask=mask.flip(1))
+    with pytest.raises(ValueError, match="draft must be one of theta, t, but is 'both'"):
+        run(model, target, ids, num_draft_tokens=1, draft="both")
+    with pytest.raises(ValueError, match=r"seed must be an int or have shape \[3\]"):
+        run(model, target, ids, seed=torch.arange(2))
+    with pytest.raises(ValueError, match="speculative generation takes no processors"):
+        run(model, target, ids, num_draft_tokens=2, top_k=3)
+    with pytest.raises(ValueError, match="target_input_ids must have as many rows"):
+        run(model, target, ids, target_input_ids=ids[:2])
+    with pytest.raises(TypeError, match="but more was given"):
+        run(model, target, ids, ids)
+
+
+def test_importing_the_package_imports_no_transformers():
+    code = (
+        "import sys, optsample_triton as ost; assert 'transformers' not in sys.modules; "
+        "ost.integrations.huggingface.generate; assert 'transformers' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,94 @@
+"""score(): alpha, q* and figures of given sequences against whole passes and the float64 oracle."""
+
+import pytest
+import torch
+from models import llama, prompts
+
+from optsample_triton.integrations.huggingface import generate, score, score_chunks
+from reference import truth
+
+
+def ragged():
+    """Four sequences padded at both ends, as completions of unequal length behind unequal prompts are."""
+    ids, mask = prompts((12, 9, 7, 12), seed=4)
+    mask[1, -3:] = mask[3, -1:] = 0
+    return ids, mask
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 3, 50])
+@pytest.mark.parametrize("name", ["llama, gpt2", "gpt2, llama", "trained"])
+def test_equals_whole_passes(pairs, name, chunk_size):
+    model, target = pairs[name]
+    ids, mask = ragged()
+    scores = score(model, target, ids, attention_mask=mask, chunk_size=chunk_size, q_star=True)
+    assert scores.alpha.shape == (4, 11)
+    assert scores.log_q_star.shape == (4, 11, 100)
+    for row in range(4):
+        where = mask[row].nonzero().flatten()
+        text = ids[row, where]
+        a, b = (one(input_ids=text[None]).logits[0, :-1].detach() for one in (model, target))
+        exact = truth.solve(a, b)
+        here = where[1:] - 1  # the place of a token among those that have one before them
+        found = {**scores._asdict(), **scores.diagnostics._asdict()}
+        for figure in ("alpha", "kl_theta", "kl_t", "ess_theta", "ess_t", "entropy_theta", "entropy_q", "overlap_t"):
+            expected = getattr(exact, figure)
+            torch.testing.assert_close(found[figure][row, here].double(), expected, atol=2e-5, rtol=2e-4)
+        star = truth.log_q(a, b)
+        torch.testing.assert_close(scores.log_q_star[row, here].double(), star, atol=5e-5, rtol=1e-5)
+        for figure, law in (("log_q", star), ("log_theta", a.log_softmax(-1)), ("log_t", b.log_softmax(-1))):
+            expected = law.gather(1, text[1:, None])[:, 0].double()
+            torch.testing.assert_close(found[figure][row, here].double(), expected, atol=5e-5, rtol=1e-5)
+    assert torch.equal(scores.mask, mask[:, 1:].bool())
+    assert (scores.log_q[~scores.mask] == 0).all()
+
+
+def test_memory_is_bounded_by_the_chunk(pairs):
+    model, target = pairs["llama, gpt2"]
+    ids, mask = ragged()
+    rows = []
+    hooks = [one.lm_head.register_forward_hook(lambda *args: rows.append(args[-1].shape[1])) for one in (model, target)]
+    chunks = score_chunks(model, target, ids, attention_mask=mask, chunk_size=4, q_star=True)
+    assert [chunk.log_q_star.shape[1] for chunk in chunks] == [4, 4, 3]
+    for hook in hooks:
+        hook.remove()
+    assert max(rows) == 4
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_a_target_with_its_own_prompt_as_generated(pairs, chunk_size):
+    model, target = pairs["trained"]
+    ids, mask = prompts()
+    hints, hint_mask = prompts((9, 4, 7), seed=5)
+    out = generate(
+        model, target, ids, attention_mask=mask, target_input_ids=hints, target_attention_mask=hint_mask,
+        max_new_tokens=7, seed=0, diagnostics=True,
+    )  # fmt: skip
+    count = out.tokens.shape[1]
+    scores = score(
+        model, target, out.sequences, attention_mask=out.attention_mask, num_tokens=count,
+        target_input_ids=torch.cat([hints, out.tokens], 1),
+        target_attention_mask=torch.cat([hint_mask, out.mask.long()], 1), chunk_size=chunk_size,
+    )  # fmt: skip
+    assert torch.equal(scores.tokens, out.tokens)
+    assert torch.equal(scores.mask, out.mask)
+    for name in ("log_q", "log_theta", "log_t"):
+        torch.testing.assert_close(getattr(scores, name), out[name], atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(scores.alpha[out.mask], out.alpha[out.mask], atol=2e-4, rtol=0.0)
+
+
+def test_wrong_arguments(pairs):
+    model, target = pairs["llama, gpt2"]
+    ids, mask = prompts()
+    with pytest.raises(ValueError, match="num_tokens must be between 1 and 5"):
+        score(model, target, ids, num_tokens=6)
+    with pytest.raises(ValueError, match="chunk_size must be at least 1"):
+        score(model, target, ids, chunk_size=0)
+    with pytest.raises(ValueError, match="target_input_ids must end with the 5 tokens"):
+        score(model, target, ids, target_input_ids=ids.flip(1))
+    with pytest.raises(ValueError, match="some in between"):
+        score(model, target, ids, attention_mask=torch.tensor([1, 1, 0, 0, 1, 1]).expand(3, -1))
+    with pytest.raises(ValueError, match="vocabularies of 100 and 1000"):
+        score(model, llama(vocab=1000), ids)
+    with pytest.raises(ValueError, match="target_model=None is the model itself"):
+        score(model, None, ids)
+    assert mask.shape == ids.shape

@@ -1,0 +1,82 @@
+"""What needs a tokeniser: its comparison, stop strings, and the example of the README."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from models import gpt2, llama, train
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from optsample_triton.integrations.huggingface import generate, score
+
+ROOT = Path(__file__).resolve().parents[3]
+# transformers finds out how tokens are spelt by putting them behind "abcdef".
+WORDS = [
+    "two", "plus", "is", "the", "sky", "answer", "four", ".", "look", "up", "blue", "green", "abcdef", "one", "sum",
+]  # fmt: skip
+
+
+def tokenizer(words=WORDS):
+    vocabulary = {word: k for k, word in enumerate(["<pad>", "<s>", "</s>", *words])}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+@pytest.fixture(scope="module")
+def worded():
+    """Two models that speak of these words."""
+    return train(llama(vocab=18, seed=1, scale=0.02), jump=1), train(gpt2(vocab=18, seed=2, scale=0.02), jump=2)
+
+
+def test_different_tokenizers_are_refused(worded):
+    ids = torch.tensor([[3, 4]])
+    other = tokenizer([*WORDS[:-1], "product"])
+    with pytest.raises(ValueError, match=r"must share a tokeniser, but the token '(sum|product)' is"):
+        generate(*worded, ids, tokenizer=tokenizer(), target_tokenizer=other, max_new_tokens=2)
+    out = generate(*worded, ids, tokenizer=tokenizer(), target_tokenizer=tokenizer(), max_new_tokens=2)
+    assert out.tokens.shape == (1, 2)
+
+
+def test_stop_strings(worded):
+    ids = torch.tensor([[3, 4]]).expand(30, -1)
+    run = {"tokenizer": tokenizer(), "max_new_tokens": 12, "seed": torch.arange(30), "eos_token_id": -1}
+    out = generate(*worded, ids, stop_strings=["four"], **run)
+    endless = generate(*worded, ids, **run)
+    four = 3 + WORDS.index("four")
+    for row in range(30):
+        where = (endless.tokens[row] == four).nonzero().flatten().tolist()
+        assert int(out.lengths[row]) == (where[0] + 1 if where else 12)
+    assert len(set(out.lengths.tolist())) > 1
+
+
+def test_the_example_of_the_readme(worded, tmp_path, monkeypatch):
+    for name, model in zip(("policy", "target"), worded, strict=True):
+        model.save_pretrained(tmp_path / name)
+    tokenizer().save_pretrained(tmp_path / "policy")
+    monkeypatch.chdir(tmp_path)
+    fences = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    (code,) = [fence for fence in fences if "integrations.huggingface" in fence]
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    out, prompts = names["out"], names["prompts"]
+    start = prompts.input_ids.shape[1]
+    assert torch.equal(names["sequences"], out.sequences)
+    assert len(names["texts"]) == 2
+    assert names["hinted"].tokens.shape[0] == names["beams"].shape[0] == 2
+    assert 0 < names["quick"].acceptance < 1
+    assert prompts.attention_mask[1, 0] == 0
+    for name in ("log_q", "log_theta", "log_t"):
+        torch.testing.assert_close(getattr(names["scores"], name), out[name], atol=1e-3, rtol=1e-3)
+    alone = score(*worded, out.sequences[1:, 1 : start + int(out.lengths[1])], num_tokens=int(out.lengths[1]))
+    torch.testing.assert_close(names["scores"].log_q[1, : out.lengths[1]], alone.log_q[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(names["weights"], (out.log_theta - out.log_q).exp())

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from optsample_triton.ops.library import result_dtype
 from optsample_triton.types import INPUT_DTYPES
+
+LARGEST = 1e37  # of a number that float32 has to hold, and its inverse
 
 
 def check_rows(theta: Tensor, t: Tensor, name_theta: str, name_t: str) -> None:
@@ -91,14 +91,14 @@ def per_row(value: float | Tensor, theta: Tensor, name: str) -> Tensor:
         return value.to(device=theta.device, dtype=dtype).expand(batch).reshape(-1).contiguous()
     if not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a float or a tensor, but is {type(value).__name__}")
-    if not math.isfinite(value):
+    if not abs(value) <= LARGEST:
         raise ValueError(f"{name} must be finite, but is {value}")
     return torch.full((batch.numel(),), float(value), dtype=dtype, device=theta.device)
 
 
 def inverse_temperature(value: float | Tensor, theta: Tensor, name: str) -> Tensor | None:
     if not isinstance(value, Tensor):
-        if isinstance(value, (int, float)) and not (0.0 < value < math.inf):
+        if isinstance(value, (int, float)) and not (1.0 / LARGEST <= value <= LARGEST):
             raise ValueError(f"{name} must be positive and finite, but is {value}")
         if value == 1.0:
             return None

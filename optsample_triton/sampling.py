@@ -40,13 +40,14 @@ def sample(
         logits_theta, logits_t: [..., V], as for ``solve``.
         seed: an int, a tensor, or a torch.Generator that one is taken from. Same seed and offset, same token. A tensor
             [...] is used as it is for each row, whatever the batch; one number for all rows (an int, a 0-d tensor, a
-            generator's) is mixed with the row's index.
+            generator's) is mixed with the row's index. A captured graph replays an int; it follows a tensor.
         offset: an int or a tensor [...], for instance the position that is sampled: another offset, other tokens.
         num_samples: how many tokens to draw from each row; the results are then [..., num_samples].
         temperature, min_p: q_alpha^(1/temperature), without the tokens below min_p times its peak; floats or [...].
             log_q is that law's; log_theta and log_t are of the models' whole laws.
         method, alpha, temperature_theta, temperature_t, vocab_size, max_iter: as for ``solve``; alpha=1 draws from
-            pi_theta and alpha=0 from pi_t, on the tokens that both models allow.
+            pi_theta and alpha=0 from pi_t, on the tokens that both models allow. For a model's whole law give its
+            logits twice.
         tol: bound on the error of alpha.
 
     >>> import torch
@@ -57,16 +58,17 @@ def sample(
     >>> sample(logits_theta, logits_t, seed=7, num_samples=4).w_theta.shape
     torch.Size([3, 4])
     """
-    if num_samples is not None and (not isinstance(num_samples, int) or num_samples < 1):
+    if num_samples is not None and (
+        isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1
+    ):
         raise ValueError(f"num_samples must be an int of at least 1, but is {num_samples!r}")
     rows, shape, _ = prepare(
-        logits_theta.detach() if isinstance(logits_theta, Tensor) else logits_theta,
-        logits_t.detach() if isinstance(logits_t, Tensor) else logits_t,
-        alpha, method, "chernoff", temperature_theta, temperature_t, vocab_size, tol, max_iter, True,
+        _detached(logits_theta), _detached(logits_t), _detached(alpha), method, "chernoff",
+        _detached(temperature_theta), _detached(temperature_t), vocab_size, tol, max_iter, True,
     )  # fmt: skip
     token, log_q, log_theta, log_t, found, status = torch.ops.optsample.sample(
         *_solver(rows), *_numbers(seed, offset, shape, logits_theta.device),
-        *_filters(temperature, min_p, logits_theta), num_samples or 1,
+        *_filters(_detached(temperature), _detached(min_p), logits_theta), num_samples or 1,
     )  # fmt: skip
     whole = shape if num_samples is None else (*shape, num_samples)
     found, status = (x.reshape(shape) if num_samples is None else x.reshape(*shape, 1) for x in (found, status))
@@ -100,12 +102,12 @@ def verify(
     draft draws from q.
 
     Args:
-        draft_tokens: [..., K] integers, K = 0 included, drawn from p. One outside the vocabulary, or with p = 0, is
-            refused.
+        draft_tokens: [..., K] integers, K = 0 included, drawn from p: ``sample(logits_theta, logits_theta, alpha=1.0)``
+            does so, masked tokens of the other model included. One outside the vocabulary, or with p = 0, is refused.
         logits_theta, logits_t: [..., K + 1, V]: both models' logits at the drafts' positions and the one behind them.
         draft: which model made the drafts, "theta" or "t".
         draft_lengths: [...] how many of the K drafts each sequence has, all by default; beyond 0 ... K they are
-            clamped. What stands behind a sequence's drafts, in draft_tokens and in the logits, does not matter.
+            clamped. A list is copied to the device. What stands behind a sequence's drafts, in draft_tokens and in the logits, does not matter.
         seed, offset: as for ``sample``, a tensor being [...], one entry for each sequence; position k takes
             offset + k. The numbers are others than those of ``sample``, so that drafts may have the same seed.
 
@@ -113,7 +115,7 @@ def verify(
 
     >>> import torch
     >>> logits_theta, logits_t = torch.randn(2, 5, 3, 100, generator=torch.Generator().manual_seed(0)).unbind(0)
-    >>> drafts = sample(logits_theta[:, :2], logits_t[:, :2], alpha=1.0, seed=1).token
+    >>> drafts = sample(logits_theta[:, :2], logits_theta[:, :2], alpha=1.0, seed=1).token
     >>> verified = verify(drafts, logits_theta, logits_t, seed=2)
     >>> verified.tokens.shape, bool((verified.num_accepted == (verified.tokens >= 0).sum(-1) - 1).all())
     (torch.Size([5, 3]), True)
@@ -123,9 +125,8 @@ def verify(
         raise TypeError(f"draft_tokens must be a torch.Tensor, but is {type(draft_tokens).__name__}")
     _check_integers(draft_tokens, "draft_tokens")
     rows, shape, whole = prepare(
-        logits_theta.detach() if isinstance(logits_theta, Tensor) else logits_theta,
-        logits_t.detach() if isinstance(logits_t, Tensor) else logits_t,
-        alpha, method, "chernoff", temperature_theta, temperature_t, vocab_size, tol, max_iter, True,
+        _detached(logits_theta), _detached(logits_t), _detached(alpha), method, "chernoff",
+        _detached(temperature_theta), _detached(temperature_t), vocab_size, tol, max_iter, True,
     )  # fmt: skip
     expected = (*draft_tokens.shape[:-1], draft_tokens.shape[-1] + 1) if draft_tokens.dim() else None
     if tuple(shape) != expected:
@@ -140,10 +141,15 @@ def verify(
     batch, most = draft_tokens.shape[:-1], draft_tokens.shape[-1]
     tokens, num_accepted, *rest = torch.ops.optsample.verify(
         *_solver(rows), *_numbers(seed, offset, batch, logits_theta.device),
-        *_filters(temperature, min_p, logits_theta), draft_tokens.reshape(batch.numel(), most).long(),
+        *_filters(_detached(temperature), _detached(min_p), logits_theta), draft_tokens.reshape(batch.numel(), most).long(),
         _lengths(draft_lengths, batch, most, logits_theta.device), DRAFTS.index(draft),
     )  # fmt: skip
     return Verified(tokens.reshape(shape), num_accepted.reshape(batch), *(x.reshape(shape) for x in rest))
+
+
+def _detached(value: Any) -> Any:
+    """Tokens have no gradient."""
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _solver(rows: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -107,7 +107,7 @@ class Sample(NamedTuple):
 
     ``log_q`` is of the law that was drawn from, with ``temperature`` and ``min_p`` applied; ``log_theta`` and
     ``log_t`` are of the models' whole laws at their own temperatures. A row with status INVALID has token -1 and
-    log-probabilities NaN.
+    log-probabilities NaN; so has one whose alpha, temperature or min_p, given as a tensor, means nothing.
     """
 
     token: Tensor  # int64

@@ -6,9 +6,27 @@ import triton.language as tl
 
 from optsample_triton import launch
 from optsample_triton.kernels.draw import interpolated_masses, kept_nodes
+from optsample_triton.kernels.random import number, uniforms
 from optsample_triton.kernels.solve import SUMS, nodes, open_row, solved
 
-LANES = 32
+LANES, DRAWS = 32, 64
+
+
+@triton.jit
+def _numbers_kernel(out_ptr, seed: tl.int64, offset: tl.int64, group, STREAM: tl.constexpr, DRAWS: tl.constexpr):
+    draw = tl.arange(0, DRAWS)
+    seed, offset, group = number(None, seed, 0, 0), number(None, offset, 0, 0), number(None, group, 0, 0)
+    first, second = uniforms(seed, offset, group, draw, STREAM)
+    tl.store(out_ptr + draw, first)
+    tl.store(out_ptr + DRAWS + draw, second)
+
+
+def numbers(seed, offset, group, device):
+    """The kernels' uniforms of all streams, [5, 2, DRAWS] float64."""
+    out = torch.empty(5, 2, DRAWS, dtype=torch.float64, device=device)
+    for stream in range(5):
+        _numbers_kernel[(1,)](out[stream], seed, offset, group, STREAM=stream, DRAWS=DRAWS)
+    return out
 
 
 @triton.jit

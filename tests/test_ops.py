@@ -126,7 +126,7 @@ def drawn(a, b):
 
 
 def speculated(a, b):
-    drafts = ost.sample(a[:, :-1], b[:, :-1], seed=7, alpha=1.0).token
+    drafts = ost.sample(a[:, :-1], a[:, :-1], seed=7, alpha=1.0).token
     return tuple(ost.verify(drafts, a, b, seed=8))
 
 

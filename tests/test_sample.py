@@ -89,6 +89,19 @@ def test_uniforms_have_53_bits():
         assert float(((u * 2.0**24) % 1.0 != 0).double().mean()) > 0.99  # finer than a float32's 24 bits
 
 
+@pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, 2**32 + 5])
+def test_the_kernels_have_the_same_numbers(seed):
+    """Bit for bit, over all streams, wide offsets and groups."""
+    drawing = pytest.importorskip("tests.draw_kernels")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for offset, group in ((0, 0), (2**40 + 1, 3), (-7, 2**31 - 1)):
+        found = drawing.numbers(seed, offset, group, device)
+        key, count, index = (torch.tensor(value) for value in (seed, offset, group))
+        for stream in range(5):
+            expected = philox.uniforms(key, count, index, torch.arange(drawing.DRAWS), stream)
+            assert found[stream].cpu().equal(torch.stack(expected))
+
+
 def test_the_streams_differ():
     zero, count = torch.zeros((), dtype=torch.int64), torch.arange(50_000)
     streams = [u for stream in range(5) for u in philox.uniforms(zero, zero, zero, count, stream)]
@@ -302,6 +315,46 @@ def test_interpolated_masses_are_within_their_bound(name, small_chunks, monkeypa
     assert bool((apart <= misplaced.cpu() + 2e-7).all()), (apart, misplaced)
     if name.startswith(("zipf, std 0.5", "zipf, std 1", "zipf, std 2", "bimodal", "same top", "masked")):
         assert bool((misplaced.cpu() <= 1e-6).all()), misplaced  # another sweep would be a waste
+
+
+@pytest.mark.parametrize("min_p", [1.0, math.exp(-1.25), 0.5])
+def test_a_threshold_that_tokens_lie_at(min_p, backend, device, interpreted):
+    """Logits on a grid tie with each other and with the threshold: what is drawn has mass, and is never masked."""
+    g = torch.Generator().manual_seed(0)
+    a, b = ((4 * torch.randn(12 if interpreted else 200, 300, generator=g)).round() / 4 + 30 for _ in range(2))
+    a[:, 0] = -math.inf
+    drawn = ost.sample(a.to(device), b.to(device), seed=3, alpha=0.5, min_p=min_p)
+    law = truth.sample_law(a, b, alpha=0.5, min_p=min_p * (1 - 1e-5))
+    token = drawn.token.cpu()
+    assert bool((at(law, token) > 0).all())
+    assert_within(drawn.log_q, at(law.log(), token), "log_q")
+
+
+def test_numbers_that_mean_nothing_make_a_row_invalid(backend, device):
+    a, b = (x[:1].expand(4, -1) for x in cases.by_name("V=17").logits(device=device))
+    bad = torch.tensor([0.5, math.nan, math.inf, -math.inf], device=device)
+    for options in (
+        {"alpha": bad},
+        {"temperature": bad.neg().where(bad != 0.5, 1.0)},
+        {"min_p": bad.where(bad < 1, math.nan)},
+    ):
+        drawn = ost.sample(a, b, seed=0, **options)
+        sound = drawn.status != Status.INVALID
+        assert bool(sound[0])
+        assert not bool(sound[1])
+        assert (drawn.token >= 0).equal(sound)
+        assert drawn.log_q.isfinite().equal(sound)
+    zero = ost.sample(a, b, seed=0, temperature=torch.tensor([1.0, 0.0, -1.0, 2.0], device=device))
+    assert (zero.token < 0).tolist() == [False, True, True, False]
+
+
+def test_tokens_that_no_node_sees(small_chunks, backend, device):
+    """Beyond the models a token may count that is below float32 at every node: no interpolation knows of it."""
+    a, b = torch.zeros(1, 260), torch.zeros(1, 260)
+    a[0, 258], b[0, 258] = -40.0, -100.0
+    drawn = ost.sample(a.to(device), b.to(device), seed=0, alpha=2.0, num_samples=32)
+    assert bool((drawn.token == 258).all())
+    assert_within(drawn.log_q.cpu(), at(truth.log_q(a, b, 2.0), drawn.token.cpu()), "log_q")
 
 
 # Randomness

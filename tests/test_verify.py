@@ -144,6 +144,43 @@ def test_both_backends_emit_the_same(name, draft, monkeypatch):
             torch.testing.assert_close(one, other.cpu(), atol=2e-5, rtol=1e-5, equal_nan=True)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": 0.3}, {"temperature": 2.0}, {"min_p": 0.3}, {"min_p": 0.1, "temperature": 0.5}, {"alpha": 1.7}],
+    ids=str,
+)
+@pytest.mark.parametrize("draft", MODELS)
+def test_both_backends_emit_the_same_with_options(draft, options, monkeypatch):
+    """Rows with masked tokens, and rows without a common one: the kernels against what the laws above were held to."""
+    a, b, p, _ = laws(2, 7, seed=3)
+    a, b = a.repeat(4, 1).view(4, 2, 7), b.repeat(4, 1).view(4, 2, 7)
+    drafts = drafted(p[draft][:1], 4, seed=4)
+    a[3, 0, 3:], b[3, 0, :3] = -math.inf, -math.inf
+    a[3, 0, :3] = torch.tensor([0.5, 0.3, 0.2]).log()
+    drafts[3] = 1 if draft == "theta" else 5
+    for seed in range(2):
+        results = []
+        for backend in ("eager", "triton"):
+            monkeypatch.setenv("OPTSAMPLE_BACKEND", backend)
+            device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+            rows = (x.to(device) for x in (drafts, a, b))
+            results.append(ost.verify(*rows, draft=draft, seed=seed, **options))
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other.cpu(), atol=2e-5, rtol=1e-5, equal_nan=True)
+
+
+def test_drafts_of_sample_have_the_law_that_is_assumed(monkeypatch):
+    """The README's recipe, on rows where one model masks what the other does not."""
+    monkeypatch.setenv("OPTSAMPLE_BACKEND", "eager")
+    a, b, _, q = laws(2, 7, seed=5)
+    many = [x.expand(40_000, -1, -1) for x in (a, b)]
+    drafts = ost.sample(many[0][:, :1], many[0][:, :1], alpha=1.0, seed=1).token
+    result = ost.verify(drafts, *many, seed=2)
+    for position in range(2):
+        tokens = result.tokens[:, position]
+        assert chisquare(tokens[tokens >= 0], q[position]) > 1e-4
+
+
 def test_log_probabilities_of_what_is_emitted(backend, device):
     names = ("zipf, std 1", "masked, both", "random std 3")
     a, b = (torch.stack([cases.by_name(name).logits()[model][:3] for name in names]) for model in (0, 1))

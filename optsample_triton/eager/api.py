@@ -67,6 +67,7 @@ def sample(
     """token, log_q, log_theta, log_t [N, num_samples], alpha, status [N]."""
     rows = Rows(theta, t, inverse_temperature_theta, inverse_temperature_t)
     state = _solved(rows, options, alpha)
+    sampling.judge(state, draws)
     token, *logs = sampling.sample(rows, state, draws, num_samples)
     dtype = rows.working_dtype
     return token, *(x.to(dtype) for x in logs), state.alpha.to(dtype), state.status.to(torch.uint8)
@@ -87,6 +88,7 @@ def verify(
     """token, log_q, log_theta, log_t, accepted, alpha, status [N] of rows (b, k), N = B (K + 1)."""
     rows = Rows(theta, t, inverse_temperature_theta, inverse_temperature_t)
     state = _solved(rows, options, alpha)
+    sampling.judge(state, draws)
     token, *logs, accepted = sampling.verify(rows, state, draws, drafts, lengths, model)
     dtype = rows.working_dtype
     return token, *(x.to(dtype) for x in logs), accepted, state.alpha.to(dtype), state.status.to(torch.uint8)

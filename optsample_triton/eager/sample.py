@@ -16,7 +16,7 @@ from optsample_triton.eager.rows import Rows, outside_common_support
 from optsample_triton.eager.solve import State
 from optsample_triton.types import Draws, Status
 
-COLD = 8.0  # 1 / temperature beyond which float32 would blur what is multiplied by it
+SLACK = 1e-6  # of a threshold, in nats: what lies at it but for rounding is in
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Law:
         for block in rows.blocks():
             for chunk in rows.chunks():
                 top[block] = torch.maximum(top[block], mixture.log_q(block, chunk).amax(-1))
-        return Law(mixture, top, draws.cooling[index].to(dtype), draws.min_p[index].log().to(dtype))
+        return Law(mixture, top, draws.cooling[index].to(dtype), _floor(draws.min_p[index]).to(dtype))
 
     def part(self, index: Tensor) -> Law:
         """The same of some of the rows, by a rising index."""
@@ -151,17 +151,31 @@ class Logs:
         return log_q, a - self.theta[col], b - self.t[col]
 
 
-def _filtered(log_q: Tensor, top: Tensor, draws: Draws) -> Tensor:
-    """Log-weights [N, S] of tokens from their log q_alpha."""
+def _floor(min_p: Tensor) -> Tensor:
+    return min_p.log() - SLACK
+
+
+def _filtered(log_q: Tensor, top: Tensor, draws: Draws, *, drawn: bool) -> Tensor:
+    """Log-weights [N, S] of tokens from their log q_alpha; those that were drawn have passed the threshold."""
     if draws.cooling is None or draws.min_p is None:
         return log_q
     log_q = (log_q - top[:, None]).clamp(max=0.0) * draws.cooling[:, None]
-    return log_q.masked_fill(log_q < draws.min_p.log()[:, None], -torch.inf)
+    return log_q if drawn else log_q.masked_fill(log_q < _floor(draws.min_p)[:, None], -torch.inf)
 
 
-def _cold(draws: Draws) -> Tensor | None:
-    """Rows whose low temperature would blow float32's rounding up."""
-    return None if draws.cooling is None else draws.cooling > COLD
+def _cut(draws: Draws) -> Tensor | None:
+    """Rows whose temperature would blow float32's rounding up, or whose threshold would cut by it."""
+    return None if draws.cooling is None or draws.min_p is None else (draws.cooling != 1.0) | (draws.min_p > 0.0)
+
+
+def judge(state: State, draws: Draws) -> None:
+    """Rows with an alpha, a temperature or a threshold that means nothing are INVALID."""
+    sound = torch.isfinite(state.alpha)
+    if draws.cooling is not None and draws.min_p is not None:
+        sound &= torch.isfinite(draws.cooling) & (draws.cooling > 0) & (draws.min_p >= 0)
+    broken = ~sound
+    state.status[broken] = int(Status.INVALID)
+    state.alpha[broken] = torch.nan
 
 
 @dataclass(frozen=True)
@@ -193,13 +207,13 @@ def sample(rows: Rows, state: State, draws: Draws, num_samples: int) -> tuple[Te
     within, _ = numbers.uniforms(0 * which, which, philox.TOKEN)
     token = torch.zeros(rows.count, num_samples, dtype=torch.int64, device=device)
     log_mass, top = torch.zeros(2, rows.count, dtype=torch.float64, device=device)
-    for index, dtype in by_precision(rows, state, _cold(draws)):
+    for index, dtype in by_precision(rows, state, _cut(draws)):
         law = Law.of(Mixture.of(rows.select(index), state.part(index), dtype), draws, index)
         masses = law.masses()
         token[index] = draw(law, masses, (place[0][index], place[1][index]), within[index])
         log_mass[index], top[index] = masses.sum(-1).log(), law.top.double()
     log_q, log_theta, log_t = Logs.of(rows, state).at(token)
-    log_q = _filtered(log_q, top, draws) - log_mass[:, None]
+    log_q = (_filtered(log_q, top, draws, drawn=True) - log_mass[:, None]).clamp(max=0.0)
     broken = (state.status == Status.INVALID)[:, None]
     log_q, log_theta, log_t = (x.masked_fill(broken, torch.nan) for x in (log_q, log_theta, log_t))
     return token.masked_fill(broken, -1), log_q, log_theta, log_t
@@ -221,22 +235,22 @@ def verify(
 
     log_mass, top = torch.zeros(2, rows.count, dtype=torch.float64, device=device)
     laws = []
-    for index, dtype in by_precision(rows, state, _cold(draws)):
+    for index, dtype in by_precision(rows, state, _cut(draws)):
         law = Law.of(Mixture.of(rows.select(index), state.part(index), dtype), draws, index)
         masses = law.masses()
         log_mass[index], top[index] = masses.sum(-1).log(), law.top.double()
         laws.append((index, law, masses))
     logs = Logs.of(rows, state)
 
-    def logs_at(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def logs_at(tokens: Tensor, *, drawn: bool) -> tuple[Tensor, Tensor, Tensor]:
         log_q, log_theta, log_t = logs.at(tokens.clamp(0, rows.vocab - 1)[:, None])
-        log_q = _filtered(log_q, top, draws) - log_mass[:, None]
+        log_q = (_filtered(log_q, top, draws, drawn=drawn) - log_mass[:, None]).clamp(max=0.0)
         return log_q[:, 0], log_theta[:, 0], log_t[:, 0]
 
     numbers = Numbers.of(draws, batch, device)
     zero = torch.zeros_like(position)
     chance = numbers.uniforms(position, zero, philox.ACCEPT)[0].reshape(-1)
-    at_draft = logs_at(token)
+    at_draft = logs_at(token, drawn=False)
     log_q, log_p = at_draft[0], at_draft[1 + model]
     accepted = usable & (log_p > -torch.inf) & (chance.log() < log_q - log_p)
     kept = accepted.view(batch, positions).long().cumprod(-1).sum(-1, keepdim=True)
@@ -265,5 +279,5 @@ def verify(
         put(law.part(whole), masses[whole], index[whole])
 
     broken = state.status == Status.INVALID
-    log_q, log_theta, log_t = (x.masked_fill(broken, torch.nan) for x in logs_at(token))
+    log_q, log_theta, log_t = (x.masked_fill(broken, torch.nan) for x in logs_at(token, drawn=True))
     return token.masked_fill(broken, -1), log_q, log_theta, log_t, accepted & ~broken

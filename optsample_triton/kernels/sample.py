@@ -11,7 +11,7 @@ from optsample_triton.kernels.random import ACCEPT, PLACE, RECOVER_PLACE, RECOVE
 from optsample_triton.kernels.report import FAR
 from optsample_triton.kernels.solve import DISJOINT, INVALID, SUMS, nodes, open_row, solved
 
-COLD = tl.constexpr(8.0)  # 1 / temperature beyond which float32 would blur what is multiplied by it
+SLACK = tl.constexpr(1e-6)  # of a threshold, in nats
 
 
 @triton.jit
@@ -43,6 +43,16 @@ def settled(
     A, B, _, unit = ends
     lone = status == DISJOINT
     x = tl.where(lone, 1.0, rounded(alpha))
+    filtered = status < 0
+    cooling, floor = tl.full([], 1.0, tl.float32), tl.full([], -float("inf"), tl.float32)
+    sound = x - x == 0.0
+    if FILTER:
+        cooling, least = tl.load(cooling_ptr + index), tl.load(min_p_ptr + index)
+        # What lies at the threshold but for rounding is in.
+        floor = tl.where(least > 0.0, tl.log(least) - SLACK, floor)
+        filtered = (cooling != 1.0) | (least > 0.0)
+        sound = sound & (cooling > 0.0) & (cooling < float("inf")) & (least >= 0.0)
+    status = tl.where(sound, status, INVALID)
     tl.store(alpha_ptr + index, tl.where(status == INVALID, float("nan"), x).to(tl.float32))
     tl.store(status_ptr + index, status.to(tl.uint8))
     own_theta, own_t = A, B
@@ -51,28 +61,28 @@ def settled(
     row_q = shared_row(row, status)
     psi = tl.where(lone, 0.0, psi)
     level = tl.where(lone, own_theta, x * A + (1.0 - x) * B + psi)
-    far = (unit < 1.0) | (psi < -FAR)
-    filtered = status < 0
-    cooling, floor = tl.full([], 1.0, tl.float32), tl.full([], -float("inf"), tl.float32)
-    if FILTER:
-        cooling, least = tl.load(cooling_ptr + index), tl.load(min_p_ptr + index)
-        floor = tl.where(least > 0.0, tl.log(least), floor)
-        filtered = (cooling != 1.0) | (least > 0.0)
-        far = far | (cooling > COLD)
+    # A low temperature would blow float32's rounding up, and a threshold would cut by it.
+    far = (unit < 1.0) | (psi < -FAR) | filtered
+    if FILTER:  # noqa: SIM102 (one is known when the kernel is compiled)
         if filtered:  # q's own normalisation would underflow at a low temperature
             level = tilted_top(row_q, x, H, PACKED, False)
     base = tl.where(far, level, rounded(level))
     law = (x, base, cooling, floor, far, tl.full([], float("inf"), tl.float32))
     masses, misplaced = interpolated_masses(partial_ptr, chunks, x, base, LANES)
-    trusted = (unit == 1.0) & (filtered == 0) & (lone == 0) & (misplaced <= tl.sum(masses, 0) * MISPLACED)
+    # Beyond the models, and where sums are denormal, the nodes do not see every token that counts.
+    seen = (unit == 1.0) & (x >= 0.0) & (x <= 1.0) & (ends[2] > -FAR)
+    trusted = seen & (filtered == 0) & (lone == 0) & (misplaced <= tl.sum(masses, 0) * MISPLACED)
     if trusted == 0:
         masses = summed_masses(row_q, law, CHUNK, LANES, H, PACKED, FILTER, -1)
     return row, law, masses, (tl.log(tl.sum(masses, 0)), own_theta, own_t), status
 
 
 @triton.jit
-def logs_at(row, law, partitions, status, token, FILTER: tl.constexpr):
-    """log_q, log_theta and log_t of tokens, -inf where there is no mass, NaN in invalid rows; float64."""
+def logs_at(row, law, partitions, status, token, FILTER: tl.constexpr, DRAWN: tl.constexpr):
+    """log_q, log_theta and log_t of tokens, -inf where there is no mass, NaN in invalid rows; float64.
+
+    Tokens that were DRAWN have passed the threshold.
+    """
     theta_ptr, t_ptr, _, scale_theta, scale_t, ref_theta, ref_t, _ = row
     x, base, cooling, floor, _, _ = law
     log_mass, own_theta, own_t = partitions
@@ -84,7 +94,8 @@ def logs_at(row, law, partitions, status, token, FILTER: tl.constexpr):
     z = x * tl.where(keep, u, 0.0) + (1.0 - x) * tl.where(keep & (lone == 0), v, 0.0) - base
     if FILTER:
         z = z * cooling
-        keep = keep & (z >= floor)
+        if not DRAWN:
+            keep = keep & (z >= floor)
     void = tl.where(status == INVALID, float("nan"), 0.0)
     log_q = tl.where(keep, tl.minimum(z - log_mass, 0.0), nothing)
     return log_q + void, tl.minimum(u - own_theta, 0.0) + void, tl.minimum(v - own_t, 0.0) + void
@@ -123,7 +134,7 @@ def sample_kernel(
             token = tl.zeros([DRAWS], tl.int32)
             if status != INVALID:
                 token = draw(shared_row(row, status), law, masses, place, second, within, CHUNK, TILE, STEP, FILTER, -1)
-            log_q, log_theta, log_t = logs_at(row, law, partitions, status, token, FILTER)
+            log_q, log_theta, log_t = logs_at(row, law, partitions, status, token, FILTER, True)
             at, inside = index * num_samples + which, which < num_samples
             tl.store(token_ptr + at, tl.where(status == INVALID, -1, token).to(tl.int64), mask=inside)
             tl.store(log_q_ptr + at, log_q.to(tl.float32), mask=inside)
@@ -164,19 +175,19 @@ def verify_kernel(
         draft = tl.load(draft_ptr + sequence * (positions - 1) + position, mask=has_draft, other=-1)
         usable = (draft >= 0) & (draft < V)
         token = tl.where(usable, draft, 0).to(tl.int32) + one
-        log_q, log_theta, log_t = logs_at(row, law, partitions, status, token, FILTER)
+        log_q, log_theta, log_t = logs_at(row, law, partitions, status, token, FILTER, False)
         log_p = log_theta if MODEL == 0 else log_t
         chance, _ = uniforms(key, count, group, one, ACCEPT)
         kept = usable & (log_p > -float("inf")) & (tl.log(chance) < log_q - log_p)
         accepted = tl.max(kept.to(tl.int32), 0)
         if (accepted == 0) & (position <= length) & (status != INVALID):
             # Where the supports are disjoint, no draft of t's lies where q has mass.
-            refused = has_draft & (status != DISJOINT)
+            refused = has_draft & ((status != DISJOINT) | (MODEL == 0))
             token = recovered(
                 shared_row(row, status), law, masses, partitions, refused, key, count, group, CHUNK, TILE, STEP, LANES,
                 H_LATER, PACKED, FILTER, MODEL,
             )  # fmt: skip
-            log_q, log_theta, log_t = logs_at(row, law, partitions, status, token, FILTER)
+            log_q, log_theta, log_t = logs_at(row, law, partitions, status, token, FILTER, True)
         tl.store(accepted_ptr + index, accepted.to(tl.uint8))
         tl.store(token_ptr + index + one, tl.where(status == INVALID, -1, token).to(tl.int64))
         tl.store(log_q_ptr + index + one, log_q.to(tl.float32))

@@ -58,9 +58,7 @@ def sample(
     >>> sample(logits_theta, logits_t, seed=7, num_samples=4).w_theta.shape
     torch.Size([3, 4])
     """
-    if num_samples is not None and (
-        isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1
-    ):
+    if num_samples is not None and (type(num_samples) is not int or num_samples < 1):
         raise ValueError(f"num_samples must be an int of at least 1, but is {num_samples!r}")
     rows, shape, _ = prepare(
         _detached(logits_theta), _detached(logits_t), _detached(alpha), method, "chernoff",
@@ -107,7 +105,8 @@ def verify(
         logits_theta, logits_t: [..., K + 1, V]: both models' logits at the drafts' positions and the one behind them.
         draft: which model made the drafts, "theta" or "t".
         draft_lengths: [...] how many of the K drafts each sequence has, all by default; beyond 0 ... K they are
-            clamped. A list is copied to the device. What stands behind a sequence's drafts, in draft_tokens and in the logits, does not matter.
+            clamped. A list is copied to the device. What stands behind a sequence's drafts, in draft_tokens and in the
+            logits, does not matter.
         seed, offset: as for ``sample``, a tensor being [...], one entry for each sequence; position k takes
             offset + k. The numbers are others than those of ``sample``, so that drafts may have the same seed.
 
@@ -139,9 +138,10 @@ def verify(
             f"draft_tokens must be on the logits' device {logits_theta.device}, but is on {draft_tokens.device}"
         )
     batch, most = draft_tokens.shape[:-1], draft_tokens.shape[-1]
+    drafts = draft_tokens.reshape(batch.numel(), most).long()
     tokens, num_accepted, *rest = torch.ops.optsample.verify(
         *_solver(rows), *_numbers(seed, offset, batch, logits_theta.device),
-        *_filters(_detached(temperature), _detached(min_p), logits_theta), draft_tokens.reshape(batch.numel(), most).long(),
+        *_filters(_detached(temperature), _detached(min_p), logits_theta), drafts,
         _lengths(draft_lengths, batch, most, logits_theta.device), DRAFTS.index(draft),
     )  # fmt: skip
     return Verified(tokens.reshape(shape), num_accepted.reshape(batch), *(x.reshape(shape) for x in rest))

@@ -7,6 +7,7 @@ Latency, launch and imperfect overlap are not in it, so small batches take longe
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from optsample_triton import launch
 
 from . import gates
 from .cases import DTYPES, Case
+from .results import Row
 from .works import WORKS
 
 
@@ -68,7 +70,15 @@ def device_named(name: str) -> Device | None:
     >>> device_named("NVIDIA H100 80GB HBM3").target
     'sm_90'
     """
-    return next((device for device in DEVICES if device.name in name), None)
+    words = re.findall(r"\w+", name)  # a GH200 is no H200
+    return next((device for device in DEVICES if device.name in words), None)
+
+
+def bound_of(row: Row) -> Bound | None:
+    """The bound of a measured row on its own device, for rows that take one sweep; None where nothing is known of it."""
+    device = device_named(row.device)
+    case = Case(row.work, row.N, row.V, row.dtype)
+    return bound(case, device, gates.read_rows()) if device is not None and row.work in WORKS else None
 
 
 def bound(case: Case, device: Device, rows: Sequence[Mapping[str, str]], further_sweeps: float = 0.0) -> Bound | None:

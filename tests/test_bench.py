@@ -405,6 +405,24 @@ def test_every_work_has_a_bound_on_every_device() -> None:
         assert bound.seconds >= 0.99 * moved / (roofline.DEVICES[2].copy_gb_s * 1e9)
 
 
+def test_a_bound_stands_beside_the_times_of_a_known_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = cases.Case("solve", 4096, 50_257, "bfloat16")
+    limit = roofline.bound(case, roofline.device_named("NVIDIA H200"), gates.read_rows())
+    words = table.milliseconds(limit.seconds * 1e3)
+    known, unknown = (
+        [dataclasses.replace(row, kind="cuda", device=name) for row in solve_rows(2e-4, case=case)]
+        for name in ("NVIDIA H200", "NVIDIA GH200 480GB")
+    )
+    heading, _, line = table.render(known).splitlines()
+    assert "bound" in heading
+    assert f"0.2  {words} {limit.limit}" in " ".join(line.split("   "))
+    assert "bound" not in table.render(unknown)
+    assert "bound" not in table.render(solve_rows(0.002))
+    for rows, cell in ((known, f"0.2 ms | {words} ms |"), (unknown, "0.2 ms | - |")):
+        monkeypatch.setattr(results, "read_all", lambda rows=rows: {"GPU": rows})
+        assert cell in readme.filled("<!-- bench: gpu -->\n<!-- /bench -->", "en")
+
+
 # Documents
 
 

@@ -35,7 +35,8 @@ checked     largest error against the float64 truth over its tolerance: above 1 
 p20 p50 p80 optsample_triton on the logits (dropin: on the probabilities), milliseconds, cold cache
 graph       the same call as a CUDA-graph replay, median (GPU, few rows)
 bound       what the device can take at the least, of data sheet and compiled kernel, where a row takes one sweep (GPU)
-reference   the documents' functions in eager PyTorch on probabilities (their softmax untimed), median ms
+reference   the documents' functions in eager PyTorch on probabilities (their softmax untimed), median ms;
+            of token_logprobs, log_softmax and gather on the logits
 ratio       reference over p50
 bytes       what must move: the inputs read once, the outputs written once
 of copy     bytes per second as a share of a copy of as many bytes, taken in the same run: 100% is memory speed

@@ -358,9 +358,10 @@ def test_committed_rows_hold_the_cpu_cases() -> None:
     tables = [rows for rows in results.read_all().values() if rows[0].kind == "cpu"]
     assert tables
     for rows in tables:
-        for N, V in ((1, 50257), (64, 50257), (16, 151936)):
-            of_case = results.of(rows, f"solve/float32/{N}x{V}")
-            assert of_case["package"].status == of_case["reference"].status == "ok"
+        assert {row.case for row in rows} == {case.name for case in cases.CPU_CASES}, "make bench BENCH_ARGS=--save"
+        for case in cases.CPU_CASES:
+            of_case = results.of(rows, case.name)
+            assert of_case["package"].status == of_case["reference"].status == of_case["copy"].status == "ok"
         assert all(row.commit and not row.commit.endswith("+") and row.date for row in rows)
         assert all(each.reached for each in goals.measured(rows, "cpu"))
 
@@ -513,13 +514,43 @@ def test_session_keeps_to_nine_minutes(tmp_path: Path, monkeypatch: pytest.Monke
     stages = session.stages(tmp_path, dry=False)
     assert all(stage.command for stage in stages)
     assert session.TOTAL_SECONDS < 540
-    # What comes first has its time even if every stage runs out of its own.
-    names = [stage.name for stage in stages]
-    ahead = stages[: names.index("sweep") + 1]
-    assert sum(stage.seconds for stage in ahead) <= session.TOTAL_SECONDS
+    # Each has its time even if every other one runs out of its own.
+    for total in (session.TOTAL_SECONDS, 200.0):
+        planned = session.stages(tmp_path, dry=False, total=total)
+        assert [stage.name for stage in planned] == [stage.name for stage in stages]
+        assert sum(stage.seconds for stage in planned) <= total
+        for stage in planned:
+            assert stage.seconds >= total / 60
+            if "--budget" in stage.command:
+                assert float(stage.command[stage.command.index("--budget") + 1]) < stage.seconds
     written = [part for stage in stages for part in stage.command if str(tmp_path) in part]
     assert {Path(part).name for part in written} == {"nvidia-h200.csv", "launch.csv", "profile.csv"}
     assert all(Path(part).parent == tmp_path for part in written)
+
+
+def test_a_dry_run_plans_the_same_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    planned = session.stages(tmp_path, dry=True)
+    assert [stage.name for stage in planned] == [stage.name for stage in session.stages(tmp_path, dry=False)]
+    ran = {stage.name: stage.command for stage in planned if stage.command}
+    assert {"doctor", "tests", "benchmark", "sweep"} <= set(ran)
+    assert "--interpreted" in ran["benchmark"]
+    left_out = {stage.name: stage.reason for stage in planned if not stage.command}
+    assert set(left_out.values()) == {session.NO_GPU}
+    assert left_out.keys() - {"driver"} == {
+        "compile",
+        "compile the sweep",
+        "sanitizer, memcheck",
+        "sanitizer, racecheck",
+        "profiler",
+    }
+
+
+def test_what_a_session_left_out_is_its_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert session.session(tmp_path, dry=True, total=0.0) == 3
+    assert "left out: the session's time is used up" in capsys.readouterr().out
+    assert "== " not in (tmp_path / "log.txt").read_text(encoding="utf-8"), "nothing was run"
+    assert session.exit_code(["ok after 1 s", "left out: ncu is not installed", "exit code 9 after 2 s"]) == 1
 
 
 def test_sweep_measures_agreeing_shapes_only(monkeypatch: pytest.MonkeyPatch, capsys) -> None:

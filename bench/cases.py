@@ -49,7 +49,8 @@ class Goal:
 
 VOCABULARIES = (32_000, 50_257, 128_256, 151_936, 262_144)
 BATCHES = (1, 8, 64, 132, 1024, 4096)
-GRID_WORKS = ("solve", "sample", "log_q", "verify", "bisect", "diagnostics", "backward")
+GRID_WORKS = ("solve", "sample", "log_q", "verify", "bisect", "diagnostics", "backward", "token_logprobs",
+              "token_logprobs_backward")  # fmt: skip
 
 CPU_CASES = (
     Case("solve", 1, 50_257, rivals=FULL),
@@ -63,6 +64,8 @@ CPU_CASES = (
     Case("diagnostics", 16, 50_257),
     Case("backward", 16, 50_257),
     Case("dropin", 16, 50_257),
+    Case("token_logprobs", 16, 50_257, rivals=UNCOMPILED),
+    Case("token_logprobs_backward", 16, 50_257),
 )
 
 # The cases that the goals are about come first: a run that is out of time has had them.
@@ -76,6 +79,8 @@ CUDA_GOAL_CASES = (
     Case("diagnostics", 1024, 50_257, "bfloat16"),
     Case("backward", 1024, 50_257, "bfloat16"),
     Case("dropin", 1024, 50_257),
+    *(Case("token_logprobs", 4096, V, "bfloat16", UNCOMPILED) for V in (50_257, 151_936)),
+    *(Case("token_logprobs_backward", 4096, V, "bfloat16") for V in (50_257, 151_936)),
 )
 CUDA_GRID = tuple(
     Case(work, N, V, dtype, LISTED if work == "solve" else ALONE)
@@ -101,7 +106,7 @@ GOALS = (
 )
 
 # Every work once, small enough for a test run; the interpreter, which pays per operation, gets them smaller still.
-QUICK_WORKS = ("solve", "bisect", "log_q", "sample", "verify", "diagnostics", "backward", "dropin")
+QUICK_WORKS = (*GRID_WORKS, "dropin")
 QUICK_CASES = tuple(Case(work, 4, 8192, rivals=FULL) for work in QUICK_WORKS)
 INTERPRETED_CASES = tuple(Case(work, 2, 2048) for work in QUICK_WORKS)
 

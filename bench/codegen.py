@@ -5,6 +5,7 @@ machine code what decides its speed: registers, stack and spills, and for each l
 special-function operations, load and store widths, barriers and shuffles.
 
     python -m bench.codegen --csv bench/results/codegen.csv         # all of bench.kernels, all targets
+    python -m bench.codegen --check                                 # fails where one is worse than that file says
     python -m bench.codegen package.module:ENTRIES --targets sm_90  # one's own
 
 Kernels are described by `Entry`; `read` compiles and reads in worker processes of their own, because a
@@ -29,6 +30,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from . import gates
 
 # name -> backend, architecture, lanes per warp
 TARGETS: dict[str, tuple[str, int | str, int]] = {
@@ -695,29 +698,40 @@ def table(reports: Sequence[Report]) -> str:
     )
 
 
-def write_csv(reports: Sequence[Report], path: Path) -> None:
-    """One row per report and pass, columns as in `Report.rows`."""
+def write_csv(reports: Sequence[Report], path: Path, kept: Sequence[Mapping[str, Any]] = ()) -> None:
+    """One row per report and pass, columns as in `Report.rows`; before them the rows of `kept` for other entries."""
     rows = [row for report in reports for row in report.rows()]
+    read_anew = {(report.name, report.target) for report in reports}
+    rows = [*(dict(row) for row in kept if gates.key(row)[:2] not in read_anew), *rows]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 all right, 1 where --check found something."""
     parser = argparse.ArgumentParser(prog="python -m bench.codegen", description="Read compiled Triton kernels.")
     parser.add_argument("entries", nargs="?", help="module:NAME or file.py:NAME of a list of Entry")
     parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated, default all")
     parser.add_argument("--filter", default="", help="only entries whose name contains this")
-    parser.add_argument("--csv", type=Path, help="file to write the table to")
+    parser.add_argument("--csv", type=Path, help="write the table here; with --filter or --targets the rest stays")
+    parser.add_argument(
+        "--check",
+        type=Path,
+        nargs="?",
+        const=gates.COMMITTED,
+        metavar="FILE.csv",
+        help="fail where a figure is worse than in this file, by default the committed one",
+    )
     parser.add_argument("--listings", type=Path, help="folder to keep the machine code in")
     parser.add_argument("--loops", action="store_true", help="print every loop's opcodes")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.worker:
         _work()
-        return
+        return 0
     os.environ.pop("TRITON_INTERPRET", None)
     targets = arguments.targets.split(",")
     unknown = [target for target in targets if target not in TARGETS]
@@ -740,11 +754,17 @@ def main() -> None:
                 name = f"{report.name} {report.target} loop {loop.index}{mark}"
                 print(f"{name}: {loop.slots} slots, {dict(opcodes)}")
     if arguments.csv:
-        write_csv(reports, arguments.csv)
+        partial = bool(arguments.filter) or set(targets) != set(TARGETS)
+        write_csv(reports, arguments.csv, gates.read_rows(arguments.csv) if partial and arguments.csv.exists() else ())
+    if arguments.check is None:
+        return 0
+    found = gates.check([row for report in reports for row in report.rows()], gates.read_rows(arguments.check))
+    print("\n".join(found) or f"{len(reports)} compiled kernels are no worse than committed")
+    return int(bool(found))
 
 
 if __name__ == "__main__":
     # run the imported module, so that entries made elsewhere and here are of one class
     from bench import codegen
 
-    codegen.main()
+    sys.exit(codegen.main())

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from optsample_triton import launch
 
+from . import kernels_reshape
 from .codegen import Entry
 
 POINTERS = (
@@ -171,6 +172,7 @@ def entries(kind: str) -> list[Entry]:
         solve_entry("ess_balance bf16", bf16, 2, kind=kind),
         gradient_entry("gradient bf16, ess_balance", bf16, 2, kind=kind),
         gradient_entry("gradient bf16, entropy", bf16, 3, kind=kind),
+        *kernels_reshape.entries(kind),
     ]
 
 

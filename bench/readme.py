@@ -29,6 +29,8 @@ CHINESE = {
     "spills": "溢出",
     "goal": "目标",
     "measured": "实测",
+    "time": "时间",
+    "bound": "下界",
     "graph replay": "图重放",
     "reached": "达到",
     "missed": "未达到",
@@ -86,7 +88,7 @@ def cpu(language: str) -> str:
 
 
 def gpu(language: str) -> str:
-    """The goals, and the cases that they are about, on each GPU that was measured."""
+    """The goals on each GPU that was measured, with the time of their cases and the bound that no run can beat."""
     blocks = []
     for rows in _measured("cuda"):
         lines = []
@@ -94,8 +96,12 @@ def gpu(language: str) -> str:
             sign = words("at least" if goals.FIGURES[each.goal.figure].floor else "at most", language)
             verdict = words("reached" if each.reached else "missed", language)
             goal = f"{each.goal.figure}: {sign} {each.goal.limit:g}"
-            lines.append([f"`{each.goal.case}`", goal, table.figure(each.value), verdict])
-        heading = ("case", "goal", "measured", "reached")
+            package = results.of(rows, each.goal.case)["package"]
+            limit = roofline.bound_of(package)
+            least = "-" if limit is None else f"{table.milliseconds(limit.seconds * 1e3)} ms"
+            time = f"{table.milliseconds(package.p50_ms)} ms"
+            lines.append([f"`{each.goal.case}`", goal, table.figure(each.value), verdict, time, least])
+        heading = ("case", "goal", "measured", "reached", "time", "bound")
         blocks.append(origin(rows[0], language) + "\n\n" + markdown(heading, lines, language))
     if not blocks:
         return words("No GPU has been measured yet.", language) + "\n"

@@ -133,10 +133,14 @@ def slug(name: str) -> str:
 
 
 def current_commit() -> str:
-    """The short commit, with a plus sign where the tree differs from it; "unknown" outside a git checkout."""
+    """The short commit, with a plus sign where the tree differs from it; "unknown" outside a git checkout.
+
+    Results do not count: a run that saves its rows case by case is still one of the commit.
+    """
     try:
         commit = _git("rev-parse", "--short", "HEAD")
-        return commit + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
+        return commit + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

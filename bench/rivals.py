@@ -17,6 +17,7 @@ from torch import Tensor
 
 import reference
 
+from . import works_reshape
 from .timing import Call
 
 if TYPE_CHECKING:
@@ -153,6 +154,19 @@ def _entmax_bisect(rows: Rows) -> Call:
     return lambda: bisect(rows.a, alpha=1.5, n_iter=STEPS)
 
 
+def _of_tokens(name: str) -> Callable[[Rows], Call]:
+    """One of bench.works_reshape's rivals, on logits of its own: Liger's may write into them."""
+
+    def bind(rows: Rows) -> Call:
+        found = works_reshape.rivals()
+        if name not in found:
+            raise RuntimeError("has no path of its own here")
+        call, logits, tokens = found[name], rows.a.clone(), rows.tokens
+        return lambda: call(logits, tokens)
+
+    return bind
+
+
 PEERS = (
     # Reads what solve reads and writes as little.
     Peer("torch.logsumexp of both", "torch", ("solve",), 2, _torch_logsumexp),
@@ -163,4 +177,8 @@ PEERS = (
     Peer("QuACK softmax of both", "quack-kernels", ("log_q",), 4, _both("quack.softmax", "softmax")),
     # Draws from q*, which is given to it, in float32.
     Peer("FlashInfer sampling of q*", "flashinfer-python", ("sample",), 1, _flashinfer_sampling, float32=True),
+    *(
+        Peer(name, distribution, ("token_logprobs",), 1, _of_tokens(name))
+        for name, distribution in (("TRL selective_log_softmax", "trl"), ("Liger cross-entropy", "liger-kernel"))
+    ),
 )

@@ -7,6 +7,7 @@ Latency, launch and imperfect overlap are not in it, so small batches take longe
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from optsample_triton import launch
 
 from . import gates
 from .cases import DTYPES, Case
+from .results import Row
 from .works import WORKS
 
 
@@ -68,7 +70,15 @@ def device_named(name: str) -> Device | None:
     >>> device_named("NVIDIA H100 80GB HBM3").target
     'sm_90'
     """
-    return next((device for device in DEVICES if device.name in name), None)
+    words = re.findall(r"\w+", name)  # a GH200 is no H200
+    return next((device for device in DEVICES if device.name in words), None)
+
+
+def bound_of(row: Row) -> Bound | None:
+    """The bound of a measured row on its own device, for one sweep; None where the device or the kernel is unknown."""
+    device = device_named(row.device)
+    case = Case(row.work, row.N, row.V, row.dtype)
+    return bound(case, device, gates.read_rows()) if device is not None and row.work in WORKS else None
 
 
 def bound(case: Case, device: Device, rows: Sequence[Mapping[str, str]], further_sweeps: float = 0.0) -> Bound | None:
@@ -86,7 +96,7 @@ def bound(case: Case, device: Device, rows: Sequence[Mapping[str, str]], further
     warps = int(loops["main"]["configuration"].split("warps=")[1].split()[0])
     threads = warps * (64 if device.target.startswith("gfx") else 32)
     resident = max(1, device.registers // (int(loops["main"]["registers"]) * threads))
-    in_flight = min(case.N, device.processors * resident / splits) * 2 * case.V * DTYPES[case.dtype].itemsize
+    in_flight = min(case.N, device.processors * resident / splits) * work.read * case.V * DTYPES[case.dtype].itemsize
     cached = in_flight <= device.cache_mb * 2**20
 
     parts = dict.fromkeys(LIMITS, 0.0)
@@ -104,10 +114,10 @@ def bound(case: Case, device: Device, rows: Sequence[Mapping[str, str]], further
             "special": clocks * float(loop["mufu_per_pair"]) / device.special,
             "float32": clocks * float(loop["float32_per_pair"]) / device.float32,
         }
-        written = work.matrices - 2 if role == "write" else 0
+        written = work.matrices - work.read if role == "write" else 0
         while count > 0:
             share = min(count, 1.0)
-            read = 2 * case.matrix_bytes
+            read = work.read * case.matrix_bytes
             fresh = read if first or not cached else 0
             times_of = {
                 "memory": (fresh + written * case.matrix_bytes) / (device.copy_gb_s * 1e9),
@@ -130,9 +140,11 @@ def bound(case: Case, device: Device, rows: Sequence[Mapping[str, str]], further
 EXPECTED_CASES = (
     *(Case(work, 4096, V, "bfloat16") for work in ("solve", "log_q") for V in (50_257, 151_936)),
     Case("bisect", 132, 50_257, "bfloat16"),
-    Case("diagnostics", 4096, 50_257, "bfloat16"),
-    Case("backward", 4096, 50_257, "bfloat16"),
-    Case("solve", 4096, 50_257, "float32"),
+    *(
+        Case(work, 4096, 50_257, "bfloat16")
+        for work in ("sample", "verify", "diagnostics", "backward", "token_logprobs", "token_logprobs_backward")
+    ),
+    *(Case(work, 4096, 50_257, "float32") for work in ("solve", "dropin")),
 )
 
 

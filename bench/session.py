@@ -3,7 +3,8 @@
 Each stage has seconds of its own; one that runs out is cut and the rest goes on. All that is written lies below
 FOLDER: summary.txt (how each stage ended), log.txt (what they printed), <device>.csv (the benchmark's rows, to be
 copied to bench/results), launch.csv (the sweep), and the profiler's table. Needs torch and triton, no network; tools
-and packages that are not there are named in the summary. --dry-run goes through the same stages without a GPU.
+and packages that are not there are named in the summary, and the exit code is then 3. --dry-run goes through the same
+stages without a GPU.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from .results import ROOT
 from .works import WORKS, Rows
 
 TOTAL_SECONDS = 520.0
+NO_GPU = "there is no GPU"
 NVIDIA_TOOLS = ("/usr/local/cuda/bin",)
 DRIVER = ("--query-gpu=name,driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw", "--format=csv")
 
@@ -43,27 +45,32 @@ class Stage:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def stages(out: Path, *, dry: bool) -> list[Stage]:
-    """What a session does, in order of importance."""
+def stages(out: Path, *, dry: bool, total: float = TOTAL_SECONDS) -> list[Stage]:
+    """What a session does, in order of importance; the limits add up to at most `total`, so that each has its share."""
     python = sys.executable
     rows = out / ("dry-run.csv" if dry else results.file_of(torch.device("cuda")).name)
     table = out / "launch.csv"
     bench = ("--interpreted",) if dry else ("--device", "cuda")
     probe = (python, "-m", "bench.session", "--probe")
+    share = total / TOTAL_SECONDS
+
+    def budget(seconds: float) -> str:
+        return f"{share * seconds:g}"
+
     sanitizer, profiler, smi = tool("compute-sanitizer"), tool("ncu"), tool("nvidia-smi")
-    no_gpu = "there is no GPU" if dry else ""
-    return [
-        Stage("doctor", 30, (python, "-c", "import sys, optsample_triton.cli as cli; sys.exit(cli.main(['doctor']))")),
-        Stage("driver", 10, (smi, *DRIVER) if smi else (), "nvidia-smi is not installed"),
-        Stage("compile", 75, (python, "-m", "bench.warm") if not dry else (), no_gpu),
+    no_gpu = NO_GPU if dry else ""
+    planned = [
+        Stage("doctor", 20, (python, "-c", "import sys, optsample_triton.cli as cli; sys.exit(cli.main(['doctor']))")),
+        Stage("driver", 10, (smi, *DRIVER) if smi else (), no_gpu or "nvidia-smi is not installed"),
+        Stage("compile", 70, (python, "-m", "bench.warm") if not dry else (), no_gpu),
         _tests(python, dry=dry),
-        Stage("benchmark", 170, (python, "-m", "bench", *bench, "--budget", "145", "--out", str(rows))),
-        Stage("compile the sweep", 45, (python, "-m", "bench.warm", "--shapes") if not dry else (), no_gpu),
-        Stage("sweep", 60, (python, "-m", "bench.tune", "--budget", "45", "--out", str(table))),
+        Stage("benchmark", 140, (python, "-m", "bench", *bench, "--budget", budget(120), "--out", str(rows))),
+        Stage("compile the sweep", 40, (python, "-m", "bench.warm", "--shapes") if not dry else (), no_gpu),
+        Stage("sweep", 40, (python, "-m", "bench.tune", "--budget", budget(30), "--out", str(table))),
         *(
             Stage(
                 f"sanitizer, {check}",
-                30,
+                25,
                 (sanitizer, "--tool", check, "--error-exitcode", "9", *probe) if sanitizer and not dry else (),
                 no_gpu or "compute-sanitizer is not installed",
                 # One allocation per tensor, so that an access beyond it is seen.
@@ -73,7 +80,7 @@ def stages(out: Path, *, dry: bool) -> list[Stage]:
         ),
         Stage(
             "profiler",
-            40,
+            25,
             (
                 *(profiler, "--clock-control", "none", "--kernel-name", "regex:kernel", "--launch-count", "4"),
                 *("--section", "SpeedOfLight", "--section", "MemoryWorkloadAnalysis", "--section", "Occupancy"),
@@ -85,6 +92,7 @@ def stages(out: Path, *, dry: bool) -> list[Stage]:
             no_gpu or "ncu is not installed",
         ),
     ]
+    return [replace(stage, seconds=share * stage.seconds) for stage in planned]
 
 
 def _tests(python: str, *, dry: bool) -> Stage:
@@ -95,7 +103,7 @@ def _tests(python: str, *, dry: bool) -> Stage:
     workers = ("-n", "6") if importlib.util.find_spec("xdist") is not None and not dry else ()
     options = ("-o", "addopts=", "-o", "minversion=1", "-o", "filterwarnings=default", "-p", "no:cacheprovider")
     chosen = ("tests/test_solve_sweeps.py", "-k", "triton and ordinary") if dry else ("tests", "-k", "triton")
-    return Stage("tests", 130, (python, "-m", "pytest", "-q", *options, *workers, *chosen))
+    return Stage("tests", 110, (python, "-m", "pytest", "-q", *options, *workers, *chosen))
 
 
 def tool(name: str) -> str:
@@ -145,7 +153,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 
 def session(out: Path, *, dry: bool, total: float) -> int:
-    """All stages; 1 if one that ran ended badly."""
+    """All stages; the code is that of `exit_code`."""
     out.mkdir(parents=True, exist_ok=True)
     log, summary = out / "log.txt", out / "summary.txt"
     log.write_text("", encoding="utf-8")
@@ -155,18 +163,30 @@ def session(out: Path, *, dry: bool, total: float) -> int:
         environment["TRITON_INTERPRET"] = "1"
     begin = time.monotonic()
     lines = [f"{results.device_name(torch.device('cpu' if dry else 'cuda'))}, commit {results.current_commit()}"]
-    bad = False
-    for stage in stages(out, dry=dry):
+    endings = []
+    for stage in stages(out, dry=dry, total=total):
         left = total - (time.monotonic() - begin)
-        ended = run(stage, min(stage.seconds, left), environment, log)
-        bad |= ended.startswith(("exit code", "cut"))
-        lines.append(f"{stage.name:<22} {ended}")
+        endings.append(run(stage, min(stage.seconds, left), environment, log))
+        lines.append(f"{stage.name:<22} {endings[-1]}")
         print(lines[-1], flush=True)
         summary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     lines.append(f"{'in all':<22} {time.monotonic() - begin:.0f} s")
     summary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(lines[-1])
-    return int(bad)
+    return exit_code(endings)
+
+
+def exit_code(endings: Sequence[str]) -> int:
+    """1 if a stage that ran ended badly, else 3 if one was left out for want of time or of a tool, else 0.
+
+    >>> exit_code(["ok after 3 s", "cut after 9 s"]), exit_code(["ok after 3 s", "left out: ncu is not installed"])
+    (1, 3)
+    >>> exit_code(["ok after 3 s", f"left out: {NO_GPU}"])  # what --dry-run means to leave out
+    0
+    """
+    if any(ended.startswith(("exit code", "cut")) for ended in endings):
+        return 1
+    return 3 if any(ended.startswith("left out") and ended != f"left out: {NO_GPU}" for ended in endings) else 0
 
 
 def probe(*, large: bool) -> None:

@@ -21,6 +21,7 @@ COLUMNS: dict[str, Callable[[Row, dict[str, Row]], str]] = {
     "p50": lambda row, case: milliseconds(row.p50_ms),
     "p80": lambda row, case: milliseconds(row.p80_ms),
     "graph": lambda row, case: milliseconds(case["graph"].p50_ms) if "graph" in case else "-",
+    "bound": lambda row, case: bound(row),
     "reference": lambda row, case: milliseconds(case["reference"].p50_ms) if "reference" in case else "-",
     "ratio": lambda row, case: f"{figure(case['reference'].over)}x" if "reference" in case else "-",
     "bytes": lambda row, case: size(row.moved_bytes or 0),
@@ -33,7 +34,9 @@ LEGEND = """\
 checked     largest error against the float64 truth over its tolerance: above 1 a case has FAILED and is not timed
 p20 p50 p80 optsample_triton on the logits (dropin: on the probabilities), milliseconds, cold cache
 graph       the same call as a CUDA-graph replay, median (GPU, few rows)
-reference   the documents' functions in eager PyTorch on probabilities (their softmax untimed), median ms
+bound       what the device can take at the least, of data sheet and compiled kernel, where a row takes one sweep (GPU)
+reference   the documents' functions in eager PyTorch on probabilities (their softmax untimed), median ms;
+            of token_logprobs, log_softmax and gather on the logits
 ratio       reference over p50
 bytes       what must move: the inputs read once, the outputs written once
 of copy     bytes per second as a share of a copy of as many bytes, taken in the same run: 100% is memory speed
@@ -106,6 +109,12 @@ def render_expectations() -> str:
 
 def case_words(case: Case) -> str:
     return f"{case.work}, {roofline.SHORT[case.dtype]}, {case.N} x {case.V:,}"
+
+
+def bound(row: Row) -> str:
+    """The bound of a row's device in milliseconds and what sets it: not measured."""
+    limit = roofline.bound_of(row)
+    return "-" if limit is None else f"{milliseconds(limit.seconds * 1e3)} {limit.limit}"
 
 
 def milliseconds(value: float | None) -> str:

@@ -18,7 +18,7 @@ import optsample_triton as ost
 import reference
 from reference import speculative, truth
 
-from . import rivals
+from . import rivals, works_reshape
 from .cases import Case
 from .timing import Call
 
@@ -54,6 +54,12 @@ class Rows:
         return torch.softmax(self.b.float(), dim=-1)
 
     @cached_property
+    def tokens(self) -> Tensor:
+        """A token of each row, [N]."""
+        generator = torch.Generator(self.a.device).manual_seed(1)
+        return torch.randint(self.case.V, (self.case.N,), generator=generator, device=self.a.device)
+
+    @cached_property
     def upstream(self) -> Tensor:
         """A gradient of log q, [N, V]."""
         generator = torch.Generator(self.a.device).manual_seed(1)
@@ -72,7 +78,8 @@ class Work:
     """One thing that the package does.
 
     package and reference bind the two calls to rows; error_ratio judges what the package's call returned.
-    matrices counts the [N, V] matrices that must move, read or written, in the case's dtype.
+    matrices counts the [N, V] matrices that must move, read or written, in the case's dtype; read those of the models,
+    which every pass over a row reads.
     finish turns (pi_theta, pi_t, alpha) into what the reference returns: with it the reference is also run without
     looking at the GPU, compiled and as a CUDA graph. kernel and passes are for bench.roofline: the static entry that
     serves the work, and how often a row goes through each of its loops ("sweeps" stands for the further sweeps).
@@ -86,6 +93,7 @@ class Work:
     finish: rivals.Finish | None = None
     kernel: str = ""
     passes: Mapping[str, float] = field(default_factory=dict)
+    read: int = 2
 
     def moved_bytes(self, case: Case) -> int:
         return self.matrices * case.matrix_bytes
@@ -227,6 +235,33 @@ def _listed_verify(rows: Rows) -> Call:
     return call
 
 
+def _token_log_probs(call: works_reshape.LogProbs) -> Callable[[Rows], Call]:
+    return lambda rows: lambda: call(rows.a, rows.tokens)
+
+
+def _token_gradient(call: works_reshape.LogProbs) -> Callable[[Rows], Call]:
+    """The backward pass alone, of the sum over the rows; the forward pass is not timed."""
+
+    def bind(rows: Rows) -> Call:
+        logits = rows.a.detach().clone().requires_grad_()
+        total = call(logits, rows.tokens).sum()
+        return lambda: torch.autograd.grad(total, logits, retain_graph=True)
+
+    return bind
+
+
+def _token_error(rows: Rows, log_probs: Tensor) -> float:
+    return works_reshape.error_ratio(log_probs[rows.gate], rows.a[rows.gate], rows.tokens[rows.gate])
+
+
+def _token_gradient_error(rows: Rows, gradients: tuple[Tensor]) -> float:
+    logits, actual = rows.a[rows.gate].double(), gradients[0][rows.gate]
+    expected = -logits.softmax(-1)
+    expected.scatter_add_(-1, rows.tokens[rows.gate, None], torch.ones_like(expected[:, :1]))
+    scale = expected.abs().amax(-1, keepdim=True)
+    return worst(actual, expected, GRADIENT_TOLERANCE * scale + torch.finfo(actual.dtype).eps * expected.abs())
+
+
 def worst(actual: Tensor, expected: Tensor, tolerance: Tensor | float) -> float:
     """Largest |actual - expected| / tolerance; infinite where a value is not finite."""
     ratio = (actual.double() - expected).abs() / tolerance
@@ -308,6 +343,26 @@ _ALL = (
         finish=rivals.figures,
         kernel="dropin",
         passes={"main": 2.0, "write": 1.0},  # the second for the figures
+    ),
+    Work(
+        "token_logprobs",
+        _token_log_probs(works_reshape.package),
+        _token_log_probs(works_reshape.log_softmax_gather),
+        _token_error,
+        matrices=1,
+        kernel="logprob",
+        passes={"main": 1.0},
+        read=1,
+    ),
+    Work(
+        "token_logprobs_backward",
+        _token_gradient(works_reshape.package),
+        _token_gradient(works_reshape.log_softmax_gather),
+        _token_gradient_error,
+        matrices=2,  # the logits read, the gradient written
+        kernel="logprob gradient",
+        passes={"write": 1.0},
+        read=1,
     ),
 )
 WORKS: dict[str, Work] = {work.name: work for work in _ALL}

@@ -2,7 +2,7 @@
 
     python -m bench.works_reshape --rows 64 --vocab 50257 --dtype float32
 
-`WORKS` and `RIVALS` are plain functions of (logits, tokens), for a larger table to take in.
+The functions of (logits, tokens) serve bench.works and bench.rivals as well, which time them against a copy.
 """
 
 from __future__ import annotations

@@ -149,6 +149,15 @@ def test_a_wrong_log_q_fails_the_gate(work: str, slip: object, monkeypatch: pyte
     assert run_fast(cases.Case(work, 2, 512)).failed == (work == "log_q" or mixture)
 
 
+@pytest.mark.parametrize(("factor", "shift"), [(1.0, 1e-3), (1.001, 0.0)])
+def test_wrong_token_logprobs_fail_the_gate(factor: float, shift: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Off by a constant they have the right gradient."""
+    right = ost.token_logprobs
+    monkeypatch.setattr(ost, "token_logprobs", lambda logits, tokens: factor * right(logits, tokens) + shift)
+    assert run_fast(cases.Case("token_logprobs", 2, 512)).failed
+    assert run_fast(cases.Case("token_logprobs_backward", 2, 512)).failed == (factor != 1.0)
+
+
 def test_a_wrong_dropin_fails_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     class Wrong(ost.OptimalSamplingDistribution):
         def __call__(self, pi_theta: torch.Tensor, pi_t: torch.Tensor):
@@ -251,7 +260,8 @@ def test_out_of_time_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     arguments = ["--quick", "--device", "cpu", "--out", str(out)]
     assert bench.__main__.main([*arguments, "--filter", "solve/"]) == 0
     assert bench.__main__.main([*arguments, "--missing", str(out), "--budget", "-1"]) == 0
-    assert "out of time: 5 of 5 cases were not started" in capsys.readouterr().out
+    others = len(cases.QUICK_CASES) - 1
+    assert f"out of time: {others} of {others} cases were not started" in capsys.readouterr().out
     assert {row.work for row in results.read(out)} == {"solve"}
 
 
@@ -348,9 +358,10 @@ def test_committed_rows_hold_the_cpu_cases() -> None:
     tables = [rows for rows in results.read_all().values() if rows[0].kind == "cpu"]
     assert tables
     for rows in tables:
-        for N, V in ((1, 50257), (64, 50257), (16, 151936)):
-            of_case = results.of(rows, f"solve/float32/{N}x{V}")
-            assert of_case["package"].status == of_case["reference"].status == "ok"
+        assert {row.case for row in rows} == {case.name for case in cases.CPU_CASES}, "make bench BENCH_ARGS=--save"
+        for case in cases.CPU_CASES:
+            of_case = results.of(rows, case.name)
+            assert of_case["package"].status == of_case["reference"].status == of_case["copy"].status == "ok"
         assert all(row.commit and not row.commit.endswith("+") and row.date for row in rows)
         assert all(each.reached for each in goals.measured(rows, "cpu"))
 
@@ -396,13 +407,31 @@ def test_a_second_read_comes_from_the_cache_where_the_rows_fit() -> None:
 
 def test_every_work_has_a_bound_on_every_device() -> None:
     found = {(case.work, device.name): bound for case, device, bound in roofline.expectations()}
-    assert len(found) == 5 * len(roofline.DEVICES)
+    assert found.keys() == {(work, device.name) for work in works.WORKS for device in roofline.DEVICES}
     for work in works.WORKS:
         bound = roofline.bound(cases.Case(work, 4096, 50_257), roofline.DEVICES[2], gates.read_rows())
         assert bound is not None
         # No bound beats one read of what must move.
         moved = works.WORKS[work].matrices * 4096 * 50_257 * 4
         assert bound.seconds >= 0.99 * moved / (roofline.DEVICES[2].copy_gb_s * 1e9)
+
+
+def test_a_bound_stands_beside_the_times_of_a_known_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = cases.Case("solve", 4096, 50_257, "bfloat16")
+    limit = roofline.bound(case, roofline.device_named("NVIDIA H200"), gates.read_rows())
+    words = table.milliseconds(limit.seconds * 1e3)
+    known, unknown = (
+        [dataclasses.replace(row, kind="cuda", device=name) for row in solve_rows(2e-4, case=case)]
+        for name in ("NVIDIA H200", "NVIDIA GH200 480GB")
+    )
+    heading, _, line = table.render(known).splitlines()
+    assert "bound" in heading
+    assert f"0.2  {words} {limit.limit}" in " ".join(line.split("   "))
+    assert "bound" not in table.render(unknown)
+    assert "bound" not in table.render(solve_rows(0.002))
+    for rows, cell in ((known, f"0.2 ms | {words} ms |"), (unknown, "0.2 ms | - |")):
+        monkeypatch.setattr(results, "read_all", lambda rows=rows: {"GPU": rows})
+        assert cell in readme.filled("<!-- bench: gpu -->\n<!-- /bench -->", "en")
 
 
 # Documents
@@ -485,13 +514,43 @@ def test_session_keeps_to_nine_minutes(tmp_path: Path, monkeypatch: pytest.Monke
     stages = session.stages(tmp_path, dry=False)
     assert all(stage.command for stage in stages)
     assert session.TOTAL_SECONDS < 540
-    # What comes first has its time even if every stage runs out of its own.
-    names = [stage.name for stage in stages]
-    ahead = stages[: names.index("sweep") + 1]
-    assert sum(stage.seconds for stage in ahead) <= session.TOTAL_SECONDS
+    # Each has its time even if every other one runs out of its own.
+    for total in (session.TOTAL_SECONDS, 200.0):
+        planned = session.stages(tmp_path, dry=False, total=total)
+        assert [stage.name for stage in planned] == [stage.name for stage in stages]
+        assert sum(stage.seconds for stage in planned) <= total
+        for stage in planned:
+            assert stage.seconds >= total / 60
+            if "--budget" in stage.command:
+                assert float(stage.command[stage.command.index("--budget") + 1]) < stage.seconds
     written = [part for stage in stages for part in stage.command if str(tmp_path) in part]
     assert {Path(part).name for part in written} == {"nvidia-h200.csv", "launch.csv", "profile.csv"}
     assert all(Path(part).parent == tmp_path for part in written)
+
+
+def test_a_dry_run_plans_the_same_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    planned = session.stages(tmp_path, dry=True)
+    assert [stage.name for stage in planned] == [stage.name for stage in session.stages(tmp_path, dry=False)]
+    ran = {stage.name: stage.command for stage in planned if stage.command}
+    assert {"doctor", "tests", "benchmark", "sweep"} <= set(ran)
+    assert "--interpreted" in ran["benchmark"]
+    left_out = {stage.name: stage.reason for stage in planned if not stage.command}
+    assert set(left_out.values()) == {session.NO_GPU}
+    assert left_out.keys() - {"driver"} == {
+        "compile",
+        "compile the sweep",
+        "sanitizer, memcheck",
+        "sanitizer, racecheck",
+        "profiler",
+    }
+
+
+def test_what_a_session_left_out_is_its_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert session.session(tmp_path, dry=True, total=0.0) == 3
+    assert "left out: the session's time is used up" in capsys.readouterr().out
+    assert "== " not in (tmp_path / "log.txt").read_text(encoding="utf-8"), "nothing was run"
+    assert session.exit_code(["ok after 1 s", "left out: ncu is not installed", "exit code 9 after 2 s"]) == 1
 
 
 def test_sweep_measures_agreeing_shapes_only(monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -23,7 +23,7 @@ class Shape(NamedTuple):
 # kind -> dtype bits -> shape. The interpreter pays per operation, so its tiles are long.
 SHAPES: dict[str, dict[int, Shape]] = {
     "cuda": {16: Shape(512, 8192, 2, 4), 32: Shape(512, 8192, 2, 4)},
-    "hip": {16: Shape(1024, 8192, 2, 4), 32: Shape(1024, 8192, 2, 4)},
+    "hip": {16: Shape(1024, 8192, 1, 4), 32: Shape(1024, 8192, 1, 4)},
     "interpreter": {16: Shape(4096, 16384, 1, 4), 32: Shape(4096, 16384, 1, 4)},
 }
 INTERPRETER_PROCESSORS = 4  # a stand-in, so that the interpreter's small batches are split as well

@@ -126,6 +126,7 @@ def test_alpha_far_outside_of_close_rows(alpha, backend, device):
     log_q = ost.log_q(a, b, alpha)
     assert log_q.argmax().item() == (0 if alpha > 0 else 1)
     assert abs(log_q.max().item()) <= 1e-6 * abs(alpha)
+    assert ost.solve(a, a + 1.0, alpha=alpha).status.tolist() == [Status.IDENTICAL]
 
 
 def test_huge_logits_beside_masks(backend, device):

@@ -17,7 +17,7 @@ def evaluate(row, x, ends, H: tl.constexpr, PACKED: tl.constexpr, PROBS: tl.cons
     x is a float64 that float32 holds; far rows take any.
 
     ``ends`` is (A, B, psi_half, unit), A and B relative to the references. Narrow rows go through G, where A - B would
-    cancel; wide rows do not need it.
+    cancel; wide rows, and points far outside of [0, 1], do not need it and are not looked at for agreement.
     """
     A, B, psi_half, unit = ends
     x32 = x.to(tl.float32)
@@ -28,15 +28,14 @@ def evaluate(row, x, ends, H: tl.constexpr, PACKED: tl.constexpr, PROBS: tl.cons
     # Far rows (unit < 1) are computed in float64 throughout; the others must find the base that they use.
     base = tl.where(unit < 1.0, base, rounded(base))
     level = x * A + (1.0 - x) * B - base
-    if psi_half > -NARROW:
+    if (psi_half > -NARROW) & (tl.abs(x - 0.5) < REACH):
         apart = reference_gap(row)
         log_mass, mean, variance, third, fourth, to_theta, to_t, identical = narrow_moments(
             row, x32, base.to(tl.float32), (chord + apart).to(tl.float32), 1.0 - x32, -x32, H, PACKED, PROBS
         )
         mean -= apart
-        near = tl.abs(x - 0.5) < REACH
-        psi = tl.where(near, -x * to_theta - (1.0 - x) * to_t, log_mass - level)
-        slope = tl.where(near, to_t - to_theta, mean - chord)
+        psi = -x * to_theta - (1.0 - x) * to_t
+        slope = to_t - to_theta
     else:
         log_mass, mean, variance, third, fourth = wide_moments(
             row, x, base, (chord * unit.to(tl.float64)).to(tl.float32), unit, H, PACKED, PROBS

@@ -120,10 +120,11 @@ def safeguarded_step(x, value, slope, variance, third, fourth, bracket, halve, t
         tl.where(above, value_low, value), tl.where(above, slope_low, slope),
         tl.where(above, value, value_high), tl.where(above, slope, slope_high),
     )  # fmt: skip
-    newton = -slope / variance
-    ratio = third / variance
+    inverse = 1.0 / variance  # one division: in float64 each is a call that registers must survive
+    newton = -slope * inverse
+    ratio = third * inverse
     alpha = x + newton * (1.0 - 0.5 * ratio * newton)
-    spread = 0.5 * ratio * ratio + (fourth + 3.0 * variance * variance) / (6.0 * variance)
+    spread = 0.5 * (ratio * ratio + variance) + fourth * inverse * (1.0 / 6.0)
     size = tl.abs(newton)
     error = 2.0 * size * size * size * spread * tl.maximum(tl.sqrt(tl.maximum(variance, 0.0)), 1.0)
     lost = (tl.abs(alpha - x) <= ROUNDOFF) & (error > tol)

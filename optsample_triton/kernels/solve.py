@@ -8,7 +8,7 @@ Scalars between the sweeps are float64.
 import triton
 import triton.language as tl
 
-from optsample_triton.kernels.evaluate import NARROW, evaluate, reference_gap, rounded
+from optsample_triton.kernels.evaluate import NARROW, REACH, evaluate, reference_gap, rounded
 from optsample_triton.kernels.log_partition import chunk_nodes, first_maxima, narrow_moments, survey
 from optsample_triton.kernels.own import own_moments, probability_entropies
 from optsample_triton.kernels.report import store_figures, store_log_q, store_probability_figures
@@ -307,6 +307,8 @@ def solve_kernel(
             METHOD, G, PACKED, PROBS,
         )  # fmt: skip
         ends = (A, B, psi_half, unit)
+        if METHOD == FIXED:
+            status = agreement(row, ends, alpha, status, G // 2, PACKED, PROBS)
         if METHOD == ESS_BALANCE:
             alpha, precise, psi, status, sweeps = balance_ess(
                 row, ends, status, sweeps, tol, max_iter, G // 2, PACKED, PROBS
@@ -315,6 +317,16 @@ def solve_kernel(
             row, ends, alpha, precise, psi, status, sweeps, index, alpha_ptr, log_z_ptr, status_ptr, sweeps_ptr,
             partition_ptr, figures_ptr, out_ptr, width, stride_out, PROBS, PACKED, G,
         )  # fmt: skip
+
+
+@triton.jit
+def agreement(row, ends, alpha, status, H: tl.constexpr, PACKED: tl.constexpr, PROBS: tl.constexpr):
+    """The status of a narrow row whose given alpha is too far outside for its own sweep to tell."""
+    half = 0.0 * alpha + 0.5
+    same = alpha != alpha
+    if (status == OK) & (ends[2] > -NARROW) & (tl.abs(alpha - half) >= REACH):
+        same = evaluate(row, half, ends, H, PACKED, PROBS)[6]
+    return tl.where(same & (status == OK), IDENTICAL, status)
 
 
 @triton.jit
@@ -372,6 +384,6 @@ def finish(
         if PROBS:
             store_probability_figures(row, alpha, psi, A, B, status, figures_ptr + 9 * index, H, PACKED)
         else:
-            store_figures(row, alpha, psi, (A, B, psi_half, unit), status, figures_ptr + 9 * index, H // 2, PACKED)
+            store_figures(row, alpha, psi, (A, B, psi_half, unit), status, figures_ptr + 9 * index, H // 4, PACKED)
     if out_ptr is not None:
         store_log_q(row, alpha, psi, A, B, status, out_ptr + index * stride_out, width, H, PROBS)

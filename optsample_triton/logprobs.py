@@ -35,7 +35,7 @@ def token_logprobs(
         temperature: positive float or [...]; a constant of the gradient.
         entropy: also return the rows' entropies, in nats and differentiable.
         inplace_backward: write the gradient over the logits, which nobody may use after that; an operation that saved
-            them for its own backward (a tanh cap) raises. Not for leaf tensors.
+            them for its own backward (a tanh cap) raises. Not for leaf tensors, nor for two models in shared memory.
         ignore_index: rows with this token are not read; log-probability, entropy and gradient are 0. Append it to
             shifted labels instead of slicing the logits: the gradient of a slice is a copy.
         logits_t, temperature_t: a second model's logits of the same shape, for both models' results from one launch.
@@ -61,6 +61,8 @@ def token_logprobs(
         for rows, name in ((logits, "logits"), (logits_t, "logits_t")):
             if rows is not None and rows.requires_grad:
                 _check_overwritable(rows, name)
+        if logits_t is not None and logits.requires_grad and logits_t.requires_grad:
+            _check_apart(logits, logits_t)
     log_probs, entropies, _ = torch.ops.optsample.token_logprobs(
         _as_rows(logits), None if logits_t is None else _as_rows(logits_t), tokens.reshape(-1).long().contiguous(),
         scale, scale_t, int(ignore_index), bool(entropy), bool(inplace_backward),
@@ -171,3 +173,16 @@ def _check_overwritable(logits: Tensor, name: str) -> None:
     )
     if logits.numel() and not apart:
         raise ValueError(f"inplace_backward needs distinct rows of {name}, but its strides are {list(logits.stride())}")
+
+
+def _check_apart(logits: Tensor, logits_t: Tensor) -> None:
+    """Both models' gradients get a place of their own: the first one written must not be the second one's logits."""
+    (start, stop), (start_t, stop_t) = (_extent(x) for x in (logits, logits_t))
+    if start < stop_t and start_t < stop:
+        raise ValueError("inplace_backward needs logits_t in memory apart from logits, but they overlap")
+
+
+def _extent(x: Tensor) -> tuple[int, int]:
+    """The addresses from the first element to behind the last one."""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size() * bool(x.numel())

@@ -360,6 +360,29 @@ def test_inplace_backward_says_what_it_destroyed(device):
         value.backward()
 
 
+@pytest.mark.parametrize(
+    "models", [lambda y: (y, y), lambda y: (y[:2], y[1:]), lambda y: (y, y.view_as(y))], ids=["same", "shifted", "view"]
+)
+def test_inplace_backward_refuses_two_models_in_the_same_memory(models, device):
+    """The first gradient would be what the second one is computed from."""
+    y = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_() * 1
+    a, b = models(y)
+    tokens = torch.arange(a.shape[0], device=device)
+    with pytest.raises(ValueError, match=r"^inplace_backward needs logits_t in memory apart from logits"):
+        ost.token_logprobs(a, tokens, logits_t=b, inplace_backward=True)
+    ost.token_logprobs(a, tokens, logits_t=b.detach(), inplace_backward=True)  # writes no second gradient
+
+
+def test_inplace_backward_of_two_models_in_parts_of_one_tensor(device):
+    leaf = torch.randn(4, 5, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+    tokens, grads = torch.tensor([0, 3], device=device), []
+    for inplace in (False, True):
+        y = leaf * 1
+        results = ost.token_logprobs(y[:2], tokens, logits_t=y[2:], inplace_backward=inplace)
+        grads.append(torch.autograd.grad(results[0].sum() + 2 * results[1].sum(), leaf)[0])
+    assert bits(grads[0]) == bits(grads[1])
+
+
 # Ops
 
 

@@ -353,6 +353,21 @@ def test_from_logits(backend, device):
 
 # Arguments
 
+@pytest.mark.parametrize(
+    ("dtype", "gamma", "reward"),
+    [(torch.float32, 6e-39, 1.0), (torch.float32, 1e-36, 1000.0), (torch.float32, 1e-13, 1e6),
+     (torch.float64, 1e-320, 1.0), (torch.float64, 1e-22, 1e6)],
+)  # fmt: skip
+def test_a_tiny_gamma_is_likelihood(dtype, gamma, reward):
+    """f = log r and g = 1 to rounding, up to the largest ratios, and never an infinity of upstream/gamma."""
+    log_r = torch.tensor([8.8, 0.1, -1e6, 1e6, 0.0], dtype=dtype, requires_grad=True)
+    value = is_reshape.reshaped_ratio(log_r, gamma)
+    torch.testing.assert_close(value.detach(), log_r.detach(), rtol=2 * torch.finfo(dtype).eps, atol=0.0)
+    (slope,) = torch.autograd.grad(value.sum() * reward, log_r)
+    # exp(gamma log r) beside 1; beyond the exponent's bound there is none, so far off does gamma put it
+    torch.testing.assert_close(slope, torch.full_like(slope, reward), rtol=1e-6, atol=0.0)
+
+
 LOG_PI = torch.zeros(4, 5)
 WRONG = {
     "log_pi no tensor": (TypeError, "log_pi", ([0.0], LOG_PI, 1.0), {}),

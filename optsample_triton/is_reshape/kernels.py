@@ -84,9 +84,11 @@ def reshaped_ratio(log_r: Tensor, gamma: float | Tensor, kernel: str = "power", 
     check_kernel(kernel, width)
     gamma = as_like(gamma, log_r)
     if kernel == "power":
-        divisor = torch.where(gamma == 0.0, 1.0, gamma)
+        # So small that expm1(gamma log r)/gamma is log r to rounding, while upstream/gamma could overflow.
+        likelihood = gamma < (1e-22 if log_r.dtype == torch.float64 else 1e-13)
+        divisor = torch.where(likelihood, 1.0, gamma)
         power = torch.expm1((divisor * log_r).clamp(max=exponent_bound(log_r.dtype))) / divisor
-        return torch.where(gamma == 0.0, log_r, power)
+        return torch.where(likelihood, log_r, power)
     return (1 - gamma) * log_r + gamma * KERNELS[kernel].integral(_excess(log_r), width)
 
 

@@ -87,8 +87,9 @@ def linear_token_logprobs(
 ) -> Result:
     """token_logprobs(hidden @ weight.T + bias, tokens) with logits for ``chunk_size`` rows at a time only.
 
-    The backward pass makes them again, chunk by chunk, which costs one more matrix product; the extra memory is
-    chunk_size * V elements in either direction, beside the gradients themselves.
+    The backward pass makes them again, chunk by chunk, which costs one more matrix product. The extra memory is
+    chunk_size * V elements in either direction, beside the gradients themselves; in 16 bits the backward pass also
+    holds the weight's gradient in float32, in which the chunks are added up.
 
     Args:
         hidden: [..., H], float32, bfloat16, float16 or float64.

@@ -137,6 +137,8 @@ def robust_gamma(
 def _kept_samples(log_w: Tensor, mask: Tensor | None) -> Tensor:
     check_floats(log_w, "log_w")
     x = log_w.detach()[kept(mask, log_w, "log_w")].double().cpu()
+    if bool(x.isnan().any()):
+        raise ValueError(f"log_w must hold numbers where it counts, but {int(x.isnan().sum())} of {x.numel()} are NaN")
     return x.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
 
 

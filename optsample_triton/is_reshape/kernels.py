@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optsample_triton.is_reshape.ratios import as_like, check_width, exponent_bound
+from optsample_triton.is_reshape.ratios import as_like, check_width, exponent_bound, width_like
 
 Width = float | Tensor
 
@@ -27,31 +27,30 @@ Width = float | Tensor
 class Kernel(NamedTuple):
     """K(x) and its integral from 0 to x, both of (x, width)."""
 
-    value: Callable[[Tensor, Width], Tensor]
-    integral: Callable[[Tensor, Width], Tensor]
+    value: Callable[[Tensor, Tensor], Tensor]
+    integral: Callable[[Tensor, Tensor], Tensor]
 
 
-def _sech2(x: Tensor, width: Width) -> Tensor:
+def _sech2(x: Tensor, width: Tensor) -> Tensor:
     decay = torch.exp(-2 * (x / width).abs())  # without cosh, which overflows
     return 4 * decay / (1 + decay).square()
 
 
-def _gaussian_integral(x: Tensor, width: Width) -> Tensor:
+def _gaussian_integral(x: Tensor, width: Tensor) -> Tensor:
     return width * math.sqrt(math.pi / 2) * torch.erf(x / (width * math.sqrt(2)))
 
 
-def _laplace_integral(x: Tensor, width: Width) -> Tensor:
+def _laplace_integral(x: Tensor, width: Tensor) -> Tensor:
     # By a sign that is never 0: at x = 0 the slope is 1, and abs or sign would make it 0.
     side = torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
     return -side * width * torch.expm1(-side * x / width)
 
 
-def _clipped(x: Tensor, width: Width) -> Tensor:
-    edge = as_like(width, x)
-    return torch.maximum(torch.minimum(x, edge), -edge)
+def _clipped(x: Tensor, width: Tensor) -> Tensor:
+    return torch.maximum(torch.minimum(x, width), -width)
 
 
-def _epanechnikov_integral(x: Tensor, width: Width) -> Tensor:
+def _epanechnikov_integral(x: Tensor, width: Tensor) -> Tensor:
     inside = _clipped(x, width)
     return inside - inside * (inside / width).square() / 3
 
@@ -89,7 +88,7 @@ def reshaped_ratio(log_r: Tensor, gamma: float | Tensor, kernel: str = "power", 
         divisor = torch.where(likelihood, 1.0, gamma)
         power = torch.expm1((divisor * log_r).clamp(max=exponent_bound(log_r.dtype))) / divisor
         return torch.where(likelihood, log_r, power)
-    return (1 - gamma) * log_r + gamma * KERNELS[kernel].integral(_excess(log_r), width)
+    return (1 - gamma) * log_r + gamma * KERNELS[kernel].integral(_excess(log_r), width_like(width, log_r))
 
 
 def gradient_weight(log_r: Tensor, gamma: float | Tensor, kernel: str = "power", width: Width = 1.0) -> Tensor:
@@ -100,7 +99,7 @@ def gradient_weight(log_r: Tensor, gamma: float | Tensor, kernel: str = "power",
     if kernel == "power":
         exponent = gamma * log_r
         return torch.where(exponent <= bound, exponent.clamp(max=bound).exp(), 0.0)
-    local = log_r.clamp(max=bound).exp() * KERNELS[kernel].value(_excess(log_r), width)
+    local = log_r.clamp(max=bound).exp() * KERNELS[kernel].value(_excess(log_r), width_like(width, log_r))
     return (1 - gamma) + gamma * torch.where(log_r <= bound, local, 0.0)
 
 

@@ -19,6 +19,7 @@ from optsample_triton.is_reshape.ratios import (
     check_like,
     kept,
     log_ratio,
+    reward_like,
 )
 from optsample_triton.logprobs import token_logprobs
 
@@ -87,7 +88,7 @@ def is_reshape_loss(
     samples = torch.where(keep, ratio.detach().double(), 0.0)
     sigma_sq = gammas.moments_of(samples, keep, group).sigma_sq
     chosen = _gamma(gamma, samples, keep, sigma_sq, rho_min, group)
-    value = -_reward(reward, ratio) * reshaped_ratio(ratio, chosen, kernel, width)
+    value = -reward_like(reward, ratio) * reshaped_ratio(ratio, chosen, kernel, width)
     value = torch.where(keep, value, 0.0)
     loss = value if reduction == "none" else value.sum()
     if reduction == "mean":
@@ -156,14 +157,6 @@ def _gamma(
     if not isinstance(gamma, (int, float)) or not 0.0 <= gamma <= 1.0:
         raise ValueError(f"gamma must lie between 0 and 1, but is {gamma!r}")
     return as_like(gamma, sigma_sq)
-
-
-def _reward(reward: float | Tensor, ratio: Tensor) -> Tensor:
-    if isinstance(reward, Tensor):
-        check_broadcasts(reward, ratio, "reward")
-    elif not isinstance(reward, (int, float)):
-        raise TypeError(f"reward must be a number or a torch.Tensor, but is {type(reward).__name__}")
-    return as_like(reward, ratio).detach()
 
 
 def _mean(values: Tensor, keep: Tensor, group: dist.ProcessGroup | None) -> Tensor:

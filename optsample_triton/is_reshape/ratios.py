@@ -63,6 +63,15 @@ def width_like(width: float | Tensor, like: Tensor, name: str = "width") -> Tens
     return as_like(width, like).detach().clamp(LEAST_WIDTH, LARGEST_WIDTH)
 
 
+def reward_like(reward: float | Tensor, like: Tensor, name: str = "reward") -> Tensor:
+    """A constant in the dtype of ``like`` and broadcasting to it."""
+    if isinstance(reward, Tensor):
+        check_broadcasts(reward, like, name)
+    elif not isinstance(reward, (int, float)):
+        raise TypeError(f"{name} must be a number or a torch.Tensor, but is {type(reward).__name__}")
+    return as_like(reward, like).detach()
+
+
 def check_broadcasts(value: Tensor, like: Tensor, name: str) -> None:
     """0-d, or the dimensions of ``like`` with some of size 1: [S] against [B, S] could mean either and is refused."""
     if value.device != like.device and value.dim():

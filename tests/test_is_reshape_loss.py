@@ -408,6 +408,19 @@ def test_a_tensor_of_widths(kernel):
             assert bool(ost.is_reshape_loss(log_r, log_mu, 1.0, width=wrong, **options)[0].isfinite().all())
 
 
+@pytest.mark.parametrize("gamma", [1.1, -0.1, math.nan, "auto"])
+def test_the_parts_check_gamma(gamma):
+    log_r = torch.zeros(3)
+    for function in (is_reshape.reshaped_ratio, is_reshape.gradient_weight, is_reshape.predicted_ess_ratio):
+        with pytest.raises(ValueError, match=r"^gamma must lie between 0 and 1, but is "):
+            function(log_r, gamma)
+    for name in ("gamma_base", "gamma_max"):
+        with pytest.raises(ValueError, match=f"^{name} must lie between 0 and 1, but is "):
+            is_reshape.gamma_from_correctness(log_r, log_r, **{name: gamma})
+    with pytest.raises(ValueError, match=r"^gamma must have the shape \[3\]"):
+        is_reshape.gradient_weight(log_r, torch.ones(2))
+
+
 LOG_PI = torch.zeros(4, 5)
 WRONG = {
     "log_pi no tensor": (TypeError, "log_pi", ([0.0], LOG_PI, 1.0), {}),

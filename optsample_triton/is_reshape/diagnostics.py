@@ -87,6 +87,7 @@ def psis_gamma(
 ) -> tuple[float, float]:
     """The largest gamma whose smoothed weights keep ESS_gamma/n >= rho_min, or ``conservative`` if k > 0.7; and k."""
     check_fraction(rho_min, "rho_min")
+    check_fraction(conservative, "conservative")
     smoothed, k_hat = psis(log_w, mask)
     if k_hat > UNRELIABLE_K:
         return conservative, k_hat

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from optsample_triton.is_reshape.ratios import LOG_RATIO_BOUND, as_like, check_floats, check_fraction, kept
+from optsample_triton.is_reshape.ratios import LOG_RATIO_BOUND, as_like, check_floats, check_fraction, check_gamma, kept
 
 SECTIONS, ROUNDS = 8, 9  # of the exact search: 8^-9 = 7e-9
 
@@ -82,6 +82,7 @@ def weights(
 
 def predicted_ess_ratio(sigma_sq: Tensor, gamma: float | Tensor) -> Tensor:
     """ESS_gamma/n of log-normal weights: exp(-sigma^2 gamma^2)."""
+    check_gamma(gamma)
     return torch.exp(-sigma_sq * as_like(gamma, sigma_sq).square())
 
 

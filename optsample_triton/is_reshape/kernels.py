@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optsample_triton.is_reshape.ratios import as_like, check_width, exponent_bound, width_like
+from optsample_triton.is_reshape.ratios import check_gamma, check_width, exponent_bound, gamma_like, width_like
 
 Width = float | Tensor
 
@@ -81,7 +81,7 @@ def reshaped_ratio(log_r: Tensor, gamma: float | Tensor, kernel: str = "power", 
     ([0.5, -0.5], [0.6487, -0.3935])
     """
     check_kernel(kernel, width)
-    gamma = as_like(gamma, log_r)
+    gamma = gamma_like(gamma, log_r)
     if kernel == "power":
         # So small that expm1(gamma log r)/gamma is log r to rounding, while upstream/gamma could overflow.
         likelihood = gamma < (1e-22 if log_r.dtype == torch.float64 else 1e-13)
@@ -94,7 +94,7 @@ def reshaped_ratio(log_r: Tensor, gamma: float | Tensor, kernel: str = "power", 
 def gradient_weight(log_r: Tensor, gamma: float | Tensor, kernel: str = "power", width: Width = 1.0) -> Tensor:
     """g(r), the derivative of ``reshaped_ratio`` in log r: the loss's gradient is -g(r) A grad log pi."""
     check_kernel(kernel, width)
-    gamma = as_like(gamma, log_r)
+    gamma = gamma_like(gamma, log_r)
     bound = exponent_bound(log_r.dtype)
     if kernel == "power":
         exponent = gamma * log_r
@@ -115,6 +115,8 @@ def gamma_from_correctness(
     log_r: Tensor, advantage: Tensor, gamma_base: float = 0.0, gamma_max: float = 1.0, tau_c: float = 1.0
 ) -> Tensor:
     """Larger where the policy is wrong, that is A log r < 0: base + (max - base) sigmoid(-A log r / tau_c)."""
+    check_gamma(gamma_base, "gamma_base")
+    check_gamma(gamma_max, "gamma_max")
     check_width(tau_c, "tau_c")
     wrong = torch.sigmoid(-advantage.detach() * log_r.detach() / tau_c)
     return gamma_base + (gamma_max - gamma_base) * wrong

@@ -12,11 +12,10 @@ from optsample_triton.arguments import check_choice
 from optsample_triton.is_reshape import gamma as gammas
 from optsample_triton.is_reshape.kernels import check_kernel, reshaped_ratio
 from optsample_triton.is_reshape.ratios import (
-    as_like,
-    check_broadcasts,
     check_floats,
     check_fraction,
     check_like,
+    gamma_like,
     kept,
     log_ratio,
     reward_like,
@@ -151,12 +150,7 @@ def _gamma(
         if gamma == "auto":
             return gammas.gamma_closed_form(sigma_sq, rho_min)
         return gammas.gamma_exact(samples, rho_min, mask=keep, group=group)
-    if isinstance(gamma, Tensor):
-        check_broadcasts(gamma, samples, "gamma")
-        return gamma.detach().to(samples).clamp(0.0, 1.0)
-    if not isinstance(gamma, (int, float)) or not 0.0 <= gamma <= 1.0:
-        raise ValueError(f"gamma must lie between 0 and 1, but is {gamma!r}")
-    return as_like(gamma, sigma_sq)
+    return gamma_like(gamma, samples)
 
 
 def _mean(values: Tensor, keep: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -48,6 +48,19 @@ def check_fraction(value: Any, name: str) -> None:
         raise ValueError(f"{name} must be a number between 0 and 1, but is {value!r}")
 
 
+def check_gamma(gamma: Any, name: str = "gamma") -> None:
+    if not isinstance(gamma, Tensor) and not (isinstance(gamma, (int, float)) and 0.0 <= gamma <= 1.0):
+        raise ValueError(f"{name} must lie between 0 and 1, but is {gamma!r}")
+
+
+def gamma_like(gamma: float | Tensor, like: Tensor) -> Tensor:
+    """A constant in [0, 1], in the dtype of ``like`` and broadcasting to it; a tensor is held there."""
+    check_gamma(gamma)
+    if isinstance(gamma, Tensor):
+        check_broadcasts(gamma, like, "gamma")
+    return as_like(gamma, like).detach().clamp(0.0, 1.0)
+
+
 def check_width(width: float | Tensor, name: str = "width") -> None:
     if isinstance(width, Tensor):  # width_like holds it in the range: looking would wait for the device
         return

@@ -32,7 +32,8 @@ def token_logprobs(
     Args:
         logits: [..., V], float32, bfloat16, float16 or float64; rows may be strided, as in ``logits[:, :-1]``.
         tokens: [...], integers.
-        temperature: positive float or [...]; a constant of the gradient.
+        temperature: positive float or [...]; a constant of the gradient. A row whose value in [...] is not positive
+            and finite gets NaN and no gradient: looking would wait for the device.
         entropy: also return the rows' entropies, in nats and differentiable.
         inplace_backward: write the gradient over the logits, which nobody may use after that; an operation that saved
             them for its own backward (a tanh cap) raises. Not for leaf tensors, nor for two models in shared memory.
@@ -45,7 +46,7 @@ def token_logprobs(
         entropies); with ``logits_t`` the pair of what each model alone would give.
 
         A token whose logit is -inf has log-probability -inf. A row with NaN, +inf or nothing finite, and a token
-        outside the vocabulary, give NaN and no gradient. Neither disturbs other rows.
+        outside the vocabulary, give NaN and no gradient. Neither disturbs other rows. Differentiable once.
 
     >>> import torch
     >>> logits = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]]).log()
@@ -55,8 +56,8 @@ def token_logprobs(
     check_rows(logits, logits if logits_t is None else logits_t, "logits", "logits_t")
     check_tokens(tokens, logits.shape[:-1], logits.device, "logits")
     check_ignore_index(ignore_index)
-    scale = inverse_temperature(temperature, logits, "temperature")
-    scale_t = inverse_temperature(temperature_t, logits, "temperature_t")
+    scale = _scale(temperature, logits, "temperature")
+    scale_t = _scale(temperature_t, logits, "temperature_t")
     if inplace_backward and torch.is_grad_enabled():
         for rows, name in ((logits, "logits"), (logits_t, "logits_t")):
             if rows is not None and rows.requires_grad:
@@ -126,7 +127,7 @@ def linear_token_logprobs(
     check_ignore_index(ignore_index)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, but is {chunk_size}")
-    scale = inverse_temperature(temperature, hidden, "temperature")
+    scale = _scale(temperature, hidden, "temperature")
     log_probs, entropies, _ = torch.ops.optsample.linear_token_logprobs(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, tokens.reshape(-1).long().contiguous(), scale,
         int(ignore_index), bool(entropy), int(chunk_size),
@@ -152,6 +153,14 @@ def check_tokens(tokens: Tensor, batch: torch.Size, device: torch.device, name: 
 def check_ignore_index(ignore_index: int) -> None:
     if not isinstance(ignore_index, int) or not -(2**31) <= ignore_index < 2**31:
         raise ValueError(f"ignore_index must be an integer of 32 bits, but is {ignore_index!r}")
+
+
+def _scale(temperature: float | Tensor, rows: Tensor, name: str) -> Tensor | None:
+    """1/temperature per row, NaN where a tensor's value is no temperature."""
+    scale = inverse_temperature(temperature, rows, name)
+    if scale is None or not isinstance(temperature, Tensor):
+        return scale
+    return torch.where((scale > 0.0) & (scale < math.inf), scale, math.nan)
 
 
 def _as_rows(logits: Tensor) -> Tensor:

@@ -383,6 +383,38 @@ def test_inplace_backward_of_two_models_in_parts_of_one_tensor(device):
     assert bits(grads[0]) == bits(grads[1])
 
 
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")], ids=str)
+def test_a_row_without_a_temperature(bad, backend, device):
+    """NaN and no gradient for its row, and nothing for the others."""
+    logits = torch.randn(3, 9, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+    tokens, temperature = torch.tensor([1, 2, 3], device=device), torch.tensor([0.5, 1.0, 2.0], device=device)
+    rows = torch.tensor([0, 2], device=device)
+    wrong = temperature.clone()
+    wrong[1] = bad
+    results = []
+    for chosen in (temperature, wrong):
+        log_probs, entropies = ost.token_logprobs(logits, tokens, temperature=chosen, entropy=True)
+        slope = torch.autograd.grad(
+            (log_probs + entropies)[rows if chosen is temperature else slice(None)].sum(), logits
+        )
+        results.append((log_probs, entropies, slope[0]))
+    for right, found in zip(*results, strict=True):
+        assert bits(right[rows]) == bits(found[rows])
+    log_probs, entropies, slope = results[1]
+    assert bool(log_probs[1].isnan())
+    assert bool(entropies[1].isnan())
+    assert not slope[1].any()
+
+
+def test_a_second_gradient_is_refused(backend, device):
+    logits = torch.randn(2, 9, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+    tokens, weight = torch.tensor([1, 2], device=device), torch.eye(9, device=device)
+    for values in (ost.token_logprobs(logits, tokens), ost.linear_token_logprobs(logits, weight, tokens)):
+        (slope,) = torch.autograd.grad(values.sum(), logits, create_graph=True)
+        with pytest.raises(RuntimeError, match=r"^the gradient of token log-probabilities has no gradient of its own"):
+            slope.square().sum().backward()
+
+
 # Ops
 
 

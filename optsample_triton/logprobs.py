@@ -32,10 +32,11 @@ def token_logprobs(
     Args:
         logits: [..., V], float32, bfloat16, float16 or float64; rows may be strided, as in ``logits[:, :-1]``.
         tokens: [...], integers.
-        temperature: positive float or [...]; a constant of the gradient.
+        temperature: positive float or [...]; a constant of the gradient. A row whose value in [...] is not positive
+            and finite gets NaN and no gradient: looking would wait for the device.
         entropy: also return the rows' entropies, in nats and differentiable.
         inplace_backward: write the gradient over the logits, which nobody may use after that; an operation that saved
-            them for its own backward (a tanh cap) raises. Not for leaf tensors.
+            them for its own backward (a tanh cap) raises. Not for leaf tensors, nor for two models in shared memory.
         ignore_index: rows with this token are not read; log-probability, entropy and gradient are 0. Append it to
             shifted labels instead of slicing the logits: the gradient of a slice is a copy.
         logits_t, temperature_t: a second model's logits of the same shape, for both models' results from one launch.
@@ -45,7 +46,7 @@ def token_logprobs(
         entropies); with ``logits_t`` the pair of what each model alone would give.
 
         A token whose logit is -inf has log-probability -inf. A row with NaN, +inf or nothing finite, and a token
-        outside the vocabulary, give NaN and no gradient. Neither disturbs other rows.
+        outside the vocabulary, give NaN and no gradient. Neither disturbs other rows. Differentiable once.
 
     >>> import torch
     >>> logits = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]]).log()
@@ -55,12 +56,14 @@ def token_logprobs(
     check_rows(logits, logits if logits_t is None else logits_t, "logits", "logits_t")
     check_tokens(tokens, logits.shape[:-1], logits.device, "logits")
     check_ignore_index(ignore_index)
-    scale = inverse_temperature(temperature, logits, "temperature")
-    scale_t = inverse_temperature(temperature_t, logits, "temperature_t")
+    scale = _scale(temperature, logits, "temperature")
+    scale_t = _scale(temperature_t, logits, "temperature_t")
     if inplace_backward and torch.is_grad_enabled():
         for rows, name in ((logits, "logits"), (logits_t, "logits_t")):
             if rows is not None and rows.requires_grad:
                 _check_overwritable(rows, name)
+        if logits_t is not None and logits.requires_grad and logits_t.requires_grad:
+            _check_apart(logits, logits_t)
     log_probs, entropies, _ = torch.ops.optsample.token_logprobs(
         _as_rows(logits), None if logits_t is None else _as_rows(logits_t), tokens.reshape(-1).long().contiguous(),
         scale, scale_t, int(ignore_index), bool(entropy), bool(inplace_backward),
@@ -85,8 +88,9 @@ def linear_token_logprobs(
 ) -> Result:
     """token_logprobs(hidden @ weight.T + bias, tokens) with logits for ``chunk_size`` rows at a time only.
 
-    The backward pass makes them again, chunk by chunk, which costs one more matrix product; the extra memory is
-    chunk_size * V elements in either direction, beside the gradients themselves.
+    The backward pass makes them again, chunk by chunk, which costs one more matrix product. The extra memory is
+    chunk_size * V elements in either direction, beside the gradients themselves; in 16 bits the backward pass also
+    holds the weight's gradient in float32, in which the chunks are added up.
 
     Args:
         hidden: [..., H], float32, bfloat16, float16 or float64.
@@ -123,7 +127,7 @@ def linear_token_logprobs(
     check_ignore_index(ignore_index)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, but is {chunk_size}")
-    scale = inverse_temperature(temperature, hidden, "temperature")
+    scale = _scale(temperature, hidden, "temperature")
     log_probs, entropies, _ = torch.ops.optsample.linear_token_logprobs(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, tokens.reshape(-1).long().contiguous(), scale,
         int(ignore_index), bool(entropy), int(chunk_size),
@@ -151,6 +155,14 @@ def check_ignore_index(ignore_index: int) -> None:
         raise ValueError(f"ignore_index must be an integer of 32 bits, but is {ignore_index!r}")
 
 
+def _scale(temperature: float | Tensor, rows: Tensor, name: str) -> Tensor | None:
+    """1/temperature per row, NaN where a tensor's value is no temperature."""
+    scale = inverse_temperature(temperature, rows, name)
+    if scale is None or not isinstance(temperature, Tensor):
+        return scale
+    return torch.where((scale > 0.0) & (scale < math.inf), scale, math.nan)
+
+
 def _as_rows(logits: Tensor) -> Tensor:
     """[..., V] as [outer, inner, V] with a contiguous last dimension; a copy only where no view can give that."""
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
@@ -171,3 +183,16 @@ def _check_overwritable(logits: Tensor, name: str) -> None:
     )
     if logits.numel() and not apart:
         raise ValueError(f"inplace_backward needs distinct rows of {name}, but its strides are {list(logits.stride())}")
+
+
+def _check_apart(logits: Tensor, logits_t: Tensor) -> None:
+    """Both models' gradients get a place of their own: the first one written must not be the second one's logits."""
+    (start, stop), (start_t, stop_t) = (_extent(x) for x in (logits, logits_t))
+    if start < stop_t and start_t < stop:
+        raise ValueError("inplace_backward needs logits_t in memory apart from logits, but they overlap")
+
+
+def _extent(x: Tensor) -> tuple[int, int]:
+    """The addresses from the first element to behind the last one."""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size() * bool(x.numel())

@@ -240,3 +240,17 @@ def test_log_w_is_checked():
         is_reshape.gamma_star([0.0, 1.0])
     with pytest.raises(ValueError, match="mask must have the shape of log_w"):
         is_reshape.gamma_exact(normal(5), mask=torch.ones(4))
+
+
+@pytest.mark.parametrize("n", [1, 2, 50])
+def test_nan_is_passed_on(n):
+    log_w = torch.linspace(-1, 1, n)
+    log_w[n // 2] = math.nan
+    for gamma in (is_reshape.gamma_star(log_w), is_reshape.gamma_exact(log_w), is_reshape.moments(log_w).sigma_sq):
+        assert math.isnan(gamma.item())
+    for function in (is_reshape.diagnose, is_reshape.robust_gamma):
+        with pytest.raises(ValueError, match=rf"^log_w must hold numbers where it counts, but 1 of {n} are NaN$"):
+            function(log_w)
+    kept = ~log_w.isnan()
+    assert is_reshape.gamma_exact(log_w, mask=kept).item() == is_reshape.gamma_exact(log_w[kept]).item()
+    assert is_reshape.diagnose(log_w, kept) == pytest.approx(is_reshape.diagnose(log_w[kept]), nan_ok=True)

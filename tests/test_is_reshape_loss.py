@@ -353,6 +353,74 @@ def test_from_logits(backend, device):
 
 # Arguments
 
+
+@pytest.mark.parametrize(
+    ("dtype", "gamma", "reward"),
+    [(torch.float32, 6e-39, 1.0), (torch.float32, 1e-36, 1000.0), (torch.float32, 1e-13, 1e6),
+     (torch.float64, 1e-320, 1.0), (torch.float64, 1e-22, 1e6)],
+)  # fmt: skip
+def test_a_tiny_gamma_is_likelihood(dtype, gamma, reward):
+    """f = log r and g = 1 to rounding, up to the largest ratios, and never an infinity of upstream/gamma."""
+    log_r = torch.tensor([8.8, 0.1, -1e6, 1e6, 0.0], dtype=dtype, requires_grad=True)
+    value = is_reshape.reshaped_ratio(log_r, gamma)
+    torch.testing.assert_close(value.detach(), log_r.detach(), rtol=2 * torch.finfo(dtype).eps, atol=0.0)
+    (slope,) = torch.autograd.grad(value.sum() * reward, log_r)
+    # exp(gamma log r), at most 1e-7 from 1
+    torch.testing.assert_close(slope, torch.full_like(slope, reward), rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kernel", is_reshape.KERNELS)
+def test_a_token_that_neither_model_has(kernel, dtype):
+    """log r = 0 of probabilities that are both 0: the value of r = 1 and no gradient; under one model alone, held."""
+    log_pi = torch.tensor([-math.inf, -math.inf, -1.0, -2.0], dtype=dtype)
+    log_mu = torch.tensor([-math.inf, -1.0, -math.inf, -2.0], dtype=dtype)
+    for gamma in (0.0, 0.5, 1.0, "auto", "exact"):
+        options = {"gamma": gamma, "kernel": kernel, "reduction": "none"}
+        values, metrics = ost.is_reshape_loss(log_pi, log_mu, 1.0, **options)
+        assert bool(values.isfinite().all())
+        assert values[0] == values[3] == 0.0
+        assert all(bool(metric.isfinite()) for metric in metrics.values())
+        slope = gradient(lambda x, options=options: ost.is_reshape_loss(x, log_mu, 1.0, **options)[0].sum(), log_pi)
+        assert bool(slope.isfinite().all())
+        assert slope[0] == 0.0
+
+
+@pytest.mark.parametrize("kernel", [name for name in is_reshape.KERNELS if name != "power"])
+def test_a_tensor_of_widths(kernel):
+    """Each row has its own; what is no width is held in the range instead of giving NaN."""
+    g = torch.Generator().manual_seed(0)
+    log_pi, log_mu = torch.randn(2, 3, 7, generator=g)
+    widths = torch.tensor([[0.5], [1.0], [2.0]], dtype=torch.float64)
+    options = {"kernel": kernel, "gamma": 0.5, "reduction": "none"}
+    rows, _ = ost.is_reshape_loss(log_pi, log_mu, 1.0, width=widths, **options)
+    assert rows.dtype == torch.float32
+    for row, width in zip(rows, (0.5, 1.0, 2.0), strict=True):
+        index = (0.5, 1.0, 2.0).index(width)
+        assert torch.equal(row, ost.is_reshape_loss(log_pi[index], log_mu[index], 1.0, width=width, **options)[0])
+    for log_r in (log_mu + 1.0, log_mu):
+        for width in (0.0, -1.0, math.inf, 1e-30, 1e30):
+            wrong = torch.full((3, 1), width, dtype=torch.float64)
+            slope = gradient(
+                lambda x, wrong=wrong: ost.is_reshape_loss(x, log_mu, 1.0, width=wrong, **options)[0].sum(), log_r
+            )
+            assert bool(slope.isfinite().all())
+            assert bool(ost.is_reshape_loss(log_r, log_mu, 1.0, width=wrong, **options)[0].isfinite().all())
+
+
+@pytest.mark.parametrize("gamma", [1.1, -0.1, math.nan, "auto"])
+def test_the_parts_check_gamma(gamma):
+    log_r = torch.zeros(3)
+    for function in (is_reshape.reshaped_ratio, is_reshape.gradient_weight, is_reshape.predicted_ess_ratio):
+        with pytest.raises(ValueError, match=r"^gamma must lie between 0 and 1, but is "):
+            function(log_r, gamma)
+    for name in ("gamma_base", "gamma_max"):
+        with pytest.raises(ValueError, match=f"^{name} must lie between 0 and 1, but is "):
+            is_reshape.gamma_from_correctness(log_r, log_r, **{name: gamma})
+    with pytest.raises(ValueError, match=r"^gamma must have the shape \[3\]"):
+        is_reshape.gradient_weight(log_r, torch.ones(2))
+
+
 LOG_PI = torch.zeros(4, 5)
 WRONG = {
     "log_pi no tensor": (TypeError, "log_pi", ([0.0], LOG_PI, 1.0), {}),
@@ -374,6 +442,9 @@ WRONG = {
     "gamma of another shape": (ValueError, "gamma", (LOG_PI, LOG_PI, 1.0), {"gamma": torch.ones(4)}),
     "kernel box": (ValueError, "kernel", (LOG_PI, LOG_PI, 1.0), {"kernel": "box"}),
     "width 0": (ValueError, "width", (LOG_PI, LOG_PI, 1.0), {"kernel": "sech2", "width": 0.0}),
+    "width below float32": (ValueError, "width", (LOG_PI, LOG_PI, 1.0), {"kernel": "sech2", "width": 1e-300}),
+    "width beyond float32": (ValueError, "width", (LOG_PI, LOG_PI, 1.0), {"kernel": "sech2", "width": 1e39}),
+    "width of another shape": (ValueError, "width", (LOG_PI, LOG_PI, 1.0), {"kernel": "cauchy", "width": LOG_PI[0]}),
     "width NaN": (ValueError, "width", (LOG_PI, LOG_PI, 1.0), {"kernel": "sech2", "width": math.nan}),
     "rho_min 0": (ValueError, "rho_min", (LOG_PI, LOG_PI, 1.0), {"rho_min": 0.0}),
     "rho_min 1": (ValueError, "rho_min", (LOG_PI, LOG_PI, 1.0), {"rho_min": 1.0}),

@@ -123,6 +123,50 @@ def test_on_policy_and_far_ratios(name):
         assert bool(gradient(lambda x, a=a: preset.loss(x, -far, a), far).isfinite().all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_16_bits_are_widened(name, dtype):
+    log_pi, log_mu, advantage = (x.to(dtype) for x in samples())
+    preset = is_reshape.PRESETS[name]
+    found, wide = preset.loss(log_pi, log_mu, advantage), preset.loss(log_pi.float(), log_mu.float(), advantage.float())
+    assert found.dtype == torch.float32
+    assert torch.equal(found, wide)
+    coefficient = preset.coefficient((log_pi - log_mu), advantage)
+    assert torch.equal(coefficient, preset.coefficient((log_pi - log_mu).float(), advantage.float()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_tokens_of_probability_0(name, dtype):
+    log_pi = torch.tensor([-math.inf, -math.inf, -1.0], dtype=dtype)
+    log_mu = torch.tensor([-1.0, -math.inf, -math.inf], dtype=dtype)
+    preset = is_reshape.PRESETS[name]
+    for sign in (1.0, 0.0, -1.0):
+        advantage = torch.full((3,), sign, dtype=dtype)
+        assert bool(preset.loss(log_pi, log_mu, advantage).isfinite().all())
+        slope = gradient(lambda x, a=advantage: preset.loss(x, log_mu, a), log_pi)
+        assert bool(slope.isfinite().all())
+        assert slope[:2].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_wrong_arguments(name):
+    preset, x = is_reshape.PRESETS[name], torch.zeros(4, 4)
+    for error, word, arguments in (
+        (ValueError, "advantage", (x, x, torch.ones(4))),
+        (TypeError, "advantage", (x, x, "high")),
+        (ValueError, "log_mu", (x, x[0], x)),
+        (TypeError, "log_pi", (x.long(), x, x)),
+    ):
+        with pytest.raises(error, match=f"^{word} must"):
+            preset.loss(*arguments)
+    with pytest.raises(ValueError, match=r"^advantage must"):
+        preset.coefficient(x, torch.ones(4))
+    shared = torch.tensor([[1.0], [-1.0], [0.0], [2.0]])
+    assert torch.equal(preset.loss(x, x, shared), preset.loss(x, x, shared.expand(4, 4)))
+    assert torch.equal(preset.coefficient(x, shared), preset.coefficient(x, shared.expand(4, 4)))
+
+
 def test_group_advantage():
     rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [2.0, 2.0, 2.0, 2.0]])
     found = is_reshape.group_advantage(rewards)

@@ -98,9 +98,26 @@ def test_rewards_must_be_positive_where_their_logarithm_is_taken(bad):
 @pytest.mark.parametrize(
     ("name", "change"),
     [("gamma", {"gamma": 1.1}), ("gamma", {"gamma": -0.1}), ("gamma", {"gamma": math.nan}), ("tau", {"tau": 0.0}),
-     ("tau", {"tau": math.inf}), ("reward", {"reward": torch.ones(5, dtype=torch.float64)})],
+     ("tau", {"tau": math.inf}), ("tau", {"tau": "1.0"}), ("tau", {"tau": None}),
+     ("mu", {"mu": torch.tensor([0.5, 0.6, -0.1, 0.0, 0.0, 0.0], dtype=torch.float64)}),
+     ("mu", {"mu": torch.zeros(6, dtype=torch.float64)}), ("mu", {"mu": torch.full((6,), torch.nan).double()}),
+     ("reward", {"reward": torch.tensor([1.0, 1.0, math.inf, 1.0, 1.0, 1.0], dtype=torch.float64)}),
+     ("reward", {"gamma": 1.0, "reward": torch.tensor([1.0, 1.0, math.nan, 1.0, 1.0, 1.0], dtype=torch.float64)}),
+     ("reward", {"reward": torch.ones(5, dtype=torch.float64)})],
 )  # fmt: skip
 def test_wrong_arguments(name, change):
     mu, _, reward = laws((6,))
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(ValueError, match=f"^{name} must") as caught:
         is_reshape.target_distribution(**{"mu": mu, "reward": reward, "tau": 1.0, "gamma": 0.5, **change})
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("order", [1.0, 1.5, 2.0])
+def test_the_divergence_is_infinite_where_q_lacks_mass(order):
+    p = torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.5, 0.0]], dtype=torch.float64).log()
+    q = torch.tensor([[0.0, 0.5, 0.5], [0.5, 0.25, 0.25]], dtype=torch.float64).log()
+    found = is_reshape.renyi_divergence(p, q, order)
+    assert found[0] == math.inf
+    assert bool(found[1].isfinite())
+    # of lower orders it is finite as long as both have a token in common
+    assert is_reshape.renyi_divergence(p, q, 0.5)[0].item() == pytest.approx(-2 * math.log(0.5))

@@ -114,3 +114,12 @@ def test_rewards_of_another_shape(batch):
     trainer, _ = trainers()
     with pytest.raises(ValueError, match="rewards must have the shape"):
         trainer.compute_loss(batch["prompt"], batch["response"], torch.ones(3))
+
+
+def test_an_empty_batch():
+    trainer, _ = trainers()
+    nothing = torch.zeros(0, dtype=torch.int64)
+    loss, metrics = trainer.compute_loss(nothing, nothing)
+    assert loss.item() == 0.0
+    assert metrics["gamma"] == 1.0
+    assert not torch.autograd.grad(loss, trainer.model.logits)[0].any()

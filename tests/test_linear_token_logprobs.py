@@ -5,6 +5,7 @@ import torch
 from torch.autograd import gradcheck
 
 import optsample_triton as ost
+from optsample_triton.ops import linear_token_logprob
 from reference import truth
 from tests.test_token_logprobs import CHECKS, bits, peak_memory
 from tests.tolerances import assert_within
@@ -104,6 +105,39 @@ def test_memory(backend, device, interpreted):
     small, large = peaks.values()
     assert large < small + 64 * max(peaks) * (width + 8)
     assert large < max(peaks) * vocab * 4 + 4 * chunk * vocab  # the logits of all rows alone, and a chunk
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_memory_of_a_wide_layer(dtype, backend, device):
+    """Beside the gradients: in 16 bits the sum of the weight's in float32, and what a block and a chunk need."""
+    vocab, width, chunk, n = 16384, 128, 4, 8
+    (hidden, weight, _), tokens = layer(device, dtype, n=n, width=width, vocab=vocab)
+
+    def step():
+        ost.linear_token_logprobs(hidden, weight, tokens, chunk_size=chunk).sum().backward()
+        hidden.grad = weight.grad = None
+
+    matrices = (4 if dtype == torch.float32 else 2 + 4) * vocab * width
+    block = linear_token_logprob.BLOCK * width * (2 + 4)  # a product, and what PyTorch on CPUs makes of it to add it
+    chunks = 2 * chunk * vocab * 4
+    assert matrices <= peak_memory(step, device) < matrices + block + chunks + 64 * n * (width + 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")], ids=str)
+def test_a_bad_hidden_row_disturbs_no_gradient(bad, dtype, backend, device):
+    (hidden, weight, bias), tokens = layer(device, dtype)
+    g = torch.Generator().manual_seed(2)
+    slopes = []
+    for rows in (hidden.detach(), hidden.detach().clone()):
+        if slopes:
+            rows[0, 3] = rows[1] = bad  # row 1 is ignored
+        up = torch.randn(5, generator=g.manual_seed(2)).to(device)
+        up[0] = 1.0 if slopes else 0.0
+        found = ost.linear_token_logprobs(rows, weight, tokens, bias=bias, chunk_size=2)
+        assert bool(found[0].isnan()) == bool(slopes)
+        slopes.append(torch.autograd.grad(found, (weight, bias), up.to(found)))
+    assert [bits(x) for x in slopes[0]] == [bits(x) for x in slopes[1]]
 
 
 def test_empty_batch(backend, device):

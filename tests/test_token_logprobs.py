@@ -360,6 +360,61 @@ def test_inplace_backward_says_what_it_destroyed(device):
         value.backward()
 
 
+@pytest.mark.parametrize(
+    "models", [lambda y: (y, y), lambda y: (y[:2], y[1:]), lambda y: (y, y.view_as(y))], ids=["same", "shifted", "view"]
+)
+def test_inplace_backward_refuses_two_models_in_the_same_memory(models, device):
+    """The first gradient would be what the second one is computed from."""
+    y = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_() * 1
+    a, b = models(y)
+    tokens = torch.arange(a.shape[0], device=device)
+    with pytest.raises(ValueError, match=r"^inplace_backward needs logits_t in memory apart from logits"):
+        ost.token_logprobs(a, tokens, logits_t=b, inplace_backward=True)
+    ost.token_logprobs(a, tokens, logits_t=b.detach(), inplace_backward=True)  # writes no second gradient
+
+
+def test_inplace_backward_of_two_models_in_parts_of_one_tensor(device):
+    leaf = torch.randn(4, 5, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+    tokens, grads = torch.tensor([0, 3], device=device), []
+    for inplace in (False, True):
+        y = leaf * 1
+        results = ost.token_logprobs(y[:2], tokens, logits_t=y[2:], inplace_backward=inplace)
+        grads.append(torch.autograd.grad(results[0].sum() + 2 * results[1].sum(), leaf)[0])
+    assert bits(grads[0]) == bits(grads[1])
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")], ids=str)
+def test_a_row_without_a_temperature(bad, backend, device):
+    """NaN and no gradient for its row, and nothing for the others."""
+    logits = torch.randn(3, 9, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+    tokens, temperature = torch.tensor([1, 2, 3], device=device), torch.tensor([0.5, 1.0, 2.0], device=device)
+    rows = torch.tensor([0, 2], device=device)
+    wrong = temperature.clone()
+    wrong[1] = bad
+    results = []
+    for chosen in (temperature, wrong):
+        log_probs, entropies = ost.token_logprobs(logits, tokens, temperature=chosen, entropy=True)
+        slope = torch.autograd.grad(
+            (log_probs + entropies)[rows if chosen is temperature else slice(None)].sum(), logits
+        )
+        results.append((log_probs, entropies, slope[0]))
+    for right, found in zip(*results, strict=True):
+        assert bits(right[rows]) == bits(found[rows])
+    log_probs, entropies, slope = results[1]
+    assert bool(log_probs[1].isnan())
+    assert bool(entropies[1].isnan())
+    assert not slope[1].any()
+
+
+def test_a_second_gradient_is_refused(backend, device):
+    logits = torch.randn(2, 9, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+    tokens, weight = torch.tensor([1, 2], device=device), torch.eye(9, device=device)
+    for values in (ost.token_logprobs(logits, tokens), ost.linear_token_logprobs(logits, weight, tokens)):
+        (slope,) = torch.autograd.grad(values.sum(), logits, create_graph=True)
+        with pytest.raises(RuntimeError, match=r"^the gradient of token log-probabilities has no gradient of its own"):
+            slope.square().sum().backward()
+
+
 # Ops
 
 

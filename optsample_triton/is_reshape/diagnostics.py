@@ -87,6 +87,7 @@ def psis_gamma(
 ) -> tuple[float, float]:
     """The largest gamma whose smoothed weights keep ESS_gamma/n >= rho_min, or ``conservative`` if k > 0.7; and k."""
     check_fraction(rho_min, "rho_min")
+    check_fraction(conservative, "conservative")
     smoothed, k_hat = psis(log_w, mask)
     if k_hat > UNRELIABLE_K:
         return conservative, k_hat
@@ -137,6 +138,8 @@ def robust_gamma(
 def _kept_samples(log_w: Tensor, mask: Tensor | None) -> Tensor:
     check_floats(log_w, "log_w")
     x = log_w.detach()[kept(mask, log_w, "log_w")].double().cpu()
+    if bool(x.isnan().any()):
+        raise ValueError(f"log_w must hold numbers where it counts, but {int(x.isnan().sum())} of {x.numel()} are NaN")
     return x.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from optsample_triton.is_reshape.ratios import LOG_RATIO_BOUND, as_like, check_floats, check_fraction, kept
+from optsample_triton.is_reshape.ratios import LOG_RATIO_BOUND, as_like, check_floats, check_fraction, check_gamma, kept
 
 SECTIONS, ROUNDS = 8, 9  # of the exact search: 8^-9 = 7e-9
 
@@ -45,14 +45,14 @@ def moments(log_w: Tensor, *, mask: Tensor | None = None, group: dist.ProcessGro
 
 
 def gamma_closed_form(sigma_sq: Tensor, rho_min: float = 0.3) -> Tensor:
-    """The largest gamma in (0, 1] with exp(-sigma^2 gamma^2) >= rho_min.
+    """The largest gamma in (0, 1] with exp(-sigma^2 gamma^2) >= rho_min; NaN of NaN.
 
     >>> import torch
     >>> [round(float(x), 4) for x in gamma_closed_form(torch.tensor([0.0, 0.5, 4.0]), 0.3)]
     [1.0, 1.0, 0.5486]
     """
     check_fraction(rho_min, "rho_min")
-    return torch.where(sigma_sq > 0.0, torch.sqrt(-math.log(rho_min) / sigma_sq), 1.0).clamp(max=1.0)
+    return torch.where(sigma_sq <= 0.0, 1.0, torch.sqrt(-math.log(rho_min) / sigma_sq)).clamp(max=1.0)
 
 
 def gamma_star(
@@ -82,6 +82,7 @@ def weights(
 
 def predicted_ess_ratio(sigma_sq: Tensor, gamma: float | Tensor) -> Tensor:
     """ESS_gamma/n of log-normal weights: exp(-sigma^2 gamma^2)."""
+    check_gamma(gamma)
     return torch.exp(-sigma_sq * as_like(gamma, sigma_sq).square())
 
 
@@ -91,7 +92,8 @@ def gamma_exact(
     """The largest gamma in [0, 1] whose measured ESS_gamma/n is at least rho_min, to 1e-8 from below; 0-d float64.
 
     The ratio falls as gamma grows (its logarithm is 2 k(gamma) - k(2 gamma) - log n with a convex k), so that the
-    sections of a bracket find the root; all points of a round share one pass and one exchange.
+    sections of a bracket find the root; all points of a round share one pass and one exchange. NaN in a kept sample
+    gives NaN.
 
     >>> import torch
     >>> log_w = torch.tensor([0.0, 0.0, 0.0, 3.0])
@@ -102,7 +104,8 @@ def gamma_exact(
     check_fraction(rho_min, "rho_min")
     x, keep = _samples(log_w, mask)
     count = _exchanged(keep.sum().double()[None], group).sum()
-    x = torch.where(keep, x - _top(x, keep, group), -math.inf).reshape(-1)
+    top = _top(x, keep, group)
+    x = torch.where(keep, x - top, -math.inf).reshape(-1)
     low, width = torch.zeros_like(count), torch.ones_like(count)
     steps = torch.arange(1, SECTIONS + 1, dtype=torch.float64, device=x.device) / SECTIONS
     for _ in range(ROUNDS):
@@ -112,7 +115,7 @@ def gamma_exact(
         enough = first.square() >= rho_min * count * second
         low = (low + width * enough.sum() / SECTIONS).clamp(max=1.0)
         width = width / SECTIONS
-    return low
+    return torch.where(top.isnan(), top, low)
 
 
 def log_mean_weight(
@@ -154,7 +157,7 @@ def moments_of(x: Tensor, keep: Tensor, group: dist.ProcessGroup | None) -> Mome
     count = counts.sum()
     mean = (counts * means).sum() / count.clamp(min=1.0)
     total = (squares + counts * (means - mean).square()).sum()
-    return Moments(count, mean, torch.where(count > 1, total / (count - 1).clamp(min=1.0), 0.0))
+    return Moments(count, mean, total / (count - 1).clamp(min=1.0))  # of one sample 0, or NaN if it is
 
 
 def _top(z: Tensor, keep: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optsample_triton.is_reshape.ratios import as_like, check_width, exponent_bound
+from optsample_triton.is_reshape.ratios import check_gamma, check_width, exponent_bound, gamma_like, width_like
 
 Width = float | Tensor
 
@@ -27,31 +27,30 @@ Width = float | Tensor
 class Kernel(NamedTuple):
     """K(x) and its integral from 0 to x, both of (x, width)."""
 
-    value: Callable[[Tensor, Width], Tensor]
-    integral: Callable[[Tensor, Width], Tensor]
+    value: Callable[[Tensor, Tensor], Tensor]
+    integral: Callable[[Tensor, Tensor], Tensor]
 
 
-def _sech2(x: Tensor, width: Width) -> Tensor:
+def _sech2(x: Tensor, width: Tensor) -> Tensor:
     decay = torch.exp(-2 * (x / width).abs())  # without cosh, which overflows
     return 4 * decay / (1 + decay).square()
 
 
-def _gaussian_integral(x: Tensor, width: Width) -> Tensor:
+def _gaussian_integral(x: Tensor, width: Tensor) -> Tensor:
     return width * math.sqrt(math.pi / 2) * torch.erf(x / (width * math.sqrt(2)))
 
 
-def _laplace_integral(x: Tensor, width: Width) -> Tensor:
+def _laplace_integral(x: Tensor, width: Tensor) -> Tensor:
     # By a sign that is never 0: at x = 0 the slope is 1, and abs or sign would make it 0.
     side = torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
     return -side * width * torch.expm1(-side * x / width)
 
 
-def _clipped(x: Tensor, width: Width) -> Tensor:
-    edge = as_like(width, x)
-    return torch.maximum(torch.minimum(x, edge), -edge)
+def _clipped(x: Tensor, width: Tensor) -> Tensor:
+    return torch.maximum(torch.minimum(x, width), -width)
 
 
-def _epanechnikov_integral(x: Tensor, width: Width) -> Tensor:
+def _epanechnikov_integral(x: Tensor, width: Tensor) -> Tensor:
     inside = _clipped(x, width)
     return inside - inside * (inside / width).square() / 3
 
@@ -82,23 +81,25 @@ def reshaped_ratio(log_r: Tensor, gamma: float | Tensor, kernel: str = "power", 
     ([0.5, -0.5], [0.6487, -0.3935])
     """
     check_kernel(kernel, width)
-    gamma = as_like(gamma, log_r)
+    gamma = gamma_like(gamma, log_r)
     if kernel == "power":
-        divisor = torch.where(gamma == 0.0, 1.0, gamma)
+        # So small that expm1(gamma log r)/gamma is log r to rounding, while upstream/gamma could overflow.
+        likelihood = gamma < (1e-22 if log_r.dtype == torch.float64 else 1e-13)
+        divisor = torch.where(likelihood, 1.0, gamma)
         power = torch.expm1((divisor * log_r).clamp(max=exponent_bound(log_r.dtype))) / divisor
-        return torch.where(gamma == 0.0, log_r, power)
-    return (1 - gamma) * log_r + gamma * KERNELS[kernel].integral(_excess(log_r), width)
+        return torch.where(likelihood, log_r, power)
+    return (1 - gamma) * log_r + gamma * KERNELS[kernel].integral(_excess(log_r), width_like(width, log_r))
 
 
 def gradient_weight(log_r: Tensor, gamma: float | Tensor, kernel: str = "power", width: Width = 1.0) -> Tensor:
     """g(r), the derivative of ``reshaped_ratio`` in log r: the loss's gradient is -g(r) A grad log pi."""
     check_kernel(kernel, width)
-    gamma = as_like(gamma, log_r)
+    gamma = gamma_like(gamma, log_r)
     bound = exponent_bound(log_r.dtype)
     if kernel == "power":
         exponent = gamma * log_r
         return torch.where(exponent <= bound, exponent.clamp(max=bound).exp(), 0.0)
-    local = log_r.clamp(max=bound).exp() * KERNELS[kernel].value(_excess(log_r), width)
+    local = log_r.clamp(max=bound).exp() * KERNELS[kernel].value(_excess(log_r), width_like(width, log_r))
     return (1 - gamma) + gamma * torch.where(log_r <= bound, local, 0.0)
 
 
@@ -114,6 +115,8 @@ def gamma_from_correctness(
     log_r: Tensor, advantage: Tensor, gamma_base: float = 0.0, gamma_max: float = 1.0, tau_c: float = 1.0
 ) -> Tensor:
     """Larger where the policy is wrong, that is A log r < 0: base + (max - base) sigmoid(-A log r / tau_c)."""
+    check_gamma(gamma_base, "gamma_base")
+    check_gamma(gamma_max, "gamma_max")
     check_width(tau_c, "tau_c")
     wrong = torch.sigmoid(-advantage.detach() * log_r.detach() / tau_c)
     return gamma_base + (gamma_max - gamma_base) * wrong

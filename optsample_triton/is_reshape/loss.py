@@ -11,7 +11,15 @@ from torch import Tensor
 from optsample_triton.arguments import check_choice
 from optsample_triton.is_reshape import gamma as gammas
 from optsample_triton.is_reshape.kernels import check_kernel, reshaped_ratio
-from optsample_triton.is_reshape.ratios import as_like, check_floats, check_fraction, check_like, kept, log_ratio
+from optsample_triton.is_reshape.ratios import (
+    check_floats,
+    check_fraction,
+    check_like,
+    gamma_like,
+    kept,
+    log_ratio,
+    reward_like,
+)
 from optsample_triton.logprobs import token_logprobs
 
 REDUCTIONS, LEVELS, CHOICES = ("mean", "sum", "none"), ("token", "sequence"), ("auto", "exact")
@@ -79,7 +87,7 @@ def is_reshape_loss(
     samples = torch.where(keep, ratio.detach().double(), 0.0)
     sigma_sq = gammas.moments_of(samples, keep, group).sigma_sq
     chosen = _gamma(gamma, samples, keep, sigma_sq, rho_min, group)
-    value = -_reward(reward, ratio) * reshaped_ratio(ratio, chosen, kernel, width)
+    value = -reward_like(reward, ratio) * reshaped_ratio(ratio, chosen, kernel, width)
     value = torch.where(keep, value, 0.0)
     loss = value if reduction == "none" else value.sum()
     if reduction == "mean":
@@ -142,34 +150,7 @@ def _gamma(
         if gamma == "auto":
             return gammas.gamma_closed_form(sigma_sq, rho_min)
         return gammas.gamma_exact(samples, rho_min, mask=keep, group=group)
-    if isinstance(gamma, Tensor):
-        _check_broadcasts(gamma, samples, "gamma")
-        return gamma.detach().to(samples).clamp(0.0, 1.0)
-    if not isinstance(gamma, (int, float)) or not 0.0 <= gamma <= 1.0:
-        raise ValueError(f"gamma must lie between 0 and 1, but is {gamma!r}")
-    return as_like(gamma, sigma_sq)
-
-
-def _reward(reward: float | Tensor, ratio: Tensor) -> Tensor:
-    if isinstance(reward, Tensor):
-        _check_broadcasts(reward, ratio, "reward")
-    elif not isinstance(reward, (int, float)):
-        raise TypeError(f"reward must be a number or a torch.Tensor, but is {type(reward).__name__}")
-    return as_like(reward, ratio).detach()
-
-
-def _check_broadcasts(value: Tensor, like: Tensor, name: str) -> None:
-    """0-d, or the dimensions of ``like`` with some of size 1: [S] against [B, S] could mean either and is refused."""
-    if value.device != like.device and value.dim():
-        raise ValueError(f"{name} must be on the device of log_pi, {like.device}, but is on {value.device}")
-    fits = len(value.shape) == len(like.shape) and all(
-        size in (1, full) for size, full in zip(value.shape, like.shape, strict=True)
-    )
-    if value.dim() and not fits:
-        raise ValueError(
-            f"{name} must have the shape {list(like.shape)} of the ratios, or size 1 where it is shared, "
-            f"but has {list(value.shape)}"
-        )
+    return gamma_like(gamma, samples)
 
 
 def _mean(values: Tensor, keep: Tensor, group: dist.ProcessGroup | None) -> Tensor:

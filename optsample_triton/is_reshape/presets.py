@@ -3,7 +3,9 @@
     losses = PRESETS["sapo"].loss(log_pi, log_mu, advantage)                    # [...], no reduction
     c = PRESETS["sapo"].coefficient(log_pi - log_mu, advantage)                 # A g(r)
 
-The functions below carry the methods' own parameters; PRESETS binds their published defaults.
+The functions below carry the methods' own parameters; PRESETS binds their published defaults. The advantage is a
+constant of the shape of log_pi, with size 1 where it is shared; 16-bit log-probabilities are widened to float32, and
+held as ``ratios`` says.
 """
 
 from __future__ import annotations
@@ -15,7 +17,16 @@ import torch
 from torch import Tensor
 
 from optsample_triton.is_reshape.kernels import gradient_weight, reshaped_ratio
-from optsample_triton.is_reshape.ratios import LOG_RATIO_BOUND, as_like, exponent_bound
+from optsample_triton.is_reshape.ratios import (
+    LOG_RATIO_BOUND,
+    as_like,
+    check_floats,
+    check_like,
+    exponent_bound,
+    kept,
+    log_ratio,
+    reward_like,
+)
 
 
 class Preset(NamedTuple):
@@ -25,8 +36,24 @@ class Preset(NamedTuple):
     coefficient: Callable[..., Tensor]
 
 
-def _log_r(log_pi: Tensor, log_mu: Tensor) -> Tensor:
-    return (log_pi - log_mu.detach()).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+def _arguments(log_pi: Tensor, log_mu: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """log pi, log r and the advantage in float32 or float64, each within its bounds; only log pi has a gradient."""
+    log_r = _log_r(log_pi, log_mu, "log_mu")
+    held = log_pi.to(log_r.dtype).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)  # 0 times a log pi of -inf would be NaN
+    return held, log_r, reward_like(advantage, log_r, "advantage")
+
+
+def _log_r(log_pi: Tensor, log_mu: Tensor, name_mu: str) -> Tensor:
+    check_floats(log_pi, "log_pi")
+    check_floats(log_mu, name_mu)
+    check_like(log_mu, log_pi, name_mu, "log_pi")
+    return log_ratio(log_pi, log_mu, kept(None, log_pi, "log_pi"))
+
+
+def _coefficient_arguments(log_r: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
+    check_floats(log_r, "log_r")
+    log_r = log_r.to(torch.promote_types(log_r.dtype, torch.float32)).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    return log_r, reward_like(advantage, log_r, "advantage")
 
 
 def _ratio(log_r: Tensor) -> Tensor:
@@ -35,28 +62,32 @@ def _ratio(log_r: Tensor) -> Tensor:
 
 def sft(log_pi: Tensor, log_mu: Tensor, advantage: Tensor) -> Tensor:
     """Likelihood, whatever the advantage: gamma = 0, r = 1."""
-    return -log_pi
+    return -_arguments(log_pi, log_mu, advantage)[0]
 
 
 def sft_coefficient(log_r: Tensor, advantage: Tensor) -> Tensor:
-    return torch.ones_like(log_r)
+    return torch.ones_like(_coefficient_arguments(log_r, advantage)[0])
 
 
 def weighted_sft(log_pi: Tensor, log_mu: Tensor, advantage: Tensor) -> Tensor:
     """Likelihood weighted by the reward, and on-policy REINFORCE: gamma = 0."""
+    log_pi, _, advantage = _arguments(log_pi, log_mu, advantage)
     return -advantage * log_pi
 
 
 def weighted_sft_coefficient(log_r: Tensor, advantage: Tensor) -> Tensor:
+    log_r, advantage = _coefficient_arguments(log_r, advantage)
     return advantage.expand_as(log_r)
 
 
 def importance_sampling(log_pi: Tensor, log_mu: Tensor, advantage: Tensor) -> Tensor:
     """Off-policy REINFORCE, -r A: gamma = 1 of the power family, up to the constant A."""
-    return -advantage * _ratio(_log_r(log_pi, log_mu))
+    _, log_r, advantage = _arguments(log_pi, log_mu, advantage)
+    return -advantage * _ratio(log_r)
 
 
 def importance_sampling_coefficient(log_r: Tensor, advantage: Tensor) -> Tensor:
+    log_r, advantage = _coefficient_arguments(log_r, advantage)
     return advantage * gradient_weight(log_r, 1.0)
 
 
@@ -64,7 +95,8 @@ def ppo_clip(
     log_pi: Tensor, log_mu: Tensor, advantage: Tensor, epsilon_low: float = 0.2, epsilon_high: float = 0.2
 ) -> Tensor:
     """-min(r A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A)."""
-    r = _ratio(_log_r(log_pi, log_mu))
+    _, log_r, advantage = _arguments(log_pi, log_mu, advantage)
+    r = _ratio(log_r)
     return -torch.minimum(r * advantage, r.clamp(1 - epsilon_low, 1 + epsilon_high) * advantage)
 
 
@@ -72,6 +104,7 @@ def ppo_clip_coefficient(
     log_r: Tensor, advantage: Tensor, epsilon_low: float = 0.2, epsilon_high: float = 0.2
 ) -> Tensor:
     """r A, but 0 for A > 0 beyond 1 + epsilon_high and for A < 0 below 1 - epsilon_low."""
+    log_r, advantage = _coefficient_arguments(log_r, advantage)
     r = _ratio(log_r)
     clipped = ((advantage > 0) & (r > 1 + epsilon_high)) | ((advantage < 0) & (r < 1 - epsilon_low))
     return torch.where(clipped, 0.0, advantage * gradient_weight(log_r, 1.0))
@@ -79,10 +112,12 @@ def ppo_clip_coefficient(
 
 def symmetric_indicator(log_pi: Tensor, log_mu: Tensor, advantage: Tensor, epsilon: float = 0.2) -> Tensor:
     """-A clip(r), masked on both sides whatever the sign of A: the indicator kernel at gamma = 1, not PPO's clip."""
-    return -advantage * (1 + reshaped_ratio(_log_r(log_pi, log_mu), 1.0, "indicator", epsilon))
+    _, log_r, advantage = _arguments(log_pi, log_mu, advantage)
+    return -advantage * (1 + reshaped_ratio(log_r, 1.0, "indicator", epsilon))
 
 
 def symmetric_indicator_coefficient(log_r: Tensor, advantage: Tensor, epsilon: float = 0.2) -> Tensor:
+    log_r, advantage = _coefficient_arguments(log_r, advantage)
     return advantage * gradient_weight(log_r, 1.0, "indicator", epsilon)
 
 
@@ -90,21 +125,25 @@ def sapo(
     log_pi: Tensor, log_mu: Tensor, advantage: Tensor, tau_positive: float = 1.0, tau_negative: float = 1.05
 ) -> Tensor:
     """-A (4/tau) sigmoid(tau (r - 1)), with a temperature for each sign of A: sech2 of width 2/tau at gamma = 1."""
-    tau = torch.where(advantage > 0, as_like(tau_positive, log_pi), as_like(tau_negative, log_pi))
-    return -advantage * 4 / tau * torch.sigmoid(tau * (_ratio(_log_r(log_pi, log_mu)) - 1))
+    _, log_r, advantage = _arguments(log_pi, log_mu, advantage)
+    tau = torch.where(advantage > 0, as_like(tau_positive, log_r), as_like(tau_negative, log_r))
+    return -advantage * 4 / tau * torch.sigmoid(tau * (_ratio(log_r) - 1))
 
 
 def sapo_coefficient(log_r: Tensor, advantage: Tensor, tau_positive: float = 1.0, tau_negative: float = 1.05) -> Tensor:
+    log_r, advantage = _coefficient_arguments(log_r, advantage)
     tau = torch.where(advantage > 0, as_like(tau_positive, log_r), as_like(tau_negative, log_r))
     return advantage * gradient_weight(log_r, 1.0, "sech2", 2 / tau)
 
 
 def cispo(log_pi: Tensor, log_mu: Tensor, advantage: Tensor, epsilon_high: float = 5.0) -> Tensor:
     """-A min(r, epsilon_high) log pi with the truncated ratio as a constant: every token keeps a gradient."""
-    return -advantage * _ratio(_log_r(log_pi, log_mu)).clamp(max=epsilon_high).detach() * log_pi
+    log_pi, log_r, advantage = _arguments(log_pi, log_mu, advantage)
+    return -advantage * _ratio(log_r).clamp(max=epsilon_high).detach() * log_pi
 
 
 def cispo_coefficient(log_r: Tensor, advantage: Tensor, epsilon_high: float = 5.0) -> Tensor:
+    log_r, advantage = _coefficient_arguments(log_r, advantage)
     return advantage * _ratio(log_r).clamp(max=epsilon_high)
 
 
@@ -140,7 +179,7 @@ def group_advantage(reward: Tensor, *, scale: bool = True, eps: float = 1e-4) ->
 
 def kl_penalty(log_pi: Tensor, log_ref: Tensor) -> Tensor:
     """The estimator of KL(pi||ref) that GRPO adds: exp(d) - d - 1 with d = log ref - log pi; never negative."""
-    d = -_log_r(log_pi, log_ref)
+    d = -_log_r(log_pi, log_ref, "log_ref")
     return torch.expm1(d.clamp(max=exponent_bound(d.dtype))) - d
 
 

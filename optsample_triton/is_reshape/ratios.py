@@ -2,7 +2,7 @@
 
 What is held where, so that no finite input gives a NaN or an infinity:
 
-* log r lies within +-1e6 (a token of probability 0 under one of the models has log r = -+infinity);
+* log r lies within +-1e6 (a token of probability 0 under one of the models has log r = -+infinity, under both 0);
 * an exponent, gamma log r or log r itself, is at most 60 (float64: 600). Beyond that a sample counts as a constant:
   its value is that of the bound and its gradient 0.
 """
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 LOG_RATIO_BOUND = 1e6
+LEAST_WIDTH, LARGEST_WIDTH = 1e-30, 1e30  # x / width and width * K stay within float32
 
 
 def as_like(value: float | Tensor, like: Tensor) -> Tensor:
@@ -47,9 +48,55 @@ def check_fraction(value: Any, name: str) -> None:
         raise ValueError(f"{name} must be a number between 0 and 1, but is {value!r}")
 
 
+def check_gamma(gamma: Any, name: str = "gamma") -> None:
+    if not isinstance(gamma, Tensor) and not (isinstance(gamma, (int, float)) and 0.0 <= gamma <= 1.0):
+        raise ValueError(f"{name} must lie between 0 and 1, but is {gamma!r}")
+
+
+def gamma_like(gamma: float | Tensor, like: Tensor) -> Tensor:
+    """A constant in [0, 1], in the dtype of ``like`` and broadcasting to it; a tensor is held there."""
+    check_gamma(gamma)
+    if isinstance(gamma, Tensor):
+        check_broadcasts(gamma, like, "gamma")
+    return as_like(gamma, like).detach().clamp(0.0, 1.0)
+
+
 def check_width(width: float | Tensor, name: str = "width") -> None:
-    if not isinstance(width, Tensor) and not (isinstance(width, (int, float)) and 0.0 < width < float("inf")):
-        raise ValueError(f"{name} must be positive and finite, but is {width!r}")
+    if isinstance(width, Tensor):  # width_like holds it in the range: looking would wait for the device
+        return
+    if not isinstance(width, (int, float)) or not LEAST_WIDTH <= width <= LARGEST_WIDTH:
+        raise ValueError(f"{name} must lie between {LEAST_WIDTH:g} and {LARGEST_WIDTH:g}, but is {width!r}")
+
+
+def width_like(width: float | Tensor, like: Tensor, name: str = "width") -> Tensor:
+    """A constant within the range of widths, in the dtype of ``like`` and broadcasting to it."""
+    check_width(width, name)
+    if isinstance(width, Tensor):
+        check_broadcasts(width, like, name)
+    return as_like(width, like).detach().clamp(LEAST_WIDTH, LARGEST_WIDTH)
+
+
+def reward_like(reward: float | Tensor, like: Tensor, name: str = "reward") -> Tensor:
+    """A constant in the dtype of ``like`` and broadcasting to it."""
+    if isinstance(reward, Tensor):
+        check_broadcasts(reward, like, name)
+    elif not isinstance(reward, (int, float)):
+        raise TypeError(f"{name} must be a number or a torch.Tensor, but is {type(reward).__name__}")
+    return as_like(reward, like).detach()
+
+
+def check_broadcasts(value: Tensor, like: Tensor, name: str) -> None:
+    """0-d, or the dimensions of ``like`` with some of size 1: [S] against [B, S] could mean either and is refused."""
+    if value.device != like.device and value.dim():
+        raise ValueError(f"{name} must be on the device of log_pi, {like.device}, but is on {value.device}")
+    fits = len(value.shape) == len(like.shape) and all(
+        size in (1, full) for size, full in zip(value.shape, like.shape, strict=True)
+    )
+    if value.dim() and not fits:
+        raise ValueError(
+            f"{name} must have the shape {list(like.shape)} of the ratios, or size 1 where it is shared, "
+            f"but has {list(value.shape)}"
+        )
 
 
 def kept(mask: Tensor | None, like: Tensor, name_like: str) -> Tensor:
@@ -66,6 +113,12 @@ def log_ratio(log_pi: Tensor, log_mu: Tensor, keep: Tensor) -> Tensor:
     """log pi - log mu in float32 or float64, differentiable in log_pi alone; 0 where it is masked."""
     dtype = torch.promote_types(log_pi.dtype, torch.float32)
     # A masked NaN must not reach the subtraction: its gradient would be NaN as well.
-    ours = torch.where(keep, log_pi.to(dtype), 0.0)
-    theirs = torch.where(keep, log_mu.detach().to(dtype), 0.0)
+    ours = finite(torch.where(keep, log_pi.to(dtype), 0.0))
+    theirs = finite(torch.where(keep, log_mu.detach().to(dtype), 0.0))
     return (ours - theirs).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+
+
+def finite(log_p: Tensor) -> Tensor:
+    """Infinities at the ends of the dtype, without a gradient there: of two models that agree on one, log r is 0."""
+    ends = torch.finfo(log_p.dtype)
+    return log_p.clamp(ends.min, ends.max)

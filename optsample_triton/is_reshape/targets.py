@@ -39,8 +39,12 @@ def target_log_probs(mu: Tensor, reward: Tensor, tau: float, gamma: float | Tens
     check_floats(mu, "mu")
     check_floats(reward, "reward")
     check_like(reward, mu, "reward", "mu")
-    if not 0.0 < tau < math.inf:
-        raise ValueError(f"tau must be positive and finite, but is {tau}")
+    if not isinstance(tau, (int, float)) or not 0.0 < tau < math.inf:
+        raise ValueError(f"tau must be positive and finite, but is {tau!r}")
+    if not bool(((mu >= 0) & (mu < math.inf)).all()) or not bool((mu > 0).any(-1).all()):
+        raise ValueError("mu must hold probabilities: none negative or NaN, and some above 0 in each row")
+    if not bool((reward < math.inf).all()):
+        raise ValueError(f"reward must be below infinity, but holds {float(reward.max())}")
     weight = as_like(gamma, mu)
     if not bool(((weight >= 0) & (weight <= 1)).all()):
         raise ValueError(f"gamma must lie between 0 and 1, but is {gamma}")
@@ -63,6 +67,7 @@ def target_distribution(mu: Tensor, reward: Tensor, tau: float, gamma: float | T
 def renyi_divergence(log_p: Tensor, log_q: Tensor, order: float) -> Tensor:
     """log E_q[(p/q)^order]/(order - 1) from log-probabilities [..., Y], the KL divergence KL(p||q) at order 1: [...].
 
+    Infinite for orders of 1 and more where p has mass that q lacks.
     The identity E_q[w^gamma] = exp((gamma - 1) D_gamma(p||q)) is exact; the exponent is psi(gamma) of docs/theory.md.
 
     >>> import torch
@@ -75,7 +80,11 @@ def renyi_divergence(log_p: Tensor, log_q: Tensor, order: float) -> Tensor:
     if order == 1.0:
         apart = torch.where(torch.isneginf(log_p), 0.0, log_p - log_q)
         return (log_p.exp() * apart).sum(-1)
-    return log_weight_moment(log_p, log_q, order) / (order - 1.0)
+    divergence = log_weight_moment(log_p, log_q, order) / (order - 1.0)
+    if order < 1.0:
+        return divergence
+    lacking = (torch.isneginf(log_q) & ~torch.isneginf(log_p)).any(-1)
+    return torch.where(lacking, math.inf, divergence)
 
 
 def log_weight_moment(log_p: Tensor, log_q: Tensor, gamma: float) -> Tensor:

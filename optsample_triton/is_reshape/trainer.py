@@ -49,7 +49,8 @@ class ISReshapeTrainer:
         loss, metrics = is_reshape_loss(log_pi, log_mu, rewards, gamma=gamma, rho_min=self.rho_min)
         names = list(metrics)
         values = torch.stack([metrics[name].double() for name in names]).tolist()  # one transfer for all
-        return loss - rewards.to(loss).mean() / gamma.to(loss), dict(zip(names, values, strict=True))
+        constant = rewards.to(loss).sum() / max(rewards.numel(), 1)  # 0 of an empty batch, as the loss
+        return loss - constant / gamma.to(loss), dict(zip(names, values, strict=True))
 
     def _gamma(self, log_w: Tensor) -> Tensor:
         sigma_free = torch.var(log_w.detach().double()) < CLOSE if log_w.numel() > 1 else log_w.new_ones(()).bool()

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from optsample_triton.ops.library import implement, library, result_dtype
-from optsample_triton.ops.token_logprob import room_of
+from optsample_triton.ops.token_logprob import refuse_second_gradient, room_of
+
+BLOCK = 4096  # tokens whose product with the hidden states exists at once: a whole one would be a second [V, H]
 
 _INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor tokens, Tensor? inverse_temperature"
 # log-probabilities [N], entropies [N or 0], log-partitions [N]
@@ -92,7 +94,10 @@ def _linear_token_logprobs_backward(
         if needed[0]:
             torch.mm(slope, weight, out=grad_hidden[rows])
         if needed[1]:
-            grad_weight += slope.t() @ hidden[rows]
+            # A hidden row that is not finite has no law and no gradient: 0 times what it holds must be 0 as well.
+            states = hidden[rows].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+            for total, columns in zip(grad_weight.split(BLOCK), slope.split(BLOCK, 1), strict=True):
+                total += columns.t() @ states
         if needed[2]:
             grad_bias += slope.sum(0, dtype=wide)
     return grad_hidden, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
@@ -134,3 +139,4 @@ def _differentiate(ctx: Any, grad_log_probs: Tensor, grad_entropies: Tensor, _: 
 
 
 torch.library.register_autograd("optsample::linear_token_logprobs", _differentiate, setup_context=_setup_context)
+torch.library.register_autograd("optsample::linear_token_logprobs_backward", refuse_second_gradient)

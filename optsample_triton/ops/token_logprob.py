@@ -101,3 +101,10 @@ def _differentiate(ctx: Any, grad_log_probs: Tensor, grad_entropies: Tensor, _: 
 
 
 torch.library.register_autograd("optsample::token_logprobs", _differentiate, setup_context=_setup_context)
+
+
+def refuse_second_gradient(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError("the gradient of token log-probabilities has no gradient of its own, but one was asked for")
+
+
+torch.library.register_autograd("optsample::token_logprobs_backward", refuse_second_gradient)

@@ -198,6 +198,11 @@ class Report:
         """Narrowest global load of the main loop in bytes; 0 where it has none."""
         return min(self.main.loads, default=0) if self.main else 0
 
+    @property
+    def store_width(self) -> int:
+        """Narrowest global store of the main loop in bytes; 0 where it has none."""
+        return min(self.main.stores, default=0) if self.main else 0
+
     def rows(self) -> list[dict[str, Any]]:
         """One row of the table and of the CSV file for each pass."""
         kernel = {"kernel": self.name, "target": self.target, "triton": self.triton}

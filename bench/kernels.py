@@ -166,8 +166,6 @@ def entries(kind: str) -> list[Entry]:
             for dtype in (bf16, fp32)
         ),
         draw_entry("sample bf16, filtered", bf16, "sample", filtered=True, kind=kind),
-        draw_entry("sample bf16, 4 side by side", bf16, "sample", draws=4, kind=kind),
-        draw_entry("verify bf16, drafts of t", bf16, "verify", model=1, kind=kind),
         *(gradient_entry(f"gradient {dtype}", dtype, kind=kind) for dtype in (bf16, fp32)),
         solve_entry("ess_balance bf16", bf16, 2, kind=kind),
         gradient_entry("gradient bf16, ess_balance", bf16, 2, kind=kind),

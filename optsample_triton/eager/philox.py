@@ -23,6 +23,7 @@ def _product(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
 def philox(key: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four random 32-bit words from a 64-bit key and four counter words, all int64 and of shapes that broadcast.
 
+    >>> import torch
     >>> zero = torch.zeros((), dtype=torch.int64)
     >>> [hex(int(word)) for word in philox(zero, (zero, zero, zero, zero))]
     ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']

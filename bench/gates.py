@@ -26,7 +26,7 @@ MARGINS: dict[str, tuple[float, float]] = {
 NOT_NARROWER = ("load_width", "store_width")
 
 # An H200 at memory speed has about 31 issue slots and 3.2 exps for a bf16 pair (docs/theory.md, "Cost").
-SLOTS = {"sm_80": 30.5, "sm_90": 30.5, "sm_100": 24.0, "gfx942": 24.0}
+SLOTS = {"sm_80": 30.5, "sm_90": 30.5, "sm_100": 24.5, "gfx942": 24.0}
 EXPS = 2.0
 # Kernels whose main loop is not the solver's first sweep.
 OTHER_LOOPS = ("dropin", "gradient")

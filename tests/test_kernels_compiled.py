@@ -80,3 +80,12 @@ def test_the_check_fails_and_the_rest_of_the_file_stays(tmp_path: Path, capsys: 
     assert codegen.main(chosen) == 1
     assert "bisect bf16 on sm_90, main loop: slots_per_pair rose from 1 to" in capsys.readouterr().out
     assert {gates.key(row) for row in gates.read_rows(written)} == {gates.key(row) for row in gates.read_rows()}
+
+
+@pytest.mark.parametrize("target", codegen.TARGETS)
+def test_sampling_adds_little_to_the_first_sweep(target: str) -> None:
+    slots = {row["kernel"]: float(row["slots_per_pair"]) for row in gates.read_rows()
+             if (row["target"], row["pass"]) == (target, "main")}  # fmt: skip
+    for dtype in ("bf16", "fp32"):
+        for kernel in ("sample", "verify"):
+            assert slots[f"{kernel} {dtype}"] <= 1.15 * slots[f"solve {dtype}"]

@@ -434,6 +434,9 @@ def test_shapes(backend, device):
     assert empty.token.shape == (0, 2)
     assert not three.log_q.requires_grad
     assert not ost.sample(a.clone().requires_grad_(), b, seed=0).log_q.requires_grad
+    for name in ("alpha", "temperature", "temperature_theta", "min_p"):
+        given = torch.full((2,), 0.5, device=device, requires_grad=True)
+        assert not ost.sample(a, b, seed=0, **{name: given}).log_q.requires_grad
 
 
 @pytest.mark.parametrize("layout", cases.LAYOUTS, ids=lambda layout: layout.__name__)

@@ -26,7 +26,7 @@ MARGINS: dict[str, tuple[float, float]] = {
 NOT_NARROWER = ("load_width", "store_width")
 
 # An H200 at memory speed has about 31 issue slots and 3.2 exps for a bf16 pair (docs/theory.md, "Cost").
-SLOTS = {"sm_80": 30.5, "sm_90": 30.5, "sm_100": 24.5, "gfx942": 24.0}
+SLOTS = {"sm_80": 30.5, "sm_90": 30.5, "sm_100": 24.0, "gfx942": 24.0}
 EXPS = 2.0
 # Kernels whose main loop is not the solver's first sweep.
 OTHER_LOOPS = ("dropin", "gradient")
@@ -35,6 +35,8 @@ SPILLING = {
     ("dropin fp32", "sm_80"), ("dropin fp32", "sm_90"), ("logprob fp32", "sm_100"), ("solve fp32", "sm_100"),
     ("bisect bf16", "sm_100"), ("bisect fp32", "sm_100"), ("ess_balance bf16", "sm_100"),
 }  # fmt: skip
+# Kernels whose first sweep costs more slots than that; the comparison holds them to what is committed.
+SLOW = {("bisect bf16", "sm_100"), ("ess_balance bf16", "sm_100")}
 
 Row = Mapping[str, Any]
 
@@ -94,7 +96,7 @@ def over_budget(fresh: Iterable[Row]) -> list[str]:
         if any(word in row["kernel"] for word in OTHER_LOOPS):
             continue
         for column, limit in (("slots_per_pair", SLOTS[row["target"]]), ("exps_per_pair", EXPS), ("barriers", 0)):
-            if float(row[column]) > limit:
+            if float(row[column]) > limit and not (column == "slots_per_pair" and key(row)[:2] in SLOW):
                 found.append(f"{label(row)}: {column} is {row[column]}, expected at most {limit:g}")
     return found
 

@@ -737,7 +737,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.worker:
         _work()
         return 0
-    os.environ.pop("TRITON_INTERPRET", None)
     targets = arguments.targets.split(",")
     unknown = [target for target in targets if target not in TARGETS]
     if unknown:

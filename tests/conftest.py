@@ -54,6 +54,15 @@ settings.register_profile("explore", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+@pytest.fixture(autouse=True)
+def switches_kept():
+    """A test that leaves a switch set otherwise would fail those that come after it, and not itself."""
+    switches = "TRITON_INTERPRET", "OPTSAMPLE_BACKEND"
+    before = [os.environ.get(name) for name in switches]
+    yield
+    assert [os.environ.get(name) for name in switches] == before
+
+
 @pytest.fixture(params=["eager", "triton"])
 def backend(request, monkeypatch):
     """Runs a test once on each backend; a backend that is asked for by name never falls back."""

@@ -138,7 +138,8 @@ def gradients(
     offsets = [1.0 - x, -x, 2.0 - 2.0 * x, -2.0 * x][: 4 if method == "ess_balance" else 2]
     moments = tilted_moments(rows, x, chord, torch.stack(offsets, -1))
     to_theta, to_t = (torch.where(alone, 0.0, excess) for excess in moments.excess[:, :2].unbind(-1))
-    mean, log_partition = torch.where(alone, 0.0, moments.mean), torch.where(alone, 0.0, moments.log_partition)
+    log_partition = x * moments.top_theta + (1.0 - x) * moments.top_t + moments.log_mass
+    mean, log_partition = (torch.where(alone, 0.0, z) for z in (moments.mean, log_partition))
     zero = torch.zeros_like(x)
 
     total, turn = zero.clone(), zero.clone()  # sum of the upstream gradient, and with d - E[d]

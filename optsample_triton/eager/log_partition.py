@@ -107,16 +107,19 @@ def _chunk_sums(x: Tensor, y: Tensor, outside: Tensor | None, into: Tensor) -> N
 
 
 class TiltedMoments(NamedTuple):
-    """At q_x: L(x) absolute, mean and central moments of d, and G at the offsets; float64."""
+    """At q_x: L(x), mean and central moments of d, and G at the offsets; float64.
 
-    log_partition: Tensor  # [N]
+    L(x) = x top_theta + (1 - x) top_t + log_mass, which says of huge logits what the sum would round away.
+    """
+
+    log_mass: Tensor  # [N]
+    top_theta: Tensor  # a and b of the token that q_x likes best
+    top_t: Tensor
     mean: Tensor
     variance: Tensor
     third: Tensor
     fourth: Tensor
     identical: Tensor  # the rows agree up to the rounding of their entries; looked at with offsets only
-    mean_theta: Tensor  # E_q[a], E_q[b]
-    mean_t: Tensor
     excess: Tensor  # [N, K]: G(s_k)
 
 
@@ -145,7 +148,8 @@ def tilted_moments(rows: Rows, x: Tensor, centre: Tensor, offsets: Tensor | None
     """
     device, f64 = rows.theta.device, torch.float64
     count = 0 if offsets is None else offsets.shape[1]
-    sums = torch.zeros(rows.count, 6 + count, dtype=f64, device=device)
+    sums = torch.zeros(rows.count, 5 + count, dtype=f64, device=device)
+    at_top = torch.zeros(rows.count, 2, dtype=f64, device=device)
     top = torch.full((rows.count,), -torch.inf, dtype=f64, device=device)
     lowest, highest = -top, top.clone()
     epsilon = torch.finfo(rows.working_dtype).eps
@@ -168,7 +172,11 @@ def tilted_moments(rows: Rows, x: Tensor, centre: Tensor, offsets: Tensor | None
                     above, below = above.masked_fill(outside, torch.inf), below.masked_fill(outside, -torch.inf)
                 lowest[block] = torch.minimum(lowest[block], above.amin(-1))
                 highest[block] = torch.maximum(highest[block], below.amax(-1))
-            new_top = torch.maximum(top[block], z.amax(-1))
+            chunk_top, likeliest = z.max(-1)
+            higher = (chunk_top > top[block])[:, None]
+            pair = torch.cat([a.gather(1, likeliest[:, None]), b.gather(1, likeliest[:, None])], 1)
+            at_top[block] = torch.where(higher, pair, at_top[block])
+            new_top = torch.maximum(top[block], chunk_top)
             base = torch.where(torch.isneginf(new_top), 0.0, new_top)[:, None]
             log_w = z.sub_(base)
             w = log_w.exp()
@@ -179,7 +187,6 @@ def tilted_moments(rows: Rows, x: Tensor, centre: Tensor, offsets: Tensor | None
             power = w.clone()
             for _ in range(4):
                 parts.append(power.mul_(delta).sum(-1))
-            parts.append((w * b).sum(-1))
             for k in range(count):
                 assert offsets is not None
                 parts.append(weighted_excess(w, log_w, offsets[block, k, None] * delta).sum(-1))
@@ -194,8 +201,7 @@ def tilted_moments(rows: Rows, x: Tensor, centre: Tensor, offsets: Tensor | None
     # Where one token has all the weight, what is left is rounding and no moment.
     spread = variance > 1e-14 * m1.square()
     variance, third, fourth = (torch.where(spread, moment, 0.0) for moment in (variance, third, fourth))
-    mean_t = sums[:, 5] / mass
-    excess = sums[:, 6:] / mass[:, None]
+    excess = sums[:, 5:] / mass[:, None]
     identical = torch.zeros_like(mass, dtype=torch.bool)
     if offsets is not None:
         identical = highest <= lowest
@@ -203,10 +209,8 @@ def tilted_moments(rows: Rows, x: Tensor, centre: Tensor, offsets: Tensor | None
         total = linear + excess
         # Far from 0 the linear terms no longer cancel, and R would be the one that does.
         excess = torch.where(total.abs() < 0.5, excess + log1p_excess(total), total.log1p() - linear)
-    return TiltedMoments(
-        top + mass.log(), centre + m1, variance, third, fourth, identical,
-        mean_t + centre + m1, mean_t, excess,
-    )  # fmt: skip
+    top_theta, top_t = at_top.unbind(-1)
+    return TiltedMoments(mass.log(), top_theta, top_t, centre + m1, variance, third, fourth, identical, excess)
 
 
 class PlainSlope(NamedTuple):

@@ -43,10 +43,9 @@ class Mixture:
     def of(rows: Rows, state: State, dtype: torch.dtype) -> Mixture:
         # Against the centres the arithmetic below is of the size of log q*, not of the logits.
         base_theta, base_t = (x.to(rows.working_dtype) for x in (state.centre_theta, state.centre_t))
-        rest = state.psi + state.alpha * (state.log_partition_theta - base_theta)
-        rest = rest + (1.0 - state.alpha) * (state.log_partition_t - base_t)
+        norm = state.log_norm(base_theta, base_t)
         lone, broken = state.status == Status.DISJOINT, state.status == Status.INVALID
-        return Mixture(rows, state.alpha.to(dtype), base_theta, base_t, rest.to(dtype), lone, broken)
+        return Mixture(rows, state.alpha.to(dtype), base_theta, base_t, norm.to(dtype), lone, broken)
 
     def part(self, index: Tensor) -> Mixture:
         """The same of some of the rows, by a rising index."""

@@ -143,8 +143,9 @@ class Logs:
         a, b = (x.double() for x in self.rows.gather(tokens))
         state, col = self.state, (slice(None), None)
         alpha = state.alpha[col]
-        from_t = (1.0 - alpha) * (b - state.log_partition_t[col])
-        log_q = alpha * (a - state.log_partition_theta[col]) + from_t - state.psi[col]
+        from_t = (1.0 - alpha) * (b - state.centre_t[col])
+        norm = state.log_norm(state.centre_theta, state.centre_t)
+        log_q = alpha * (a - state.centre_theta[col]) + from_t - norm[col]
         lone = state.status[col] == Status.DISJOINT
         log_q = log_q.masked_fill(outside_common_support(a, b), -torch.inf)
         log_q = torch.where(lone, a - state.log_partition_theta[col], log_q)

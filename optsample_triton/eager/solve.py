@@ -36,7 +36,7 @@ class State:
     sweeps: Tensor
     log_partition_theta: Tensor  # A
     log_partition_t: Tensor  # B
-    centre_theta: Tensor  # log q* is written from logits minus these: near E_q[a] where logits are huge
+    centre_theta: Tensor  # log q* is written from logits minus these: a likely token's where logits are huge
     centre_t: Tensor
     error: Tensor  # estimated |alpha - alpha*|
     precise: Tensor  # alpha before it was rounded to the dtype that it is reported in
@@ -56,6 +56,11 @@ class State:
     def bracket(self, bracket: Bracket) -> None:
         for name, value in bracket._asdict().items():
             setattr(self, name, value)
+
+    def log_norm(self, base_theta: Tensor, base_t: Tensor) -> Tensor:
+        """log sum exp(alpha (a - base_theta) + (1 - alpha) (b - base_t)) over the common support, [N]."""
+        from_theta = self.alpha * (self.log_partition_theta - base_theta)
+        return self.psi + from_theta + (1.0 - self.alpha) * (self.log_partition_t - base_t)
 
     def part(self, index: Tensor) -> State:
         return State(*(getattr(self, field.name)[index] for field in fields(self)))
@@ -105,7 +110,8 @@ def _first_sweep(rows: Rows, options: Options) -> State:
             for at, log_partition, slope in ((1.0, at_theta, slope_high), (0.0, at_t, slope_low)):
                 point = torch.full_like(wild, at, dtype=torch.float64)
                 moments = tilted_moments(rows.select(wild), point, 0.0 * point)
-                log_partition[wild], slope[wild] = moments.log_partition, moments.mean
+                top = moments.top_theta if at else moments.top_t
+                log_partition[wild], slope[wild] = moments.log_mass + top, moments.mean
             sweeps[wild] += 2
     chord = at_theta - at_t
     # Probability rows are not renormalised: their root condition is L' = 0, not L' = A - B.
@@ -140,7 +146,8 @@ def _evaluate(rows: Rows, x: Tensor, state: State, options: Options, *, narrow: 
     """One read at x [N]. Narrow rows go through G, where A - B would cancel; wide rows do not need it."""
     chord = state.log_partition_theta - state.log_partition_t
     moments = tilted_moments(rows, x, chord, torch.stack([1.0 - x, -x], -1) if narrow else None)
-    psi = moments.log_partition - x * state.log_partition_theta - (1.0 - x) * state.log_partition_t
+    from_theta, from_t = moments.top_theta - state.log_partition_theta, moments.top_t - state.log_partition_t
+    psi = x * from_theta + (1.0 - x) * from_t + moments.log_mass
     slope = moments.mean - chord
     if narrow:
         to_theta, to_t = moments.excess.unbind(-1)
@@ -172,7 +179,7 @@ def _settle(part: State, at: _Evaluation, x: Tensor, alpha: Tensor, dtype: torch
     part.psi = torch.where(identical, 0.0, psi)
     part.error = torch.where(identical, 0.0, part.error)
     part.status[identical] = int(Status.IDENTICAL)
-    part.centre_theta, part.centre_t = moments.mean_theta, moments.mean_t
+    part.centre_theta, part.centre_t = moments.top_theta, moments.top_t
     part.sweeps += 1
 
 
@@ -188,7 +195,7 @@ def _pin(rows: Rows, state: State, index: Tensor, options: Options) -> None:
             part.status[same] = int(Status.IDENTICAL)
             if options.method == "entropy":
                 part.alpha = torch.where(same, 0.5, part.alpha)
-        part.centre_theta, part.centre_t = at.moments.mean_theta, at.moments.mean_t
+        part.centre_theta, part.centre_t = at.moments.top_theta, at.moments.top_t
         part.sweeps += 1
         state.put(group, part)
 

@@ -88,4 +88,4 @@ def examples(interpreted):
     """Decorates the property of a test: how many examples hypothesis tries."""
     if interpreted:  # nor is there time to shrink a failing example
         return settings(max_examples=6, phases=[Phase.explicit, Phase.generate])
-    return settings(max_examples=40)
+    return settings() if os.environ.get("HYPOTHESIS_PROFILE") == "explore" else settings(max_examples=40)

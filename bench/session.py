@@ -31,6 +31,8 @@ from .works import WORKS, Rows
 TOTAL_SECONDS = 520.0
 NO_GPU = "there is no GPU"
 NVIDIA_TOOLS = ("/usr/local/cuda/bin",)
+# Tests of text, of compiled code and of the reference, which a GPU cannot change.
+NOT_OF_THE_DEVICE = ("bench", "cli", "codegen", "docs", "kernels_compiled", "packaging", "reference")
 DRIVER = ("--query-gpu=name,driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw", "--format=csv")
 
 
@@ -84,6 +86,7 @@ def stages(out: Path, *, dry: bool, total: float = TOTAL_SECONDS) -> list[Stage]
             (
                 *(profiler, "--clock-control", "none", "--kernel-name", "regex:kernel", "--launch-count", "4"),
                 *("--section", "SpeedOfLight", "--section", "MemoryWorkloadAnalysis", "--section", "Occupancy"),
+                *("--section", "ComputeWorkloadAnalysis"),  # special functions among the pipelines
                 *("--section", "SchedulerStats", "--csv", "--log-file", str(out / "profile.csv")),
                 *(python, "-m", "bench.session", "--probe-large"),
             )
@@ -102,7 +105,10 @@ def _tests(python: str, *, dry: bool) -> Stage:
         return Stage("tests", 0, reason=f"not installed: {', '.join(missing)}")
     workers = ("-n", "6") if importlib.util.find_spec("xdist") is not None and not dry else ()
     options = ("-o", "addopts=", "-o", "minversion=1", "-o", "filterwarnings=default", "-p", "no:cacheprovider")
-    chosen = ("tests/test_solve_sweeps.py", "-k", "triton and ordinary") if dry else ("tests", "-k", "triton")
+    left_out = ["--ignore=tests/integrations", *(f"--ignore-glob=tests/test_{name}*.py" for name in NOT_OF_THE_DEVICE)]
+    chosen = ("tests", *left_out, "-k", "not eager")
+    if dry:
+        chosen = ("tests/test_solve_sweeps.py", "-k", "triton and ordinary")
     return Stage("tests", 110, (python, "-m", "pytest", "-q", *options, *workers, *chosen))
 
 

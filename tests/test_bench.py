@@ -546,6 +546,16 @@ def test_a_dry_run_plans_the_same_stages(tmp_path: Path, monkeypatch: pytest.Mon
     }
 
 
+def test_a_session_runs_what_only_a_device_can_break(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    command = next(stage.command for stage in session.stages(tmp_path, dry=False) if stage.name == "tests")
+    listing = subprocess.run([*command, "--collect-only"], capture_output=True, text=True, cwd=ROOT).stdout
+    for name in ("graph_capture", "nothing_synchronises", "streams_side_by_side", "beyond_2_to_the_31[bisect]"):
+        assert f"::test_{name}" in listing.replace("a_batch_", "")
+    assert "[eager" not in listing
+    assert "integrations" not in listing
+
+
 def test_what_a_session_left_out_is_its_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert session.session(tmp_path, dry=True, total=0.0) == 3
     assert "left out: the session's time is used up" in capsys.readouterr().out

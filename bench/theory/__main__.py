@@ -19,10 +19,16 @@ from .rows import FULL, QUICK, THEORY
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write; 0 all right, 2 wrong arguments."""
     parser = argparse.ArgumentParser(prog="bench.theory", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="few pairs and seeds: figures of no weight, seconds in all")
-    parser.add_argument("--only", action="append", metavar="MODULE", help=f"one of {', '.join(suite.MODULES)}; again for more")
+    parser.add_argument(
+        "--quick", action="store_true", help="few pairs and seeds: figures of no weight, seconds in all"
+    )
+    parser.add_argument(
+        "--only", action="append", metavar="MODULE", help=f"one of {', '.join(suite.MODULES)}; again for more"
+    )
     parser.add_argument("--report-only", action="store_true", help="figures and text from the rows as they are")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write rows, figures and text there, not into the tree")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="write rows, figures and text there, not into the tree"
+    )
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes, 2 by default")
     arguments = parser.parse_args(argv)
     unknown = [name for name in arguments.only or () if name not in suite.MODULES]

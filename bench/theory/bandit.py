@@ -105,6 +105,7 @@ def drawn(scale: Scale) -> list[Row]:
             continue
         logits = bandit.pi.expand(count, -1).clone().requires_grad_()
         log_pi = ost.token_logprobs(logits, token)
+        assert isinstance(log_pi, Tensor)
         loss, _ = ost.is_reshape_loss(
             log_pi, log_mu, bandit.advantage[token],
             gamma=estimator.gamma, kernel=estimator.kernel, width=estimator.width, reduction="sum",
@@ -208,8 +209,8 @@ def _consistent(table: Table) -> Finding:
     variance = table.column("sampled", "variance over exact")
     error = table.column("sampled", "squared error over variance/n")
     return judged(
-        f"gradients of `is_reshape_loss` on drawn samples: variance over the exact one {span(variance.values())}, squared"
-        f" error of the mean over variance/n {span(error.values())} (1 expected), {len(error)} estimators",
+        f"gradients of `is_reshape_loss` on drawn samples: variance over the exact one {span(variance.values())},"
+        f" squared error of the mean over variance/n {span(error.values())} (1 expected), {len(error)} estimators",
         all(0.85 < value < 1.15 for value in variance.values()) and all(value < 4 for value in error.values()),
     )
 
@@ -229,7 +230,10 @@ def _bell(table: Table) -> Finding:
     words, right = [], True
     for d in DISTANCES:
         importance, local = (
-            (table.value(f"estimators, noise {d:g}", name, "std"), table.value(f"estimators, noise {d:g}", name, "bias"))
+            (
+                table.value(f"estimators, noise {d:g}", name, "std"),
+                table.value(f"estimators, noise {d:g}", name, "bias"),
+            )
             for name in (IMPORTANCE, "sech2, width 1")
         )
         right &= local[0] < importance[0]
@@ -246,15 +250,15 @@ def _which(table: Table) -> Finding:
     return judged(
         "least bias² + variance/n among 35 estimators: " + "; ".join(words),
         all(name.startswith("sech2") for name in winners),
-        "does not hold: it depends on the distance and on n"
+        "does not hold: it depends on the distance and on n",
     )
 
 
 def _faint(table: Table) -> Finding:
     apart = max(table.column("samplers", "mean apart, largest").values())
     return judged(
-        f"the expected update is the same from π_θ, q*, the mixture and π_t (to {short(apart)}): small weights come with"
-        " the many samples that carry them; only the variance differs",
+        f"the expected update is the same from π_θ, q*, the mixture and π_t (to {short(apart)}): small weights come"
+        " with the many samples that carry them; only the variance differs",
         apart > 1e-6,
     )
 
@@ -269,7 +273,9 @@ def _variances(table: Table) -> Finding:
     return judged(
         "variance of one sample, on-policy = 1, median: " + "; ".join(words),
         max(stars) < 1,
-        "holds where the pair is close; far apart on-policy has the least variance" if min(stars) < 1 else "does not hold",
+        "holds where the pair is close; far apart on-policy has the least variance"
+        if min(stars) < 1
+        else "does not hold",
     )
 
 
@@ -286,17 +292,23 @@ def _dominant(table: Table) -> Finding:
 
 
 def _lagrangian(table: Table) -> Finding:
-    printed, right = (table.value("lagrangian", "random bandits", each) for each in ("printed form, median", "E[A|r], largest"))
+    printed, right = (
+        table.value("lagrangian", "random bandits", each) for each in ("printed form, median", "E[A|r], largest")
+    )
     return judged(
-        f"with the E[g²] that g ∝ E[A|r] needs for no bias ({short(right)}), the printed form leaves {percent(printed)} of"
-        " E[rA] as bias at its best λ (median)",
+        f"with the E[g²] that g ∝ E[A|r] needs for no bias ({short(right)}), the printed form leaves"
+        f" {percent(printed)} of E[rA] as bias at its best λ (median)",
         printed < 0.01,
         "does not hold: the stationary point is g ∝ E[A|r]",
     )
 
 
 CLAIMS = (
-    Claim("(Check of this page: the estimators' exact moments are those of the package's loss.)", "this report", _consistent),
+    Claim(
+        "(Check of this page: the estimators' exact moments are those of the package's loss.)",
+        "this report",
+        _consistent,
+    ),
     Claim("With g = r the variance explodes where r is large.", "kernel note §1.2; IS Reshape note §5.3", _explodes),
     Claim("E[w^2γ] is the leading factor of the gradient's variance.", "IS Reshape note §5.3", _dominant),
     Claim("A bell-shaped g reduces the variance.", "kernel note §2.1", _bell),
@@ -304,4 +316,4 @@ CLAIMS = (
     Claim("Least bias under E[g²] ≤ V gives g ∝ r/(1 + λ Var(A|r)).", "kernel note §5.2", _lagrangian),
     Claim("From π_t the signal is faint: weights are small, nothing is learned.", "derivation §1.2", _faint),
     Claim("q* lowers the variance of what is learned from a sample.", "derivation §2, §4", _variances),
-)  # fmt: skip
+)

@@ -106,7 +106,8 @@ def _best(table: Table) -> Finding:
         by_ess, by_kl = max(least, key=least.__getitem__), min(largest, key=largest.__getitem__)
         right &= by_ess == by_kl == "q* (KL symmetry)"
         words.append(
-            f"{family}: {by_ess} has the largest smaller ESS ({short(least[by_ess])}; q* {short(least['q* (KL symmetry)'])}),"
+            f"{family}: {by_ess} has the largest smaller ESS ({short(least[by_ess])};"
+            f" q* {short(least['q* (KL symmetry)'])}),"
             f" {by_kl} the smallest larger KL ({short(largest[by_kl])})"
         )
     return judged("; ".join(words), right, "holds for the KL divergences; for the ESS others can be better")
@@ -122,8 +123,10 @@ def _rejection(table: Table) -> Finding:
 
 
 CLAIMS = (
-    Claim("On-policy the ESS pair is 1.00 and 0.02, off-policy 0.02 and 1.00.", "derivation §7.5, check 4", _off_diagonal),
+    Claim(
+        "On-policy the ESS pair is 1.00 and 0.02, off-policy 0.02 and 1.00.", "derivation §7.5, check 4", _off_diagonal
+    ),
     Claim("q* has ESS_θ = 0.65, ESS_t = 0.67, ratio 0.97.", "derivation §7.5, check 4", _balanced),
     Claim("q* is the best compromise between the two models.", "derivation §7.1; first-principles note §5.3", _best),
     Claim("Rejection sampling wastes most of its samples.", "derivation §1.2; first-principles note §5.3", _rejection),
-)  # fmt: skip
+)

@@ -29,7 +29,11 @@ def four_cases(scale: Scale) -> list[Row]:
     """Tokens of Zipf pairs (noise 2) by their size in both models: where q* lies between, above or below."""
     found: dict[tuple[str, str], list[Tensor]] = {}
     for logits_theta, logits_t in blocks("Zipf, noise 2", V, max(4, scale.pairs // 10)):
-        log_theta, log_t, log_q = logits_theta.log_softmax(-1), logits_t.log_softmax(-1), ost.log_q(logits_theta, logits_t)
+        log_theta, log_t, log_q = (
+            logits_theta.log_softmax(-1),
+            logits_t.log_softmax(-1),
+            ost.log_q(logits_theta, logits_t),
+        )
         for case, (large_theta, large_t) in CASES.items():
             chosen = _sized(log_theta, large_theta) & _sized(log_t, large_t)
             up, down = (log_q - log_theta)[chosen], (log_q - log_t)[chosen]
@@ -137,7 +141,8 @@ def _raised(table: Table) -> Finding:
     up, most = (table.value("four cases", case, f"q*/π_θ, {each}") for each in ("least", "largest"))
     middle, over = table.value("four cases", case, "q*/π_θ, median"), table.value("four cases", case, "q*/π_t, largest")
     return judged(
-        f"q*/π_θ {short(middle)} (median; {short(up)} to {short(most)}), q*/π_t at most {short(over)}", up > 1 and over <= 1
+        f"q*/π_θ {short(middle)} (median; {short(up)} to {short(most)}), q*/π_t at most {short(over)}",
+        up > 1 and over <= 1,
     )
 
 
@@ -227,9 +232,19 @@ CLAIMS = (
     Claim("In case 2 the weight π_θ/q* stays learnable.", "first-principles note §1.3, §4.2", _learnable),
     Claim("Case 3, large in π_θ and small in π_t: lowered, but not ignored.", "first-principles note §1.3", _lowered),
     Claim("Case 4, small in both models: rarely sampled.", "first-principles note §1.3", _rare),
-    Claim("(0.7, 0.3) against (0.3, 0.7): α* = 0.5, q* = (0.5, 0.5), w = 0.6.", "first-principles note §4.2, test 1", _two_points),
+    Claim(
+        "(0.7, 0.3) against (0.3, 0.7): α* = 0.5, q* = (0.5, 0.5), w = 0.6.",
+        "first-principles note §4.2, test 1",
+        _two_points,
+    ),
     Claim("A near-delta π_θ against a uniform π_t: α* ≈ 0.34.", "first-principles note §4.2, test 2", _peak),
     Claim("There the entropy formula gives about 0.002.", "first-principles note §4.2, test 2", _entropy_at_peak),
-    Claim("The entropy formula is off by 5 to 10 % typically, by up to 30 % in extreme cases.", "derivation §7.7", _entropy_error),
-    Claim("As a start value the entropy formula saves iterations.", "first-principles note §5.4, summary", _entropy_start),
-)  # fmt: skip
+    Claim(
+        "The entropy formula is off by 5 to 10 % typically, by up to 30 % in extreme cases.",
+        "derivation §7.7",
+        _entropy_error,
+    ),
+    Claim(
+        "As a start value the entropy formula saves iterations.", "first-principles note §5.4, summary", _entropy_start
+    ),
+)

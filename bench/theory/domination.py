@@ -53,7 +53,7 @@ def shares_of_the_front(a: Tensor, b: Tensor) -> tuple[np.ndarray, np.ndarray]:
 def against(family: str) -> Callable[[Scale], list[Row]]:
     def measure(scale: Scale) -> list[Row]:
         g = torch.Generator().manual_seed(15)
-        pairs, each = (5, max(2, scale.pairs // 25))
+        pairs, each = (max(1, scale.pairs // 200), max(2, scale.pairs // 25))
         gains: dict[str, list[Tensor]] = {name: [] for name in DRAWS}
         for logits_theta, logits_t in blocks(family, V, pairs):
             for a, b in zip(logits_theta.log_softmax(-1), logits_t.log_softmax(-1), strict=True):

@@ -26,7 +26,7 @@ def path_in_the_plane(tables: Tables) -> Any:
     a, b = plane.pair()
     star = tables["plane"].value("plane", "KL symmetry", "alpha")
     alphas = [*plane.PATH[:2], star, *plane.PATH[2:]]
-    figure, axes = panels(11, 2.7, columns=len(alphas), sharex=True, sharey=True)
+    figure, axes = panels(11, 3.1, columns=len(alphas), sharex=True, sharey=True)
     grid = plane.axis().numpy()
     for axis, alpha in zip(axes, alphas, strict=True):
         density = ost.log_q(a, b, alpha=alpha).exp().reshape(plane.SIDE, plane.SIDE).numpy()
@@ -34,7 +34,7 @@ def path_in_the_plane(tables: Tables) -> Any:
         axis.contourf(grid, grid, density, levels=[*levels[:-1], density.max() * 1.01], cmap="Greys", alpha=0.85)
         for logits, colour, style in ((a, BLUE, "solid"), (b, RED, "dashed")):
             model = logits.log_softmax(-1).exp().reshape(plane.SIDE, plane.SIDE).numpy()
-            axis.contour(grid, grid, model, levels=model.max() * np.array([0.1, 0.5]), colors=colour,
+            axis.contour(grid, grid, model, levels=model.max() * np.array([0.08, 0.4]), colors=colour,
                          linewidths=1.1, linestyles=style)  # fmt: skip
         name = {1.0: "α = 1: π_θ", 0.0: "α = 0: π_t", star: f"α* = {star:.2f}: q*"}.get(alpha, f"α = {alpha:g}")
         axis.set(title=name, xlabel="x", xlim=(-3.8, 3.8), ylim=(-3.8, 3.8), aspect="equal")
@@ -54,8 +54,8 @@ def fronts(tables: Tables) -> Any:
     for family, colour, style in (("geometric family", BLUE, "solid"), ("arithmetic family", ORANGE, "dashed")):
         left.plot(table.curve("front", family, "KL_θ")[1], table.curve("front", family, "KL_t")[1],
                   color=colour, linestyle=style, label=family)  # fmt: skip
-    right.plot(table.curve("front", "geometric family", "ESS_θ")[1], table.curve("front", "geometric family", "ESS_t")[1],
-               color=BLUE, label="geometric family")  # fmt: skip
+    sizes = [table.curve("front", "geometric family", each)[1] for each in ("ESS_θ", "ESS_t")]
+    right.plot(*sizes, color=BLUE, label="geometric family")
     marks = (("KL symmetry", BLACK, "o"), ("ESS balance", GREEN, "s"), ("entropy formula", PINK, "^"),
              ("arithmetic mixture", ORANGE, "D"))  # fmt: skip
     for axis, names in ((left, ("KL_θ", "KL_t")), (right, ("ESS_θ", "ESS_t"))):
@@ -133,7 +133,9 @@ def gammas(tables: Tables) -> Any:
     left.axhline(reshape.RHO_MIN, color="0.5", linestyle="dotted", label="ρ_min = 0.3")
     left.set(xlabel="γ", ylabel="ESS_γ / n", title="effective share of the sample, σ² = 2", ylim=(0, 1.03))
     left.legend()
-    for n, colour, style in zip(reshape.SAMPLES, (RED, ORANGE, BLUE, BLACK), ("solid", "dashed", "dashdot", "dotted"), strict=True):
+    for n, colour, style in zip(
+        reshape.SAMPLES, (RED, ORANGE, BLUE, BLACK), ("solid", "dashed", "dashdot", "dotted"), strict=True
+    ):
         x, y = table.curve("error", f"n={n:,}", "bias² + V/n")
         right.plot(x, y, color=colour, linestyle=style, label=f"n = {n:,}")
         least = int(np.argmin(y))
@@ -205,6 +207,8 @@ def learning_curves(tables: Tables) -> Any:
         line[0].set_ylabel("progress (0 start, 1 target)")
     for axis in axes[-1]:
         axis.set_xlabel("samples drawn")
+        axis.set_xticks([16, 64, 256, 1024], ["16", "64", "256", "1,024"])
+        axis.minorticks_off()
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     return figure
 

@@ -79,7 +79,8 @@ def special(scale: Scale) -> list[Row]:
     for name, advantage in (("A > 0", 1.0), ("A < 0", -1.0)):
         signs = torch.full_like(r, advantage)
         ppo, mask = (PRESETS[each].coefficient(r.log(), signs) for each in ("ppo_clip", "symmetric_indicator"))
-        rows.append(Row("special", f"PPO, {name}", "share of r in (0, 4) where the indicator differs", float((ppo != mask).double().mean())))  # fmt: skip
+        differs = float((ppo != mask).double().mean())
+        rows.append(Row("special", f"PPO, {name}", "share of r in (0, 4) where the indicator differs", differs))
     x = torch.tensor([0.9, 1.1], dtype=torch.float64)
     widths = torch.logspace(-2, 3, 200, dtype=torch.float64)
     epanechnikov = (1 - (x[:, None] / widths).square()).clamp(min=0)
@@ -99,7 +100,9 @@ def _on_policy(table: Table) -> Finding:
 def _peak(table: Table) -> Finding:
     peaks, at = table.column("kernel", "peak"), table.column("kernel", "peak at")
     words = ", ".join(f"{kernel} {peaks[kernel]:.2f} at r = {at[kernel]:.2f}" for kernel in peaks)
-    return judged(f"peak: {words}", all(abs(at[kernel] - 1) < 0.01 for kernel in at), "holds for the Laplace kernel only")
+    return judged(
+        f"peak: {words}", all(abs(at[kernel] - 1) < 0.01 for kernel in at), "holds for the Laplace kernel only"
+    )
 
 
 def _tail(table: Table) -> Finding:
@@ -124,19 +127,28 @@ def _f_bounded(table: Table) -> Finding:
 
 
 def _table_at_3(table: Table) -> Finding:
-    found = {kernel: (table.value("kernel", kernel, "K(2)"), table.value("kernel", kernel, "at 3")) for kernel in TABLE_AT_3_AS_PRINTED}
+    found = {
+        kernel: (table.value("kernel", kernel, "K(2)"), table.value("kernel", kernel, "at 3"))
+        for kernel in TABLE_AT_3_AS_PRINTED
+    }
     words = ", ".join(
         f"{kernel} {k:.3f}, {g:.3f} (printed {TABLE_AT_3_AS_PRINTED[kernel][0]}, {TABLE_AT_3_AS_PRINTED[kernel][1]})"
         for kernel, (k, g) in found.items()
     )
-    wrong = [k for k, each in found.items() if any(abs(x - y) > 0.006 for x, y in zip(each, TABLE_AT_3_AS_PRINTED[k], strict=True))]
+    wrong = [
+        k
+        for k, each in found.items()
+        if any(abs(x - y) > 0.006 for x, y in zip(each, TABLE_AT_3_AS_PRINTED[k], strict=True))
+    ]
     return judged(f"K(2), g(3): {words}", not wrong, f"does not hold for {', '.join(wrong)}: 0.420 is sech²(1)")
 
 
 def _tolerant(table: Table) -> Finding:
     at_3 = {kernel: table.value("kernel", kernel, "at 3") for kernel in TABLE_AT_3_AS_PRINTED}
     order = sorted(at_3, key=at_3.__getitem__)
-    return judged(f"g(3), ascending: {', '.join(f'{kernel} {at_3[kernel]:.2f}' for kernel in order)}", order[-1] == "sech2")
+    return judged(
+        f"g(3), ascending: {', '.join(f'{kernel} {at_3[kernel]:.2f}' for kernel in order)}", order[-1] == "sech2"
+    )
 
 
 def _quadrants(table: Table) -> Finding:
@@ -171,7 +183,10 @@ def _sapo(table: Table) -> Finding:
 
 
 def _ppo(table: Table) -> Finding:
-    up, down = (table.value("special", f"PPO, {each}", "share of r in (0, 4) where the indicator differs") for each in ("A > 0", "A < 0"))
+    up, down = (
+        table.value("special", f"PPO, {each}", "share of r in (0, 4) where the indicator differs")
+        for each in ("A > 0", "A < 0")
+    )
     return judged(
         f"gradient factors differ on {up:.0%} of r in (0, 4) for A > 0 and {down:.0%} for A < 0".replace("%", " %"),
         up == down == 0,
@@ -201,4 +216,4 @@ CLAIMS = (
     Claim("SAPO is sech² of width τ at γ = 1.", "kernel note §3.2, §7.2", _sapo),
     Claim("PPO's clip is the hard indicator.", "kernel note §7.1", _ppo),
     Claim("The hard indicator is a limit of Epanechnikov kernels.", "kernel note §7.1", _limit),
-)  # fmt: skip
+)

@@ -22,7 +22,7 @@ class Scale(NamedTuple):
     steps: int
 
 
-FULL = Scale(pairs=1000, draws=4096, repeats=50, seeds=10, steps=240)
+FULL = Scale(pairs=1000, draws=4096, repeats=50, seeds=10, steps=160)
 QUICK = Scale(pairs=8, draws=256, repeats=2, seeds=3, steps=8)
 
 
@@ -61,9 +61,7 @@ class Table:
 
     def column(self, what: str, figure: str) -> dict[str, float]:
         """A figure of every case that has it."""
-        return {
-            row.case: row.value for row in self.rows if (row.what, row.figure) == (what, figure) and row.x is None
-        }
+        return {row.case: row.value for row in self.rows if (row.what, row.figure) == (what, figure) and row.x is None}
 
 
 def write(rows: Sequence[Row], path: Path) -> None:
@@ -80,7 +78,13 @@ def write(rows: Sequence[Row], path: Path) -> None:
 def read(path: Path) -> Table:
     with path.open(newline="", encoding="utf-8") as file:
         return Table(
-            Row(each["what"], each["case"], each["figure"], float(each["value"]), float(each["x"]) if each["x"] else None)
+            Row(
+                each["what"],
+                each["case"],
+                each["figure"],
+                float(each["value"]),
+                float(each["x"]) if each["x"] else None,
+            )
             for each in csv.DictReader(file)
         )
 

@@ -92,7 +92,8 @@ def _faster(table: Table) -> Finding:
     return judged(
         f"best number of drafts, {len(REALISTIC)} realistic families, costs counted in passes: " + "; ".join(words),
         len(enough) == len(found),
-        f"holds where π_θ costs at most {max(enough):g} of π_t; with models of one size {span(found[1.0], lambda x: f'{x:.2f}')}×"
+        f"holds where π_θ costs at most {max(enough):g} of π_t; with models of one size"
+        f" {span(found[1.0], lambda x: f'{x:.2f}')}×"
         if enough
         else "holds only for the closest pairs and a cheap π_θ",
     )
@@ -110,6 +111,10 @@ def _unbiased(table: Table) -> Finding:
 
 CLAIMS = (
     Claim("Speculative acceptance is 40 to 60 %.", "derivation §7.7", _rate),
-    Claim("Speculative sampling is 1.5 to 2 times (1.4 to 1.6 times) faster.", "derivation §7.7; project overview", _faster),
+    Claim(
+        "Speculative sampling is 1.5 to 2 times (1.4 to 1.6 times) faster.",
+        "derivation §7.7; project overview",
+        _faster,
+    ),
     Claim("After a rejection draw from q*: the law is strictly preserved.", "derivation §7.7", _unbiased),
-)  # fmt: skip
+)

@@ -108,8 +108,8 @@ CLAIMS = (
         "There is no closed form, not even for two tokens.",
         "derivation §7.7",
         lambda table: judged(
-            "for two tokens α* = (log(−ℓ₂/ℓ₁) − log odds of π_t) / (log odds of π_θ − log odds of π_t); largest distance"
-            f" from the solver {short(table.value('two tokens', 'normal, std 2', 'max error'))}",
+            "for two tokens α* = (log(−ℓ₂/ℓ₁) − log odds of π_t) / (log odds of π_θ − log odds of π_t); largest"
+            f" distance from the solver {short(table.value('two tokens', 'normal, std 2', 'max error'))}",
             table.value("two tokens", "normal, std 2", "max error") > 1e-8,
             "does not hold for two tokens; none is known for more",
         ),

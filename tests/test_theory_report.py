@@ -1,4 +1,4 @@
-"""The measured claims: the report is that of the rows, measurements are right where the answer is known, runs repeat."""
+"""The measured claims: the report is that of the rows, known answers are found, runs repeat."""
 
 import math
 import os

@@ -92,7 +92,7 @@ def draw(law: str, policy: Tensor, target: Tensor, seed: int) -> ost.Sample:
 
 
 def progress(task: Task, policy: Tensor, first: Tensor | None) -> Tensor:
-    """Of each run [runs]: the right answer's probability on its way to the target's, or the share of the KL that is gone."""
+    """Of each run [runs]: how far the right answer came towards its share under the target, or the KL towards 0."""
     log_pi, log_t = policy.log_softmax(-1), task.target.log_softmax(-1)
     if task.right is None:
         divergence = (log_pi.exp() * (log_pi - log_t)).sum((-1, -2))

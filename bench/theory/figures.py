@@ -123,7 +123,7 @@ def ess_ratios(tables: Tables) -> Any:
 def gammas(tables: Tables) -> Any:
     """ESS along gamma by the law of log w; and bias^2 + V/n along gamma."""
     table = tables["reshape"]
-    figure, (left, right) = panels(9.5, 3.9, columns=2)
+    figure, (left, right) = panels(10.5, 4.3, columns=2)
     styles = zip(reshape.LAWS, (BLUE, ORANGE, RED, GREEN), ("o", "s", "^", "D"), strict=True)
     for law, colour, marker in styles:
         x, y = table.curve("ess", reshape.case_of(law, 2.0), "measured")
@@ -132,7 +132,7 @@ def gammas(tables: Tables) -> Any:
     left.plot(fine, np.exp(-2.0 * fine**2), color=BLACK, linestyle="dashed", label="exp(−σ²γ²)")
     left.axhline(reshape.RHO_MIN, color="0.5", linestyle="dotted", label="ρ_min = 0.3")
     left.set(xlabel="γ", ylabel="ESS_γ / n", title="effective share of the sample, σ² = 2", ylim=(0, 1.03))
-    left.legend()
+    left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
     for n, colour, style in zip(
         reshape.SAMPLES, (RED, ORANGE, BLUE, BLACK), ("solid", "dashed", "dashdot", "dotted"), strict=True
     ):
@@ -141,7 +141,7 @@ def gammas(tables: Tables) -> Any:
         least = int(np.argmin(y))
         right.plot(x[least], y[least], "o", color=colour, markersize=6)
     right.set(xlabel="γ", ylabel="bias² + V(γ)/n", yscale="log", title="one random set; dots: least error")
-    right.legend()
+    right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     return figure
 
 
@@ -177,8 +177,11 @@ def bias_and_spread(tables: Tables) -> Any:
                       linewidth=1, label=label)  # fmt: skip
         axis.set(title=f"noise {distance:g} between π and μ", xlabel="std of one sample / |gradient|")
         axis.set_xscale("log")
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_formatter("")
+        low, high = axis.get_xlim()
+        axis.set_xticks(
+            shown := [x for x in (0.5, 1, 2, 3, 4, 5, 7, 10, 20) if low <= x <= high], [f"{x:g}" for x in shown]
+        )
+        axis.minorticks_off()
     axes[0].set_ylabel("|bias| / |gradient|")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure

@@ -209,17 +209,53 @@ def one_formula(scale: Scale) -> list[Row]:
     return rows
 
 
+def divergences(scale: Scale) -> list[Row]:
+    """Both ends as divergences: the gradients of the objectives against those of the KLs, relative distances."""
+    g = torch.Generator().manual_seed(3)
+    forward = reverse = moment = 0.0
+    tau = 0.5
+    for _ in range(max(2, scale.pairs // 50)):
+        mu, _, reward = _set(g)
+        logits = torch.randn(Y, generator=g, dtype=torch.float64).requires_grad_()
+        log_pi = logits.log_softmax(-1)
+        pi, sft = log_pi.exp(), (mu * reward / (mu @ reward)).log()
+        ends = (
+            (-(mu @ (reward * log_pi)) / (mu @ reward), sft.exp() @ (sft - log_pi)),
+            (-(pi @ reward) / tau + pi @ log_pi, pi @ (log_pi - (reward / tau).log_softmax(-1))),
+        )
+        found = [[torch.autograd.grad(each, logits, retain_graph=True)[0] for each in pair] for pair in ends]
+        near, far = (float((first - second).norm() / second.norm()) for first, second in found)
+        forward, reverse = max(forward, near), max(reverse, far)
+    # V of log-normal weights by quadrature
+    x = torch.linspace(-14, 14, 20_001, dtype=torch.float64)
+    density = torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi) * (x[1] - x[0])
+    for gamma in (0.1, 0.25, 0.6, 1.0):
+        value = float(density @ torch.exp(2 * gamma * (math.sqrt(2.0) * x - 1.0)))
+        moment = max(moment, abs(value / math.exp(2.0 * gamma * (2 * gamma - 1)) - 1))
+    figures = {"γ = 0, forward KL": forward, "γ = 1, reverse KL": reverse, "V of log-normal weights": moment}
+    return [Row("divergences", name, "relative distance", value) for name, value in figures.items()]
+
+
 PARTS = {
     **{f"weights, {law}": weights_of(law) for law in LAWS},
     "moments": moments,
     "targets": targets,
     "one": one_formula,
+    "divergences": divergences,
 }
 
 
 def predicted(case: str, gamma: float) -> float:
     sigma_sq = torch.tensor(float(case.rpartition("=")[2]), dtype=torch.float64)
     return float(is_reshape.predicted_ess_ratio(sigma_sq, gamma))
+
+
+def _distance(name: str) -> Callable[[Table], Finding]:
+    def find(table: Table) -> Finding:
+        value = table.value("divergences", name, "relative distance")
+        return judged(f"relative distance at most {short(value)}", value < 1e-9)
+
+    return find
 
 
 def _identity(table: Table) -> Finding:
@@ -356,6 +392,21 @@ def _switch(table: Table) -> Finding:
 
 
 CLAIMS = (
+    Claim(
+        "γ = 0 is forward KL: weighted likelihood has the gradient of −KL(μr/Z‖π).",
+        "IS Reshape note §3.1",
+        _distance("γ = 0, forward KL"),
+    ),
+    Claim(
+        "γ = 1 with an entropy bonus is reverse KL: the gradient of −KL(π‖e^(r/τ)/Z).",
+        "IS Reshape note §3.2",
+        _distance("γ = 1, reverse KL"),
+    ),
+    Claim(
+        "With log-normal weights V(γ) = e^(σ²γ(2γ−1)).",
+        "IS Reshape note §6.3",
+        _distance("V of log-normal weights"),
+    ),
     Claim("E_μ[w^γ] = exp((γ−1) D_γ(π‖μ)), exactly.", "IS Reshape note §5.2", _identity),
     Claim("With log-normal weights ESS_γ/n ≈ exp(−σ²γ²).", "IS Reshape note §7.2", _closed_ess),
     Claim("V(γ) = E[w^2γ] is least at γ = 0.25.", "IS Reshape note §6.3", _quarter),

@@ -23,7 +23,7 @@ class Scale(NamedTuple):
 
 
 FULL = Scale(pairs=1000, draws=4096, repeats=50, seeds=10, steps=160)
-QUICK = Scale(pairs=8, draws=256, repeats=2, seeds=3, steps=8)
+QUICK = Scale(pairs=4, draws=256, repeats=2, seeds=3, steps=4)
 
 
 class Row(NamedTuple):

@@ -13,7 +13,7 @@ from bench.plot import FIGURES
 from bench.results import ROOT
 
 from . import report, suite
-from .rows import FULL, QUICK, THEORY
+from .rows import FULL, QUICK, THEORY, write
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,9 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     if not arguments.report_only:
         names = arguments.only or list(suite.MODULES)
-        rows = suite.run(names, QUICK if arguments.quick else FULL, arguments.workers)
-        suite.save(rows, folder)
-        count = sum(map(len, rows.values()))
+        count = 0
+        for module, rows in suite.run(names, QUICK if arguments.quick else FULL, arguments.workers):
+            write(rows, folder / f"{module}.csv")
+            count += len(rows)
         print(f"{count:,} rows of {len(names)} modules in {time.monotonic() - began:.0f} s: {_shown(folder)}")
     missing = [name for name in suite.MODULES if not (folder / f"{name}.csv").exists()]
     if missing:

@@ -50,7 +50,7 @@ def path_in_the_plane(tables: Tables) -> Any:
 def fronts(tables: Tables) -> Any:
     """The two KLs, and the two ESS, along the geometric and the arithmetic family."""
     table = tables["plane"]
-    figure, (left, right) = panels(9.5, 4.0, columns=2)
+    figure, (left, right) = panels(9.5, 4.4, columns=2)
     for family, colour, style in (("geometric family", BLUE, "solid"), ("arithmetic family", ORANGE, "dashed")):
         left.plot(table.curve("front", family, "KL_θ")[1], table.curve("front", family, "KL_t")[1],
                   color=colour, linestyle=style, label=family)  # fmt: skip
@@ -67,8 +67,7 @@ def fronts(tables: Tables) -> Any:
     left.set(xlabel="KL(q ‖ π_θ), nats", ylabel="KL(q ‖ π_t), nats", title="Pareto front: lower left is better")
     right.set(xlabel="ESS_θ per sample", ylabel="ESS_t per sample", title="Effective samples: upper right is better")
     right.set(xlim=(-0.02, 1.03), ylim=(-0.02, 1.03))
-    left.legend()
-    right.legend()
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 

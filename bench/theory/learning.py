@@ -226,7 +226,8 @@ def in_words(found: Efficiency) -> str:
         return "not within the budget"
     if found.ratio == float("inf"):
         return "on-policy not within the budget"
-    return f"{found.ratio:.2g}× ({found.low:.2g} to {found.high:.2g})"
+    ratio, low, high = (f"{x:.0f}" if x >= 10 else f"{x:.2g}" for x in found)
+    return f"{ratio}× ({low} to {high})"
 
 
 def _claimed(table: Table) -> Finding:
@@ -243,7 +244,7 @@ def _claimed(table: Table) -> Finding:
         "samples on-policy over samples from q* until half the way, median over seeds with 95 % interval: "
         + "; ".join(words),
         len(inside) == len(every),
-        f"holds for {'; '.join(inside)}" if inside else "does not hold",
+        f"holds, and more, for {'; '.join(inside)}; without gain for the others" if inside else "does not hold",
     )
 
 

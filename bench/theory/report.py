@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 
 from bench.plot import FIGURES as FOLDER
 from bench.readme import markdown
@@ -163,7 +164,7 @@ def learning_table(tables: Tables) -> str:
         for method in learning.methods_of(name):
             what = f"method, {name}"
             _, samples = table.curve(f"needed, {name}", method.name, "samples")
-            middle = sorted(samples)[len(samples) // 2]
+            middle = median(samples)
             found = learning.efficiency(table, name, method)
             lines.append(
                 [
@@ -203,6 +204,8 @@ TABLES: dict[str, Callable[[Tables], str]] = {
 WORDS: dict[str, str] = {
     "pairs": f"{FULL.pairs:,}",
     "fifth": f"{FULL.pairs // 5:,}",
+    "prompts": f"{learning.PROMPTS}",
+    "tokens": f"{learning.V}",
     "steps": f"{FULL.steps:,}",
     "seeds": f"{FULL.seeds}",
     "rates": ", ".join(f"{rate:g}" for rate in learning.RATES),

@@ -25,7 +25,7 @@ from . import (
     speculative,
     symmetry,
 )
-from .rows import THEORY, Claim, Finding, Part, Row, Scale, Table, read, write
+from .rows import THEORY, Claim, Finding, Part, Row, Scale, Table, read
 
 MODULES: dict[str, ModuleType] = {
     module.__name__.rpartition(".")[2]: module
@@ -61,18 +61,14 @@ def run_part(module: str, part: str, scale: Scale) -> list[Row]:
         return parts_of(module)[part](scale)
 
 
-def run(modules: Sequence[str], scale: Scale, workers: int) -> dict[str, list[Row]]:
-    """The rows of each module, in the order of its parts whoever finishes first."""
+def run(modules: Sequence[str], scale: Scale, workers: int) -> Iterator[tuple[str, list[Row]]]:
+    """Each module's rows when its last part is done, in the order of its parts whoever finishes first."""
     todo = [(module, part) for module in modules for part in parts_of(module)]
-    done: dict[tuple[str, str], list[Row]] = {}
-    for key, rows in _with_progress(_finished(todo, scale, workers), len(todo)):
-        done[key] = rows
-    return {module: [row for part in parts_of(module) for row in done[module, part]] for module in modules}
-
-
-def save(rows: dict[str, list[Row]], folder: Path) -> None:
-    for module, found in rows.items():
-        write(found, folder / f"{module}.csv")
+    done: dict[str, dict[str, list[Row]]] = {module: {} for module in modules}
+    for (module, part), rows in _with_progress(_finished(todo, scale, workers), len(todo)):
+        done[module][part] = rows
+        if len(done[module]) == len(parts_of(module)):
+            yield module, [row for each in parts_of(module) for row in done[module][each]]
 
 
 def tables(folder: Path = THEORY) -> dict[str, Table]:

@@ -141,9 +141,9 @@ def _middle(table: Table) -> Finding:
     beyond = table.value("extreme", "one logit of 80 against four near 0", "alpha")
     count = len(table.cases("balance"))
     return judged(
-        f"α* from {short(least)} to {short(largest)} in {count} families; {short(beyond)} for logits (80, 0, 0, 0) against"
-        " (0.3, 0, 0.1, −0.2)",
-        0.2 <= min(least, beyond) and largest <= 0.8,
+        f"α* from {short(least)} to {short(largest)} in {count} families; {short(beyond)} for logits (80, 0, 0, 0)"
+        " against (0.3, 0, 0.1, −0.2)",
+        min(least, beyond) >= 0.2 and largest <= 0.8,
         "holds for usual pairs; only (0, 1) is guaranteed",
     )
 

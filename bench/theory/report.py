@@ -14,7 +14,7 @@ from bench.plot import FIGURES as FOLDER
 from bench.readme import markdown
 from bench.results import ROOT
 
-from . import balance, bandit, baselines, behaviour, figures, learning, speculative, suite, symmetry
+from . import balance, bandit, baselines, behaviour, figures, learning, reshape, speculative, suite, symmetry
 from .pairs import FAMILIES, REALISTIC
 from .rows import FAILS, FULL, HOLDS, Table, percent
 
@@ -127,6 +127,35 @@ def peak_table(tables: Tables) -> str:
     )
 
 
+def start_table(tables: Tables) -> str:
+    table, lines = tables["behaviour"], []
+    for family in FAMILIES:
+        cells = []
+        for start in ("entropy formula", "one half"):
+            errors = [table.value("start", family, f"{start}, error, {each}") for each in ("median", "95 %", "largest")]
+            cells.append(" / ".join(_figure(error) for error in errors))
+            cells.append(f"{table.value('start', family, f'{start}, Newton steps, mean'):.1f}")
+        lines.append([family, *cells])
+    heading = ("family", "entropy formula: error", "steps", "½: error", "steps")
+    title = "Distance from α\\*, median / 95 % / largest, V = 10,000; and Newton steps from there to 1e-6, V = 1,000 (counted up to 30):\n\n"
+    return title + markdown(heading, lines, "en")
+
+
+def gamma_table(tables: Tables) -> str:
+    table, lines = tables["reshape"], []
+    for case in table.cases("gamma"):
+        cells = []
+        for name in ("gamma*", "exact gamma", "robust gamma"):
+            gamma, share = table.value("gamma", case, name), table.value("gamma", case, f"ESS at {name}")
+            cells.append(f"{gamma:.2f} → {share:.2f}")
+        tail = table.value("gamma", case, "k")
+        lines.append([case, *cells, f"{tail:.2f}" if math.isfinite(tail) else "–"])
+    heading = ("log w", "γ\\* → ESS/n", "exact γ → ESS/n", "`robust_gamma` → ESS/n", "tail index k")
+    return f"With ρ_min = {reshape.RHO_MIN:g}, means over {FULL.repeats} samples of {FULL.draws:,}:\n\n" + markdown(
+        heading, lines, "en"
+    )
+
+
 def speculative_table(tables: Tables) -> str:
     table, lines = tables["speculative"], []
     for family in FAMILIES:
@@ -197,7 +226,9 @@ TABLES: dict[str, Callable[[Tables], str]] = {
     "balance": balance_table,
     "baselines": baseline_tables,
     "peak": peak_table,
+    "start": start_table,
     "speculative": speculative_table,
+    "gamma": gamma_table,
     "bandit": bandit_table,
     "learning": learning_table,
 }

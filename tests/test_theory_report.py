@@ -1,5 +1,6 @@
 """The measured claims: the report is that of the rows, known answers are found, runs repeat."""
 
+import doctest
 import math
 import os
 import subprocess
@@ -189,6 +190,11 @@ def test_rows_are_read_as_written(tmp_path: Path) -> None:
     assert table.value("a", "b, c", "d") == 0.333333
     assert table.curve("a", "b, c", "e") == ([0.5, 1.0], [math.inf, -2e-17])
     assert table.column("a", "d") == {"b, c": 0.333333}
+
+
+def test_examples_run() -> None:
+    assert doctest.testmod(rows).failed == 0
+    assert doctest.testmod(rows).attempted >= 6
 
 
 # Known answers

@@ -137,7 +137,10 @@ def start_table(tables: Tables) -> str:
             cells.append(f"{table.value('start', family, f'{start}, Newton steps, mean'):.1f}")
         lines.append([family, *cells])
     heading = ("family", "entropy formula: error", "steps", "½: error", "steps")
-    title = "Distance from α\\*, median / 95 % / largest, V = 10,000; and Newton steps from there to 1e-6, V = 1,000 (counted up to 30):\n\n"
+    title = (
+        "Distance from α\\*, median / 95 % / largest, V = 10,000; and Newton steps from there to 1e-6, V = 1,000"
+        " (counted up to 30):\n\n"
+    )
     return title + markdown(heading, lines, "en")
 
 

@@ -2,9 +2,6 @@
 
 import doctest
 import math
-import os
-import subprocess
-import sys
 import xml.etree.ElementTree
 from pathlib import Path
 
@@ -33,7 +30,6 @@ from bench.theory import (
 )
 from bench.theory.rows import FULL, HOLDS, QUICK, Row, Table
 
-ROOT = Path(__file__).resolve().parents[1]
 ONE = torch.tensor([[0.7, 0.3]], dtype=torch.float64).log()
 
 
@@ -82,9 +78,7 @@ def test_report_shows_every_module_table_and_figure(committed: dict[str, Table])
         for claim, finding in suite.findings(module, committed[module]):
             assert report.plain(claim.says) in text
             assert report.plain(finding.measured) in text
-            assert finding.verdict in (HOLDS, rows.FAILS) or finding.verdict.startswith(
-                ("holds ", "does not ", "depends ")
-            )
+            assert finding.verdict in (HOLDS, rows.FAILS) or finding.verdict.startswith(("holds ", "does not "))
 
 
 def test_verdicts_follow_the_rows(committed: dict[str, Table]) -> None:
@@ -151,14 +145,11 @@ def test_a_second_run_gives_the_same_rows(module: str, part: str) -> None:
     assert suite.run_part(module, part, QUICK) == suite.run_part(module, part, QUICK)
 
 
-def test_quick_run_writes_everything(tmp_path: Path) -> None:
-    """The program as a user starts it, in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "bench.theory", "--quick", "--out", str(tmp_path), "--workers", "1"],
-        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "100%" in done.stderr, "the progress bar"
+def test_quick_run_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert __main__.main(["--quick", "--out", str(tmp_path), "--workers", "1"]) == 0
+    done = capsys.readouterr()
+    assert "100%" in done.err, "the progress bar"
+    assert f"rows of {len(suite.MODULES)} modules" in done.out
     for module in suite.MODULES:
         table, full = rows.read(tmp_path / f"{module}.csv"), suite.tables()[module]
         # the cases and figures are those of the whole run
@@ -194,7 +185,7 @@ def test_rows_are_read_as_written(tmp_path: Path) -> None:
 
 def test_examples_run() -> None:
     assert doctest.testmod(rows).failed == 0
-    assert doctest.testmod(rows).attempted >= 6
+    assert doctest.testmod(rows).attempted == 2
 
 
 # Known answers

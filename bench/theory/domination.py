@@ -92,10 +92,10 @@ def _improvement(table: Table) -> Finding:
     gains = table.column("domination", "improvement of both, mean")
     inside = [case for case, gain in gains.items() if 0.2 <= gain <= 0.35]
     return judged(
-        f"both KLs fall by {span(gains.values(), percent)} on average, as the distributions are drawn;"
+        f"both KLs fall by {span(gains.values(), percent)} on average, by the way the distributions are drawn;"
         f" {len(inside)} of {len(gains)} ways give 20 to 35 %",
         len(inside) == len(gains),
-        "depends on how the distributions are drawn" if inside else "does not hold",
+        f"holds for {len(inside)} of {len(gains)} ways of drawing" if inside else "does not hold",
     )
 
 

@@ -244,7 +244,7 @@ def _claimed(table: Table) -> Finding:
         "samples on-policy over samples from q* until half the way, median over seeds with 95 % interval: "
         + "; ".join(words),
         len(inside) == len(every),
-        f"holds, and more, for {'; '.join(inside)}; without gain for the others" if inside else "does not hold",
+        f"holds (and more) for {'; '.join(inside)}; without gain for the others" if inside else "does not hold",
     )
 
 

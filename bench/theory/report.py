@@ -238,6 +238,7 @@ TABLES: dict[str, Callable[[Tables], str]] = {
 WORDS: dict[str, str] = {
     "pairs": f"{FULL.pairs:,}",
     "fifth": f"{FULL.pairs // 5:,}",
+    "drafts": f"{max(speculative.LENGTHS)}",
     "prompts": f"{learning.PROMPTS}",
     "tokens": f"{learning.V}",
     "steps": f"{FULL.steps:,}",

@@ -80,13 +80,20 @@ def weights_of(law: str) -> Callable[[Scale], list[Row]]:
                 for method in METHODS:
                     chosen.setdefault(f"share by {method}", []).append(float(robust.method == method))
                 chosen.setdefault("largest share of a weight", []).append(robust.diagnosis.max_weight)
-                chosen.setdefault("k", []).append(is_reshape.psis(log_w)[1])
+                chosen.setdefault("k", []).append(_tail_index(log_w))
             rows += [Row("gamma", case, name, sum(values) / len(values)) for name, values in chosen.items()]
             achieved = torch.tensor(chosen["ESS at gamma*"])
             rows.append(Row("gamma", case, "ESS at gamma*, least", float(achieved.min())))
         return rows
 
     return measure
+
+
+def _tail_index(log_w: Tensor) -> float:
+    try:
+        return is_reshape.psis(log_w)[1]
+    except ImportError:  # arviz-stats needs Python 3.11
+        return math.nan
 
 
 def moments(scale: Scale) -> list[Row]:

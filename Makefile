@@ -1,21 +1,27 @@
 # make bench: correctness check, then the reference against this package, as a table; under three minutes.
-# make test:  the tests. Both need Python >= 3.10 and make, nothing else.
+# make test:  the tests.
+# make theory: the documents' claims measured, docs/theory-report.md and its figures written; under ten minutes.
+# All need Python >= 3.10 and make, nothing else.
 PYTHON ?= python3
 PYTEST_ARGS ?= -n 2 --dist worksteal
 BENCH_ARGS ?= --budget 120
+THEORY_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: bench test test-integrations lint types format clean
+.PHONY: bench test theory test-integrations lint types format clean
 
 bench: $(STAMP)
 	$(BIN)/python -m bench $(BENCH_ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+theory: $(STAMP)
+	$(BIN)/python -m bench.theory $(THEORY_ARGS)
 
 # Each folder of tests/integrations names its packages in requirements.txt and gets an environment of its own; packages
 # of no-deps.txt, where there is one, come without the packages that they in turn ask for.

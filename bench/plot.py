@@ -27,17 +27,17 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def _axes(width: float = 6.4, height: float = 3.4) -> tuple[Any, Any]:
+def panels(width: float = 6.4, height: float = 3.4, rows: int = 1, columns: int = 1, **shared: Any) -> tuple[Any, Any]:
     import matplotlib
 
     matplotlib.use("Agg")
     matplotlib.rcParams.update(STYLE)
     import matplotlib.pyplot as plt
 
-    return plt.subplots(figsize=(width, height), layout="constrained")
+    return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", **shared)
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save(figure: Any, path: Path) -> Path:
     import matplotlib.pyplot as plt
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,14 +49,14 @@ def _save(figure: Any, path: Path) -> Path:
 def cpu_ratio(rows: Sequence[Row], path: Path) -> Path:
     """Each CPU case: time of the reference in units of the package's."""
     pairs = [(row.case, row.over) for row in rows if row.who == "reference" and row.over]
-    figure, axes = _axes()
+    figure, axes = panels()
     bars = axes.barh([name for name, _ in pairs], [over for _, over in pairs], color="tab:blue")
     axes.bar_label(bars, [f"{over:.3g}×" for _, over in pairs], padding=3)
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set(xscale="log", xlabel="time of the reference / time of this package", title=rows[0].device)
     axes.invert_yaxis()
     axes.margins(x=0.15)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def speed_up(rows: Sequence[Row], path: Path) -> Path:
@@ -72,7 +72,7 @@ def copy_share(rows: Sequence[Row], path: Path) -> Path:
 def _lines(
     rows: Sequence[Row], path: Path, who: str, value: Callable[[Row], float | None], label: str, *, log: bool
 ) -> Path:
-    figure, axes = _axes()
+    figure, axes = panels()
     for V in VOCABULARIES:
         found = {
             row.N: value(row)
@@ -86,12 +86,12 @@ def _lines(
     axes.set_xticks(BATCHES, [str(N) for N in BATCHES])
     axes.minorticks_off()
     axes.legend()
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def sweeps_per_family(families: Sequence[sweeps.Family], path: Path) -> Path:
     """Mean sweeps of each family of rows, the largest count as a mark."""
-    figure, axes = _axes(height=4.0)
+    figure, axes = panels(height=4.0)
     names = [family.family + ("" if family.realistic else " (adversarial)") for family in families]
     colours = ["tab:blue" if family.realistic else "tab:gray" for family in families]
     axes.barh(names, [family.mean for family in families], color=colours)
@@ -99,14 +99,14 @@ def sweeps_per_family(families: Sequence[sweeps.Family], path: Path) -> Path:
     axes.set(xlabel=f"sweeps over a row, mean ({families[0].backend} path)")
     axes.invert_yaxis()
     axes.legend()
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def static_bounds(path: Path) -> Path:
     """solve in bf16 at 4096 x 50,257: what each limit alone allows on each device."""
     case = roofline.EXPECTED_CASES[0]
     found = [(device, bound) for each, device, bound in roofline.expectations() if each == case]
-    figure, axes = _axes()
+    figure, axes = panels()
     limits = [limit for limit in roofline.LIMITS if any(bound.parts[limit] for _, bound in found)]
     width = 0.8 / len(limits)
     for index, limit in enumerate(limits):
@@ -115,7 +115,7 @@ def static_bounds(path: Path) -> Path:
     axes.set_xticks(range(len(found)), [("" if device.measured else "~") + device.name for device, _ in found])
     axes.set(ylabel="µs at the least", title=f"{case.work}, bf16, {case.N} × {case.V:,}: bounds, not measured")
     axes.legend()
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def draw(folder: Path = FIGURES) -> list[Path]:

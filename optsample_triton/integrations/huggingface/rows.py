@@ -92,9 +92,13 @@ class Rows:
         """[B]: the place of the next token, counted from the beginning of the prompt."""
         return self._first_offset + self.lengths
 
-    def append(self, tokens: Tensor, counts: Tensor, records: dict[str, Tensor]) -> None:
-        """The first counts [B] of tokens [B, n], and their records [B, n]; running rows may end at any of them."""
-        before = int(self.lengths.max())
+    def append(self, tokens: Tensor, counts: Tensor, records: dict[str, Tensor]) -> Tensor:
+        """The first counts [B] of tokens [B, n], and their records [B, n]; running rows may end at any of them.
+
+        Returns how many [B] of them the rows have taken.
+        """
+        lengths = self.lengths.clone()
+        before = int(lengths.max())
         self._grow(before + tokens.shape[1], records)
         pending = self.running.clone()
         for k in range(tokens.shape[1]):
@@ -112,6 +116,7 @@ class Rows:
         if self.streamer is not None:
             for column in self.ids[:, self.start + before : self.start + int(self.lengths.max())].unbind(1):
                 self.streamer.put(column.cpu())
+        return self.lengths - lengths
 
     def _grow(self, room: int, records: dict[str, Tensor]) -> None:
         missing = self.start + room - self.ids.shape[1]

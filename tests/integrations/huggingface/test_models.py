@@ -1,22 +1,24 @@
-"""Models as they come: wrapped, without position_ids, with other states than keys and values, put away by accelerate."""
-
-import functools
+"""Models as they come: in wrappers, without position_ids, with states beside keys and values, put away on the disk."""
 
 import pytest
 import torch
 import transformers
 from accelerate import cpu_offload, disk_offload
-from models import SPECIAL, gpt2, llama, naive, prompts
+from models import DECODER, SPECIAL, gpt2, llama, naive, prompts
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM, set_seed
+from transformers import AutoModelForCausalLM, BartConfig, BartForCausalLM, set_seed
 
 from optsample_triton.integrations.huggingface import OptimalSamplingLogitsProcessor, generate, score
+from optsample_triton.integrations.huggingface.pair import can_rewind
 
+# What PEFT and transformers say of each other's ways.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Position ids are not supported"),
+    pytest.mark.filterwarnings("ignore:You are calling .generate.. with the `input_ids` being on a device"),
+]
 OLD = transformers.__version__.startswith("4.")
-
-
-def own(ids, mask, row):
-    return ids[row][mask[row].bool()]
 
 
 def lora(model):
@@ -27,48 +29,156 @@ def lora(model):
 
 
 def compiled(model):
-    torch._dynamo.reset()
-    return torch.compile(model, backend="eager", dynamic=True)
+    return torch.compile(model, backend="eager")
 
 
 def small(kind, **settings):
     """A random model of another architecture."""
     set_seed(3)
-    config = transformers.AutoConfig.for_model(kind, vocab_size=100, **SPECIAL, **settings)
+    config = transformers.AutoConfig.for_model(kind, vocab_size=100, **{**SPECIAL, **settings})
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def check(model, target, drafts=0, rows=3, **more):
-    """The mode of q*, token by token, of padded rows as of each alone."""
-    ids, mask = prompts()
-    ids, mask = ids[:rows], mask[:rows]
+def check(model, target, drafts=0, lengths=(3, 6, 5)):
+    """The mode of q*, token by token: padded rows as each alone without a cache."""
+    ids, mask = prompts(lengths)
     out = generate(
         model, target, ids, attention_mask=mask, max_new_tokens=6, seed=1, min_p=1.0, num_draft_tokens=drafts,
-        eos_token_id=-1, **more,
+        eos_token_id=-1,
     )  # fmt: skip
-    for row in range(rows):
-        text = own(ids, mask, row)
+    for row in range(len(lengths)):
+        text = ids[row][mask[row].bool()]
         assert out.tokens[row].tolist() == naive(model, target, text, text, 0, 6, greedy=True)
     return out
 
 
-@pytest.mark.filterwarnings("ignore:.*fan_in_fan_out")
 @pytest.mark.parametrize("drafts", [0, 2])
 @pytest.mark.parametrize("wrap", [lora, compiled])
 def test_wrapped_models_get_positions(wrap, drafts):
     """GPT-2 counts positions from the first slot unless it is told them, and a wrapper does not name them."""
     model, target = llama(seed=1), wrap(gpt2(seed=2))
-    out = check(model, target, drafts)
-    check(wrap(gpt2(seed=4)), model, drafts)
+    # What is compiled is transformers' and torch's matter, and takes half a minute.
+    with torch.compiler.set_stance("force_eager"):
+        out = check(model, target, drafts)
+        check(wrap(gpt2(seed=4)), model, drafts)
+        ids, mask = prompts()
+        scores = score(model, target, out.sequences, attention_mask=out.attention_mask, num_tokens=6)
+        for name in ("log_theta", "log_t"):
+            torch.testing.assert_close(getattr(scores, name), out[name], atol=1e-4, rtol=1e-4)
+        processor = OptimalSamplingLogitsProcessor(target, attention_mask=mask)
+        run = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "eos_token_id": -1}
+        assert torch.equal(model.generate(ids, logits_processor=[processor], **run), out.sequences)
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+@pytest.mark.parametrize("kind", ["bloom", "mpt"])
+def test_models_that_look_at_distances_need_no_positions(kind, drafts):
+    sizes = {
+        "bloom": {"hidden_size": 32, "n_head": 2, "n_layer": 2},
+        "mpt": {"d_model": 32, "n_heads": 2, "n_layers": 2, "max_seq_len": 64},
+    }
+    check(llama(seed=1), small(kind, initializer_range=0.25, **sizes[kind]), drafts)
+
+
+def bart():
+    """A decoder alone, with learned positions that it always counts from the first slot of the cache."""
+    set_seed(3)
+    sizes = {"decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 32, "encoder_layers": 2}
+    config = BartConfig(vocab_size=100, d_model=32, init_std=0.25, max_position_embeddings=64, **sizes, **SPECIAL)
+    return BartForCausalLM(config).eval()
+
+
+def test_models_without_positions_take_rows_of_one_length():
+    model, target = llama(seed=1), bart()
     ids, mask = prompts()
-    text = torch.cat([ids, out.tokens], 1)
-    scores = score(model, target, text, attention_mask=out.attention_mask, num_tokens=6)
-    for name in ("log_q", "log_theta", "log_t"):
-        expected = out[name] if name != "log_q" else torch.zeros(3, 6)
-        if name != "log_q":  # min_p=1 leaves one token
-            torch.testing.assert_close(getattr(scores, name), expected, atol=1e-4, rtol=1e-4)
-    processor = OptimalSamplingLogitsProcessor(target, attention_mask=mask)
-    run = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
-    assert torch.equal(model.generate(ids, logits_processor=[processor], **run)[:, ids.shape[1] :], out.tokens)
+    check(model, target, lengths=(5,))
+    with pytest.raises(ValueError, match=r"BartForCausalLM.forward must name position_ids for padded rows"):
+        generate(model, target, ids, attention_mask=mask, max_new_tokens=2)
+    with pytest.raises(ValueError, match=r"must name position_ids for speculative generation"):
+        generate(model, target, ids[1:2], max_new_tokens=2, num_draft_tokens=1)
+    with pytest.raises(ValueError, match=r"must name position_ids for padded rows"):
+        score(target, model, ids, attention_mask=mask)
 
 
+def states(kind):
+    sizes = {
+        "mamba": {"state_size": 4},
+        "rwkv": {"attention_hidden_size": 32},
+        "jamba": {
+            **DECODER, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "num_experts": 2,
+            "expert_layer_offset": 1, "num_experts_per_tok": 1, "mamba_d_state": 4, "use_mamba_kernels": False,
+        },
+        "lfm2": {**DECODER, "layer_types": ["conv", "full_attention"]},
+    }  # fmt: skip
+    return small(kind, **{"hidden_size": 32, "num_hidden_layers": 2, **sizes[kind]})
+
+
+@pytest.mark.parametrize("kind", ["mamba", "rwkv"])
+def test_models_without_keys_and_values_are_refused(kind):
+    model, other = llama(seed=1), states(kind)
+    ids, _ = prompts((5,))
+    message = "ForCausalLM.forward must name past_key_values, but does not: models with other states"
+    for a, b in ((model, other), (other, model)):
+        with pytest.raises(ValueError, match=message):
+            generate(a, b, ids, max_new_tokens=2)
+        with pytest.raises(ValueError, match=message):
+            score(a, b, ids)
+    with pytest.raises(ValueError, match=message):
+        model.generate(ids, custom_generate=generate, target_model=other, max_new_tokens=2)
+    with pytest.raises(ValueError, match=message):
+        OptimalSamplingLogitsProcessor(other)
+
+
+@pytest.mark.parametrize("kind", ["jamba", "lfm2"])
+def test_states_beside_keys_and_values_go_forward_only(kind):
+    model, other = llama(seed=1), states(kind)
+    assert not can_rewind(other)
+    ids, _ = prompts((5,))
+    if OLD:  # which gives such models caches of their own
+        with pytest.raises(ValueError, match=r"must take a DynamicCache, but needs a cache of its own"):
+            generate(model, other, ids, max_new_tokens=2)
+    else:
+        check(model, other)
+        with pytest.raises(ValueError, match="keeps states that cannot be taken back"):
+            generate(model, other, ids, max_new_tokens=2, num_draft_tokens=1)
+
+
+def test_virtual_tokens_are_refused():
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    target = get_peft_model(gpt2(seed=2), config).eval()
+    ids, _ = prompts((5,))
+    with pytest.raises(ValueError, match="must keep each token that it reads in past_key_values, but holds 8 after 5"):
+        generate(llama(seed=1), target, ids, max_new_tokens=2)
+
+
+def test_wrappers_that_hide_the_model_are_refused():
+    class Hidden(torch.nn.Module):
+        def __init__(self, inside):
+            super().__init__()
+            self.inside, self.config = inside, inside.config
+
+        def forward(self, **kwargs):
+            return self.inside(**kwargs)
+
+    with pytest.raises(ValueError, match=r"Hidden.forward must name past_key_values.* pass the model inside"):
+        generate(llama(seed=1), Hidden(gpt2(seed=2)), prompts((5,))[0], max_new_tokens=2)
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_weights_that_accelerate_has_put_away(tmp_path, drafts):
+    """Their device says "meta" until they are used."""
+    here = torch.device("cpu")
+    away = cpu_offload(llama(seed=1), execution_device=here)
+    disk = disk_offload(gpt2(seed=2), tmp_path, execution_device=here)
+    assert away.device.type == disk.device.type == "meta"
+    out = check(away, disk, drafts)
+    expected = check(llama(seed=1), gpt2(seed=2), drafts)
+    for name in ("tokens", "log_theta", "log_t", "alpha"):
+        assert torch.equal(out[name], expected[name])
+    mask = out.attention_mask
+    scores = [score(*pair, out.sequences, attention_mask=mask) for pair in ((away, disk), (disk, away))]
+    torch.testing.assert_close(scores[0].log_theta, scores[1].log_t)
+    run = {"attention_mask": prompts()[1], "max_new_tokens": 3, "do_sample": False, "eos_token_id": -1}
+    processor = OptimalSamplingLogitsProcessor(disk, attention_mask=run["attention_mask"])
+    made = llama(seed=1).generate(prompts()[0], logits_processor=[processor], **run)
+    assert torch.equal(made, out.sequences[:, : made.shape[1]])

@@ -50,6 +50,7 @@ _PENALTIES = {
     "sequence_bias": None,
     "watermarking_config": None,
 }
+_TEXT = ("inputs", "input_ids", "attention_mask")
 _KNOWN = ("position_ids", "use_cache", "logits_to_keep", "cache_position", "past_key_values")
 
 
@@ -148,6 +149,12 @@ def generate(
     if called_by_transformers:
         (input_ids,) = inputs
         return _decode(model, input_ids, settings, generation_config=generation_config, **kwargs)
+    # transformers makes its processors and masks where the ids lie, and they must be where the scores are.
+    place = input_device(model)
+    if inputs and not isinstance(inputs[0], Tensor):
+        raise TypeError(f"input_ids must be a tensor [B, S], but is {type(inputs[0]).__name__}")
+    inputs = tuple(x.to(place) for x in inputs)
+    kwargs |= {name: x.to(place) for name, x in kwargs.items() if name in _TEXT and isinstance(x, Tensor)}
     ids = inputs[0] if inputs else kwargs.get("input_ids", kwargs.get("inputs"))
     if kwargs.get("attention_mask") is None and target_input_ids is None and isinstance(ids, Tensor):
         warn_of_padding(ids, model, "attention_mask")

@@ -153,6 +153,8 @@ def input_device(model: Any) -> torch.device:
 
 def check_model(model: Any) -> None:
     """Refuse what keeps no keys and values of the text."""
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model and target_model must be models of transformers, but one is {type(model).__name__}")
     inner = innermost(model)
     name = type(inner).__name__
     if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):

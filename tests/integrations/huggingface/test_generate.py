@@ -138,7 +138,8 @@ def test_three_doors_one_law(small_pair):
         )
         assert float((once.num_accepted > 0).double().mean()) == pytest.approx(first, abs=0.03 if OLD else 0.015)
     assert {name: p_value(tokens, law) > 1e-3 for name, tokens in values.items()} == dict.fromkeys(values, True)
-    for alpha in (0.0, 0.5, 1.0):
+    # Other laws are told from it; alpha* is near 0.5, which fewer sequences do not see.
+    for alpha in (0.0, 1.0) if OLD else (0.0, 0.5, 1.0):
         assert p_value(plain.tokens, joint_law(model, target, prompt, prompt, alpha=alpha)) < 1e-9
 
 
@@ -576,6 +577,10 @@ def test_wrong_arguments(pairs):
         run(model, target, ids, num_draft_tokens=2, top_k=3)
     with pytest.raises(ValueError, match="target_input_ids must have as many rows"):
         run(model, target, ids, target_input_ids=ids[:2])
+    with pytest.raises(TypeError, match="model and target_model must be models of transformers, but one is str"):
+        run(model, "target", ids)
+    with pytest.raises(TypeError, match="input_ids must be a tensor"):
+        run(model, target, ids.tolist())
     with pytest.raises(TypeError, match="but more was given"):
         run(model, target, ids, ids)
 

@@ -156,7 +156,7 @@ def generate(
     inputs = tuple(x.to(place) for x in inputs)
     kwargs |= {name: x.to(place) for name, x in kwargs.items() if name in _TEXT and isinstance(x, Tensor)}
     ids = inputs[0] if inputs else kwargs.get("input_ids", kwargs.get("inputs"))
-    if kwargs.get("attention_mask") is None and target_input_ids is None and isinstance(ids, Tensor):
+    if kwargs.get("attention_mask") is None and isinstance(ids, Tensor):
         warn_of_padding(ids, model, "attention_mask")
     named = frozenset(kwargs)
     kwargs.setdefault("return_dict_in_generate", True)

@@ -159,6 +159,9 @@ def check_model(model: Any) -> None:
     name = type(inner).__name__
     if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
         raise ValueError(f"model must be a decoder alone, but {name} has an encoder")
+    # PEFT's generate would go past the virtual tokens, to the model inside.
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError(f"{name} must have no virtual tokens before the text, but its adapter adds some: use another")
     if "past_key_values" not in inspect.signature(inner.forward).parameters:
         raise ValueError(
             f"{name}.forward must name past_key_values, but does not: models with other states (Mamba, RWKV) are not "

@@ -524,8 +524,9 @@ def test_a_row_without_a_law_ends_alone(pairs, drafts):
     with torch.no_grad():
         broken.transformer.wte.weight[ids[1, 0]] = torch.nan
         broken.lm_head.weight = torch.nn.Parameter(broken.lm_head.weight.nan_to_num())
-    kwargs = {"max_new_tokens": 5, "seed": SEEDS, "num_draft_tokens": drafts, "eos_token_id": -1}
+    kwargs = {"max_new_tokens": 5, "seed": SEEDS, "num_draft_tokens": drafts, "eos_token_id": -1, "diagnostics": True}
     out = generate(model, broken, ids, **kwargs)
+    assert out.diagnostics.kl_t[:, 0].isnan().tolist() == [False, True, False]
     assert out.lengths.tolist() == [5, 0, 5]
     assert out.status[:, 0].tolist() == [0, 3, 0]
     with torch.no_grad():
@@ -640,6 +641,8 @@ def test_padding_that_may_be_something_else(pairs):
     once = {"max_new_tokens": 1, "do_sample": False}
     with pytest.warns(UserWarning, match="attention_mask was not given and leading tokens 2 are taken for text"):
         generate(model, target, padded, max_new_tokens=1)
+    with pytest.warns(UserWarning, match="attention_mask was not given and leading tokens 2 are taken for text"):
+        generate(model, None, padded, target_input_ids=ids, target_attention_mask=mask, max_new_tokens=1)
     with pytest.warns(UserWarning, match="target_attention_mask was not given and leading tokens 2 are taken for text"):
         generate(model, target, ids, attention_mask=mask, target_input_ids=padded, max_new_tokens=1)
     with pytest.warns(UserWarning, match="attention_mask was not given and leading tokens 2 are taken for text"):

@@ -7,7 +7,7 @@ from accelerate import cpu_offload, disk_offload
 from elsewhere import moved, two_devices
 from models import DECODER, SPECIAL, gpt2, llama, naive, prompts
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM, BartConfig, BartForCausalLM, set_seed
+from transformers import AutoModelForCausalLM, BartConfig, BartForCausalLM, GPT2LMHeadModel, set_seed
 
 from optsample_triton.integrations.huggingface import OptimalSamplingLogitsProcessor, generate, score
 from optsample_triton.integrations.huggingface.pair import can_rewind
@@ -145,11 +145,26 @@ def test_states_beside_keys_and_values_go_forward_only(kind):
 
 
 def test_virtual_tokens_are_refused():
+    """As a policy too: its generate would forget them."""
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    target = get_peft_model(gpt2(seed=2), config).eval()
-    ids, _ = prompts((5,))
-    with pytest.raises(ValueError, match="must keep each token that it reads in past_key_values, but holds 8 after 5"):
-        generate(llama(seed=1), target, ids, max_new_tokens=2)
+    model, tuned = llama(seed=1), get_peft_model(gpt2(seed=2), config).eval()
+    for pair in ((model, tuned), (tuned, model)):
+        with pytest.raises(ValueError, match="GPT2LMHeadModel must have no virtual tokens"):
+            generate(*pair, prompts((5,))[0], max_new_tokens=2)
+
+
+def test_a_cache_that_does_not_follow_the_text_is_refused():
+    """A model that takes past_key_values and keeps something else there, virtual tokens for example."""
+
+    class Prefixed(GPT2LMHeadModel):
+        def forward(self, input_ids=None, past_key_values=None, **kwargs):
+            if not past_key_values.get_seq_length():
+                super().forward(input_ids=input_ids[:, :1], past_key_values=past_key_values)
+            return super().forward(input_ids=input_ids, past_key_values=past_key_values, **kwargs)
+
+    target = Prefixed(gpt2(seed=2).config).eval()
+    with pytest.raises(ValueError, match="must keep each token that it reads in past_key_values, but holds 6 after 5"):
+        generate(llama(seed=1), target, prompts((5,))[0], max_new_tokens=2)
 
 
 def test_wrappers_that_hide_the_model_are_refused():

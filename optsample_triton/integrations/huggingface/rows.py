@@ -17,8 +17,8 @@ from optsample_triton.types import Diagnostics
 class OptimalGeneration(ModelOutput):
     """What was generated for B rows, T tokens at most; a row's end-of-sequence token is its last.
 
-    Behind a row's end stand the padding token, 0 for log-probabilities and diagnostics, NaN for alpha. ``log_theta`` and ``log_t``
-    are of the models' whole laws over the shared vocabulary, ``log_q`` of the law that was drawn from.
+    Behind a row's end stand the padding token, 0 for log-probabilities and diagnostics, NaN for alpha. ``log_theta``
+    and ``log_t`` are of the models' whole laws over the shared vocabulary, ``log_q`` of the law that was drawn from.
     """
 
     sequences: Tensor | None = None  # [B, S + T]: the prompts as they were given, and the tokens

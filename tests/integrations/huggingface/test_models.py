@@ -205,16 +205,16 @@ def everywhere(model, target):
     ids, mask = prompts()
     hints, hint_mask = prompts((9, 4, 7), seed=5)
     hinted = {"target_input_ids": hints, "target_attention_mask": hint_mask}
-    run = {"attention_mask": mask, "max_new_tokens": 5, "eos_token_id": [2, 7, 20]}
+    run = {"attention_mask": mask, "max_new_tokens": 4, "eos_token_id": [2, 7, 20]}
     found = []
-    for more in ({}, {"num_draft_tokens": 2}, {"num_draft_tokens": 2, "draft": "t"}, {"top_k": 5, **hinted}):
+    for more in ({}, {"num_draft_tokens": 2}, {"top_k": 5, **hinted}):
         out = generate(model, target, ids, seed=torch.arange(3), diagnostics=True, **more, **run)
         found += [out.sequences, out.log_q, out.log_theta, out.log_t, out.alpha, out.diagnostics.kl_t]
         whole = {"attention_mask": out.attention_mask, "num_tokens": out.tokens.shape[1], "chunk_size": 2}
         found += score(model, target, out.sequences, **whole)[:7]
     out = generate(model, None, ids, seed=0, suppress_tokens=[5], num_return_sequences=2, **hinted, **run)
     found.append(out.sequences)
-    for more in ({"num_beams": 3}, {}):
+    for more in ({"num_beams": 2}, {}):
         processor = OptimalSamplingLogitsProcessor(target, attention_mask=mask, **hinted)
         # transformers itself wants its arguments where the model is.
         run["attention_mask"] = mask.to(model.device)
@@ -224,11 +224,11 @@ def everywhere(model, target):
 
 
 def test_models_on_two_devices():
-    """Either model elsewhere, and both: the same up to what the other device's attention rounds otherwise."""
+    """Either model elsewhere: the same up to what the other device's attention rounds otherwise."""
     a, b, away = llama(seed=1), gpt2(seed=2), moved(gpt2(seed=2))
     with two_devices(), pytest.raises(RuntimeError, match="tensors of two devices"):
         away(input_ids=prompts()[0])
-    for here, there in (((b, a), (away, a)), ((a, b), (a, away)), ((b, b), (away, away))):
+    for here, there in (((b, a), (away, a)), ((a, b), (a, away))):
         expected = everywhere(*here)
         with two_devices():
             found = everywhere(*there)

@@ -204,14 +204,16 @@ def padding_token(model: Any) -> int | None:
 def warn_of_padding(ids: Tensor, model: Any, name: str) -> None:
     """Say so where rows look padded with a token that may mean something else, and there is no mask that tells."""
     token, others = _special_tokens(model)
-    if token is None or padding_token(model) is not None:
+    if padding_token(model) is not None:
         return
-    leading = (ids == token).long().cumprod(-1).sum(-1)
+    # Where there is none, most people pad with the token that ends a text.
+    padding = sorted((others["eos_token_id"] if token is None else {token}) - {None})
+    leading = torch.isin(ids, torch.tensor(padding, dtype=ids.dtype, device=ids.device)).long().cumprod(-1).sum(-1)
     # One of them may be the token that every text begins with.
-    if bool((leading > int(token in others["bos_token_id"])).any()):
+    if bool((leading > int(not others["bos_token_id"].isdisjoint(padding))).any()):
         warnings.warn(
-            f"{name} was not given and leading tokens {token} are taken for text, since the padding token is also the "
-            f"eos or bos token: pass {name}",
+            f"{name} was not given and leading tokens {', '.join(map(str, padding))} are taken for text, since they "
+            f"may be no padding: pass {name}",
             stacklevel=2,
         )
 

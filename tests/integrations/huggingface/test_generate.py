@@ -630,11 +630,13 @@ def test_tokens_beyond_the_targets_embeddings(drafts):
         model.generate(ids, attention_mask=mask, logits_processor=[processor], max_new_tokens=1)
 
 
-def test_padding_that_may_be_something_else(pairs):
+@pytest.mark.parametrize("pad", [2, None])
+def test_padding_that_may_be_something_else(pad):
     """GPT-2's padding is its end of text in most people's hands: nothing but a mask tells where the text begins."""
     model, target = llama(seed=1), gpt2(seed=2)
     for one in (model, target):
-        one.generation_config.pad_token_id = one.generation_config.eos_token_id = 2
+        one.generation_config.eos_token_id = 2
+        one.generation_config.pad_token_id = pad
     ids, mask = prompts()
     padded = ids.masked_fill(mask == 0, 2)
     processor = functools.partial(OptimalSamplingLogitsProcessor, target)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -13,22 +15,42 @@ from transformers import StopStringCriteria, TopKLogitsWarper, TopPLogitsWarper
 from optsample_triton.integrations.huggingface.loops import Pair, speculate, step_by_step
 from optsample_triton.integrations.huggingface.pair import (
     CachedModel,
+    check_model,
     check_tokenizers,
     expand,
+    input_device,
     left_padding,
     padding_token,
     vocabulary,
+    warn_of_padding,
 )
 from optsample_triton.integrations.huggingface.rows import Rows, Settings
 from optsample_triton.types import DRAFTS
 
-# What transformers adds to the processors when do_sample is set, where it stands in the configuration, and its default.
-_CONFIGURED = {
-    "TemperatureLogitsWarper": ("temperature", 1.0),
-    "TopKLogitsWarper": ("top_k", 50),
-    "TopPLogitsWarper": ("top_p", 1.0),
-    "MinPLogitsWarper": ("min_p", None),
+# The filters that transformers puts behind all other processors when do_sample is set: the name in the configuration,
+# the one in the processor, and the default.
+_FILTERS = {
+    "TemperatureLogitsWarper": ("temperature", "temperature", 1.0),
+    "TopHLogitsWarper": ("top_h", "top_h", None),
+    "TopKLogitsWarper": ("top_k", "top_k", 50),
+    "TopPLogitsWarper": ("top_p", "top_p", 1.0),
+    "MinPLogitsWarper": ("min_p", "min_p", None),
+    "TypicalLogitsWarper": ("typical_p", "mass", 1.0),
+    "EpsilonLogitsWarper": ("epsilon_cutoff", "epsilon", 0.0),
+    "EtaLogitsWarper": ("eta_cutoff", "epsilon", 0.0),
 }
+# What bends pi_theta without banning anything, and the value that does nothing.
+_PENALTIES = {
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "exponential_decay_length_penalty": None,
+    "guidance_scale": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "sequence_bias": None,
+    "watermarking_config": None,
+}
+_TEXT = ("inputs", "input_ids", "attention_mask")
 _KNOWN = ("position_ids", "use_cache", "logits_to_keep", "cache_position", "past_key_values")
 
 
@@ -79,20 +101,23 @@ def generate(
             With a tensor a row's tokens depend on its own seed and prompt, whatever the batch and its padding: token n
             takes the offset n, counted from the beginning of the prompt, and return sequence j adds j * 2^32.
         method, alpha, temperature_theta, temperature_t, tol, max_iter: as for ``sample``.
-        temperature, min_p, top_k, top_p: filters on q*. Those of a generation configuration are left out, since
-            transformers' default (the 50 best tokens) would cut the law: name them in the call.
+        temperature, min_p, top_k, top_p: filters on q*. Those of a generation configuration, typical, epsilon, eta and
+            top-h ones included, are left out, since transformers' default (the 50 best tokens) would cut the law: name
+            them in the call, or put processors of your own into ``logits_processor``.
         vocab_size: how many entries of the vocabulary the models share, by default those of the smaller one.
         num_draft_tokens: K >= 1 generates speculatively: one model drafts K tokens, the other reads them in one pass,
             and ``verify`` keeps what leaves the law q* exactly as it is. No processors or top_k, top_p then.
         draft: which model drafts, "theta" or "t".
-        diagnostics: also the figures of ``solve(..., diagnostics=True)`` of every token.
+        diagnostics: also the figures of ``solve(..., diagnostics=True)`` of every token, for pi_theta as the processors
+            have left it and the recorded alpha.
         streamer: gets the prompts, then the tokens. As a custom_generate it must come by
             ``functools.partial(generate, streamer=...)``, since transformers keeps the one that it is given.
         tokenizer, target_tokenizer: compared where both are given; the first also serves ``stop_strings``. Neither goes
             through ``model.generate(custom_generate=...)``, which keeps them.
         kwargs: those of ``model.generate``. Processors in ``logits_processor`` act on pi_theta before the mixture, and
-            from the first ``...LogitsWarper`` on, on q*. It always draws; ``do_sample=True`` in
-            ``model.generate`` is what transformers asks for num_return_sequences, and is of no other use.
+            from the first ``...LogitsWarper`` on, on q*. Penalties of the model's own configuration stay, with a
+            warning. It always draws; ``do_sample=True`` in ``model.generate`` is what transformers asks for
+            num_return_sequences, and is of no other use.
     """
     called_by_transformers = hasattr(generation_config, "_eos_token_tensor")
     if len(inputs) > 2 or (len(inputs) == 2 and target_model is not None):
@@ -108,6 +133,9 @@ def generate(
     if num_draft_tokens < 0:
         raise ValueError(f"num_draft_tokens must be at least 0, but is {num_draft_tokens}")
     check_tokenizers(tokenizer, target_tokenizer)
+    for one in (model, target_model):
+        if one is not None:
+            check_model(one)
     warpers: list[Any] = [] if not top_k else [TopKLogitsWarper(top_k)]
     warpers += [] if top_p is None or top_p == 1.0 else [TopPLogitsWarper(top_p)]
     settings = Settings(
@@ -121,13 +149,23 @@ def generate(
     if called_by_transformers:
         (input_ids,) = inputs
         return _decode(model, input_ids, settings, generation_config=generation_config, **kwargs)
+    # transformers makes its processors and masks where the ids lie, and they must be where the scores are.
+    place = input_device(model)
+    if inputs and not isinstance(inputs[0], Tensor):
+        raise TypeError(f"input_ids must be a tensor [B, S], but is {type(inputs[0]).__name__}")
+    inputs = tuple(x.to(place) for x in inputs)
+    kwargs |= {name: x.to(place) for name, x in kwargs.items() if name in _TEXT and isinstance(x, Tensor)}
+    ids = inputs[0] if inputs else kwargs.get("input_ids", kwargs.get("inputs"))
+    if kwargs.get("attention_mask") is None and isinstance(ids, Tensor):
+        warn_of_padding(ids, model, "attention_mask")
+    named = frozenset(kwargs)
     kwargs.setdefault("return_dict_in_generate", True)
     kwargs.setdefault("do_sample", True)  # transformers would not return several sequences otherwise
     if "stop_strings" in kwargs and tokenizer is not None:
         # transformers would make this criterion, but keeps no tokeniser for a custom_generate.
         criterion = StopStringCriteria(tokenizer, kwargs.pop("stop_strings"))
         kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or ()), criterion]
-    decode: Any = functools.partial(_decode, settings=settings)
+    decode: Any = functools.partial(_decode, settings=settings, named=named)
     return model.generate(*inputs, generation_config=generation_config, custom_generate=decode, **kwargs)
 
 
@@ -139,9 +177,13 @@ def _decode(
     logits_processor: Any,
     stopping_criteria: Any,
     generation_config: Any,
+    named: Collection[str] = (),
     **model_kwargs: Any,
 ) -> Any:
-    """What transformers calls, its own arguments prepared, rows repeated for num_return_sequences."""
+    """What transformers calls, its own arguments prepared, rows repeated for num_return_sequences.
+
+    ``named`` are the settings that the caller is known to have asked for.
+    """
     mask = model_kwargs.pop("attention_mask", None)
     cache = model_kwargs.get("past_key_values")
     if cache is not None and cache.get_seq_length():
@@ -153,9 +195,9 @@ def _decode(
         raise ValueError(
             f"num_beams must be 1, but is {generation_config.num_beams}: OptimalSamplingLogitsProcessor goes with beams"
         )
-    input_ids = input_ids.to(model.device)
-    processors = [x for x in logits_processor if not _configured(x, generation_config)] + settings.warpers
-    rows = input_ids.shape[0]
+    input_ids = input_ids.to(input_device(model))
+    processors = _without_filters(logits_processor, generation_config) + settings.warpers
+    rows, copies = input_ids.shape[0], generation_config.num_return_sequences or 1
     target_ids, target_mask = settings.target_input_ids, settings.target_attention_mask
     if target_ids is None:
         if target_mask is not None:
@@ -163,13 +205,28 @@ def _decode(
         target_ids, target_mask, pad_token = input_ids, mask, None  # transformers has looked for a mask
     else:
         pad_token = padding_token(settings.target_model)
-        target_ids = expand(target_ids, rows, "target_input_ids").to(model.device)
-        target_mask = None if target_mask is None else expand(target_mask, rows, "target_attention_mask")
+        if target_mask is None:
+            warn_of_padding(target_ids, settings.target_model, "target_attention_mask")
+        else:
+            target_mask = expand(target_mask, rows, copies, "target_attention_mask")
+        target_ids = expand(target_ids, rows, copies, "target_input_ids").to(input_ids.device)
     padding = left_padding(input_ids, mask, "attention_mask")
     target_padding = left_padding(target_ids, target_mask, "target_attention_mask", pad_token)
     speculative = settings.num_draft_tokens > 0
+    penalties = _penalties(generation_config)
     if speculative and processors:
-        raise ValueError(f"speculative generation takes no processors, but there is {type(processors[0]).__name__}")
+        names = ", ".join(type(x).__name__ for x in processors)
+        advice = ", ".join(f"{name}={_PENALTIES[name]}" for name in penalties)
+        raise ValueError(
+            f"speculative generation takes no processors, but there is {names}" + f": pass {advice}" * bool(advice)
+        )
+    for name, value in penalties.items():
+        if name not in named and value == getattr(getattr(model, "generation_config", None), name, None):
+            warnings.warn(
+                f"{name}={value} of the model's generation configuration changes pi_theta before the mixture: pass "
+                f"{name}={_PENALTIES[name]} for the model's own law",
+                stacklevel=2,
+            )
     pair = Pair(
         CachedModel(model, padding, rewindable=speculative),
         CachedModel(settings.target_model, target_padding, rewindable=speculative),
@@ -181,11 +238,21 @@ def _decode(
     return out if generation_config.return_dict_in_generate else out.sequences
 
 
-def _configured(processor: Any, config: Any) -> bool:
-    """Whether the configuration, not the caller, has put this filter among the processors."""
-    name, default = _CONFIGURED.get(type(processor).__name__, ("", None))
-    if not name or not config.do_sample or getattr(processor, name) != getattr(config, name):
-        return False
-    if getattr(config, name) != default:
-        warnings.warn(f"{name} of the generation configuration is left out: name it in the call", stacklevel=2)
-    return True
+def _without_filters(processors: Any, config: Any) -> list[Any]:
+    """The processors without the filters of the configuration, which stand behind the caller's own."""
+    kept = list(processors)
+    for kind, (name, attribute, default) in _FILTERS.items() if config.do_sample else ():
+        value = getattr(config, name, None)
+        places = [k for k, x in enumerate(kept) if type(x).__name__ == kind]
+        if value is None or not places or not math.isclose(getattr(kept[places[-1]], attribute), value, rel_tol=1e-6):
+            continue
+        del kept[places[-1]]
+        if value != default:
+            warnings.warn(f"{name} of the generation configuration is left out: name it in the call", stacklevel=2)
+    return kept
+
+
+def _penalties(config: Any) -> dict[str, Any]:
+    """Those of the configuration that do something."""
+    values = {name: getattr(config, name, None) for name in _PENALTIES}
+    return {name: value for name, value in values.items() if value is not None and value != _PENALTIES[name]}

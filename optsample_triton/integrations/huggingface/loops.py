@@ -34,18 +34,18 @@ def step_by_step(pair: Pair, rows: Rows, target_ids: Tensor, processors: list[An
     ids, target = rows.ids, target_ids
     while bool(rows.running.any()):
         theta, t = (x[:, -1] for x in pair.read(ids, target))
-        drawn = _draw(rows, theta, t, pair.settings, before, after)
+        drawn, masked = _draw(rows, theta, t, pair.settings, before, after)
         records = {name: getattr(drawn, name)[:, None] for name in _RECORDS}
         if pair.settings.diagnostics:
-            records |= _figures(theta[:, None], t[:, None], pair.settings)
+            records |= _figures(masked[:, None], t[:, None], records["alpha"], pair.settings)
         rows.append(drawn.token[:, None], torch.ones_like(drawn.token), records)
         ids = target = drawn.token.masked_fill(~rows.running, rows.pad)[:, None]
 
 
-def _draw(rows: Rows, theta: Tensor, t: Tensor, settings: Settings, before: Any, after: Any) -> Sample:
-    """A token of every row; the fused sampler alone where nothing else wants to see the scores."""
+def _draw(rows: Rows, theta: Tensor, t: Tensor, settings: Settings, before: Any, after: Any) -> tuple[Sample, Tensor]:
+    """A token of every row, and pi_theta's logits as it was drawn with: the fused sampler's alone where it can be."""
     if not before and not after:
-        return sample(theta, t, seed=rows.seed, offset=rows.offset, **settings.law, **settings.filters)
+        return sample(theta, t, seed=rows.seed, offset=rows.offset, **settings.law, **settings.filters), theta
     text = rows.ids[:, : rows.start + int(rows.lengths.max())]
     # A copy, since processors may write into what they get.
     masked = before(text, theta.to(torch.float32, copy=True))
@@ -61,18 +61,21 @@ def _draw(rows: Rows, theta: Tensor, t: Tensor, settings: Settings, before: Any,
             scores, scores, alpha=1.0, min_p=settings.filters["min_p"], seed=rows.seed, offset=rows.offset
         )._replace(alpha=found.alpha, status=found.status)
     # The records are of the models' laws, not of what the processors made of them.
-    return drawn._replace(
+    recorded = drawn._replace(
         log_theta=_token_log(theta, drawn.token, settings.law["temperature_theta"]),
         log_t=_token_log(t, drawn.token, settings.law["temperature_t"]),
     )
+    return recorded, masked
 
 
 def _token_log(logits: Tensor, token: Tensor, temperature: float) -> Tensor:
     return (logits.float() / temperature).log_softmax(-1).gather(-1, token.clamp(min=0)[..., None])[..., 0]
 
 
-def _figures(theta: Tensor, t: Tensor, settings: Settings) -> dict[str, Tensor]:
-    found = solve(theta, t, diagnostics=True, **settings.law).diagnostics
+def _figures(theta: Tensor, t: Tensor, alpha: Tensor, settings: Settings) -> dict[str, Tensor]:
+    """Those of q at the alpha that was drawn with, so that nothing is solved again."""
+    temperatures = {name: settings.law[name] for name in ("temperature_theta", "temperature_t")}
+    found = solve(theta, t.to(theta.dtype), alpha=alpha, diagnostics=True, **temperatures).diagnostics
     assert found is not None
     return found._asdict()
 
@@ -80,6 +83,8 @@ def _figures(theta: Tensor, t: Tensor, settings: Settings) -> dict[str, Tensor]:
 def speculate(pair: Pair, rows: Rows, target_ids: Tensor, _: list[Any]) -> None:
     """Rounds of K drafts. Both caches hold all but a row's last token at the beginning of each."""
     settings = pair.settings
+    for model in (pair.theta, pair.t):
+        model.check_positions("speculative generation")
     drafter, reader = (pair.theta, pair.t) if settings.draft == "theta" else (pair.t, pair.theta)
     last, target_last = rows.ids[:, -1:], target_ids[:, -1:]
     for model, ids in ((pair.theta, rows.ids), (pair.t, target_ids)):
@@ -98,13 +103,13 @@ def speculate(pair: Pair, rows: Rows, target_ids: Tensor, _: list[Any]) -> None:
             drafts, theta, t, draft=settings.draft, draft_lengths=lengths.clamp(max=count), seed=rows.seed,
             offset=rows.offset, **settings.law, **settings.filters,
         )  # fmt: skip
-        accepted = checked.num_accepted * rows.running
-        rows.accepted += accepted
-        rows.tested += torch.minimum(accepted + 1, lengths) * rows.running
         records = {name: getattr(checked, name) for name in _RECORDS}
         if settings.diagnostics:
-            records |= _figures(theta, t, settings)
-        rows.append(checked.tokens, checked.num_accepted + 1, records)
+            records |= _figures(theta, t, records["alpha"], settings)
+        taken = rows.append(checked.tokens, checked.num_accepted + 1, records)
+        # Drafts behind an end were tested, but are no part of any text.
+        rows.accepted += torch.minimum(checked.num_accepted, taken)
+        rows.tested += torch.minimum(torch.minimum(checked.num_accepted + 1, lengths), taken)
         last = target_last = _last_token(checked, rows.pad)
         _take_back(pair, count - checked.num_accepted, count + 1, rows.running)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from transformers import DynamicCache
 
 # Layers whose cache is keys and values of all positions, so that the last ones can be taken back.
 ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
+# Models that take no positions because they only look at distances.
+DISTANCES = ("bloom", "mpt")
 
 
 class CachedModel:
@@ -21,30 +24,46 @@ class CachedModel:
     """
 
     def __init__(self, model: Any, padding: Tensor, *, rewindable: bool = False):
-        if getattr(model.config, "is_encoder_decoder", False):
-            raise ValueError(f"model must be a decoder alone, but {type(model).__name__} has an encoder")
+        check_model(model)
         if rewindable and not can_rewind(model):
             raise ValueError(
                 f"{type(model).__name__} keeps states that cannot be taken back: use it without speculation"
             )
         self.model = model
-        self.device = model.device
+        self.device = input_device(model)
+        # Wrappers pass on what they do not name, so that the model inside says what it takes.
+        inner = innermost(model)
+        self._name, self._vocab = type(inner).__name__, vocabulary_of(model)
         # A cache that is told of sliding windows forgets what leaves them, and could not go back.
-        self.cache = DynamicCache() if rewindable else DynamicCache(config=model.config)
+        self.cache = DynamicCache() if rewindable else DynamicCache(config=inner.config)
         self.padding = padding.to(self.device)
         self.padded = bool((padding > 0).any())
         self.width = 0
         # No token that counts stands behind it, but a draft that will not count may, where a model has no positions.
         self.last: int | None = None
-        accepted = inspect.signature(model.forward).parameters
+        accepted = inspect.signature(inner.forward).parameters
         self._takes_positions = "position_ids" in accepted
+        self._needs_positions = inner.config.model_type not in DISTANCES
         self._keep = "logits_to_keep" if "logits_to_keep" in accepted else None
+        if self.padded:
+            self.check_positions("padded rows")
+
+    def check_positions(self, purpose: str) -> None:
+        """Refuse what would give rows wrong positions: where they are counted from the first slot of the cache."""
+        if self._needs_positions and not self._takes_positions:
+            raise ValueError(
+                f"{self._name}.forward must name position_ids for {purpose}, but does not: give it rows of one length, "
+                "without speculation"
+            )
 
     def read(self, ids: Tensor, keep: int = 1) -> Tensor:
         """Take in ids [B, n]; the logits [B, keep, V] behind the last ``keep`` of them."""
         ids = ids.to(self.device)
         slots = torch.arange(self.width + ids.shape[1], device=self.device)
-        inputs: dict[str, Any] = {"input_ids": ids}
+        if not self.width:
+            self.check_tokens(ids)
+        # Padding tokens may lie beyond the embeddings; nothing sees them.
+        inputs: dict[str, Any] = {"input_ids": ids.clamp(max=self._vocab - 1)}
         if self.padded:
             inputs["attention_mask"] = (slots >= self.padding[:, None]).long()
         if self._takes_positions:
@@ -53,9 +72,30 @@ class CachedModel:
         if self._keep:
             inputs[self._keep] = keep
         outputs = self.model(**inputs, past_key_values=self.cache, use_cache=True, return_dict=True)
+        if not self.width:
+            self._check_cache(ids.shape[1])
         self.width += ids.shape[1]
         logits: Tensor = outputs.logits[:, -keep:]
         return logits
+
+    def check_tokens(self, ids: Tensor) -> None:
+        """Refuse texts [B, S] with tokens that the model has no embedding of."""
+        ids = ids.to(self.device)
+        own = torch.arange(ids.shape[1], device=self.device) >= self.padding[:, None]
+        beyond = own & (ids >= self._vocab)
+        if bool(beyond.any()):
+            raise ValueError(
+                f"the prompts must hold tokens below {self._vocab}, the vocabulary of {self._name}, but there is "
+                f"{int(ids[beyond][0])}"
+            )
+
+    def _check_cache(self, width: int) -> None:
+        found = self.cache.get_seq_length()
+        if found != width:
+            raise ValueError(
+                f"{self._name} must keep each token that it reads in past_key_values, but holds {found} after {width}: "
+                "models with other states or with virtual tokens are not supported"
+            )
 
     def crop(self, count: int) -> None:
         """Forget the last tokens of all rows."""
@@ -75,6 +115,8 @@ class CachedModel:
         first = min(int(self.padding.min()), self.width)  # slots before it belong to no row any more
         source = (torch.arange(first, self.width, device=self.device) - rest[:, None]).clamp(min=0)
         for layer in self.cache.layers:
+            if layer.keys is None:  # a layer without attention
+                continue
             index = source[:, None, :, None].to(layer.keys.device)
             layer.keys = layer.keys.gather(2, index.expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3]))
             layer.values = layer.values.gather(2, index.expand(-1, layer.values.shape[1], -1, layer.values.shape[3]))
@@ -88,10 +130,56 @@ class CachedModel:
         self.padding = self.padding[rows.to(self.device)]
 
 
+def innermost(model: Any) -> Any:
+    """The model inside of those wrappers that pass on what they do not name: torch.compile's and PEFT's."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def input_device(model: Any) -> torch.device:
+    """Where a model takes its ids."""
+    device: torch.device = model.device
+    if device.type != "meta":
+        return device
+    # Weights that accelerate has put away; they come back to where they are used.
+    hook = innermost(model).get_input_embeddings()._hf_hook
+    return torch.device(hook.execution_device)
+
+
+def check_model(model: Any) -> None:
+    """Refuse what keeps no keys and values of the text."""
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model and target_model must be models of transformers, but one is {type(model).__name__}")
+    inner = innermost(model)
+    name = type(inner).__name__
+    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+        raise ValueError(f"model must be a decoder alone, but {name} has an encoder")
+    # PEFT's generate would go past the virtual tokens, to the model inside.
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError(f"{name} must have no virtual tokens before the text, but its adapter adds some: use another")
+    if "past_key_values" not in inspect.signature(inner.forward).parameters:
+        raise ValueError(
+            f"{name}.forward must name past_key_values, but does not: models with other states (Mamba, RWKV) are not "
+            "supported, and of a wrapper pass the model inside"
+        )
+    supports = getattr(inner, "_supports_default_dynamic_cache", None)
+    if supports is not None and not supports():
+        raise ValueError(
+            f"{name} must take a DynamicCache, but needs a cache of its own in this version of transformers"
+        )
+
+
 def can_rewind(model: Any) -> bool:
     """Whether all that a model keeps of a text are keys and values of its positions."""
-    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
-    return all(kind in ATTENTION for kind in kinds)
+    inner = innermost(model)
+    kinds = getattr(inner.config.get_text_config(decoder=True), "layer_types", None) or ()
+    # Not every model with states names its layers, but transformers marks those that assisted generation cannot take.
+    return not getattr(inner, "_is_stateful", False) and all(kind in ATTENTION for kind in kinds)
 
 
 def left_padding(ids: Tensor, mask: Tensor | None, name: str, pad_token_id: int | None = None) -> Tensor:
@@ -109,30 +197,60 @@ def left_padding(ids: Tensor, mask: Tensor | None, name: str, pad_token_id: int 
 
 def padding_token(model: Any) -> int | None:
     """The model's padding token, if it can be nothing else."""
+    token, others = _special_tokens(model)
+    return None if token in others["eos_token_id"] | others["bos_token_id"] else token
+
+
+def warn_of_padding(ids: Tensor, model: Any, name: str) -> None:
+    """Say so where rows look padded with a token that may mean something else, and there is no mask that tells."""
+    token, others = _special_tokens(model)
+    if padding_token(model) is not None:
+        return
+    # Where there is none, most people pad with the token that ends a text.
+    padding = sorted((others["eos_token_id"] if token is None else {token}) - {None})
+    leading = torch.isin(ids, torch.tensor(padding, dtype=ids.dtype, device=ids.device)).long().cumprod(-1).sum(-1)
+    # One of them may be the token that every text begins with.
+    if bool((leading > int(not others["bos_token_id"].isdisjoint(padding))).any()):
+        warnings.warn(
+            f"{name} was not given and leading tokens {', '.join(map(str, padding))} are taken for text, since they "
+            f"may be no padding: pass {name}",
+            stacklevel=2,
+        )
+
+
+def _special_tokens(model: Any) -> tuple[int | None, dict[str, set[Any]]]:
+    """The padding token, and the tokens that end and begin texts."""
     config = getattr(model, "generation_config", None) or model.config
-    others: set[Any] = set()
-    for value in (getattr(config, name, None) for name in ("eos_token_id", "bos_token_id")):
-        others |= set(value) if isinstance(value, (list, tuple)) else {value}
-    token: int | None = getattr(config, "pad_token_id", None)
-    return None if token in others else token
+    others: dict[str, set[Any]] = {}
+    for name in ("eos_token_id", "bos_token_id"):
+        value = getattr(config, name, None)
+        others[name] = set(value) if isinstance(value, (list, tuple)) else {value}
+    return getattr(config, "pad_token_id", None), others
 
 
-def expand(value: Tensor, rows: int, name: str) -> Tensor:
-    """[B, ...] repeated for the rows that generation makes of each prompt."""
-    if value.dim() == 0 or not value.shape[0] or rows % value.shape[0]:
-        raise ValueError(f"{name} must have as many rows as there are prompts, but has shape {list(value.shape)}")
-    return value.repeat_interleave(rows // value.shape[0], 0)
+def expand(value: Tensor, rows: int, copies: int, name: str) -> Tensor:
+    """One row for each of the rows that generation makes of the prompts, ``copies`` of each."""
+    given = value.shape[0] if value.dim() else 0
+    if given == rows:
+        return value
+    if given * copies != rows:
+        raise ValueError(
+            f"{name} must have as many rows as there are prompts, {rows // copies}, but has shape {list(value.shape)}"
+        )
+    return value.repeat_interleave(copies, 0)
 
 
 def vocabulary(model: Any, target_model: Any, vocab_size: int | None) -> int:
     """How many entries of their vocabularies two models share."""
-    sizes: list[int] = []
-    for one in (model, target_model):
-        size = getattr(one.config.get_text_config(decoder=True), "vocab_size", None)
-        if size is None:
-            raise ValueError(f"the configuration of {type(one).__name__} must have a vocab_size, but has none")
-        sizes.append(size)
-    return shared_entries(sizes, vocab_size)
+    return shared_entries([vocabulary_of(model), vocabulary_of(target_model)], vocab_size)
+
+
+def vocabulary_of(model: Any) -> int:
+    config = getattr(innermost(model), "config", None)
+    size = None if config is None else getattr(config.get_text_config(decoder=True), "vocab_size", None)
+    if size is None:
+        raise ValueError(f"the configuration of {type(model).__name__} must have a vocab_size, but has none")
+    return int(size)
 
 
 def shared_entries(sizes: list[int], vocab_size: int | None) -> int:

@@ -12,10 +12,12 @@ from optsample_triton.functional import log_q
 from optsample_triton.integrations.huggingface.pair import (
     CachedModel,
     can_rewind,
+    check_model,
     expand,
     left_padding,
     padding_token,
     shared_entries,
+    warn_of_padding,
 )
 
 
@@ -61,6 +63,7 @@ class OptimalSamplingLogitsProcessor(LogitsProcessor):
     ):
         if target_attention_mask is not None and target_input_ids is None:
             raise ValueError("target_attention_mask goes with target_input_ids, which was not given")
+        check_model(target_model)
         self.target_model = target_model
         self.attention_mask = attention_mask
         self.pad_token_id = padding_token(target_model) if pad_token_id is None else pad_token_id
@@ -135,19 +138,31 @@ class OptimalSamplingLogitsProcessor(LogitsProcessor):
 
     def _begin(self, ids: Tensor) -> Tensor:
         """Read new prompts."""
-        served = ids if self._prompts is None else ids[:: max(1, ids.shape[0] // self._prompts)]
+        copies = 1 if self._prompts is None else max(1, ids.shape[0] // self._prompts)
+        served = ids[::copies]
         if self._prompts is not None and self._prompt is not None and not torch.equal(self._prompt, served):
             raise ValueError(
                 "attention_mask and target_input_ids belong to the prompts that the processor was first used with, "
                 "but these are others: make a new processor for them"
             )
+        given, name = "attention_mask", "attention_mask"
+        if self.target_input_ids is not None:
+            given, name = "target_input_ids", "target_attention_mask"
+        if self._prompts not in (None, len(served)) or not torch.equal(served.repeat_interleave(copies, 0), ids):
+            raise ValueError(
+                f"{given} must have one row for each prompt, but has {self._prompts}, and the {len(ids)} rows of ids "
+                "are no copies of as many"
+            )
         prompt, mask = self.target_input_ids, self.target_attention_mask
         if prompt is None:
             prompt, mask = ids, self.attention_mask
         else:
-            prompt = expand(prompt, ids.shape[0], "target_input_ids")
-        mask = None if mask is None else expand(mask, ids.shape[0], "attention_mask")
-        padding = left_padding(prompt, mask, "attention_mask", self.pad_token_id)
+            prompt = expand(prompt, ids.shape[0], copies, "target_input_ids")
+        if mask is not None:
+            mask = expand(mask, ids.shape[0], copies, name)
+        elif self.pad_token_id is None:
+            warn_of_padding(prompt, self.target_model, name)
+        padding = left_padding(prompt, mask, name, self.pad_token_id)
         # A cache that forgets what leaves a sliding window could not follow drafts that are taken back.
         self._target = CachedModel(self.target_model, padding, rewindable=self._rewindable)
         self._start, self._seen, self._prompt = ids.shape[1], ids.clone(), served.clone()

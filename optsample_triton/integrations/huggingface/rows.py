@@ -17,8 +17,8 @@ from optsample_triton.types import Diagnostics
 class OptimalGeneration(ModelOutput):
     """What was generated for B rows, T tokens at most; a row's end-of-sequence token is its last.
 
-    Behind a row's end stand the padding token, 0 for the log-probabilities, NaN for alpha. ``log_theta`` and ``log_t``
-    are of the models' whole laws over the shared vocabulary, ``log_q`` of the law that was drawn from.
+    Behind a row's end stand the padding token, 0 for log-probabilities and diagnostics, NaN for alpha. ``log_theta``
+    and ``log_t`` are of the models' whole laws over the shared vocabulary, ``log_q`` of the law that was drawn from.
     """
 
     sequences: Tensor | None = None  # [B, S + T]: the prompts as they were given, and the tokens
@@ -92,9 +92,13 @@ class Rows:
         """[B]: the place of the next token, counted from the beginning of the prompt."""
         return self._first_offset + self.lengths
 
-    def append(self, tokens: Tensor, counts: Tensor, records: dict[str, Tensor]) -> None:
-        """The first counts [B] of tokens [B, n], and their records [B, n]; running rows may end at any of them."""
-        before = int(self.lengths.max())
+    def append(self, tokens: Tensor, counts: Tensor, records: dict[str, Tensor]) -> Tensor:
+        """The first counts [B] of tokens [B, n], and their records [B, n]; running rows may end at any of them.
+
+        Returns how many [B] of them the rows have taken.
+        """
+        lengths = self.lengths.clone()
+        before = int(lengths.max())
         self._grow(before + tokens.shape[1], records)
         pending = self.running.clone()
         for k in range(tokens.shape[1]):
@@ -112,6 +116,7 @@ class Rows:
         if self.streamer is not None:
             for column in self.ids[:, self.start + before : self.start + int(self.lengths.max())].unbind(1):
                 self.streamer.put(column.cpu())
+        return self.lengths - lengths
 
     def _grow(self, room: int, records: dict[str, Tensor]) -> None:
         missing = self.start + room - self.ids.shape[1]

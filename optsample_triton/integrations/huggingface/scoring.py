@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from optsample_triton.functional import log_q, solve
-from optsample_triton.integrations.huggingface.pair import CachedModel, aligned, vocabulary
+from optsample_triton.integrations.huggingface.pair import CachedModel, aligned, input_device, vocabulary
+from optsample_triton.logprobs import token_logprobs
 from optsample_triton.types import Diagnostics
 
 
 class SequenceScores(NamedTuple):
     """Figures of n tokens of B sequences, each [B, n]: what the models said of a token at the place before it.
 
-    ``mask`` says which tokens count, those before the prompt's end or behind the text's do not; their log-probabilities
-    are 0.
+    ``mask`` says which tokens count: those of the text that a token of the text stands before, in both models' prompts.
+    The others' log-probabilities are 0. Those of a token beyond the shared vocabulary are -inf.
     """
 
     tokens: Tensor
@@ -76,7 +77,7 @@ def score_chunks(
         model, target_model: as for ``generate``; None for the target is the model itself, with its own prompt.
         input_ids, attention_mask: [B, S], whole sequences: padded at the left, at the right, or both.
         target_input_ids, target_attention_mask: [B, S_t], the same for the target, with another prompt. The last
-            num_tokens columns must be those of input_ids.
+            num_tokens columns must be those of input_ids. Without a mask every token is of the text.
         num_tokens: how many tokens at the end of the sequences to score, S - 1 by default.
         chunk_size: all at once by default.
         q_star: also yield log q* over the vocabulary.
@@ -84,17 +85,26 @@ def score_chunks(
     """
     if target_model is None and target_input_ids is None:
         raise ValueError("target_model=None is the model itself: it needs target_input_ids, a prompt of its own")
+    if target_input_ids is None and target_attention_mask is not None:
+        raise ValueError("target_attention_mask goes with target_input_ids, which was not given")
     target_model = model if target_model is None else target_model
-    input_ids = input_ids.to(model.device)
+    input_ids = input_ids.to(input_device(model))
     if target_input_ids is None:
         target_input_ids, target_attention_mask = input_ids, attention_mask
-    target_input_ids = target_input_ids.to(model.device)
+    target_input_ids = target_input_ids.to(input_ids.device)
     count = min(input_ids.shape[1], target_input_ids.shape[1]) - 1 if num_tokens is None else num_tokens
     shortest = min(input_ids.shape[1], target_input_ids.shape[1])
     if not 1 <= count < shortest:
         raise ValueError(f"num_tokens must be between 1 and {shortest - 1}, so that one comes before, but is {count}")
     tokens = input_ids[:, -count:]
-    mask = _own(input_ids, attention_mask)[:, -count:]
+    own, target_own = _own(input_ids, attention_mask), _own(target_input_ids, target_attention_mask)
+    # Behind padding a model says nothing of a text's first token.
+    mask = own[:, -count:] & own[:, -count - 1 : -1]
+    if bool((mask & ~target_own[:, -count:]).any()):
+        raise ValueError(
+            f"target_attention_mask must not mask what attention_mask does not in the last {count} columns, but does"
+        )
+    mask &= target_own[:, -count - 1 : -1]
     if bool(((tokens != target_input_ids[:, -count:]) & mask).any()):
         raise ValueError(f"target_input_ids must end with the {count} tokens that input_ids ends with: pass num_tokens")
     law: dict[str, Any] = {
@@ -102,8 +112,7 @@ def score_chunks(
         "max_iter": max_iter,
     }  # fmt: skip
     vocab = vocabulary(model, target_model, vocab_size)
-    theta = _Reader(model, input_ids, attention_mask, count)
-    t = _Reader(target_model, target_input_ids, target_attention_mask, count)
+    theta, t = _Reader(model, input_ids, own, count), _Reader(target_model, target_input_ids, target_own, count)
     step = count if chunk_size is None else chunk_size
     if step < 1:
         raise ValueError(f"chunk_size must be at least 1, but is {step}")
@@ -115,9 +124,13 @@ def score_chunks(
         assert found.diagnostics is not None
         temperatures = {name: law[name] for name in ("temperature_theta", "temperature_t")}
         star = log_q(a, b, found.alpha, out_dtype=torch.float32, **temperatures)
-        index = tokens[:, here].clamp(max=vocab - 1)[..., None]
-        logs = (star, (a.float() / temperature_theta).log_softmax(-1), (b.float() / temperature_t).log_softmax(-1))
-        of_q, of_theta, of_t = (torch.where(mask[:, here], x.gather(-1, index)[..., 0], 0.0) for x in logs)
+        beyond = tokens[:, here] >= vocab
+        index = tokens[:, here].masked_fill(beyond | ~mask[:, here], 0)
+        theirs = token_logprobs(a, index, temperature=temperature_theta, logits_t=b, temperature_t=temperature_t)
+        of_q, of_theta, of_t = (
+            x.float().masked_fill(beyond, -torch.inf).masked_fill(~mask[:, here], 0.0)
+            for x in (star.gather(-1, index[..., None])[..., 0], *theirs)
+        )
         yield SequenceScores(
             tokens[:, here], mask[:, here], of_q, of_theta, of_t, found.alpha, found.status, found.diagnostics,
             star if q_star else None,
@@ -127,11 +140,12 @@ def score_chunks(
 class _Reader:
     """One model on its sequences: the logits of any piece of the last positions, in order."""
 
-    def __init__(self, model: Any, ids: Tensor, mask: Tensor | None, count: int):
-        own = _own(ids, mask)
-        # What follows the text is not masked: no token of the text sees it.
+    def __init__(self, model: Any, ids: Tensor, own: Tensor, count: int):
+        # What follows the text is not masked, but any token will do there: none of the text sees it.
         padding = (own.long().cumsum(-1) == 0).sum(-1)
-        self.cached, self.ids, self.first = CachedModel(model, padding), ids, ids.shape[1] - count - 1
+        self.ids = ids.masked_fill(~own, 0)
+        self.cached, self.first = CachedModel(model, padding), ids.shape[1] - count - 1
+        self.cached.check_tokens(self.ids[:, :-1])  # the last one is not read
 
     def read(self, start: int, stop: int) -> Tensor:
         """[B, stop - start, V]: behind the tokens before those from start to stop."""

@@ -1,11 +1,14 @@
 """generate(): the tokens of a loop without caches, the law, and everything around it that transformers users expect."""
 
+import contextlib
 import functools
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
+import transformers
 from models import gpt2, joint_law, llama, mistral, naive, next_logits, prompts
 from scipy.stats import chisquare
 from transformers import (
@@ -13,6 +16,7 @@ from transformers import (
     LogitsProcessorList,
     StoppingCriteria,
     TopKLogitsWarper,
+    TopPLogitsWarper,
 )
 from transformers.generation.streamers import BaseStreamer
 
@@ -22,6 +26,7 @@ from reference import truth
 
 SEEDS = torch.tensor([11, 2**40 + 3, -7])
 NAMES = ("llama, gpt2", "gpt2, llama", "llama, llama", "trained")
+OLD = transformers.__version__.startswith("4.")
 
 
 def own(ids, mask, row):
@@ -107,11 +112,14 @@ def test_sliding_windows(drafts):
 
 
 def test_three_doors_one_law(small_pair):
-    """20,000 continuations of three tokens: the function, custom_generate, drafts of either model, the processor."""
+    """20,000 continuations of three tokens: the function, custom_generate, drafts of either model, the processor.
+
+    With the oldest transformers 5,000, so that both ends of the range are seen in little time.
+    """
     model, target = small_pair
     prompt = torch.tensor([[1, 3, 5]])
     law = joint_law(model, target, prompt, prompt)
-    common = {"max_new_tokens": 3, "num_return_sequences": 20_000}
+    common = {"max_new_tokens": 3, "num_return_sequences": 5_000 if OLD else 20_000}
     plain = generate(model, target, prompt, seed=0, **common)
     custom = model.generate(prompt, custom_generate=generate, target_model=target, seed=1, do_sample=True, **common)
     torch.manual_seed(2)
@@ -128,9 +136,10 @@ def test_three_doors_one_law(small_pair):
         once = generate(
             model, target, prompt, seed=4, num_draft_tokens=1, draft=draft, **(common | {"max_new_tokens": 2})
         )
-        assert float((once.num_accepted > 0).double().mean()) == pytest.approx(first, abs=0.015)
+        assert float((once.num_accepted > 0).double().mean()) == pytest.approx(first, abs=0.03 if OLD else 0.015)
     assert {name: p_value(tokens, law) > 1e-3 for name, tokens in values.items()} == dict.fromkeys(values, True)
-    for alpha in (0.0, 0.5, 1.0):
+    # Other laws are told from it; alpha* is near 0.5, which fewer sequences do not see.
+    for alpha in (0.0, 1.0) if OLD else (0.0, 0.5, 1.0):
         assert p_value(plain.tokens, joint_law(model, target, prompt, prompt, alpha=alpha)) < 1e-9
 
 
@@ -281,6 +290,20 @@ def test_ends(small_pair, drafts):
     assert len(set(out.lengths.tolist())) > 5
 
 
+def test_drafts_behind_an_end_are_not_counted(small_pair):
+    """With alpha=1 pi_theta's drafts are all kept: of L tokens every third is none, wherever the text ends."""
+    model, target = small_pair
+    prompt = torch.tensor([[1, 3, 5]]).expand(200, -1)
+    out = generate(
+        model, target, prompt, max_new_tokens=12, seed=torch.arange(200), alpha=1.0, num_draft_tokens=2,
+        eos_token_id=[2, 6], pad_token_id=0,
+    )  # fmt: skip
+    assert len(set((out.lengths % 3).tolist())) == 3
+    kept = out.num_accepted == out.num_tested
+    assert kept.double().mean() > 0.99  # q / p is 1 up to float32's rounding
+    assert torch.equal(out.num_accepted[kept], (out.lengths - out.lengths // 3)[kept])
+
+
 class Odd(StoppingCriteria):
     """Ends rows whose token sum is odd, and looks at what it is shown."""
 
@@ -354,6 +377,12 @@ def test_processors_act_on_theta_and_warpers_on_q(pairs):
     # The models' own laws are not those of the processors.
     torch.testing.assert_close(out.log_theta, theta.log_softmax(-1).gather(1, out.tokens), atol=1e-5, rtol=1e-5)
 
+    # The figures are those of the law that was drawn from: nothing is known of banned tokens.
+    out = generate(model, target, ids, bad_words_ids=[[k] for k in banned], diagnostics=True, **kwargs)
+    for figure in ("kl_theta", "kl_t", "ess_theta", "entropy_theta", "entropy_q", "overlap_theta"):
+        found = getattr(out.diagnostics, figure)[:, 0].double()
+        torch.testing.assert_close(found, getattr(exact, figure), atol=1e-5, rtol=2e-3)
+
     law = truth.log_q(theta, t) / 0.7
     best = law.topk(3)
     cut = best.values.log_softmax(-1)
@@ -378,6 +407,67 @@ def test_the_defaults_of_configurations_do_not_cut_the_law(pairs):
     assert not torch.equal(generate(model, target, ids, max_new_tokens=3, seed=0, top_p=0.1).sequences, plain.sequences)
 
 
+def test_filters_of_the_caller_stay(pairs):
+    """Even one that is the same as the default of the configuration."""
+    model, target = pairs["llama, gpt2"]
+    ids, _ = prompts((4,) * 40)
+    run = {"max_new_tokens": 2, "seed": 0}
+    expected = generate(model, target, ids, top_k=50, **run)
+    assert not torch.equal(expected.log_q, generate(model, target, ids, **run).log_q)
+    own = {"logits_processor": LogitsProcessorList([TopKLogitsWarper(50)])}
+    custom = functools.partial(model.generate, ids, custom_generate=generate, target_model=target, **run, **own)
+    for found in (
+        generate(model, target, ids, **run, **own),
+        custom(do_sample=True, return_dict_in_generate=True),
+        custom(return_dict_in_generate=True),
+    ):
+        assert torch.equal(found.sequences, expected.sequences)
+        assert torch.equal(found.log_q, expected.log_q)
+    config = GenerationConfig(do_sample=True, top_p=0.4, eos_token_id=2, pad_token_id=0, **{"max_new_tokens": 2})
+    own = {"logits_processor": LogitsProcessorList([TopPLogitsWarper(0.4)])}
+    with pytest.warns(UserWarning, match="top_p of the generation configuration is left out"):
+        found = generate(model, target, ids, seed=0, generation_config=config, **own)
+    assert torch.equal(found.log_q, generate(model, target, ids, top_p=0.4, **run).log_q)
+
+
+SILENT = {"typical_p": 0.3, "epsilon_cutoff": 0.02, "eta_cutoff": 0.02, "min_p": 0.3, "temperature": 0.5}
+
+
+@pytest.mark.parametrize("name", [*SILENT, *([] if OLD else ["top_h"])])
+def test_filters_of_configurations_are_left_out_aloud(pairs, name):
+    model, target = pairs["llama, gpt2"]
+    ids, _ = prompts((4,) * 20)
+    plain = generate(model, target, ids, max_new_tokens=2, seed=0)
+    settings = {name: SILENT.get(name, 0.3), "max_new_tokens": 2, "eos_token_id": 2, "pad_token_id": 0}
+    config = GenerationConfig(do_sample=True, **settings)
+    with pytest.warns(UserWarning, match=f"{name} of the generation configuration is left out"):
+        found = generate(model, target, ids, seed=0, generation_config=config, num_draft_tokens=0)
+    assert torch.equal(found.sequences, plain.sequences)
+    assert torch.equal(found.log_q, plain.log_q)
+
+
+@pytest.mark.parametrize(("name", "value"), [("repetition_penalty", 1.3), ("no_repeat_ngram_size", 1)])
+def test_penalties_of_a_models_configuration(name, value):
+    """As many instruction models have one."""
+    model, target = llama(seed=1), gpt2(seed=2)
+    ids, _ = prompts((4,) * 20)
+    run = functools.partial(generate, model, target, ids, max_new_tokens=3, seed=0)
+    custom = functools.partial(model.generate, ids, custom_generate=generate, target_model=target, max_new_tokens=3)
+    plain, penalised = run(), run(**{name: value})
+    assert not torch.equal(plain.sequences, penalised.sequences)
+    setattr(model.generation_config, name, value)
+    with pytest.warns(UserWarning, match=f"{name}={value} of the model's generation configuration changes pi_theta"):
+        assert torch.equal(run().sequences, penalised.sequences)
+    with pytest.warns(UserWarning, match=f"{name}={value} of the model's generation configuration changes pi_theta"):
+        custom(seed=0)
+    none = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}[name]
+    assert torch.equal(run(**{name: none}).sequences, plain.sequences)
+    assert torch.equal(run(**{name: value}).sequences, penalised.sequences)  # who asks for it knows
+    with pytest.raises(ValueError, match=rf"takes no processors, but there is \w+LogitsProcessor: pass {name}={none}"):
+        run(num_draft_tokens=2)
+    assert run(num_draft_tokens=2, **{name: none}).tokens.shape[0] == 20
+
+
 @pytest.mark.parametrize("drafts", [0, 2])
 def test_padded_vocabularies(drafts):
     """What pads a vocabulary is no token, even where its logits are large."""
@@ -397,13 +487,33 @@ def test_padded_vocabularies(drafts):
 @pytest.mark.parametrize("drafts", [0, 2])
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)])
 def test_half_precision(dtypes, drafts):
+    """The records are exact for the logits as the models round them, which is all the precision that is lost."""
     model, target = llama(seed=1).to(dtypes[0]), gpt2(seed=2).to(dtypes[1])
     ids, mask = prompts()
-    out = generate(model, target, ids, attention_mask=mask, max_new_tokens=6, seed=0, num_draft_tokens=drafts)
+    read = {"theta": [], "t": []}
+    with contextlib.ExitStack() as hooks:
+        for name, one in (("theta", model), ("t", target)):
+            hook = one.lm_head.register_forward_hook(lambda *args, kept=read[name]: kept.append(args[-1].double()))
+            hooks.callback(hook.remove)
+        out = generate(model, target, ids, attention_mask=mask, max_new_tokens=6, seed=0, num_draft_tokens=drafts)
     scores = score(model, target, out.sequences, attention_mask=out.attention_mask, num_tokens=6)
     for name in ("log_theta", "log_t", "log_q"):
         assert out[name].dtype == torch.float32
-        torch.testing.assert_close(out[name], getattr(scores, name), atol=0.15, rtol=0.05)
+        # One rounding of a logit is 2^-7 at most here, and a pass without a cache rounds otherwise.
+        torch.testing.assert_close(out[name], getattr(scores, name), atol=0.05, rtol=0.0)
+    if drafts:  # whose logits belong to places that a row may not have taken
+        return
+    theta, t = (torch.cat(read[name], 1) for name in ("theta", "t"))
+    exact = truth.solve(theta, t)
+    torch.testing.assert_close(out.alpha.double()[out.mask], exact.alpha[out.mask], atol=2e-4, rtol=0.0)
+    index = out.tokens[..., None]
+    for name, law in (
+        ("log_theta", theta.log_softmax(-1)),
+        ("log_t", t.log_softmax(-1)),
+        ("log_q", truth.log_q(theta, t, alpha=out.alpha.double().nan_to_num(0.5))),
+    ):
+        expected = law.gather(-1, index)[..., 0]
+        torch.testing.assert_close(out[name].double()[out.mask], expected[out.mask], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("drafts", [0, 2])
@@ -414,8 +524,9 @@ def test_a_row_without_a_law_ends_alone(pairs, drafts):
     with torch.no_grad():
         broken.transformer.wte.weight[ids[1, 0]] = torch.nan
         broken.lm_head.weight = torch.nn.Parameter(broken.lm_head.weight.nan_to_num())
-    kwargs = {"max_new_tokens": 5, "seed": SEEDS, "num_draft_tokens": drafts, "eos_token_id": -1}
+    kwargs = {"max_new_tokens": 5, "seed": SEEDS, "num_draft_tokens": drafts, "eos_token_id": -1, "diagnostics": True}
     out = generate(model, broken, ids, **kwargs)
+    assert out.diagnostics.kl_t[:, 0].isnan().tolist() == [False, True, False]
     assert out.lengths.tolist() == [5, 0, 5]
     assert out.status[:, 0].tolist() == [0, 3, 0]
     with torch.no_grad():
@@ -467,8 +578,85 @@ def test_wrong_arguments(pairs):
         run(model, target, ids, num_draft_tokens=2, top_k=3)
     with pytest.raises(ValueError, match="target_input_ids must have as many rows"):
         run(model, target, ids, target_input_ids=ids[:2])
+    with pytest.raises(TypeError, match="model and target_model must be models of transformers, but one is str"):
+        run(model, "target", ids)
+    with pytest.raises(TypeError, match="input_ids must be a tensor"):
+        run(model, target, ids.tolist())
     with pytest.raises(TypeError, match="but more was given"):
         run(model, target, ids, ids)
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_rows_of_a_targets_prompts(pairs, copies):
+    """One for each prompt, or for each row that is made of them; what merely divides the rows is a mistake."""
+    model, _ = pairs["llama, gpt2"]
+    ids, _ = prompts((4, 4, 4, 4))
+    hints, hint_mask = prompts((5, 3, 4, 6), seed=5)
+    run = functools.partial(generate, model, None, ids, max_new_tokens=3, num_return_sequences=copies, seed=0)
+    out = run(target_input_ids=hints, target_attention_mask=hint_mask)
+    each = (x.repeat_interleave(copies, 0) for x in (hints, hint_mask))
+    spelt_out = run(**dict(zip(("target_input_ids", "target_attention_mask"), each, strict=True)))
+    assert torch.equal(out.sequences, spelt_out.sequences)
+    for wrong in (1, 2):
+        with pytest.raises(ValueError, match="target_input_ids must have as many rows as there are prompts, 4, but"):
+            run(target_input_ids=hints[:wrong])
+        with pytest.raises(ValueError, match="target_attention_mask must have as many rows as there are prompts, 4"):
+            run(target_input_ids=hints, target_attention_mask=hint_mask[:wrong])
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_tokens_beyond_the_targets_embeddings(drafts):
+    """Padding may lie there, text may not."""
+    model, target = llama(seed=1), gpt2(vocab=80, seed=2)
+    model.generation_config.pad_token_id = 99
+    model.generation_config.eos_token_id = list(range(20, 40))
+    ids, mask = (x % 80 for x in prompts((3, 6, 5)))
+    seeds = torch.arange(3)
+    kwargs = {"max_new_tokens": 10, "num_draft_tokens": drafts}
+    out = generate(model, target, ids.masked_fill(mask == 0, 99), attention_mask=mask, seed=seeds, **kwargs)
+    assert len(set(out.lengths.tolist())) > 1
+    for row in range(3):
+        alone = generate(model, target, own(ids, mask, row)[None], seed=seeds[row : row + 1], **kwargs)
+        assert alone.tokens[0].tolist() == out.tokens[row, : out.lengths[row]].tolist()
+    ids[1, 2] = 90
+    with pytest.raises(
+        ValueError, match=r"prompts must hold tokens below 80, the vocabulary of GPT2LM\w+, but there is 90"
+    ):
+        generate(model, target, ids, attention_mask=mask, **kwargs)
+    with pytest.raises(ValueError, match="prompts must hold tokens below 80"):
+        score(model, target, ids, attention_mask=mask)
+    processor = OptimalSamplingLogitsProcessor(target, attention_mask=mask)
+    with pytest.raises(ValueError, match="prompts must hold tokens below 80"):
+        model.generate(ids, attention_mask=mask, logits_processor=[processor], max_new_tokens=1)
+
+
+@pytest.mark.parametrize("pad", [2, None])
+def test_padding_that_may_be_something_else(pad):
+    """GPT-2's padding is its end of text in most people's hands: nothing but a mask tells where the text begins."""
+    model, target = llama(seed=1), gpt2(seed=2)
+    for one in (model, target):
+        one.generation_config.eos_token_id = 2
+        one.generation_config.pad_token_id = pad
+    ids, mask = prompts()
+    padded = ids.masked_fill(mask == 0, 2)
+    processor = functools.partial(OptimalSamplingLogitsProcessor, target)
+    once = {"max_new_tokens": 1, "do_sample": False}
+    with pytest.warns(UserWarning, match="attention_mask was not given and leading tokens 2 are taken for text"):
+        generate(model, target, padded, max_new_tokens=1)
+    with pytest.warns(UserWarning, match="attention_mask was not given and leading tokens 2 are taken for text"):
+        generate(model, None, padded, target_input_ids=ids, target_attention_mask=mask, max_new_tokens=1)
+    with pytest.warns(UserWarning, match="target_attention_mask was not given and leading tokens 2 are taken for text"):
+        generate(model, target, ids, attention_mask=mask, target_input_ids=padded, max_new_tokens=1)
+    with pytest.warns(UserWarning, match="attention_mask was not given and leading tokens 2 are taken for text"):
+        model.generate(padded, attention_mask=mask, logits_processor=[processor()], **once)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate(model, target, padded, attention_mask=mask, max_new_tokens=1)
+        generate(model, target, ids[1:2], max_new_tokens=1)
+        kwargs = {"target_input_ids": padded, "target_attention_mask": mask}
+        generate(model, target, ids, attention_mask=mask, max_new_tokens=1, **kwargs)
+        for given in ({"attention_mask": mask}, {"pad_token_id": 2}):
+            model.generate(padded, attention_mask=mask, logits_processor=[processor(**given)], **once)
 
 
 def test_importing_the_package_imports_no_transformers():

@@ -127,6 +127,37 @@ def test_assisted_generation_takes_tokens_back(pairs, name):
     assert naive.calls > 36
 
 
+@pytest.mark.parametrize("how", ["prompt_lookup_num_tokens", "assistant_model"])
+def test_assisted_sampling(pairs, how):
+    """Drafts are drawn, accepted and refused at random, and the processor's cache follows."""
+    model, target = pairs["trained"]
+    ids, _ = prompts((5,))
+    helper = {how: 3 if how == "prompt_lookup_num_tokens" else llama(seed=9)}
+    made = []
+    for processor in (Naive(target, torch.ones_like(ids)), OptimalSamplingLogitsProcessor(target)):
+        for seed in range(4):
+            torch.manual_seed(seed)
+            kwargs = {"logits_processor": LogitsProcessorList([processor]), "do_sample": True, "top_k": 0}
+            made.append(model.generate(ids, max_new_tokens=12, eos_token_id=-1, **kwargs, **helper).tolist())
+    assert made[:4] == made[4:]
+    assert len({str(text) for text in made[:4]}) == 4
+
+
+def test_rows_that_are_no_copies_of_the_prompts_are_refused(pairs):
+    model, target = pairs["llama, gpt2"]
+    ids, mask = prompts((4, 4, 4, 4))
+    run = {"attention_mask": mask, "max_new_tokens": 2, "do_sample": False}
+    for given in ({"attention_mask": mask[:2]}, {"target_input_ids": ids[:1]}, {"target_input_ids": ids[:3]}):
+        processor = OptimalSamplingLogitsProcessor(target, **given)
+        with pytest.raises(ValueError, match=f"{next(iter(given))} must have one row for each prompt, but has"):
+            model.generate(ids, logits_processor=[processor], **run)
+    same = ids[:1].expand(4, -1).contiguous()
+    shared = OptimalSamplingLogitsProcessor(target, target_input_ids=ids[:1])
+    each = OptimalSamplingLogitsProcessor(target, target_input_ids=same)
+    made = [model.generate(same, logits_processor=[x], **run) for x in (shared, each)]
+    assert torch.equal(*made)
+
+
 def test_leading_padding_is_recognised(pairs):
     model, target = pairs["llama, gpt2"]
     ids, mask = prompts()

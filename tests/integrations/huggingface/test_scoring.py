@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import llama, prompts
+from models import gpt2, llama, next_logits, prompts
 
 from optsample_triton.integrations.huggingface import generate, score, score_chunks
 from reference import truth
@@ -38,8 +38,54 @@ def test_equals_whole_passes(pairs, name, chunk_size):
         for figure, law in (("log_q", star), ("log_theta", a.log_softmax(-1)), ("log_t", b.log_softmax(-1))):
             expected = law.gather(1, text[1:, None])[:, 0].double()
             torch.testing.assert_close(found[figure][row, here].double(), expected, atol=5e-5, rtol=1e-5)
-    assert torch.equal(scores.mask, mask[:, 1:].bool())
+    # A row's first own token was predicted from padding.
+    assert torch.equal(scores.mask, (mask[:, 1:] & mask[:, :-1]).bool())
     assert (scores.log_q[~scores.mask] == 0).all()
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_a_texts_first_token_does_not_count(pairs, chunk_size):
+    """Nobody predicted it: of the policy's row nor of the target's, whose prompts are empty here and there."""
+    model, target = pairs["trained"]
+    ids, mask = prompts((3, 6, 5), seed=2)
+    theirs = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    run = {"attention_mask": mask, "num_tokens": 3, "chunk_size": chunk_size}
+    found = score(model, target, ids, target_input_ids=ids, target_attention_mask=theirs, **run)
+    assert found.mask.tolist() == [[False, True, True], [True, True, True], [True, True, True]]
+    late = torch.tensor([[0, 0, 0, 1, 1, 1]]).expand(3, -1)
+    found = score(model, target, ids, target_input_ids=ids, target_attention_mask=late, **run)
+    assert found.mask.tolist() == [[False, True, True]] * 3
+    assert (found.log_t[~found.mask] == 0).all()
+    assert (found.log_t[found.mask] < 0).all()
+    whole = next_logits(target, ids[1, 3:5]).log_softmax(-1)[ids[1, 5]]
+    torch.testing.assert_close(found.log_t[1, 2], whole, atol=1e-4, rtol=1e-4)
+    for wrong in ([1, 1, 1, 0, 1, 1], [1, 1, 1, 1, 1, 0]):
+        behind = torch.tensor([wrong]).expand(3, -1)
+        with pytest.raises(ValueError, match=r"target_attention_mask must not mask|some in between"):
+            score(model, target, ids, target_input_ids=ids, target_attention_mask=behind, **run)
+
+
+def test_tokens_beyond_the_shared_vocabulary(pairs):
+    """Their probability is 0, and the others' are what they would be in a vocabulary of that size."""
+    model, target = pairs["llama, gpt2"]
+    ids = torch.tensor([[4, 60, 30, 99, 7]])
+    found = score(model, target, ids, vocab_size=50)
+    assert found.mask.all()
+    for name, one in (("log_theta", model), ("log_t", target), ("log_q", None)):
+        values = getattr(found, name)[0]
+        assert (values == -torch.inf).tolist() == [True, False, True, False]
+        if one is not None:
+            for k in (2, 4):
+                law = next_logits(one, ids[0, :k])[:50].log_softmax(-1)
+                torch.testing.assert_close(values[k - 1], law[ids[0, k]], atol=1e-5, rtol=1e-5)
+    # A target of fewer tokens cannot read such a one, but may be asked for the last.
+    small = gpt2(vocab=80, seed=2)
+    last = score(model, small, ids[:, :4])
+    assert (last.log_q == -torch.inf).tolist() == [[False, False, True]]
+    with pytest.raises(
+        ValueError, match="must hold tokens below 80, the vocabulary of GPT2LMHeadModel, but there is 99"
+    ):
+        score(model, small, ids, chunk_size=1)
 
 
 def test_memory_is_bounded_by_the_chunk(pairs):
@@ -91,4 +137,5 @@ def test_wrong_arguments(pairs):
         score(model, llama(vocab=1000), ids)
     with pytest.raises(ValueError, match="target_model=None is the model itself"):
         score(model, None, ids)
-    assert mask.shape == ids.shape
+    with pytest.raises(ValueError, match="target_attention_mask goes with target_input_ids"):
+        score(model, target, ids, target_attention_mask=mask)

@@ -79,4 +79,5 @@ def test_the_example_of_the_readme(worded, tmp_path, monkeypatch):
         torch.testing.assert_close(getattr(names["scores"], name), out[name], atol=1e-3, rtol=1e-3)
     alone = score(*worded, out.sequences[1:, 1 : start + int(out.lengths[1])], num_tokens=int(out.lengths[1]))
     torch.testing.assert_close(names["scores"].log_q[1, : out.lengths[1]], alone.log_q[0], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(names["weights"], (out.log_theta - out.log_q).exp())
+    torch.testing.assert_close(names["weights"], (out.log_theta - out.log_q).exp() * out.mask)
+    assert out.mask.all() or (names["weights"][~out.mask] == 0).all()

@@ -123,7 +123,7 @@ def store_probability_figures(row, x, psi, A, B, status, figures_ptr, H: tl.cons
 
 
 @triton.jit
-def _log_q_tile(row, tile, x, rest, log_mass, lone, far, inside, BLOCK: tl.constexpr, PROBS: tl.constexpr):
+def _log_q_tile(row, tile, x, rest, lone, far, inside, BLOCK: tl.constexpr, PROBS: tl.constexpr):
     """log q* of a contiguous tile, -inf where q* has no mass."""
     theta_ptr, t_ptr, _, scale_theta, scale_t, ref_theta, ref_t, eps = row
     offs = tile + tl.arange(0, BLOCK)
@@ -134,7 +134,7 @@ def _log_q_tile(row, tile, x, rest, log_mass, lone, far, inside, BLOCK: tl.const
     v = tl.where(keep & (lone == 0), (b - ref_t) * scale_t, 0.0)
     if far:
         wide = x * u.to(tl.float64) + (1.0 - x) * v.to(tl.float64) - rest
-        value = (wide - log_mass).to(tl.float32)
+        value = wide.to(tl.float32)
     else:
         x32 = x.to(tl.float32)
         value = x32 * u + (1.0 - x32) * v - rest.to(tl.float32)
@@ -151,21 +151,22 @@ def store_log_q(
     BLOCK: tl.constexpr = 2 * H
     offs = tl.arange(0, BLOCK)
     lone = status == DISJOINT
-    rest, log_mass = x * A + (1.0 - x) * B + psi, tl.zeros([], tl.float64)
-    huge = (unit < 1.0) & (status != DISJOINT) & (status != INVALID)
-    if huge:
-        # Beside such logits all three are rounded by many nats: q* is normalised anew, from its likeliest token.
-        rest = tilted_top(row, x, H, PACKED, PROBS)
-        log_mass = wide_moments(row, x, rest, 0.0 * unit, unit, H, PACKED, PROBS)[0]
-    far = huge | (psi < -FAR)
-    void = tl.where(status == INVALID, float("nan"), 0.0)
+    far = psi < -FAR
+    rest = x * A + (1.0 - x) * B + psi
+    shift = tl.where(status == INVALID, float("nan"), 0.0)
+    if not PROBS:  # noqa: SIM102 (one is known when the kernel is compiled)
+        if (unit < 1.0) & (status != DISJOINT) & (status != INVALID):
+            # Huge logits round all of that by many nats: q* is normalised anew, from its likeliest token.
+            far = far | (unit < 1.0)
+            rest = tilted_top(row, x, H, PACKED, PROBS)
+            shift = -wide_moments(row, x, rest, 0.0 * unit, unit, H, PACKED, PROBS)[0].to(tl.float32)
     full = V // BLOCK * BLOCK
     for tile in tl.range(0, full, BLOCK):
-        value = _log_q_tile(row, tile, x, rest, log_mass, lone, far, offs >= 0, BLOCK, PROBS) + void
+        value = _log_q_tile(row, tile, x, rest, lone, far, offs >= 0, BLOCK, PROBS) + shift
         tl.store(out_ptr + tile + offs, narrowed(value, out_ptr.dtype.element_ty))
     if full < V:
         inside = full + offs < V
-        value = _log_q_tile(row, full, x, rest, log_mass, lone, far, inside, BLOCK, PROBS) + void
+        value = _log_q_tile(row, full, x, rest, lone, far, inside, BLOCK, PROBS) + shift
         tl.store(out_ptr + full + offs, narrowed(value, out_ptr.dtype.element_ty), mask=inside)
     for tile in tl.range(V, width, BLOCK):
         nothing = tl.full([BLOCK], -float("inf"), tl.float32).to(out_ptr.dtype.element_ty)

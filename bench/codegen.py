@@ -80,7 +80,7 @@ class Entry:
 
     @property
     def configuration(self) -> str:
-        flags = " ".join(f"{name}={value}" for name, value in self.constexprs.items())
+        flags = " ".join(f"{name}={value}" for name, value in {**self.options, **self.constexprs}.items())
         types = ",".join(dict.fromkeys(kind for kind in self.signature.values() if kind.startswith("*")))
         return f"{types} warps={self.num_warps} stages={self.num_stages} {flags}".strip()
 
@@ -609,7 +609,7 @@ def read_entry(entry: Entry, target: str, listing_folder: Path | None = None) ->
         raise RuntimeError(f"entry {entry.name!r}: no instruction was found in the listing for {target}")
     if listing_folder is not None:
         listing_folder.mkdir(parents=True, exist_ok=True)
-        stem = re.sub(r"[^\w.=-]+", "_", f"{entry.name}_{entry.configuration}_{target}")
+        stem = re.sub(r"[^\w.=-]+", "_", f"{entry.name}_{target}_{entry.configuration}")[:200]  # names have a limit
         (listing_folder / f"{stem}.s").write_text(listing)
 
     loops = _loops(code, backend == "cuda")

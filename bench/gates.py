@@ -30,13 +30,6 @@ SLOTS = {"sm_80": 30.5, "sm_90": 30.5, "sm_100": 24.0, "gfx942": 24.0}
 EXPS = 2.0
 # Kernels whose main loop is not the solver's first sweep.
 OTHER_LOOPS = ("dropin", "gradient")
-# Kernels that do not fit their registers yet; that they spill no more than committed is seen to by the comparison.
-SPILLING = {
-    ("dropin fp32", "sm_80"), ("dropin fp32", "sm_90"), ("logprob fp32", "sm_100"), ("solve fp32", "sm_100"),
-    ("bisect bf16", "sm_100"), ("bisect fp32", "sm_100"), ("ess_balance bf16", "sm_100"),
-}  # fmt: skip
-# Kernels whose first sweep costs more slots than that; the comparison holds them to what is committed.
-SLOW = {("bisect bf16", "sm_100"), ("ess_balance bf16", "sm_100")}
 
 Row = Mapping[str, Any]
 
@@ -84,7 +77,7 @@ def over_budget(fresh: Iterable[Row]) -> list[str]:
     found = []
     for row in fresh:
         for column in ("stack", "spills"):
-            if float(row[column]) > 0 and key(row)[:2] not in SPILLING:
+            if float(row[column]) > 0:
                 found.append(f"{label(row)}: {column} is {row[column]}, expected 0")
         if str(row["wide_offsets"]) != "True":
             found.append(f"{label(row)}: a row offset is 32-bit")
@@ -96,7 +89,7 @@ def over_budget(fresh: Iterable[Row]) -> list[str]:
         if any(word in row["kernel"] for word in OTHER_LOOPS):
             continue
         for column, limit in (("slots_per_pair", SLOTS[row["target"]]), ("exps_per_pair", EXPS), ("barriers", 0)):
-            if float(row[column]) > limit and not (column == "slots_per_pair" and key(row)[:2] in SLOW):
+            if float(row[column]) > limit:
                 found.append(f"{label(row)}: {column} is {row[column]}, expected at most {limit:g}")
     return found
 

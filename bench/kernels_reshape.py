@@ -12,7 +12,7 @@ ROWS = {"stride_outer": "i64", "stride_inner": "i64"}
 def forward_entry(name: str, dtype: str, *, other: bool = False, entropy: bool = False, kind: str = "cuda") -> Entry:
     """logprob_kernel on aligned rows of a dtype ("bf16", "fp16", "fp32")."""
     bits = 32 if dtype == "fp32" else 16
-    shape = launch.SHAPES[kind][bits]
+    shape = launch.SHAPES[kind][bits]._replace(registers=launch.LOGPROB_REGISTERS[kind])
     pointers = {"logits_ptr": f"*{dtype}", "token_ptr": "*i64", "log_prob_ptr": "*fp32", "partition_ptr": "*fp64"}
     pointers |= {"other_ptr": f"*{dtype}"} if other else {}
     pointers |= {"entropy_ptr": "*fp32"} if entropy else {}
@@ -27,6 +27,7 @@ def forward_entry(name: str, dtype: str, *, other: bool = False, entropy: bool =
         {**{pointer: None for pointer in absent if pointer not in pointers}, **flags},
         (*pointers, *strides),
         shape.num_warps,
+        options=shape.limit,
         tile=2 * shape.half,
         bytes_per_pair=bits // 8,
     )

@@ -36,15 +36,17 @@ def candidates(kind: str, dtype: str) -> list[launch.Shape]:
     if kind == "interpreter":
         return [present, present._replace(half=present.half // 2)]
     lanes = 64 if kind == "hip" else 32
+    limits = [present._replace(registers=registers) for registers in (None, 128)] if kind == "cuda" else []
     found = [
-        launch.Shape(half, chunk, unroll, warps)
+        # The limit counts on as many threads per program as the table's shape has.
+        launch.Shape(half, chunk, unroll, warps, present.registers if warps == present.num_warps else None)
         for warps in (2, 4, 8)
         for half in (256, 512, 1024)
         for unroll in (1, 2, 4)
         for chunk in (present.chunk, 2 * present.chunk)
         if 4 * lanes * warps <= half <= 8 * lanes * warps and (chunk == present.chunk or unroll == present.unroll)
     ]
-    return [present, *(shape for shape in found if shape != present)]
+    return [present, *limits, *(shape for shape in found if shape != present)]
 
 
 def times(case: Case, kind: str, shapes: Sequence[launch.Shape], clock: Clock, budget: Budget) -> dict[int, float]:

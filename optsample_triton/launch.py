@@ -18,14 +18,22 @@ class Shape(NamedTuple):
     chunk: int  # tokens whose sums are merged as one; a multiple of the tile
     unroll: int
     num_warps: int
+    registers: int | None = None  # per thread, at most; None leaves it to the compiler
+
+    @property
+    def limit(self) -> dict[str, int]:
+        """The launch option that bounds the registers; backends without one know no such name."""
+        return {} if self.registers is None else {"maxnreg": self.registers}
 
 
-# kind -> dtype bits -> shape. The interpreter pays per operation, so its tiles are long.
+# kind -> dtype bits -> shape. The interpreter pays per operation, so its tiles are long. Left to itself ptxas aims at
+# the same three programs per multiprocessor as with 168 registers, but spills on the way to them.
 SHAPES: dict[str, dict[int, Shape]] = {
-    "cuda": {16: Shape(512, 8192, 2, 4), 32: Shape(512, 8192, 2, 4)},
+    "cuda": {16: Shape(512, 8192, 2, 4, 168), 32: Shape(512, 8192, 2, 4, 168)},
     "hip": {16: Shape(1024, 8192, 1, 4), 32: Shape(1024, 8192, 1, 4)},
     "interpreter": {16: Shape(4096, 16384, 1, 4), 32: Shape(4096, 16384, 1, 4)},
 }
+LOGPROB_REGISTERS = {"cuda": 64, "hip": None, "interpreter": None}  # eight programs per multiprocessor
 # A draw picks a chunk, a tile of it, and a token of that. The same sizes everywhere: with the same uniforms a row then
 # gets the same token on every device.
 DRAW_CHUNK = 8192
@@ -52,6 +60,15 @@ def draw_shape(kind: str, dtype: torch.dtype) -> Shape:
     """
     usual = shape(kind, dtype)
     return usual._replace(half=min(usual.half, DRAW_CHUNK // 2), chunk=DRAW_CHUNK)
+
+
+def logprob_shape(kind: str, dtype: torch.dtype) -> Shape:
+    """The shape for log-probabilities, whose kernels keep less.
+
+    >>> logprob_shape("cuda", torch.bfloat16).limit, logprob_shape("hip", torch.bfloat16).limit
+    ({'maxnreg': 64}, {})
+    """
+    return shape(kind, dtype)._replace(registers=LOGPROB_REGISTERS[kind])
 
 
 def draws(kind: str, num_samples: int) -> int:

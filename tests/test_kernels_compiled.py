@@ -65,8 +65,6 @@ def test_committed_figures_are_complete() -> None:
     assert len({gates.key(row) for row in committed}) == len(committed)
     assert len({row["triton"] for row in committed}) == 1
     assert gates.over_budget(committed) == []
-    spilling = {gates.key(row)[:2] for row in committed if float(row["spills"]) > 0}
-    assert spilling == gates.SPILLING, "what fits its registers is no exception"
 
 
 def test_the_check_fails_and_the_rest_of_the_file_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -141,6 +141,18 @@ def test_huge_logits_beside_masks(backend, device):
     assert others == [-torch.inf, -torch.inf]
 
 
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize("options", [{}, {"alpha": 0.37}, {"algorithm": "bisect"}], ids=str)
+def test_q_of_huge_logits_sums_to_one(options, device):
+    """Beside them psi is rounded by many nats, and two tokens that share the mass show it."""
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.rand(4, 6, generator=g) * torch.tensor([[1e6], [1e9], [1e21], [3e38]]) for _ in range(2))
+    a[:, 1], b[:, 1] = a[:, 0], b[:, 0]
+    log_q = ost.log_q(a.to(device), b.to(device), **options)
+    assert log_q[:, 0].tolist() == log_q[:, 1].tolist()
+    assert_within(log_q.exp().sum(-1), torch.ones(4), "q")
+
+
 def test_log_z_is_not_positive_beside_huge_logits(monkeypatch):
     monkeypatch.setenv("OPTSAMPLE_BACKEND", "eager")
     huge = torch.tensor([[3.4e38, 3.4e38]], dtype=torch.float64)

@@ -86,7 +86,7 @@ def solve(
             vocab, 0 if out is None else out.shape[1], *_place(theta), *_place(t),
             0 if out is None else out.stride(0), splits, options.max_iter, options.tol, max(options.eps, 0.0),
             METHOD=method, PROBS=options.from_probabilities, PACKED=_packed(theta, t),
-            H=shape.half, CHUNK=shape.chunk, UNROLL=shape.unroll, num_warps=shape.num_warps,
+            H=shape.half, CHUNK=shape.chunk, UNROLL=shape.unroll, num_warps=shape.num_warps, **shape.limit,
         )  # fmt: skip
     return *results, partitions, figures
 
@@ -120,7 +120,7 @@ def _draw_arguments(
         "METHOD": METHODS[options.method],
         "PACKED": _packed(theta, t), "H": shape.half, "CHUNK": shape.chunk, "UNROLL": shape.unroll,
         "TILE": launch.DRAW_TILE, "STEP": launch.DRAW_STEP[kind], "LANES": max(32, triton.next_power_of_2(chunks)),
-        "FILTER": draws.cooling is not None, "num_warps": shape.num_warps,
+        "FILTER": draws.cooling is not None, "num_warps": shape.num_warps, **shape.limit,
     }  # fmt: skip
     return splits, (*rows, *numbers), results, meeting, flags
 

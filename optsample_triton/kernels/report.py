@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from optsample_triton.kernels.evaluate import evaluate, rounded
-from optsample_triton.kernels.log_partition import LOG2E, tilted
+from optsample_triton.kernels.log_partition import LOG2E, tilted, tilted_top, wide_moments
 from optsample_triton.kernels.own import own_moments
 from optsample_triton.kernels.tiles import as_logits, load_pair, narrowed
 
@@ -142,22 +142,31 @@ def _log_q_tile(row, tile, x, rest, lone, far, inside, BLOCK: tl.constexpr, PROB
 
 
 @triton.jit
-def store_log_q(row, x, psi, A, B, status, out_ptr, width, H: tl.constexpr, PROBS: tl.constexpr):
+def store_log_q(
+    row, x, psi, ends, status, out_ptr, width, H: tl.constexpr, PACKED: tl.constexpr, PROBS: tl.constexpr
+):  # fmt: skip
     """log q* over the row, -inf over the padding behind it. ``out_ptr`` may be one of the inputs."""
+    A, B, _, unit = ends
     V = row[2]
     BLOCK: tl.constexpr = 2 * H
     offs = tl.arange(0, BLOCK)
     lone = status == DISJOINT
     far = psi < -FAR
     rest = x * A + (1.0 - x) * B + psi
-    void = tl.where(status == INVALID, float("nan"), 0.0)
+    shift = tl.where(status == INVALID, float("nan"), 0.0)
+    if not PROBS:  # noqa: SIM102 (one is known when the kernel is compiled)
+        if (unit < 1.0) & (status != DISJOINT) & (status != INVALID):
+            # Huge logits round all of that by many nats: q* is normalised anew, from its likeliest token.
+            far = far | (unit < 1.0)
+            rest = tilted_top(row, x, H, PACKED, PROBS)
+            shift = -wide_moments(row, x, rest, 0.0 * unit, unit, H, PACKED, PROBS)[0].to(tl.float32)
     full = V // BLOCK * BLOCK
     for tile in tl.range(0, full, BLOCK):
-        value = _log_q_tile(row, tile, x, rest, lone, far, offs >= 0, BLOCK, PROBS) + void
+        value = _log_q_tile(row, tile, x, rest, lone, far, offs >= 0, BLOCK, PROBS) + shift
         tl.store(out_ptr + tile + offs, narrowed(value, out_ptr.dtype.element_ty))
     if full < V:
         inside = full + offs < V
-        value = _log_q_tile(row, full, x, rest, lone, far, inside, BLOCK, PROBS) + void
+        value = _log_q_tile(row, full, x, rest, lone, far, inside, BLOCK, PROBS) + shift
         tl.store(out_ptr + full + offs, narrowed(value, out_ptr.dtype.element_ty), mask=inside)
     for tile in tl.range(V, width, BLOCK):
         nothing = tl.full([BLOCK], -float("inf"), tl.float32).to(out_ptr.dtype.element_ty)

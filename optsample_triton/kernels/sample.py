@@ -63,9 +63,9 @@ def settled(
     level = tl.where(lone, own_theta, x * A + (1.0 - x) * B + psi)
     # A low temperature would blow float32's rounding up, and a threshold would cut by it.
     far = (unit < 1.0) | (psi < -FAR) | filtered
-    if FILTER:  # noqa: SIM102 (one is known when the kernel is compiled)
-        if filtered:  # q's own normalisation would underflow at a low temperature
-            level = tilted_top(row_q, x, H, PACKED, False)
+    if (unit < 1.0) | filtered:
+        # Huge logits round psi by many nats, and at a low temperature q's own normalisation would underflow.
+        level = tilted_top(row_q, x, H, PACKED, False)
     base = tl.where(far, level, rounded(level))
     law = (x, base, cooling, floor, far, tl.full([], float("inf"), tl.float32))
     masses, misplaced = interpolated_masses(partial_ptr, chunks, x, base, LANES)

@@ -431,4 +431,6 @@ def finish(
         else:
             store_figures(row, alpha, psi, (A, B, psi_half, unit), status, figures_ptr + 9 * index, H // 4, PACKED)
     if out_ptr is not None:
-        store_log_q(row, alpha, psi, A, B, status, out_ptr + index * stride_out, width, H, PROBS)
+        store_log_q(
+            row, alpha, psi, (A, B, psi_half, unit), status, out_ptr + index * stride_out, width, H, PACKED, PROBS
+        )

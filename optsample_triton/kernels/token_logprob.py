@@ -247,14 +247,14 @@ def logprobs(
     entropies = torch.zeros(models if entropy else 0, n, dtype=torch.float32, device=device)
     partitions = torch.zeros(models, n, dtype=torch.float64, device=device)
     if n:
-        shape = launch.shape(_device(device)[0], logits.dtype)
+        shape = launch.logprob_shape(_device(device)[0], logits.dtype)
         other_strides = (0, 0) if other is None else other.stride()[:2]
         logprob_kernel[(models * n,)](
             logits, other, tokens, inverse_temperature, other_inverse_temperature,
             log_probs, entropies if entropy else None, partitions,
             n, vocab, inner, *logits.stride()[:2], *other_strides, ignore_index,
             H=shape.half, CHUNK=shape.chunk, UNROLL=shape.unroll, PACKED=_packed(logits, other),
-            num_warps=shape.num_warps,
+            num_warps=shape.num_warps, **shape.limit,
         )  # fmt: skip
     return log_probs, entropies, partitions
 

@@ -476,6 +476,7 @@ def test_arbitrary_rows_disturb_nobody(num_samples, device, examples):
         assert (token < 0).all(-1).equal(invalid)
         assert (token < 0).any(-1).equal(invalid)
         assert among.log_q[1:3].cpu().reshape(2, -1).isnan().any(-1).equal(invalid)
+        assert not bool(among.log_q.isneginf().any()), "a token without mass"
         theirs = (pair[1] > -math.inf) | (status == Status.DISJOINT)[:, None]
         allowed = (pair[0] > -math.inf) & theirs
         assert bool(allowed.gather(1, token.clamp(min=0))[~invalid].all())

@@ -141,7 +141,6 @@ def test_huge_logits_beside_masks(backend, device):
     assert others == [-torch.inf, -torch.inf]
 
 
-@pytest.mark.parametrize("backend", ["triton"], indirect=True)
 @pytest.mark.parametrize("options", [{}, {"alpha": 0.37}, {"algorithm": "bisect"}], ids=str)
 def test_q_of_huge_logits_sums_to_one(options, device):
     """Beside them psi is rounded by many nats, and two tokens that share the mass show it."""

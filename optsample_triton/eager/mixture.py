@@ -42,7 +42,7 @@ class Mixture:
     @staticmethod
     def of(rows: Rows, state: State, dtype: torch.dtype) -> Mixture:
         # Against the centres the arithmetic below is of the size of log q*, not of the logits.
-        base_theta, base_t = (x.to(rows.working_dtype) for x in (state.centre_theta, state.centre_t))
+        base_theta, base_t = (x.to(dtype) for x in (state.centre_theta, state.centre_t))
         norm = state.log_norm(base_theta, base_t)
         lone, broken = state.status == Status.DISJOINT, state.status == Status.INVALID
         return Mixture(rows, state.alpha.to(dtype), base_theta, base_t, norm.to(dtype), lone, broken)

@@ -23,6 +23,7 @@ from optsample_triton.types import Options, Status
 FLOAT64_TOL = 1e-12  # float64 is the precision path: solved to this, whatever looser tolerance is asked for
 NARROW = 0.3  # Chernoff information below which psi' is evaluated through G
 REACH = 2.5  # beyond this distance from 1/2 the models are no neighbours of q_x, and G would overflow
+LARGE = 1e5  # logits beyond which log q* is normalised at its alpha, for one more read
 FAR = 50.0  # and above which float32 would blur alpha a + (1 - alpha) b
 
 
@@ -38,6 +39,7 @@ class State:
     log_partition_t: Tensor  # B
     centre_theta: Tensor  # log q* is written from logits minus these: a likely token's where logits are huge
     centre_t: Tensor
+    level: Tensor  # log sum exp(alpha (a - centre_theta) + (1 - alpha) (b - centre_t))
     error: Tensor  # estimated |alpha - alpha*|
     precise: Tensor  # alpha before it was rounded to the dtype that it is reported in
     blur: Tensor  # what rounding in the first sweep moves alpha by; infinite where that sweep is no guide
@@ -59,8 +61,14 @@ class State:
 
     def log_norm(self, base_theta: Tensor, base_t: Tensor) -> Tensor:
         """log sum exp(alpha (a - base_theta) + (1 - alpha) (b - base_t)) over the common support, [N]."""
-        from_theta = self.alpha * (self.log_partition_theta - base_theta)
-        return self.psi + from_theta + (1.0 - self.alpha) * (self.log_partition_t - base_t)
+        from_theta = self.alpha * (self.centre_theta - base_theta)
+        return self.level + from_theta + (1.0 - self.alpha) * (self.centre_t - base_t)
+
+    def centre_at(self, theta: Tensor, t: Tensor) -> None:
+        """Centre log q* anew."""
+        from_theta = self.alpha * (self.log_partition_theta - theta)
+        self.level = self.psi + from_theta + (1.0 - self.alpha) * (self.log_partition_t - t)
+        self.centre_theta, self.centre_t = theta, t
 
     def part(self, index: Tensor) -> State:
         return State(*(getattr(self, field.name)[index] for field in fields(self)))
@@ -127,7 +135,7 @@ def _first_sweep(rows: Rows, options: Options) -> State:
     # F = psi - target (alpha), whose slope the root makes zero: F(0) = 0, F(1) = -target.
     value_high = torch.where(torch.isnan(slope_high), torch.nan, -target)
     return State(
-        alpha, found.psi, status, sweeps, at_theta, at_t, at_theta.clone(), at_t.clone(), found.error,
+        alpha, found.psi, status, sweeps, at_theta, at_t, at_theta.clone(), at_t.clone(), found.psi.clone(), found.error,
         alpha.clone(), found.blur, found.low, found.high, value_low, slope_low, value_high, slope_high,
     )  # fmt: skip
 
@@ -179,7 +187,7 @@ def _settle(part: State, at: _Evaluation, x: Tensor, alpha: Tensor, dtype: torch
     part.psi = torch.where(identical, 0.0, psi)
     part.error = torch.where(identical, 0.0, part.error)
     part.status[identical] = int(Status.IDENTICAL)
-    part.centre_theta, part.centre_t = moments.top_theta, moments.top_t
+    part.centre_at(moments.top_theta, moments.top_t)
     part.sweeps += 1
 
 
@@ -195,7 +203,7 @@ def _pin(rows: Rows, state: State, index: Tensor, options: Options) -> None:
             part.status[same] = int(Status.IDENTICAL)
             if options.method == "entropy":
                 part.alpha = torch.where(same, 0.5, part.alpha)
-        part.centre_theta, part.centre_t = at.moments.top_theta, at.moments.top_t
+        part.centre_theta, part.centre_t, part.level = at.moments.top_theta, at.moments.top_t, at.moments.log_mass
         part.sweeps += 1
         state.put(group, part)
 
@@ -256,7 +264,7 @@ def _bisect_plain(rows: Rows, state: State, index: Tensor, options: Options) -> 
     part.low, part.high = torch.where(up, x, part.low), torch.where(up, part.high, x)
     part.error = part.high - part.low
     part.alpha = (0.5 * (part.low + part.high)).to(rows.working_dtype).double()
-    part.psi = psi + (part.alpha - x) * slope
+    part.psi = part.level = psi + (part.alpha - x) * slope
     part.sweeps += 1
     state.put(index, part)
 
@@ -304,14 +312,16 @@ def solve(rows: Rows, options: Options, alpha: Tensor | None) -> State:
     else:
         _refine(rows, state, options, tol)
     late = (state.status == Status.OK) & ~(state.error <= max(tol, options.tol))
-    _pin(rows, state, _where(late), options)
+    # Beside huge logits psi, and a Taylor series for it, are rounded by more than log q* may be.
+    huge = (state.status == Status.OK) & (state.log_partition_theta.abs() + state.log_partition_t.abs() > LARGE)
+    _pin(rows, state, _where(late | huge), options)
     state.status[late] = int(Status.NOT_CONVERGED)
     disjoint, invalid = state.status == Status.DISJOINT, state.status == Status.INVALID
     lone = _where(disjoint)
     if lone.numel():  # q* = pi_theta, normalised over its own support
         at_theta = own_moments(rows.select(lone))[:, 0]
         state.log_partition_theta[lone], state.log_partition_t[lone] = at_theta, 0.0
-        state.centre_theta[lone], state.centre_t[lone] = at_theta, 0.0
+        state.centre_theta[lone], state.centre_t[lone], state.level[lone] = at_theta, 0.0, 0.0
     # psi is not positive between the models; beside huge logits its rounding may be.
     between = (state.alpha >= 0.0) & (state.alpha <= 1.0)
     state.psi = torch.where(between, state.psi.clamp(max=0.0), state.psi)

@@ -242,6 +242,7 @@ WORDS: dict[str, str] = {
     "tokens": f"{learning.V}",
     "steps": f"{FULL.steps:,}",
     "seeds": f"{FULL.seeds}",
+    "tuning": f"{learning.TUNING_SEEDS}",
     "rates": ", ".join(f"{rate:g}" for rate in learning.RATES),
 }
 

@@ -122,6 +122,8 @@ def test_no_figure_without_its_row(committed: dict[str, Table]) -> None:
         ("behaviour", "tests"),
         ("localised", "quadrants"),
         ("localised", "special"),
+        ("localised", "widths"),
+        ("balance", "extreme"),
         ("reshape", "one"),
         ("bandit", "samplers"),
     ],
@@ -186,6 +188,7 @@ def test_rows_are_read_as_written(tmp_path: Path) -> None:
 def test_examples_run() -> None:
     assert doctest.testmod(rows).failed == 0
     assert doctest.testmod(rows).attempted == 2
+    assert doctest.testmod(balance) == (0, 1)
 
 
 # Known answers
@@ -332,6 +335,24 @@ def test_learning_takes_the_readme_step(name: str) -> None:
         loss, _ = ost.is_reshape_loss(log_pi, drawn.log_q[run], reward, reduction="sum", rho_min=learning.RHO_MIN)
         (gradient,) = torch.autograd.grad(loss, logits)
         torch.testing.assert_close(stepped[run], policy[run] - rates[run] * gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_rates_are_chosen_on_seeds_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rate that the tuning seeds like best is taken, though another is best on the seeds that are shown."""
+    seen = []
+
+    def curves(method: object, task: learning.Task, rates: list[float], steps: int, seed: int) -> torch.Tensor:
+        seen.append((task.start, list(rates)))
+        tuning = torch.tensor([1.0 if rate == 8.0 else 0.0 for rate in rates])
+        return tuning[:, None, None].expand(-1, len(task.start), steps + 1).double()
+
+    monkeypatch.setattr(learning, "curves", curves)
+    found = Table(learning.learned("checked answers", learning.ON_POLICY)(QUICK))
+    assert found.value("method, checked answers", "π_θ, on-policy", "rate") == 8.0
+    (tuned, tried), (shown, taken) = seen
+    assert tried == list(learning.RATES)
+    assert taken == [8.0]
+    assert not torch.equal(tuned[: len(shown)], shown[: len(tuned)])
 
 
 def test_progress_and_the_samples_needed() -> None:

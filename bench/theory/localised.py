@@ -82,14 +82,26 @@ def special(scale: Scale) -> list[Row]:
         differs = float((ppo != mask).double().mean())
         rows.append(Row("special", f"PPO, {name}", "share of r in (0, 4) where the indicator differs", differs))
     x = torch.tensor([0.9, 1.1], dtype=torch.float64)
-    widths = torch.logspace(-2, 3, 200, dtype=torch.float64)
+    # the least is where both are equally far, at h^2 = 0.9^2 + 1.1^2; the others show that it is the least
+    widths = torch.cat([torch.logspace(-2, 3, 200, dtype=torch.float64), x.square().sum().sqrt()[None]])
     epanechnikov = (1 - (x[:, None] / widths).square()).clamp(min=0)
     gap = (epanechnikov - torch.tensor([[1.0], [0.0]], dtype=torch.float64)).abs().amax(0).min()
     rows.append(Row("special", "Epanechnikov", "least distance from the indicator, at |x| = 0.9 and 1.1", float(gap)))
     return rows
 
 
-PARTS = {"shapes": shapes, "quadrants": quadrants, "special": special}
+def widths(scale: Scale) -> list[Row]:
+    """g at r = 1/2 and 2 for narrow, usual and wide kernels: likelihood has 1 there, importance weights r."""
+    r = torch.tensor([0.5, 2.0], dtype=torch.float64)
+    return [
+        Row("width", kernel, f"g({at:g})", value, width)
+        for kernel in KERNELS
+        for width in (0.1, 1.0, 10.0)
+        for at, value in zip(r.tolist(), gradient_weight(r.log(), 1.0, kernel, width).tolist(), strict=True)
+    ]
+
+
+PARTS = {"shapes": shapes, "quadrants": quadrants, "special": special, "widths": widths}
 
 
 def _on_policy(table: Table) -> Finding:
@@ -203,6 +215,19 @@ def _limit(table: Table) -> Finding:
     )
 
 
+def _width(table: Table) -> Finding:
+    found = {
+        name: [table.curve("width", kernel, name)[1] for kernel in table.cases("width")] for name in ("g(0.5)", "g(2)")
+    }
+    narrow, wide = ({name: [values[place] for values in each] for name, each in found.items()} for place in (0, 2))
+    return judged(
+        f"g(½) and g(2), six kernels: width 10: {span(wide['g(0.5)'])} and {span(wide['g(2)'])} (r is 0.5 and 2);"
+        f" width 0.1: {span(narrow['g(0.5)'])} and {span(narrow['g(2)'])} (likelihood is 1 and 1)",
+        all(min(values) > 0.9 for values in narrow.values()),
+        "holds for wide kernels, which tend to r; narrow ones drop the sample, where likelihood keeps it",
+    )
+
+
 CLAIMS = (
     Claim("On-policy the weight is 1: g(1) = 1.", "kernel note §2.3", _on_policy),
     Claim("g has its peak, of value 1, at r = 1.", "kernel note §3.1", _peak),
@@ -212,6 +237,7 @@ CLAIMS = (
     Claim("The table at r = 3.", "kernel note §3.5", _table_at_3),
     Claim("sech² is more tolerant than the others.", "kernel note §3.5", _tolerant),
     Claim("With γ by correctness any kernel behaves rightly in all four quadrants.", "kernel note §6.3", _quadrants),
+    Claim("A wider kernel is closer to RL, a narrower one to SFT.", "kernel note §8.2", _width),
     Claim("r^γ does not decay, it is no localised kernel.", "kernel note §7.3", _power),
     Claim("SAPO is sech² of width τ at γ = 1.", "kernel note §3.2, §7.2", _sapo),
     Claim("PPO's clip is the hard indicator.", "kernel note §7.1", _ppo),

@@ -130,7 +130,7 @@ CLAIMS = (
     Claim("The KL-symmetric point is where the front meets the diagonal.", "first-principles note §4.3", _diagonal),
     Claim("It is the ESS-balanced point as well.", "derivation §6.3", _same_point),
     Claim("(Mean value: the tangent of L at α* is parallel to its chord.)", "theory.md §3", _chord),
-    Claim("α* is new; it has no name.", "derivation §7.6, core contributions", _minimum),
+    Claim("α* is the documents' own: it is given no older name.", "derivation, core contributions", _minimum),
     Claim(
         "q* samples what the models sample, in a compromise.", "derivation §1.3; first-principles note §1.3", _between
     ),

@@ -82,24 +82,23 @@ def symmetry_table(tables: Tables) -> str:
 
 
 def balance_table(tables: Tables) -> str:
-    table, lines = tables["balance"], []
-    for family in FAMILIES:
-        cells = []
-        for V in balance.SIZES:
+    table, blocks = tables["balance"], []
+    for V in balance.SIZES:
+        lines = []
+        for family in FAMILIES:
             case = balance.case_of(family, V)
             share, middle, apart, least = (
                 table.value("balance", case, each)
                 for each in ("share in [0.9, 1.1]", "ratio, 50 %", "alpha apart, median", "smaller ESS, median")
             )
-            cells += [percent(share), _figure(middle), _figure(apart), _figure(least)]
-        lines.append([family, *cells])
-    names = ("within [0.9, 1.1]", "ratio", "α apart", "smaller ESS")
+            lines.append([family, percent(share), _figure(middle), _figure(apart), _figure(least)])
+        heading = (f"V = {V:,}", "within [0.9, 1.1]", "ratio", "α apart", "smaller ESS")
+        blocks.append(markdown(heading, lines, "en"))
     title = (
         "At the KL-symmetric point, for both vocabularies: the share of pairs whose ESS ratio is within [0.9, 1.1], and"
         " medians of that ratio, of the distance to the α that balances the ESS exactly, and of the smaller ESS:\n\n"
     )
-    heading = ("family", *(f"{name}, V={V:,}" for V in balance.SIZES for name in names))
-    return title + markdown(heading, lines, "en")
+    return title + "\n".join(blocks)
 
 
 def baseline_tables(tables: Tables) -> str:
@@ -169,7 +168,7 @@ def speculative_table(tables: Tables) -> str:
         lines.append([family, f"{percent(middle)} ({percent(low)} to {percent(high)})", *gains])
     heading = (
         "family",
-        "acceptance, median (5 to 95 %)",
+        "acceptance by either model's drafts, median (5 to 95 %)",
         *(f"speed-up, cost of π_θ {cost:g}" for cost in speculative.COSTS),
     )
     return markdown(heading, lines, "en")
@@ -243,6 +242,7 @@ WORDS: dict[str, str] = {
     "tokens": f"{learning.V}",
     "steps": f"{FULL.steps:,}",
     "seeds": f"{FULL.seeds}",
+    "tuning": f"{learning.TUNING_SEEDS}",
     "rates": ", ".join(f"{rate:g}" for rate in learning.RATES),
 }
 

@@ -21,6 +21,7 @@ from optsample_triton.integrations.huggingface.pair import (
     input_device,
     left_padding,
     padding_token,
+    sees_images,
     vocabulary,
     warn_of_padding,
 )
@@ -51,6 +52,8 @@ _PENALTIES = {
     "watermarking_config": None,
 }
 _TEXT = ("inputs", "input_ids", "attention_mask")
+# Which tokens are images: none where all is 0.
+_KINDS = ("token_type_ids", "mm_token_type_ids")
 _KNOWN = ("position_ids", "use_cache", "logits_to_keep", "cache_position", "past_key_values")
 
 
@@ -188,7 +191,7 @@ def _decode(
     cache = model_kwargs.get("past_key_values")
     if cache is not None and cache.get_seq_length():
         raise ValueError("past_key_values must be empty, since the target has none of the same text: pass all ids")
-    unknown = [name for name, value in model_kwargs.items() if name not in _KNOWN and value is not None]
+    unknown = [name for name, value in model_kwargs.items() if name not in _KNOWN and not _no_image(model, name, value)]
     if unknown:
         raise ValueError(f"{unknown[0]} is not understood: generation from q* takes ids and masks alone")
     if (generation_config.num_beams or 1) > 1:
@@ -236,6 +239,13 @@ def _decode(
     (speculate if speculative else step_by_step)(pair, state, target_ids, processors)
     out = state.output()
     return out if generation_config.return_dict_in_generate else out.sequences
+
+
+def _no_image(model: Any, name: str, value: Any) -> bool:
+    """Whether an argument says nothing; models of text and images get some of theirs where there is only text, too."""
+    if value is None or (name == "mm_encoder_outputs" and not value):
+        return True
+    return name in _KINDS and sees_images(model) and not bool(value.any())
 
 
 def _without_filters(processors: Any, config: Any) -> list[Any]:

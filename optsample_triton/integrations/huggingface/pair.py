@@ -174,6 +174,12 @@ def check_model(model: Any) -> None:
         )
 
 
+def sees_images(model: Any) -> bool:
+    """Whether the model is one of text and other things."""
+    config = innermost(model).config
+    return config.get_text_config(decoder=True) is not config
+
+
 def can_rewind(model: Any) -> bool:
     """Whether all that a model keeps of a text are keys and values of its positions."""
     inner = innermost(model)

@@ -15,6 +15,7 @@ from transformers import StopStringCriteria, TopKLogitsWarper, TopPLogitsWarper
 from optsample_triton.integrations.huggingface.loops import Pair, speculate, step_by_step
 from optsample_triton.integrations.huggingface.pair import (
     CachedModel,
+    check_ids,
     check_model,
     check_tokenizers,
     expand,
@@ -156,7 +157,7 @@ def generate(
     place = input_device(model)
     if inputs and not isinstance(inputs[0], Tensor):
         raise TypeError(f"input_ids must be a tensor [B, S], but is {type(inputs[0]).__name__}")
-    inputs = tuple(x.to(place) for x in inputs)
+    inputs = tuple(check_ids(x, "input_ids").to(place) for x in inputs)
     kwargs |= {name: x.to(place) for name, x in kwargs.items() if name in _TEXT and isinstance(x, Tensor)}
     ids = inputs[0] if inputs else kwargs.get("input_ids", kwargs.get("inputs"))
     if kwargs.get("attention_mask") is None and isinstance(ids, Tensor):
@@ -198,7 +199,7 @@ def _decode(
         raise ValueError(
             f"num_beams must be 1, but is {generation_config.num_beams}: OptimalSamplingLogitsProcessor goes with beams"
         )
-    input_ids = input_ids.to(input_device(model))
+    input_ids = check_ids(input_ids, "input_ids").to(input_device(model))
     processors = _without_filters(logits_processor, generation_config) + settings.warpers
     rows, copies = input_ids.shape[0], generation_config.num_return_sequences or 1
     target_ids, target_mask = settings.target_input_ids, settings.target_attention_mask
@@ -207,6 +208,7 @@ def _decode(
             raise ValueError("target_attention_mask goes with target_input_ids, which was not given")
         target_ids, target_mask, pad_token = input_ids, mask, None  # transformers has looked for a mask
     else:
+        target_ids = check_ids(target_ids, "target_input_ids")
         pad_token = padding_token(settings.target_model)
         if target_mask is None:
             warn_of_padding(target_ids, settings.target_model, "target_attention_mask")

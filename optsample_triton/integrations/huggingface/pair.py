@@ -63,7 +63,7 @@ class CachedModel:
         if not self.width:
             self.check_tokens(ids)
         # Padding tokens may lie beyond the embeddings; nothing sees them.
-        inputs: dict[str, Any] = {"input_ids": ids.clamp(max=self._vocab - 1)}
+        inputs: dict[str, Any] = {"input_ids": ids.clamp(min=0, max=self._vocab - 1)}
         if self.padded:
             inputs["attention_mask"] = (slots >= self.padding[:, None]).long()
         if self._takes_positions:
@@ -73,7 +73,7 @@ class CachedModel:
             inputs[self._keep] = keep
         outputs = self.model(**inputs, past_key_values=self.cache, use_cache=True, return_dict=True)
         if not self.width:
-            self._check_cache(ids.shape[1])
+            self._check_outputs(outputs, ids.shape[1])
         self.width += ids.shape[1]
         logits: Tensor = outputs.logits[:, -keep:]
         return logits
@@ -82,19 +82,23 @@ class CachedModel:
         """Refuse texts [B, S] with tokens that the model has no embedding of."""
         ids = ids.to(self.device)
         own = torch.arange(ids.shape[1], device=self.device) >= self.padding[:, None]
-        beyond = own & (ids >= self._vocab)
+        beyond = own & ((ids >= self._vocab) | (ids < 0))
         if bool(beyond.any()):
             raise ValueError(
                 f"the prompts must hold tokens below {self._vocab}, the vocabulary of {self._name}, but there is "
                 f"{int(ids[beyond][0])}"
             )
 
-    def _check_cache(self, width: int) -> None:
+    def _check_outputs(self, outputs: Any, width: int) -> None:
+        logits = getattr(outputs, "logits", None)
+        if logits is None or logits.dim() != 3:
+            raise ValueError(f"{self._name} must give logits of the next token, but does not: load a ...ForCausalLM")
         found = self.cache.get_seq_length()
         if found != width:
             raise ValueError(
                 f"{self._name} must keep each token that it reads in past_key_values, but holds {found} after {width}: "
-                "models with other states or with virtual tokens are not supported"
+                "models with other states or with virtual tokens are not supported, and gradient checkpointing keeps "
+                "no cache until model.eval()"
             )
 
     def crop(self, count: int) -> None:
@@ -188,16 +192,26 @@ def can_rewind(model: Any) -> bool:
     return not getattr(inner, "_is_stateful", False) and all(kind in ATTENTION for kind in kinds)
 
 
+def check_ids(ids: Tensor, name: str) -> Tensor:
+    """Texts as int64, refused if they are none."""
+    if ids.dim() != 2 or not ids.shape[1] or ids.is_floating_point():
+        raise ValueError(f"{name} must be integers [B, S], S at least 1, but is {ids.dtype} {list(ids.shape)}")
+    return ids.long()
+
+
 def left_padding(ids: Tensor, mask: Tensor | None, name: str, pad_token_id: int | None = None) -> Tensor:
     """How many slots [B] of ids [B, S] are padding, which must stand at the left; without a mask, the pad tokens."""
     if mask is None:
-        return (ids == (-1 if pad_token_id is None else pad_token_id)).long().cumprod(-1).sum(-1)
+        mask = (ids == (-1 if pad_token_id is None else pad_token_id)).long().cumprod(-1) == 0
     if mask.shape != ids.shape:
         raise ValueError(f"{name} must have the shape of its ids, {list(ids.shape)}, but has {list(mask.shape)}")
     mask = mask.to(ids.device) != 0
     padding = (~mask).sum(-1)
     if bool(((torch.arange(ids.shape[1], device=ids.device) >= padding[:, None]) != mask).any()):
         raise ValueError(f"{name} must have its zeros at the left, but other places are masked too: pad at the left")
+    empty = (padding == ids.shape[1]).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"{name} must leave every row a token, but row {empty[0]} has none that is not padding")
     return padding
 
 

@@ -167,6 +167,32 @@ def test_a_cache_that_does_not_follow_the_text_is_refused():
         generate(llama(seed=1), target, prompts((5,))[0], max_new_tokens=2)
 
 
+def test_models_without_logits_are_refused():
+    """AutoModel for AutoModelForCausalLM is an easy slip, and a reward model's logits are of labels."""
+    model = llama(seed=1)
+    ids, _ = prompts((5, 5))
+    for kind in (transformers.LlamaModel, transformers.LlamaForSequenceClassification):
+        other = kind(model.config).eval()
+        message = f"{kind.__name__} must give logits of the next token, but does not: load a ...ForCausalLM"
+        with pytest.raises(ValueError, match=message):
+            generate(model, other, ids, max_new_tokens=2)
+        with pytest.raises(ValueError, match=message):
+            score(model, other, ids)
+        with pytest.raises(ValueError, match=message):
+            model.generate(ids, logits_processor=[OptimalSamplingLogitsProcessor(other)], max_new_tokens=2)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+def test_gradient_checkpointing_is_named_where_it_keeps_no_cache():
+    model, target = llama(seed=1), gpt2(seed=2)
+    target.gradient_checkpointing_enable()
+    ids, _ = prompts((5,))
+    with pytest.raises(ValueError, match=r"gradient checkpointing keeps no cache until model.eval\(\)"):
+        generate(model, target.train(), ids, max_new_tokens=2)
+    check(model, target.eval(), lengths=(5,))
+
+
 def test_wrappers_that_hide_the_model_are_refused():
     class Hidden(torch.nn.Module):
         def __init__(self, inside):
@@ -269,6 +295,6 @@ def test_models_that_see_images_take_text(kind):
 
 def test_zeros_say_something_to_models_of_text_alone():
     """GPT-2 adds an embedding for each kind of token."""
+    ids, _ = prompts((5,))
     with pytest.raises(ValueError, match="token_type_ids is not understood"):
-        ids, _ = prompts((5,))
         generate(gpt2(seed=2), llama(seed=1), ids, token_type_ids=torch.zeros_like(ids), max_new_tokens=2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import warnings
 from collections.abc import Collection
 from typing import Any
@@ -12,46 +11,21 @@ import torch
 from torch import Tensor
 from transformers import StopStringCriteria, TopKLogitsWarper, TopPLogitsWarper
 
+from optsample_triton.integrations.huggingface.cached import CachedModel, check_model, input_device, sees_images
+from optsample_triton.integrations.huggingface.configuration import PENALTIES, penalties_of, without_filters
 from optsample_triton.integrations.huggingface.loops import Pair, speculate, step_by_step
 from optsample_triton.integrations.huggingface.pair import (
-    CachedModel,
     check_ids,
-    check_model,
     check_tokenizers,
     expand,
-    input_device,
     left_padding,
     padding_token,
-    sees_images,
     vocabulary,
     warn_of_padding,
 )
 from optsample_triton.integrations.huggingface.rows import Rows, Settings
 from optsample_triton.types import DRAFTS
 
-# The filters that transformers puts behind all other processors when do_sample is set: the name in the configuration,
-# the one in the processor, and the default.
-_FILTERS = {
-    "TemperatureLogitsWarper": ("temperature", "temperature", 1.0),
-    "TopHLogitsWarper": ("top_h", "top_h", None),
-    "TopKLogitsWarper": ("top_k", "top_k", 50),
-    "TopPLogitsWarper": ("top_p", "top_p", 1.0),
-    "MinPLogitsWarper": ("min_p", "min_p", None),
-    "TypicalLogitsWarper": ("typical_p", "mass", 1.0),
-    "EpsilonLogitsWarper": ("epsilon_cutoff", "epsilon", 0.0),
-    "EtaLogitsWarper": ("eta_cutoff", "epsilon", 0.0),
-}
-# What bends pi_theta without banning anything, and the value that does nothing.
-_PENALTIES = {
-    "repetition_penalty": 1.0,
-    "encoder_repetition_penalty": 1.0,
-    "exponential_decay_length_penalty": None,
-    "guidance_scale": 1.0,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "sequence_bias": None,
-    "watermarking_config": None,
-}
 _TEXT = ("inputs", "input_ids", "attention_mask")
 # Which tokens are images: none where all is 0.
 _KINDS = ("token_type_ids", "mm_token_type_ids")
@@ -200,7 +174,7 @@ def _decode(
             f"num_beams must be 1, but is {generation_config.num_beams}: OptimalSamplingLogitsProcessor goes with beams"
         )
     input_ids = check_ids(input_ids, "input_ids").to(input_device(model))
-    processors = _without_filters(logits_processor, generation_config) + settings.warpers
+    processors = without_filters(logits_processor, generation_config) + settings.warpers
     rows, copies = input_ids.shape[0], generation_config.num_return_sequences or 1
     target_ids, target_mask = settings.target_input_ids, settings.target_attention_mask
     if target_ids is None:
@@ -218,10 +192,10 @@ def _decode(
     padding = left_padding(input_ids, mask, "attention_mask")
     target_padding = left_padding(target_ids, target_mask, "target_attention_mask", pad_token)
     speculative = settings.num_draft_tokens > 0
-    penalties = _penalties(generation_config)
+    penalties = penalties_of(generation_config)
     if speculative and processors:
         names = ", ".join(type(x).__name__ for x in processors)
-        advice = ", ".join(f"{name}={_PENALTIES[name]}" for name in penalties)
+        advice = ", ".join(f"{name}={PENALTIES[name]}" for name in penalties)
         raise ValueError(
             f"speculative generation takes no processors, but there is {names}" + f": pass {advice}" * bool(advice)
         )
@@ -229,7 +203,7 @@ def _decode(
         if name not in named and value == getattr(getattr(model, "generation_config", None), name, None):
             warnings.warn(
                 f"{name}={value} of the model's generation configuration changes pi_theta before the mixture: pass "
-                f"{name}={_PENALTIES[name]} for the model's own law",
+                f"{name}={PENALTIES[name]} for the model's own law",
                 stacklevel=2,
             )
     pair = Pair(
@@ -248,23 +222,3 @@ def _no_image(model: Any, name: str, value: Any) -> bool:
     if value is None or (name == "mm_encoder_outputs" and not value):
         return True
     return name in _KINDS and sees_images(model) and not bool(value.any())
-
-
-def _without_filters(processors: Any, config: Any) -> list[Any]:
-    """The processors without the filters of the configuration, which stand behind the caller's own."""
-    kept = list(processors)
-    for kind, (name, attribute, default) in _FILTERS.items() if config.do_sample else ():
-        value = getattr(config, name, None)
-        places = [k for k, x in enumerate(kept) if type(x).__name__ == kind]
-        if value is None or not places or not math.isclose(getattr(kept[places[-1]], attribute), value, rel_tol=1e-6):
-            continue
-        del kept[places[-1]]
-        if value != default:
-            warnings.warn(f"{name} of the generation configuration is left out: name it in the call", stacklevel=2)
-    return kept
-
-
-def _penalties(config: Any) -> dict[str, Any]:
-    """Those of the configuration that do something."""
-    values = {name: getattr(config, name, None) for name in _PENALTIES}
-    return {name: value for name, value in values.items() if value is not None and value != _PENALTIES[name]}

@@ -9,11 +9,9 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from optsample_triton.functional import log_q
+from optsample_triton.integrations.huggingface.cached import CachedModel, can_rewind, check_model
 from optsample_triton.integrations.huggingface.pair import (
-    CachedModel,
-    can_rewind,
     check_ids,
-    check_model,
     expand,
     left_padding,
     padding_token,

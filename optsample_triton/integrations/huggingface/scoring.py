@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from optsample_triton.functional import log_q, solve
-from optsample_triton.integrations.huggingface.pair import CachedModel, aligned, check_ids, input_device, vocabulary
+from optsample_triton.integrations.huggingface.cached import CachedModel, input_device
+from optsample_triton.integrations.huggingface.pair import aligned, check_ids, vocabulary
 from optsample_triton.logprobs import token_logprobs
 from optsample_triton.types import Diagnostics
 

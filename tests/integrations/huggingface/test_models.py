@@ -10,7 +10,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BartConfig, BartForCausalLM, GPT2LMHeadModel, set_seed
 
 from optsample_triton.integrations.huggingface import OptimalSamplingLogitsProcessor, generate, score
-from optsample_triton.integrations.huggingface.pair import can_rewind
+from optsample_triton.integrations.huggingface.cached import can_rewind
 
 # What PEFT and transformers say of each other's ways.
 pytestmark = [

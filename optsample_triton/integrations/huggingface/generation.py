@@ -139,7 +139,7 @@ def generate(
     named = frozenset(kwargs)
     kwargs.setdefault("return_dict_in_generate", True)
     kwargs.setdefault("do_sample", True)  # transformers would not return several sequences otherwise
-    if "stop_strings" in kwargs and tokenizer is not None:
+    if kwargs.get("stop_strings") and tokenizer is not None:
         # transformers would make this criterion, but keeps no tokeniser for a custom_generate.
         criterion = StopStringCriteria(tokenizer, kwargs.pop("stop_strings"))
         kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or ()), criterion]

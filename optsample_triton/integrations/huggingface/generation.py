@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import warnings
 from collections.abc import Collection
 from typing import Any
@@ -12,13 +11,13 @@ import torch
 from torch import Tensor
 from transformers import StopStringCriteria, TopKLogitsWarper, TopPLogitsWarper
 
+from optsample_triton.integrations.huggingface.cached import CachedModel, check_model, input_device, sees_images
+from optsample_triton.integrations.huggingface.configuration import PENALTIES, penalties_of, without_filters
 from optsample_triton.integrations.huggingface.loops import Pair, speculate, step_by_step
 from optsample_triton.integrations.huggingface.pair import (
-    CachedModel,
-    check_model,
+    check_ids,
     check_tokenizers,
     expand,
-    input_device,
     left_padding,
     padding_token,
     vocabulary,
@@ -27,30 +26,9 @@ from optsample_triton.integrations.huggingface.pair import (
 from optsample_triton.integrations.huggingface.rows import Rows, Settings
 from optsample_triton.types import DRAFTS
 
-# The filters that transformers puts behind all other processors when do_sample is set: the name in the configuration,
-# the one in the processor, and the default.
-_FILTERS = {
-    "TemperatureLogitsWarper": ("temperature", "temperature", 1.0),
-    "TopHLogitsWarper": ("top_h", "top_h", None),
-    "TopKLogitsWarper": ("top_k", "top_k", 50),
-    "TopPLogitsWarper": ("top_p", "top_p", 1.0),
-    "MinPLogitsWarper": ("min_p", "min_p", None),
-    "TypicalLogitsWarper": ("typical_p", "mass", 1.0),
-    "EpsilonLogitsWarper": ("epsilon_cutoff", "epsilon", 0.0),
-    "EtaLogitsWarper": ("eta_cutoff", "epsilon", 0.0),
-}
-# What bends pi_theta without banning anything, and the value that does nothing.
-_PENALTIES = {
-    "repetition_penalty": 1.0,
-    "encoder_repetition_penalty": 1.0,
-    "exponential_decay_length_penalty": None,
-    "guidance_scale": 1.0,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "sequence_bias": None,
-    "watermarking_config": None,
-}
 _TEXT = ("inputs", "input_ids", "attention_mask")
+# Which tokens are images: none where all is 0.
+_KINDS = ("token_type_ids", "mm_token_type_ids")
 _KNOWN = ("position_ids", "use_cache", "logits_to_keep", "cache_position", "past_key_values")
 
 
@@ -153,7 +131,7 @@ def generate(
     place = input_device(model)
     if inputs and not isinstance(inputs[0], Tensor):
         raise TypeError(f"input_ids must be a tensor [B, S], but is {type(inputs[0]).__name__}")
-    inputs = tuple(x.to(place) for x in inputs)
+    inputs = tuple(check_ids(x, "input_ids").to(place) for x in inputs)
     kwargs |= {name: x.to(place) for name, x in kwargs.items() if name in _TEXT and isinstance(x, Tensor)}
     ids = inputs[0] if inputs else kwargs.get("input_ids", kwargs.get("inputs"))
     if kwargs.get("attention_mask") is None and isinstance(ids, Tensor):
@@ -161,7 +139,7 @@ def generate(
     named = frozenset(kwargs)
     kwargs.setdefault("return_dict_in_generate", True)
     kwargs.setdefault("do_sample", True)  # transformers would not return several sequences otherwise
-    if "stop_strings" in kwargs and tokenizer is not None:
+    if kwargs.get("stop_strings") and tokenizer is not None:
         # transformers would make this criterion, but keeps no tokeniser for a custom_generate.
         criterion = StopStringCriteria(tokenizer, kwargs.pop("stop_strings"))
         kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or ()), criterion]
@@ -188,15 +166,15 @@ def _decode(
     cache = model_kwargs.get("past_key_values")
     if cache is not None and cache.get_seq_length():
         raise ValueError("past_key_values must be empty, since the target has none of the same text: pass all ids")
-    unknown = [name for name, value in model_kwargs.items() if name not in _KNOWN and value is not None]
+    unknown = [name for name, value in model_kwargs.items() if name not in _KNOWN and not _no_image(model, name, value)]
     if unknown:
         raise ValueError(f"{unknown[0]} is not understood: generation from q* takes ids and masks alone")
     if (generation_config.num_beams or 1) > 1:
         raise ValueError(
             f"num_beams must be 1, but is {generation_config.num_beams}: OptimalSamplingLogitsProcessor goes with beams"
         )
-    input_ids = input_ids.to(input_device(model))
-    processors = _without_filters(logits_processor, generation_config) + settings.warpers
+    input_ids = check_ids(input_ids, "input_ids").to(input_device(model))
+    processors = without_filters(logits_processor, generation_config) + settings.warpers
     rows, copies = input_ids.shape[0], generation_config.num_return_sequences or 1
     target_ids, target_mask = settings.target_input_ids, settings.target_attention_mask
     if target_ids is None:
@@ -204,6 +182,7 @@ def _decode(
             raise ValueError("target_attention_mask goes with target_input_ids, which was not given")
         target_ids, target_mask, pad_token = input_ids, mask, None  # transformers has looked for a mask
     else:
+        target_ids = check_ids(target_ids, "target_input_ids")
         pad_token = padding_token(settings.target_model)
         if target_mask is None:
             warn_of_padding(target_ids, settings.target_model, "target_attention_mask")
@@ -213,10 +192,10 @@ def _decode(
     padding = left_padding(input_ids, mask, "attention_mask")
     target_padding = left_padding(target_ids, target_mask, "target_attention_mask", pad_token)
     speculative = settings.num_draft_tokens > 0
-    penalties = _penalties(generation_config)
+    penalties = penalties_of(generation_config)
     if speculative and processors:
         names = ", ".join(type(x).__name__ for x in processors)
-        advice = ", ".join(f"{name}={_PENALTIES[name]}" for name in penalties)
+        advice = ", ".join(f"{name}={PENALTIES[name]}" for name in penalties)
         raise ValueError(
             f"speculative generation takes no processors, but there is {names}" + f": pass {advice}" * bool(advice)
         )
@@ -224,7 +203,7 @@ def _decode(
         if name not in named and value == getattr(getattr(model, "generation_config", None), name, None):
             warnings.warn(
                 f"{name}={value} of the model's generation configuration changes pi_theta before the mixture: pass "
-                f"{name}={_PENALTIES[name]} for the model's own law",
+                f"{name}={PENALTIES[name]} for the model's own law",
                 stacklevel=2,
             )
     pair = Pair(
@@ -238,21 +217,8 @@ def _decode(
     return out if generation_config.return_dict_in_generate else out.sequences
 
 
-def _without_filters(processors: Any, config: Any) -> list[Any]:
-    """The processors without the filters of the configuration, which stand behind the caller's own."""
-    kept = list(processors)
-    for kind, (name, attribute, default) in _FILTERS.items() if config.do_sample else ():
-        value = getattr(config, name, None)
-        places = [k for k, x in enumerate(kept) if type(x).__name__ == kind]
-        if value is None or not places or not math.isclose(getattr(kept[places[-1]], attribute), value, rel_tol=1e-6):
-            continue
-        del kept[places[-1]]
-        if value != default:
-            warnings.warn(f"{name} of the generation configuration is left out: name it in the call", stacklevel=2)
-    return kept
-
-
-def _penalties(config: Any) -> dict[str, Any]:
-    """Those of the configuration that do something."""
-    values = {name: getattr(config, name, None) for name in _PENALTIES}
-    return {name: value for name, value in values.items() if value is not None and value != _PENALTIES[name]}
+def _no_image(model: Any, name: str, value: Any) -> bool:
+    """Whether an argument says nothing; models of text and images get some of theirs where there is only text, too."""
+    if value is None or (name == "mm_encoder_outputs" and not value):
+        return True
+    return name in _KINDS and sees_images(model) and not bool(value.any())

@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from optsample_triton.functional import log_q, solve
-from optsample_triton.integrations.huggingface.pair import CachedModel, aligned
+from optsample_triton.integrations.huggingface.cached import CachedModel
+from optsample_triton.integrations.huggingface.pair import aligned
 from optsample_triton.integrations.huggingface.rows import Rows, Settings
 from optsample_triton.sampling import sample, verify
 from optsample_triton.types import Sample, Verified

@@ -1,197 +1,36 @@
-"""A causal model with its KV cache, and what two of them must have in common."""
+"""What two models read, and what they must have in common: texts, padding, vocabularies, tokenisers."""
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-# Layers whose cache is keys and values of all positions, so that the last ones can be taken back.
-ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
-# Models that take no positions because they only look at distances.
-DISTANCES = ("bloom", "mpt")
+from optsample_triton.integrations.huggingface.cached import vocabulary_of
 
 
-class CachedModel:
-    """One model that reads rows of tokens on from where it stands.
-
-    The rows are padded at the left, so where each one starts says all about masks and positions: row b has ``width``
-    slots in the cache, the first ``padding[b]`` of which are not its own.
-    """
-
-    def __init__(self, model: Any, padding: Tensor, *, rewindable: bool = False):
-        check_model(model)
-        if rewindable and not can_rewind(model):
-            raise ValueError(
-                f"{type(model).__name__} keeps states that cannot be taken back: use it without speculation"
-            )
-        self.model = model
-        self.device = input_device(model)
-        # Wrappers pass on what they do not name, so that the model inside says what it takes.
-        inner = innermost(model)
-        self._name, self._vocab = type(inner).__name__, vocabulary_of(model)
-        # A cache that is told of sliding windows forgets what leaves them, and could not go back.
-        self.cache = DynamicCache() if rewindable else DynamicCache(config=inner.config)
-        self.padding = padding.to(self.device)
-        self.padded = bool((padding > 0).any())
-        self.width = 0
-        # No token that counts stands behind it, but a draft that will not count may, where a model has no positions.
-        self.last: int | None = None
-        accepted = inspect.signature(inner.forward).parameters
-        self._takes_positions = "position_ids" in accepted
-        self._needs_positions = inner.config.model_type not in DISTANCES
-        self._keep = "logits_to_keep" if "logits_to_keep" in accepted else None
-        if self.padded:
-            self.check_positions("padded rows")
-
-    def check_positions(self, purpose: str) -> None:
-        """Refuse what would give rows wrong positions: where they are counted from the first slot of the cache."""
-        if self._needs_positions and not self._takes_positions:
-            raise ValueError(
-                f"{self._name}.forward must name position_ids for {purpose}, but does not: give it rows of one length, "
-                "without speculation"
-            )
-
-    def read(self, ids: Tensor, keep: int = 1) -> Tensor:
-        """Take in ids [B, n]; the logits [B, keep, V] behind the last ``keep`` of them."""
-        ids = ids.to(self.device)
-        slots = torch.arange(self.width + ids.shape[1], device=self.device)
-        if not self.width:
-            self.check_tokens(ids)
-        # Padding tokens may lie beyond the embeddings; nothing sees them.
-        inputs: dict[str, Any] = {"input_ids": ids.clamp(max=self._vocab - 1)}
-        if self.padded:
-            inputs["attention_mask"] = (slots >= self.padding[:, None]).long()
-        if self._takes_positions:
-            positions = (slots[self.width :] - self.padding[:, None]).clamp(min=0)
-            inputs["position_ids"] = positions if self.last is None else positions.clamp(max=self.last)
-        if self._keep:
-            inputs[self._keep] = keep
-        outputs = self.model(**inputs, past_key_values=self.cache, use_cache=True, return_dict=True)
-        if not self.width:
-            self._check_cache(ids.shape[1])
-        self.width += ids.shape[1]
-        logits: Tensor = outputs.logits[:, -keep:]
-        return logits
-
-    def check_tokens(self, ids: Tensor) -> None:
-        """Refuse texts [B, S] with tokens that the model has no embedding of."""
-        ids = ids.to(self.device)
-        own = torch.arange(ids.shape[1], device=self.device) >= self.padding[:, None]
-        beyond = own & (ids >= self._vocab)
-        if bool(beyond.any()):
-            raise ValueError(
-                f"the prompts must hold tokens below {self._vocab}, the vocabulary of {self._name}, but there is "
-                f"{int(ids[beyond][0])}"
-            )
-
-    def _check_cache(self, width: int) -> None:
-        found = self.cache.get_seq_length()
-        if found != width:
-            raise ValueError(
-                f"{self._name} must keep each token that it reads in past_key_values, but holds {found} after {width}: "
-                "models with other states or with virtual tokens are not supported"
-            )
-
-    def crop(self, count: int) -> None:
-        """Forget the last tokens of all rows."""
-        if count:
-            self.cache.crop(-count)
-            self.width -= count
-
-    def rewind(self, counts: Tensor) -> None:
-        """Forget the last counts [B] tokens: the rows move right until they end in one slot again."""
-        counts = counts.to(self.device)
-        common = int(counts.min())
-        self.crop(common)
-        rest = counts - common
-        if not bool(rest.any()):
-            return
-        self.padding = self.padding + rest
-        first = min(int(self.padding.min()), self.width)  # slots before it belong to no row any more
-        source = (torch.arange(first, self.width, device=self.device) - rest[:, None]).clamp(min=0)
-        for layer in self.cache.layers:
-            if layer.keys is None:  # a layer without attention
-                continue
-            index = source[:, None, :, None].to(layer.keys.device)
-            layer.keys = layer.keys.gather(2, index.expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3]))
-            layer.values = layer.values.gather(2, index.expand(-1, layer.values.shape[1], -1, layer.values.shape[3]))
-        self.width -= first
-        self.padding = self.padding - first
-        self.padded = True
-
-    def reorder(self, rows: Tensor) -> None:
-        """Row b goes on from what row rows[b] has read."""
-        self.cache.reorder_cache(rows.to(self.device))
-        self.padding = self.padding[rows.to(self.device)]
-
-
-def innermost(model: Any) -> Any:
-    """The model inside of those wrappers that pass on what they do not name: torch.compile's and PEFT's."""
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        else:
-            return model
-
-
-def input_device(model: Any) -> torch.device:
-    """Where a model takes its ids."""
-    device: torch.device = model.device
-    if device.type != "meta":
-        return device
-    # Weights that accelerate has put away; they come back to where they are used.
-    hook = innermost(model).get_input_embeddings()._hf_hook
-    return torch.device(hook.execution_device)
-
-
-def check_model(model: Any) -> None:
-    """Refuse what keeps no keys and values of the text."""
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model and target_model must be models of transformers, but one is {type(model).__name__}")
-    inner = innermost(model)
-    name = type(inner).__name__
-    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
-        raise ValueError(f"model must be a decoder alone, but {name} has an encoder")
-    # PEFT's generate would go past the virtual tokens, to the model inside.
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        raise ValueError(f"{name} must have no virtual tokens before the text, but its adapter adds some: use another")
-    if "past_key_values" not in inspect.signature(inner.forward).parameters:
-        raise ValueError(
-            f"{name}.forward must name past_key_values, but does not: models with other states (Mamba, RWKV) are not "
-            "supported, and of a wrapper pass the model inside"
-        )
-    supports = getattr(inner, "_supports_default_dynamic_cache", None)
-    if supports is not None and not supports():
-        raise ValueError(
-            f"{name} must take a DynamicCache, but needs a cache of its own in this version of transformers"
-        )
-
-
-def can_rewind(model: Any) -> bool:
-    """Whether all that a model keeps of a text are keys and values of its positions."""
-    inner = innermost(model)
-    kinds = getattr(inner.config.get_text_config(decoder=True), "layer_types", None) or ()
-    # Not every model with states names its layers, but transformers marks those that assisted generation cannot take.
-    return not getattr(inner, "_is_stateful", False) and all(kind in ATTENTION for kind in kinds)
+def check_ids(ids: Tensor, name: str) -> Tensor:
+    """Texts as int64, refused if they are none."""
+    if ids.dim() != 2 or not ids.shape[1] or ids.is_floating_point():
+        raise ValueError(f"{name} must be integers [B, S], S at least 1, but is {ids.dtype} {list(ids.shape)}")
+    return ids.long()
 
 
 def left_padding(ids: Tensor, mask: Tensor | None, name: str, pad_token_id: int | None = None) -> Tensor:
     """How many slots [B] of ids [B, S] are padding, which must stand at the left; without a mask, the pad tokens."""
     if mask is None:
-        return (ids == (-1 if pad_token_id is None else pad_token_id)).long().cumprod(-1).sum(-1)
+        mask = (ids == (-1 if pad_token_id is None else pad_token_id)).long().cumprod(-1) == 0
     if mask.shape != ids.shape:
         raise ValueError(f"{name} must have the shape of its ids, {list(ids.shape)}, but has {list(mask.shape)}")
     mask = mask.to(ids.device) != 0
     padding = (~mask).sum(-1)
     if bool(((torch.arange(ids.shape[1], device=ids.device) >= padding[:, None]) != mask).any()):
         raise ValueError(f"{name} must have its zeros at the left, but other places are masked too: pad at the left")
+    empty = (padding == ids.shape[1]).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"{name} must leave every row a token, but row {empty[0]} has none that is not padding")
     return padding
 
 
@@ -243,14 +82,6 @@ def expand(value: Tensor, rows: int, copies: int, name: str) -> Tensor:
 def vocabulary(model: Any, target_model: Any, vocab_size: int | None) -> int:
     """How many entries of their vocabularies two models share."""
     return shared_entries([vocabulary_of(model), vocabulary_of(target_model)], vocab_size)
-
-
-def vocabulary_of(model: Any) -> int:
-    config = getattr(innermost(model), "config", None)
-    size = None if config is None else getattr(config.get_text_config(decoder=True), "vocab_size", None)
-    if size is None:
-        raise ValueError(f"the configuration of {type(model).__name__} must have a vocab_size, but has none")
-    return int(size)
 
 
 def shared_entries(sizes: list[int], vocab_size: int | None) -> int:

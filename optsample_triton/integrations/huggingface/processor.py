@@ -9,10 +9,9 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from optsample_triton.functional import log_q
+from optsample_triton.integrations.huggingface.cached import CachedModel, can_rewind, check_model
 from optsample_triton.integrations.huggingface.pair import (
-    CachedModel,
-    can_rewind,
-    check_model,
+    check_ids,
     expand,
     left_padding,
     padding_token,
@@ -64,6 +63,8 @@ class OptimalSamplingLogitsProcessor(LogitsProcessor):
         if target_attention_mask is not None and target_input_ids is None:
             raise ValueError("target_attention_mask goes with target_input_ids, which was not given")
         check_model(target_model)
+        if target_input_ids is not None:
+            target_input_ids = check_ids(target_input_ids, "target_input_ids")
         self.target_model = target_model
         self.attention_mask = attention_mask
         self.pad_token_id = padding_token(target_model) if pad_token_id is None else pad_token_id

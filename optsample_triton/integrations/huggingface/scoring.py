@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from optsample_triton.functional import log_q, solve
-from optsample_triton.integrations.huggingface.pair import CachedModel, aligned, input_device, vocabulary
+from optsample_triton.integrations.huggingface.cached import CachedModel, input_device
+from optsample_triton.integrations.huggingface.pair import aligned, check_ids, vocabulary
 from optsample_triton.logprobs import token_logprobs
 from optsample_triton.types import Diagnostics
 
@@ -88,16 +89,20 @@ def score_chunks(
     if target_input_ids is None and target_attention_mask is not None:
         raise ValueError("target_attention_mask goes with target_input_ids, which was not given")
     target_model = model if target_model is None else target_model
-    input_ids = input_ids.to(input_device(model))
+    input_ids = check_ids(input_ids, "input_ids").to(input_device(model))
     if target_input_ids is None:
         target_input_ids, target_attention_mask = input_ids, attention_mask
-    target_input_ids = target_input_ids.to(input_ids.device)
+    target_input_ids = check_ids(target_input_ids, "target_input_ids").to(input_ids.device)
     count = min(input_ids.shape[1], target_input_ids.shape[1]) - 1 if num_tokens is None else num_tokens
     shortest = min(input_ids.shape[1], target_input_ids.shape[1])
+    if shortest < 2:
+        raise ValueError("input_ids and target_input_ids must have two columns at least, so that one comes before")
     if not 1 <= count < shortest:
         raise ValueError(f"num_tokens must be between 1 and {shortest - 1}, so that one comes before, but is {count}")
     tokens = input_ids[:, -count:]
     own, target_own = _own(input_ids, attention_mask), _own(target_input_ids, target_attention_mask)
+    if bool(((input_ids < 0) & own).any()):
+        raise ValueError("input_ids must hold no negative tokens, the -100 of labels among them: mask them")
     # Behind padding a model says nothing of a text's first token.
     mask = own[:, -count:] & own[:, -count - 1 : -1]
     if bool((mask & ~target_own[:, -count:]).any()):

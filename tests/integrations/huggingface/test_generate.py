@@ -586,6 +586,54 @@ def test_wrong_arguments(pairs):
         run(model, target, ids, ids)
 
 
+def test_prompts_that_are_none(pairs):
+    """Nothing can follow a row of padding, and -100 is what labels hold."""
+    model, target = pairs["llama, gpt2"]
+    ids, mask = prompts()
+    run = functools.partial(generate, model, max_new_tokens=2, seed=0)
+    nothing = torch.cat([mask[:2], torch.zeros_like(mask[:1])])
+    with pytest.raises(ValueError, match="attention_mask must leave every row a token, but row 2 has none"):
+        run(target, ids, attention_mask=nothing)
+    for hidden in ({"target_input_ids": ids, "target_attention_mask": nothing}, {"target_input_ids": 0 * ids}):
+        with pytest.raises(
+            ValueError, match=r"target_attention_mask must leave every row a token, but row \d has none"
+        ):
+            run(None, ids, attention_mask=mask, **hidden)
+    once = functools.partial(model.generate, ids, attention_mask=mask, max_new_tokens=1)
+    with pytest.raises(ValueError, match="attention_mask must leave every row a token, but row 2 has none"):
+        once(logits_processor=[OptimalSamplingLogitsProcessor(target, attention_mask=nothing)])
+    for wrong in (ids[0], ids[:, :0], ids.float()):
+        with pytest.raises(ValueError, match=r"input_ids must be integers \[B, S\], S at least 1, but is torch"):
+            run(target, wrong)
+        with pytest.raises(ValueError, match=r"target_input_ids must be integers \[B, S\]"):
+            run(None, ids, target_input_ids=wrong)
+        with pytest.raises(ValueError, match=r"target_input_ids must be integers \[B, S\]"):
+            OptimalSamplingLogitsProcessor(target, target_input_ids=wrong)
+        with pytest.raises(ValueError, match=r"input_ids must be integers \[B, S\]"):
+            score(model, target, wrong)
+    with pytest.raises(ValueError, match=r"prompts must hold tokens below 100, .*, but there is -100"):
+        run(target, torch.tensor([[3, -100, 4]]), attention_mask=torch.ones(1, 3))
+    with pytest.raises(ValueError, match="input_ids must hold no negative tokens"):
+        score(model, target, torch.tensor([[3, 4, -100]]))
+    with pytest.raises(ValueError, match="must have two columns at least"):
+        score(model, target, ids[:, :1])
+    # Where they are masked they are padding like any other.
+    labels = torch.tensor([[-100, 3, 4, -100]])
+    hidden = score(model, target, labels, attention_mask=(labels > 0).long())
+    assert hidden.mask.tolist() == [[False, True, False]]
+    torch.testing.assert_close(hidden.log_q[:, 1:2], score(model, target, labels[:, 1:3]).log_q)
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_ids_of_32_bits(pairs, drafts):
+    model, target = pairs["llama, gpt2"]
+    ids, mask = prompts()
+    run = {"attention_mask": mask, "max_new_tokens": 3, "seed": 0, "num_draft_tokens": drafts}
+    found, expected = (generate(model, target, x, target_input_ids=x, **run) for x in (ids.int(), ids))
+    assert found.sequences.dtype == torch.int64
+    assert torch.equal(found.sequences, expected.sequences)
+
+
 @pytest.mark.parametrize("copies", [1, 3])
 def test_rows_of_a_targets_prompts(pairs, copies):
     """One for each prompt, or for each row that is made of them; what merely divides the rows is a mistake."""

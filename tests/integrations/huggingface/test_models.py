@@ -10,7 +10,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BartConfig, BartForCausalLM, GPT2LMHeadModel, set_seed
 
 from optsample_triton.integrations.huggingface import OptimalSamplingLogitsProcessor, generate, score
-from optsample_triton.integrations.huggingface.pair import can_rewind
+from optsample_triton.integrations.huggingface.cached import can_rewind
 
 # What PEFT and transformers say of each other's ways.
 pytestmark = [
@@ -167,6 +167,32 @@ def test_a_cache_that_does_not_follow_the_text_is_refused():
         generate(llama(seed=1), target, prompts((5,))[0], max_new_tokens=2)
 
 
+def test_models_without_logits_are_refused():
+    """AutoModel for AutoModelForCausalLM is an easy slip, and a reward model's logits are of labels."""
+    model = llama(seed=1)
+    ids, _ = prompts((5, 5))
+    for kind in (transformers.LlamaModel, transformers.LlamaForSequenceClassification):
+        other = kind(model.config).eval()
+        message = f"{kind.__name__} must give logits of the next token, but does not: load a ...ForCausalLM"
+        with pytest.raises(ValueError, match=message):
+            generate(model, other, ids, max_new_tokens=2)
+        with pytest.raises(ValueError, match=message):
+            score(model, other, ids)
+        with pytest.raises(ValueError, match=message):
+            model.generate(ids, logits_processor=[OptimalSamplingLogitsProcessor(other)], max_new_tokens=2)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+def test_gradient_checkpointing_is_named_where_it_keeps_no_cache():
+    model, target = llama(seed=1), gpt2(seed=2)
+    target.gradient_checkpointing_enable()
+    ids, _ = prompts((5,))
+    with pytest.raises(ValueError, match=r"gradient checkpointing keeps no cache until model.eval\(\)"):
+        generate(model, target.train(), ids, max_new_tokens=2)
+    check(model, target.eval(), lengths=(5,))
+
+
 def test_wrappers_that_hide_the_model_are_refused():
     class Hidden(torch.nn.Module):
         def __init__(self, inside):
@@ -234,3 +260,41 @@ def test_models_on_two_devices():
             found = everywhere(*there)
         for x, y in zip(found, expected, strict=True):
             torch.testing.assert_close(x, y, atol=1e-4 if x.is_floating_point() else 0, rtol=0, equal_nan=True)
+
+
+def sees(kind):
+    """A random model of text and images."""
+    set_seed(3)
+    text = {"vocab_size": 100, "initializer_range": 0.25, **DECODER}
+    size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    settings = {
+        "llava": {"text_config": {"model_type": "llama", **text}, "vision_config": {"model_type": "clip_vision_model"}},
+        "gemma3": {"text_config": {"head_dim": 16, "sliding_window": 4, **text}, "vision_config": {}},
+    }[kind]
+    settings["vision_config"] |= {**size, "image_size": 28, "patch_size": 14}
+    config = transformers.AutoConfig.for_model(kind, **settings, image_token_index=99, **SPECIAL)
+    return transformers.AutoModelForImageTextToText.from_config(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["llava", "gemma3"])
+def test_models_that_see_images_take_text(kind):
+    """transformers 5 tells them of images even where there are none, and so do their processors."""
+    model, other = sees(kind), llama(seed=1)
+    check(model, other, drafts=2)
+    ids, mask = prompts()
+    run = {"attention_mask": mask, "max_new_tokens": 2, "seed": 0}
+    plain = generate(model, other, ids, **run)
+    custom = model.generate(ids, custom_generate=generate, target_model=other, **run)
+    assert torch.equal(custom, plain.sequences)
+    if kind == "gemma3":
+        typed = generate(model, other, ids, token_type_ids=torch.zeros_like(ids), **run)
+        assert torch.equal(typed.sequences, plain.sequences)
+        with pytest.raises(ValueError, match="token_type_ids is not understood"):
+            generate(model, other, ids, token_type_ids=torch.ones_like(ids), **run)
+
+
+def test_zeros_say_something_to_models_of_text_alone():
+    """GPT-2 adds an embedding for each kind of token."""
+    ids, _ = prompts((5,))
+    with pytest.raises(ValueError, match="token_type_ids is not understood"):
+        generate(gpt2(seed=2), llama(seed=1), ids, token_type_ids=torch.zeros_like(ids), max_new_tokens=2)

@@ -51,7 +51,7 @@ def test_stop_strings(worded):
     ids = torch.tensor([[3, 4]]).expand(30, -1)
     run = {"tokenizer": tokenizer(), "max_new_tokens": 12, "seed": torch.arange(30), "eos_token_id": -1}
     out = generate(*worded, ids, stop_strings=["four"], **run)
-    endless = generate(*worded, ids, **run)
+    endless = generate(*worded, ids, stop_strings=None, **run)
     four = 3 + WORDS.index("four")
     for row in range(30):
         where = (endless.tokens[row] == four).nonzero().flatten().tolist()

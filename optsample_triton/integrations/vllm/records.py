@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import operator
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ class Recorder:
         if callback is not None:
             module, _, name = callback.partition(":")
             try:
-                self._call = getattr(importlib.import_module(module), name)
+                self._call = operator.attrgetter(name)(importlib.import_module(module))
             except (ImportError, AttributeError) as error:
                 raise ValueError(
                     f"callback must name a function that can be imported, but is {callback!r}: {error}"

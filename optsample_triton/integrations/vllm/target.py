@@ -138,15 +138,19 @@ class Target:
 
     def _room(self, size: int, instead_of: list[_Cache]) -> bool:
         """Whether ``size`` tokens fit beside the other caches, once those that nobody asks for now are gone."""
-        replaced = {id(one) for one in instead_of}
-        while True:
-            others = {key: one for key, one in self._caches.items() if id(one) not in replaced}
-            if size + sum(one.length for one in others.values()) <= self.cache_tokens:
-                return True
-            idle = [key for key, one in others.items() if one.used < self._clock]
+        while size + self._beside(instead_of) > self.cache_tokens:
+            idle = [key for key, one in self._caches.items() if one.used < self._clock and one not in instead_of]
             if not idle:
                 return False
-            self._evict(min(idle, key=lambda key: others[key].used))
+            self._evict(min(idle, key=lambda key: self._caches[key].used))
+        return True
+
+    def _beside(self, replaced: list[_Cache]) -> int:
+        """What is held once these caches have a new batch: whole batches, and what the new one leaves behind."""
+        broken_up = {id(one.batch) for one in replaced}
+        whole = sum(len(batch.padding) * batch.width for batch in self._batches() if id(batch) not in broken_up)
+        rest = (one for one in self._caches.values() if one not in replaced)
+        return whole + sum(one.length for one in rest if id(one.batch) in broken_up)
 
     def _evict(self, key: Any) -> None:
         self.drop(key)

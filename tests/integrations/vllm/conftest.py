@@ -1,5 +1,6 @@
 """The real engine on a CPU, one at a time, over tiny random checkpoints that are made here."""
 
+import logging
 import os
 
 # Before vLLM is imported: one process, nothing compiled, a small cache, and no network.
@@ -20,7 +21,6 @@ with warnings.catch_warnings():  # what vLLM and its packages warn of while they
     from engines import Engine, checkpoints
 
 
-
 def pytest_configure(config):
     # The engine and its packages warn of one another; warnings of this package's own code remain errors.
     config.addinivalue_line("filterwarnings", "ignore")
@@ -33,16 +33,30 @@ def models(tmp_path_factory):
     return checkpoints(tmp_path_factory.mktemp("models"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def start(models):
-    """Start an engine; it is gone at the end of the test."""
+    """Start an engine; it is gone when the next one starts, and at the end of the file."""
     engines = []
 
+    def stop():
+        while engines:
+            engines.pop().stop()
+
     def made(settings=None, **arguments):
-        assert not engines
+        stop()
         engines.append(Engine(models, settings, **arguments))
         return engines[0]
 
     yield made
-    for engine in engines:
-        engine.stop()
+    stop()
+
+
+@pytest.fixture
+def caplog_vllm():
+    """What vLLM's logger is told; it does not propagate, so that caplog would not hear it."""
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("vllm").addHandler(handler)
+    yield lines
+    logging.getLogger("vllm").removeHandler(handler)

@@ -19,6 +19,7 @@ from transformers import (
     set_seed,
 )
 from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
 
 from reference import truth
 
@@ -30,23 +31,25 @@ SHAPE = {
 }  # fmt: skip
 
 
-def tokenizer(extra: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
-    """A token for every byte."""
-    entries = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *extra]
+def tokenizer(swapped: bool = False) -> PreTrainedTokenizerFast:
+    """A token for every byte; ``swapped`` is another one of the same size."""
+    entries = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    if swapped:
+        entries[-2:] = reversed(entries[-2:])
     made = Tokenizer(models.BPE(vocab={entry: k for k, entry in enumerate(entries)}, merges=[]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     made.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
-def checkpoints(folder: Path) -> Path:
-    """A Llama and a Qwen of one tokeniser; the second has a padded vocabulary."""
+def checkpoints(folder: Path, target: dict[str, Any] | None = None) -> Path:
+    """A Llama and a Qwen of one tokeniser; the second has a padded vocabulary, and ``target`` of its configuration."""
     words = tokenizer()
     set_seed(1)
     policy = LlamaForCausalLM(LlamaConfig(vocab_size=259, **SHAPE))
     set_seed(2)
-    target = Qwen2ForCausalLM(Qwen2Config(vocab_size=320, **SHAPE))
-    for name, model in (("policy", policy), ("target", target)):
+    second = Qwen2ForCausalLM(Qwen2Config(vocab_size=320, **{**SHAPE, **(target or {})}))
+    for name, model in (("policy", policy), ("target", second)):
         model.save_pretrained(folder / name)
         words.save_pretrained(folder / name)
     return folder
@@ -56,11 +59,13 @@ class Engine:
     """An LLM with the processor, in this process, and the two models for comparison."""
 
     def __init__(self, folder: Path, settings: dict[str, Any] | None, **arguments: Any):
-        self.pair = [AutoModelForCausalLM.from_pretrained(folder / name).eval() for name in ("policy", "target")]
+        settings = {"target": str(folder / "target"), "log_interval": 0, **(settings or {})}
+        paths = (folder / "policy", settings["target"])
+        self.pair = [AutoModelForCausalLM.from_pretrained(path).eval() for path in paths]
         self.llm: Any = LLM(
             str(folder / "policy"),
             logits_processors=["optsample_triton.integrations.vllm:OptimalSampling"],
-            additional_config={"optsample": {"target": str(folder / "target"), "log_interval": 0, **(settings or {})}},
+            additional_config={"optsample": settings},
             **{"dtype": "float32", "max_model_len": 256, "enforce_eager": True, "disable_log_stats": False, "seed": 0}
             | arguments,
         )
@@ -76,7 +81,13 @@ class Engine:
 
     def generate(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Any]:
         texts = [{"prompt_token_ids": prompt} for prompt in prompts]
-        return self.llm.generate(texts, params, use_tqdm=False)
+        outputs = self.llm.generate(texts, params, use_tqdm=False)
+        self.settle()
+        return outputs
+
+    def settle(self) -> None:
+        """The step with nothing to run that an engine in a process of its own makes by itself."""
+        assert not self.llm.llm_engine.step()
 
     def left_over(self) -> tuple[int, int, int]:
         """Requests, caches and tokens in them that the processor still holds."""
@@ -86,19 +97,18 @@ class Engine:
     def stop(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
+        cleanup_dist_env_and_memory()
         gc.collect()
 
-    def two_models(self, prompt: list[int], steps: int, extra: dict[str, Any] | None, eos: int | None = None) -> list[int]:
+    def two_models(self, prompt: list[int], steps: int, extra: dict[str, Any] | None, **options: Any) -> list[int]:
         """The greedy continuation, every token from two fresh forward passes and q* in float64."""
         made: list[int] = []
         for _ in range(steps):
-            made.append(int(self.law(prompt, made, extra or {}).argmax()))
-            if made[-1] == eos:
-                break
+            made.append(int(self.law(prompt, made, extra or {}, **options).argmax()))
         return made
 
     @torch.no_grad()
-    def law(self, prompt: list[int], made: list[int], extra: dict[str, Any]) -> Tensor:
+    def law(self, prompt: list[int], made: list[int], extra: dict[str, Any], **options: Any) -> Tensor:
         """[V] float64: log q* (or log pi_theta where it is off) behind what was made."""
         theta = self.pair[0](input_ids=torch.tensor([prompt + made]), use_cache=False).logits[0, -1].double()
         if not extra:
@@ -107,7 +117,7 @@ class Engine:
         own = tokenizer()(own).input_ids if isinstance(own, str) else own
         t = self.pair[1](input_ids=torch.tensor([own + made]), use_cache=False).logits[0, -1].double()[: len(theta)]
         method = extra.get("optsample_method", "kl_symmetry")
-        return truth.log_q(theta, t, method=method, alpha=extra.get("optsample_alpha"))
+        return truth.log_q(theta, t, method=method, alpha=extra.get("optsample_alpha"), **options)
 
 
 def greedy(tokens: int = 16, extra: dict[str, Any] | None = None, **arguments: Any) -> SamplingParams:

@@ -22,9 +22,9 @@ class Slot(Mixed):
 class Slots:
     """Which request is in which slot.
 
-    The runner says when a slot is taken, never when it is left. So a request's cache goes and its record is handed over
-    as soon as its own parameters say that it has ended; an aborted request's record when a step runs without it, and
-    its cache some steps later or when the slot is taken again.
+    The runner says when a slot is taken, never when it is left. So a request ends here as soon as its own parameters
+    say so. What they do not tell (stop strings, an abort) shows when a step runs without it, which is when its record
+    is handed over; its cache goes when nobody has asked for it for a while, or the slot is taken again.
     """
 
     def __init__(self, mixer: Mixer, admit: Callable[..., Slot | None], states: Any, max_model_len: int):
@@ -47,8 +47,9 @@ class Slots:
         """Called before every step, also before those that run nothing."""
         self._settle()
         for one in self._ran:
-            if self._ended(one):
-                self.mixer.end(one)
+            # Its slot may have been taken again since.
+            if self.requests.get(one.index) is one and self._ended(one):
+                self.mixer.end(self.requests.pop(one.index))
         self._ran = []
         self.mixer.log(len(self.requests))
 
@@ -101,9 +102,9 @@ class Slots:
         self.mixer.settle([token if drawn else None for token, drawn in found])
 
     def _ended(self, one: Slot) -> bool:
-        """Whether the engine will stop this request, as far as lengths and tokens tell."""
-        limit = one.params.max_tokens
+        """Whether the engine stops this request, by its length or, where the tokens are fetched, by the last one."""
+        params, limit = one.params, one.params.max_tokens
         if one.served + 1 >= self.max_model_len or (limit is not None and one.generated + 1 >= limit):
             return True
-        tokens = () if one.record is None else one.record.tokens[-1:]
-        return any(token in one.params.all_stop_token_ids for token in tokens)
+        last = None if one.record is None else one.record.tokens[-1]
+        return last is not None and (last == params.eos_token_id or last in (params.stop_token_ids or ()))

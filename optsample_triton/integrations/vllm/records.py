@@ -7,7 +7,8 @@ import json
 import math
 import operator
 import os
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +71,37 @@ class Record:
             self.begin(self.prompt_tokens, self.tokens)
 
 
-def read_records(path: str | Path) -> list[dict[str, Any]]:
+def read_records(
+    path: str | Path, expected: Mapping[str | int, int] | None = None, timeout: float = 10.0
+) -> list[dict[str, Any]]:
     """The records of a file, those of requests that were interrupted put together.
 
     A request that the engine preempts leaves a line then and another at its end, whose ``start`` says how many of its
     tokens stood in earlier ones. Each record has the keys id (``optsample_id`` of the request), prompt_tokens (how
     many), tokens, and for every token log_q, log_theta, log_t, alpha and status; None stands where a figure does not
     exist. A torn last line is left out.
+
+    Args:
+        path: ``records`` of the engine's settings.
+        expected: how many tokens were generated for each id, n samples counted together. An engine in a process of its
+            own writes a request's record just after it has answered; this waits until those are there.
+        timeout: seconds to wait for them before a TimeoutError.
     """
+    deadline = time.monotonic() + timeout
+    while True:
+        records = _read(path)
+        counts: dict[str | int | None, int] = {}
+        for one in records:
+            counts[one["id"]] = counts.get(one["id"], 0) + len(one["tokens"])
+        missing = [name for name, count in (expected or {}).items() if counts.get(name, 0) < count]
+        if not missing:
+            return records
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{path} has no complete record of {missing[0]!r} after {timeout} s")
+        time.sleep(0.02)
+
+
+def _read(path: str | Path) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     for line in Path(path).read_text(encoding="utf-8").split("\n")[:-1]:
         part = json.loads(line)

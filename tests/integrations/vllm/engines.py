@@ -55,13 +55,38 @@ def checkpoints(folder: Path, target: dict[str, Any] | None = None) -> Path:
     return folder
 
 
-class Engine:
-    """An LLM with the processor, in this process, and the two models for comparison."""
+class Pair:
+    """Both models, for comparison."""
+
+    def __init__(self, policy: Path | str, target: Path | str):
+        self.models = [AutoModelForCausalLM.from_pretrained(path).eval() for path in (policy, target)]
+
+    def two_models(self, prompt: list[int], steps: int, extra: dict[str, Any] | None, **options: Any) -> list[int]:
+        """The greedy continuation, every token from two fresh forward passes and q* in float64."""
+        made: list[int] = []
+        for _ in range(steps):
+            made.append(int(self.law(prompt, made, extra or {}, **options).argmax()))
+        return made
+
+    @torch.no_grad()
+    def law(self, prompt: list[int], made: list[int], extra: dict[str, Any], **options: Any) -> Tensor:
+        """[V] float64: log q* (or log pi_theta where it is off) behind what was made."""
+        theta = self.models[0](input_ids=torch.tensor([prompt + made]), use_cache=False).logits[0, -1].double()
+        if not extra:
+            return theta.log_softmax(-1)
+        own = extra.get("optsample_target_prompt", prompt)
+        own = tokenizer()(own).input_ids if isinstance(own, str) else own
+        t = self.models[1](input_ids=torch.tensor([own + made]), use_cache=False).logits[0, -1].double()[: len(theta)]
+        method = extra.get("optsample_method", "kl_symmetry")
+        return truth.log_q(theta, t, method=method, alpha=extra.get("optsample_alpha"), **options)
+
+
+class Engine(Pair):
+    """An LLM with the processor, in this process."""
 
     def __init__(self, folder: Path, settings: dict[str, Any] | None, **arguments: Any):
         settings = {"target": str(folder / "target"), "log_interval": 0, **(settings or {})}
-        paths = (folder / "policy", settings["target"])
-        self.pair = [AutoModelForCausalLM.from_pretrained(path).eval() for path in paths]
+        super().__init__(folder / "policy", settings["target"])
         self.llm: Any = LLM(
             str(folder / "policy"),
             logits_processors=["optsample_triton.integrations.vllm:OptimalSampling"],
@@ -99,25 +124,6 @@ class Engine:
         del self.llm
         cleanup_dist_env_and_memory()
         gc.collect()
-
-    def two_models(self, prompt: list[int], steps: int, extra: dict[str, Any] | None, **options: Any) -> list[int]:
-        """The greedy continuation, every token from two fresh forward passes and q* in float64."""
-        made: list[int] = []
-        for _ in range(steps):
-            made.append(int(self.law(prompt, made, extra or {}, **options).argmax()))
-        return made
-
-    @torch.no_grad()
-    def law(self, prompt: list[int], made: list[int], extra: dict[str, Any], **options: Any) -> Tensor:
-        """[V] float64: log q* (or log pi_theta where it is off) behind what was made."""
-        theta = self.pair[0](input_ids=torch.tensor([prompt + made]), use_cache=False).logits[0, -1].double()
-        if not extra:
-            return theta.log_softmax(-1)
-        own = extra.get("optsample_target_prompt", prompt)
-        own = tokenizer()(own).input_ids if isinstance(own, str) else own
-        t = self.pair[1](input_ids=torch.tensor([own + made]), use_cache=False).logits[0, -1].double()[: len(theta)]
-        method = extra.get("optsample_method", "kl_symmetry")
-        return truth.log_q(theta, t, method=method, alpha=extra.get("optsample_alpha"), **options)
 
 
 def greedy(tokens: int = 16, extra: dict[str, Any] | None = None, **arguments: Any) -> SamplingParams:

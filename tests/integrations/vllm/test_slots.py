@@ -64,7 +64,7 @@ class Request:
 class Runner:
     """What the runner keeps, with tensors of the CPU in place of its buffers."""
 
-    def __init__(self, folder: Any, settings: dict[str, Any]):
+    def __init__(self, folder: Any, settings: dict[str, Any], speculative_config: Any = None):
         def tensor(*shape: int) -> Any:
             return SimpleNamespace(gpu=torch.full(shape, -7, dtype=torch.int32), np=np.full(shape, -7, dtype=np.int32))
 
@@ -76,7 +76,8 @@ class Runner:
             get_vocab_size=lambda: VOCAB, tokenizer=None, skip_tokenizer_init=True, max_model_len=LONGEST
         )
         config = SimpleNamespace(
-            speculative_config=None, model_config=served, scheduler_config=SimpleNamespace(async_scheduling=True),
+            speculative_config=speculative_config, model_config=served,
+            scheduler_config=SimpleNamespace(async_scheduling=True),
             additional_config={"optsample": {"target": str(folder), "log_interval": 0, **settings}},
         )  # fmt: skip
         (self.processor,) = build_custom_logits_processors(config, self.states, False, [NAME])
@@ -145,6 +146,11 @@ class Runner:
         prompt = request.extra.get("optsample_target_prompt", request.prompt)
         t = self.model(input_ids=torch.tensor([prompt + request.output])).logits[0, -1]
         return truth.log_q(theta.double(), t.double(), alpha=request.extra.get("optsample_alpha"))
+
+
+def test_speculation_is_refused(target):
+    with pytest.raises(ValueError, match="speculative_config must be None"):
+        Runner(target, {}, speculative_config=SimpleNamespace())
 
 
 def test_one_class_for_both_runners():

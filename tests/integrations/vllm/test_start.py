@@ -51,7 +51,8 @@ def test_an_engine_that_cannot_work_does_not_start(start, models, tmp_path, what
         words.save_pretrained(tmp_path / "target")
         message = "model and target_model must share a tokeniser, but the token"
     elif what == "speculation":
-        arguments["speculative_config"] = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+        draft = {"method": "draft_model", "model": str(models / "policy"), "num_speculative_tokens": 2}
+        arguments["speculative_config"] = draft
         message = "not supported when speculative decoding is enabled"
     elif what == "records":
         settings["records"] = str(tmp_path / "no" / "such" / "folder")

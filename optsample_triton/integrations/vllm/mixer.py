@@ -9,17 +9,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from vllm.logger import init_logger
 
 from optsample_triton.functional import log_q, solve
 from optsample_triton.integrations.vllm.prompts import Prompt
-from optsample_triton.integrations.vllm.records import Record, Recorder
+from optsample_triton.integrations.vllm.records import Record, Recorder, logger
 from optsample_triton.integrations.vllm.settings import Settings
 from optsample_triton.integrations.vllm.target import Target
 from optsample_triton.logprobs import token_logprobs
 from optsample_triton.types import Status
-
-logger = init_logger("vllm.optsample_triton")  # below vLLM's own loggers, so that its handlers print it
 
 
 @dataclass(eq=False)

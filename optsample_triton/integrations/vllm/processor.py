@@ -47,6 +47,8 @@ class OptimalSampling(LogitsProcessor, LogitsProcessorV2):
     def __init__(self, vllm_config: Any, device_or_states: Any, is_pin_memory: bool = False) -> None:
         if vllm_config.speculative_config is not None:
             raise ValueError("speculative_config must be None, since drafts are not verified against q*")
+        if getattr(vllm_config.parallel_config, "enable_batch_sharded_sampling", None):
+            raise ValueError("enable_batch_sharded_sampling must be off, since each rank would know its own rows alone")
         self.settings = settings = Settings.read(vllm_config.additional_config)
         served = vllm_config.model_config
         second = hasattr(device_or_states, "all_token_ids")

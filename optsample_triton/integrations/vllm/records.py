@@ -12,6 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm.logger import init_logger
+
+logger = init_logger("vllm.optsample_triton")  # below vLLM's own loggers, so that its handlers print it
 FIGURES = ("log_q", "log_theta", "log_t", "alpha", "status")
 
 
@@ -43,7 +46,10 @@ class Recorder:
         if self._file is not None:
             os.write(self._file, (json.dumps(record, separators=(",", ":")) + "\n").encode())
         if self._call is not None:
-            self._call(record)
+            try:
+                self._call(record)
+            except Exception:  # a reader's mistake must not end the engine
+                logger.exception("the callback failed on the record of request %r", record["id"])
 
 
 class Record:

@@ -77,7 +77,7 @@ class Runner:
         )
         config = SimpleNamespace(
             speculative_config=speculative_config, model_config=served,
-            scheduler_config=SimpleNamespace(async_scheduling=True),
+            scheduler_config=SimpleNamespace(async_scheduling=True), parallel_config=SimpleNamespace(),
             additional_config={"optsample": {"target": str(folder), "log_interval": 0, **settings}},
         )  # fmt: skip
         (self.processor,) = build_custom_logits_processors(config, self.states, False, [NAME])

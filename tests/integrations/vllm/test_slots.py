@@ -43,6 +43,19 @@ def target(tmp_path_factory):
     return folder
 
 
+def config(folder: Any, given: dict[str, Any], async_scheduling: bool = True, **more: Any) -> Any:
+    """What the processor reads of an engine's configuration."""
+    served = SimpleNamespace(
+        get_vocab_size=lambda: VOCAB, tokenizer=None, skip_tokenizer_init=True, max_model_len=LONGEST
+    )
+    usual = {
+        "speculative_config": None, "model_config": served, "parallel_config": SimpleNamespace(),
+        "scheduler_config": SimpleNamespace(async_scheduling=async_scheduling),
+        "additional_config": {"optsample": {"target": str(folder), "log_interval": 0, **given}},
+    }  # fmt: skip
+    return SimpleNamespace(**{**usual, **more})
+
+
 class Request:
     """The plain truth about a request."""
 
@@ -60,11 +73,18 @@ class Request:
     def ended(self) -> bool:
         return len(self.output) >= self.params.max_tokens or self.output[-1:] == [STOP] or len(self.text) >= LONGEST
 
+    @torch.no_grad()
+    def law(self, model: LlamaForCausalLM, theta: torch.Tensor) -> torch.Tensor:
+        """log q* of the next token, for these logits of the policy."""
+        prompt = self.extra.get("optsample_target_prompt", self.prompt)
+        t = model(input_ids=torch.tensor([prompt + self.output])).logits[0, -1]
+        return truth.log_q(theta.double(), t.double(), alpha=self.extra.get("optsample_alpha"))
+
 
 class Runner:
     """What the runner keeps, with tensors of the CPU in place of its buffers."""
 
-    def __init__(self, folder: Any, settings: dict[str, Any], speculative_config: Any = None):
+    def __init__(self, folder: Any, settings: dict[str, Any], **more: Any):
         def tensor(*shape: int) -> Any:
             return SimpleNamespace(gpu=torch.full(shape, -7, dtype=torch.int32), np=np.full(shape, -7, dtype=np.int32))
 
@@ -72,15 +92,7 @@ class Runner:
             device=torch.device("cpu"), max_num_reqs=SLOTS, vocab_size=VOCAB, all_token_ids=tensor(SLOTS, LONGEST),
             prompt_len=tensor(SLOTS), prefill_len=tensor(SLOTS), total_len=tensor(SLOTS),
         )  # fmt: skip
-        served = SimpleNamespace(
-            get_vocab_size=lambda: VOCAB, tokenizer=None, skip_tokenizer_init=True, max_model_len=LONGEST
-        )
-        config = SimpleNamespace(
-            speculative_config=speculative_config, model_config=served,
-            scheduler_config=SimpleNamespace(async_scheduling=True), parallel_config=SimpleNamespace(),
-            additional_config={"optsample": {"target": str(folder), "log_interval": 0, **settings}},
-        )  # fmt: skip
-        (self.processor,) = build_custom_logits_processors(config, self.states, False, [NAME])
+        (self.processor,) = build_custom_logits_processors(config(folder, settings, **more), self.states, False, [NAME])
         self.model = LlamaForCausalLM.from_pretrained(folder).eval()
         self.free = list(range(SLOTS))
         self.slots: dict[Request, int] = {}
@@ -127,7 +139,9 @@ class Runner:
             if request.extra is None or not whole or request.ended:
                 assert torch.equal(logits[row], given[row])
             else:
-                torch.testing.assert_close(logits[row].double(), self.law(request, given[row]), atol=2e-5, rtol=1e-5)
+                torch.testing.assert_close(
+                    logits[row].double(), request.law(self.model, given[row]), atol=2e-5, rtol=1e-5
+                )
             if whole:
                 self.draw(request, logits[row], given[row])
 
@@ -140,12 +154,6 @@ class Runner:
         if not request.ended:  # else one step too many, and nobody looks
             request.output.append(token)
             request.laws.append(theta)
-
-    @torch.no_grad()
-    def law(self, request: Request, theta: torch.Tensor) -> torch.Tensor:
-        prompt = request.extra.get("optsample_target_prompt", request.prompt)
-        t = self.model(input_ids=torch.tensor([prompt + request.output])).logits[0, -1]
-        return truth.log_q(theta.double(), t.double(), alpha=request.extra.get("optsample_alpha"))
 
 
 def test_speculation_is_refused(target):

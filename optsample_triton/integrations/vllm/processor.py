@@ -52,8 +52,8 @@ class OptimalSampling(LogitsProcessor, LogitsProcessorV2):
         self.settings = settings = Settings.read(vllm_config.additional_config)
         served = vllm_config.model_config
         second = hasattr(device_or_states, "all_token_ids")
-        self._recorded = settings.records is not None or settings.callback is not None
-        if self._recorded and not second and vllm_config.scheduler_config.async_scheduling:
+        recorded = settings.records is not None or settings.callback is not None
+        if recorded and not second and vllm_config.scheduler_config.async_scheduling:
             raise ValueError(
                 "async_scheduling must be False for records in this model runner, since it does not show the last "
                 "token of a request otherwise"
@@ -62,16 +62,15 @@ class OptimalSampling(LogitsProcessor, LogitsProcessorV2):
         model = AutoModelForCausalLM.from_pretrained(settings.target, dtype=settings.dtype, **settings.model_kwargs)
         if not can_rewind(model):
             raise ValueError(f"target must keep keys and values alone, but {type(model).__name__} has other states")
-        target = Target(
-            model.eval().to(device), cache_tokens=settings.cache_tokens, prefill_chunk=settings.prefill_chunk
-        )
+        model = model.requires_grad_(False).eval().to(device)
+        target = Target(model, cache_tokens=settings.cache_tokens, prefill_chunk=settings.prefill_chunk)
         shared = shared_entries([served.get_vocab_size(), target.vocab], settings.vocab_size)
         self._prompts = Prompts(settings, None if served.skip_tokenizer_init else served.tokenizer, shared)
-        # Every rank of a tensor-parallel group mixes, since each of them samples; one of them writes.
+        # Every rank of a tensor-parallel group mixes, since each of them samples; one of them keeps records.
         first = not model_parallel_is_initialized() or get_tensor_model_parallel_rank() == 0
-        self.mixer = Mixer(
-            settings, target, Recorder(settings.records, settings.callback) if first else Recorder(), shared
-        )
+        self._recorded = recorded and first
+        recorder = Recorder(settings.records, settings.callback) if first else Recorder()
+        self.mixer = Mixer(settings, target, recorder, shared)
         self.door: Any = (
             Slots(self.mixer, self._admit, device_or_states, served.max_model_len)
             if second

@@ -108,7 +108,7 @@ class Target:
         return torch.stack([row for row in rows if row is not None])
 
     def _nothing(self) -> Tensor:
-        return torch.full((self.vocab,), torch.nan, device=self.model.device)
+        return torch.full((self.vocab,), torch.nan, dtype=self.model.dtype, device=self.model.device)
 
     def _build(self, ids: tuple[int, ...], keys: list[Any]) -> Tensor:
         """Read a text from its beginning; its cache serves those of the keys that there is room for."""
@@ -119,7 +119,7 @@ class Target:
         for chunk in torch.tensor([ids], device=self.model.device).split(self.prefill_chunk, dim=1):
             logits = batch.read(chunk)[0, -1]
         for key in keys:
-            if self._room(len(ids), []):
+            if self._room(len(ids), set()):
                 self._caches[key] = _Cache(batch, 0, len(ids), logits, self._clock, self._clock)
             else:
                 self.evicted += 1
@@ -129,14 +129,14 @@ class Target:
         """Drop caches until those that advance fit as one batch: idle ones first, then the newest."""
         while advancing:
             batch = [self._caches[keys[i]] for i in advancing]
-            if self._room(len(batch) * (max(one.length for one in batch) + 1), batch):
+            if self._room(len(batch) * (max(one.length for one in batch) + 1), set(batch)):
                 break
             newest = max(advancing, key=lambda i: self._caches[keys[i]].born)
             advancing.remove(newest)
             self._evict(keys[newest])
         return advancing
 
-    def _room(self, size: int, instead_of: list[_Cache]) -> bool:
+    def _room(self, size: int, instead_of: set[_Cache]) -> bool:
         """Whether ``size`` tokens fit beside the other caches, once those that nobody asks for now are gone."""
         while size + self._beside(instead_of) > self.cache_tokens:
             idle = [key for key, one in self._caches.items() if one.used < self._clock and one not in instead_of]
@@ -145,7 +145,7 @@ class Target:
             self._evict(min(idle, key=lambda key: self._caches[key].used))
         return True
 
-    def _beside(self, replaced: list[_Cache]) -> int:
+    def _beside(self, replaced: set[_Cache]) -> int:
         """What is held once these caches have a new batch: whole batches, and what the new one leaves behind."""
         broken_up = {id(one.batch) for one in replaced}
         whole = sum(len(batch.padding) * batch.width for batch in self._batches() if id(batch) not in broken_up)

@@ -124,7 +124,7 @@ class Wish:
         mixed, method, alpha, prompt, name = (given.get(key) for key in REQUEST_KEYS)
         if mixed is None:
             mixed = True if set(given) - {f"{SECTION}_id"} else None
-        # JSON bodies of the server carry 0 and 1, since their values may be numbers, strings and lists alone.
+        # The server's schema, which knows numbers, strings and lists, makes 1 and 0 of booleans.
         elif mixed not in (True, False) or not isinstance(mixed, int):
             raise ValueError(f"{SECTION} must be true or false (or 1 or 0), but is {mixed!r}")
         if not mixed and any(value is not None for value in (method, alpha, prompt)):

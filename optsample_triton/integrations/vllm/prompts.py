@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from transformers import AutoTokenizer
 
 from optsample_triton.integrations.huggingface.pair import check_tokenizers
+from optsample_triton.integrations.vllm.records import logger
 from optsample_triton.integrations.vllm.settings import Settings, Wish
 
 
@@ -39,6 +40,8 @@ class Prompts:
     def __init__(self, settings: Settings, served_tokenizer: str | None, shared: int):
         self._tokenizer = _load(settings.target)
         served = None if served_tokenizer is None else _load(served_tokenizer)
+        if served is None or self._tokenizer is None:
+            logger.warning("the tokenisers of the two models were not compared, since one of them is not at hand")
         # Entries behind the shared ones are never drawn, so that they may differ.
         check_tokenizers(*(None if one is None else _entries(one, shared) for one in (served, self._tokenizer)))
         self._tokenizer = self._tokenizer or served

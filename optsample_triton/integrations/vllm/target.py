@@ -34,6 +34,8 @@ class Target:
     """
 
     def __init__(self, model: Any, *, cache_tokens: int, prefill_chunk: int):
+        # What is refused in rows of different lengths is refused now, and not in the middle of a request.
+        CachedModel(model, torch.tensor([0, 1]), rewindable=True)
         self.model = model
         self.cache_tokens, self.prefill_chunk = cache_tokens, prefill_chunk
         config = model.config.get_text_config(decoder=True)

@@ -8,7 +8,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from test_slots import EXTRAS, LONGEST, SLOTS, VOCAB, Request, config, target  # noqa: F401 (a fixture)
 from transformers import LlamaForCausalLM
-from vllm.v1.sample.logits_processor import LogitsProcessors
+from vllm import SamplingParams
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessors
 from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 
 from optsample_triton.integrations.vllm import OptimalSampling, read_records
@@ -95,6 +96,20 @@ def test_any_order_of_events(target, tmp_path_factory, data):  # noqa: F811
         assert record["tokens"] == requests[name].output
         for token, figure, theta in zip(record["tokens"], record["log_theta"], requests[name].laws, strict=True):
             assert figure == pytest.approx(float(theta.double().log_softmax(-1)[token]), abs=2e-5)
+
+
+def test_prompts_given_as_embeddings(target):  # noqa: F811
+    """The target cannot read them; a prompt of its own it can."""
+    processor = OptimalSampling(config(target, {}, async_scheduling=False), torch.device("cpu"), False)
+    asked = [SamplingParams(extra_args=EXTRAS[k]) for k in (1, 3)]
+    added = [(row, params, None, []) for row, params in enumerate(asked)]
+    processor.update_state(BatchUpdate(batch_size=2, removed=[], added=added, moved=[]))
+    logits = torch.randn(2, VOCAB)
+    mixed = processor.apply(logits.clone())
+    assert torch.equal(mixed[0], logits[0])
+    request = Request(0, [], EXTRAS[3], 1)
+    expected = request.law(LlamaForCausalLM.from_pretrained(target), logits[1])
+    torch.testing.assert_close(mixed[1].double(), expected, atol=2e-5, rtol=1e-5)
 
 
 def test_asynchronous_scheduling_goes_without_records(target, tmp_path):  # noqa: F811

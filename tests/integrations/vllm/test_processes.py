@@ -41,7 +41,7 @@ def environment(**more):
 def finished(command, log, **arguments):
     """Run it to its end, which must be a good one."""
     with open(log, "w") as file:
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=400, **arguments).returncode
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=900, **arguments).returncode
     assert code == 0, log.read_text()[-3000:]
 
 
@@ -91,7 +91,7 @@ def test_the_server_of_the_readme(models, tmp_path, example):
             start_new_session=True,
         )  # fmt: skip
     try:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 600
         while True:
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"http://localhost:{port}/health", timeout=5)

@@ -54,7 +54,7 @@ class Batch:
                 request.laws.append(given[row])
 
 
-@settings(max_examples=25, phases=[Phase.generate])
+@settings(max_examples=15, phases=[Phase.generate])
 @given(data=st.data())
 def test_any_order_of_events(target, tmp_path_factory, data):  # noqa: F811
     path = tmp_path_factory.mktemp("records") / "records.jsonl"

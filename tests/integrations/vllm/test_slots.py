@@ -169,7 +169,7 @@ def test_one_class_for_both_runners():
         validate(SamplingParams(extra_args={"optsample": 3}))
 
 
-@settings(max_examples=25, phases=[Phase.generate])
+@settings(max_examples=15, phases=[Phase.generate])
 @given(data=st.data())
 def test_any_order_of_events(target, tmp_path_factory, data):
     path = tmp_path_factory.mktemp("records") / "records.jsonl"

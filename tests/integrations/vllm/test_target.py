@@ -37,6 +37,10 @@ def test_rows_that_advance_together_and_apart(kind):
         if step == 10:
             target.drop("b")
         found = read(target, {name: texts[name] for name in names})
+        if step < 10:  # no row of a batch is left behind in it
+            batches = [id(one.batch) for one in target._caches.values()]
+            rows = {id(one.batch): len(one.batch.padding) for one in target._caches.values()}
+            assert {batch: batches.count(batch) for batch in rows} == rows
         for name, row in zip(names, found, strict=True):
             if len(texts[name]) <= (target.longest or 1000):
                 alone = model(input_ids=torch.tensor([texts[name]]), use_cache=False).logits[0, -1]

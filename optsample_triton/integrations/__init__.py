@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-_ADAPTERS = ("huggingface", "trl", "verl")
+_ADAPTERS = ("huggingface", "trl", "verl", "vllm")
 
 
 def __getattr__(name: str) -> ModuleType:

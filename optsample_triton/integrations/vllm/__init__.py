@@ -1,0 +1,18 @@
+"""q* inside vLLM: a logits processor that holds the target, mixes both models' logits and keeps records of the tokens.
+
+``LLM(..., logits_processors=["optsample_triton.integrations.vllm:OptimalSampling"])`` is all that it takes, with the
+target's path in ``additional_config={"optsample": {"target": ...}}``; ``OptimalSampling`` says the rest.
+"""
+
+try:
+    import vllm  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "optsample_triton.integrations.vllm needs vLLM: pip install 'optsample-triton[vllm]'"
+    ) from error
+
+from optsample_triton.integrations.vllm.processor import OptimalSampling
+from optsample_triton.integrations.vllm.records import read_records
+from optsample_triton.integrations.vllm.settings import Settings
+
+__all__ = ["OptimalSampling", "Settings", "read_records"]

@@ -1,0 +1,80 @@
+"""The V1 model runner: rows that are added, removed and moved, tokens in lists on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.v1.sample.logits_processor import MoveDirectionality
+
+from optsample_triton.integrations.vllm.mixer import Mixed, Mixer
+
+
+@dataclass(eq=False)
+class Row(Mixed):
+    ids: list[int] = field(default_factory=list)  # the target's prompt; empty where there is none that it could read
+    output: list[int] = field(default_factory=list)  # the engine's own list, which grows
+
+    @property
+    def length(self) -> int:
+        return len(self.ids) + len(self.output)
+
+
+class Rows:
+    """Which request is in which row of the batch.
+
+    A request that is preempted, or left out of a step, is removed, and later added again with what it has generated;
+    its cache is made anew then.
+    """
+
+    def __init__(self, mixer: Mixer, admit: Callable[..., Row | None]):
+        self.mixer, self.admit = mixer, admit
+        self.requests: dict[int, Row] = {}
+
+    def update(self, batch_update: Any) -> None:
+        """What changed since the last step; called before every one."""
+        # The lists are complete here. A row whose list did not grow belongs to a prompt that is still being read.
+        waiting = self.mixer.waiting()
+        self.mixer.settle([one.output[k] if k < len(one.output) else None for one, k in waiting])
+        if batch_update is not None:
+            for row in batch_update.removed:
+                self._free(row)
+            for row, params, prompt, output in batch_update.added:
+                self._free(row)  # a row that is taken again in the same step is not among the removed
+                request = self.admit(Row, params, len(prompt or ()), output)
+                if request is not None:
+                    request.ids, request.output = request.prompt.ids(prompt), output
+                    self.requests[row] = request
+            for source, destination, direction in batch_update.moved:
+                self._move(source, destination, swap=direction == MoveDirectionality.SWAP)
+        self.mixer.log(len(self.requests))
+
+    def apply(self, logits: Tensor, _: Any = None) -> Tensor:
+        if not self.requests:
+            return logits
+        rows = sorted(self.requests)
+        requests = [self.requests[row] for row in rows]
+        last = torch.tensor([(one.output or one.ids or [0])[-1] for one in requests])
+        return self.mixer.mix(
+            logits, rows, requests, [one.length for one in requests], last,
+            lambda i: requests[i].ids and [*requests[i].ids, *requests[i].output],
+        )  # fmt: skip
+
+    def close(self) -> None:
+        for row in list(self.requests):
+            self._free(row)
+
+    def _free(self, row: int) -> None:
+        self.mixer.end(self.requests.pop(row, None))
+
+    def _move(self, source: int, destination: int, swap: bool) -> None:
+        moved, other = self.requests.pop(source, None), self.requests.pop(destination, None)
+        if moved is not None:
+            self.requests[destination] = moved
+        if swap and other is not None:
+            self.requests[source] = other
+        elif not swap:
+            self.mixer.end(other)  # a move onto a row that ended is all that tells of its end

@@ -1,0 +1,110 @@
+"""The V2 model runner: slots that are taken again, tokens on the device, no word of a request's end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optsample_triton.integrations.vllm.mixer import Mixed, Mixer
+
+
+@dataclass(eq=False)
+class Slot(Mixed):
+    index: int = 0
+    served: int = 0  # tokens of the served text at the last step, the prompt included
+    generated: int = 0  # of them
+
+
+class Slots:
+    """Which request is in which slot.
+
+    The runner says when a slot is taken, never when it is left. So a request ends here as soon as its own parameters
+    say so. What they do not tell (stop strings, an abort) shows when a step runs without it, which is when its record
+    is handed over; its cache goes when nobody has asked for it for a while, or the slot is taken again.
+    """
+
+    def __init__(self, mixer: Mixer, admit: Callable[..., Slot | None], states: Any, max_model_len: int):
+        self.mixer, self.admit, self.states, self.max_model_len = mixer, admit, states, max_model_len
+        self.requests: dict[int, Slot] = {}
+        self._ran: list[Slot] = []
+
+    def add(self, index: int, params: Any) -> bool:
+        """A request takes a slot; whether it is mixed."""
+        self._settle()  # while the device still holds the tokens of the one before
+        self.mixer.end(self.requests.pop(index, None))
+        request = self.admit(Slot, params, 0, ())
+        if request is None:
+            return False
+        request.index = index
+        self.requests[index] = request
+        return True
+
+    def flush(self) -> None:
+        """Called before every step, also before those that run nothing."""
+        self._settle()
+        for one in self._ran:
+            # Its slot may have been taken again since.
+            if self.requests.get(one.index) is one and self._ended(one):
+                self.mixer.end(self.requests.pop(one.index))
+        self._ran = []
+        self.mixer.log(len(self.requests))
+
+    def apply(self, logits: Tensor, context: Any) -> Tensor:
+        running = context.idx_mapping_np.tolist()
+        if self.requests:
+            for index in self.requests.keys() - set(running):
+                self.mixer.hand_over(self.requests[index])
+        rows, requests = [], []
+        for row, index in enumerate(running):
+            request = self.requests.get(index)
+            length = int(context.seq_lens_upper_bound_np[row])  # exact without speculation
+            # A row inside a prompt: what is drawn from it is thrown away.
+            if request is None or length < int(self.states.prefill_len.np[index]):
+                continue
+            request.served = length
+            request.generated = length - int(self.states.prompt_len.np[index])
+            rows.append(row)
+            requests.append(request)
+        self._ran = requests
+        if not rows:
+            return logits
+        lengths = [one.prompt.length(one.served - one.generated) + one.generated for one in requests]
+        last = context.input_ids[torch.tensor(rows, device=context.input_ids.device)]
+        return self.mixer.mix(logits, rows, requests, lengths, last.long(), lambda i: self._text(requests[i]))
+
+    def close(self) -> None:
+        for one in self.requests.values():
+            self.mixer.end(one)
+        self.requests = {}
+
+    def _text(self, one: Slot) -> list[int]:
+        """All that the target has to read; waits for the device."""
+        served = self.states.all_token_ids.gpu[one.index, : one.served].tolist()
+        start = one.served - one.generated
+        if one.record is not None and not one.record.tokens:
+            one.record.begin(start, served[start:])
+        return [*one.prompt.ids(served[:start]), *served[start:]]
+
+    def _settle(self) -> None:
+        """Fetch the tokens of the last step for the records."""
+        waiting = [one for one, _ in self.mixer.waiting()]
+        if not waiting:
+            return
+        all_ids, total = self.states.all_token_ids.gpu, self.states.total_len.gpu
+        index = torch.tensor([one.index for one in waiting], device=all_ids.device)
+        place = torch.tensor([one.served for one in waiting], device=all_ids.device)
+        tokens = all_ids[index, place.clamp(max=all_ids.shape[1] - 1)]
+        found = torch.stack([tokens.long(), (total[index] > place).long()], 1).tolist()
+        self.mixer.settle([token if drawn else None for token, drawn in found])
+
+    def _ended(self, one: Slot) -> bool:
+        """Whether the engine stops this request, by its length or, where the tokens are fetched, by the last one."""
+        params, limit = one.params, one.params.max_tokens
+        if one.served + 1 >= self.max_model_len or (limit is not None and one.generated + 1 >= limit):
+            return True
+        last = None if one.record is None else one.record.tokens[-1]
+        return last is not None and (last == params.eos_token_id or last in (params.stop_token_ids or ()))

@@ -1,0 +1,125 @@
+"""The V1 runner's real batch of requests, driven at random: additions, removals, refilled rows, moves and swaps."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from test_slots import EXTRAS, LONGEST, SLOTS, VOCAB, Request, config, target  # noqa: F401 (a fixture)
+from transformers import LlamaForCausalLM
+from vllm import SamplingParams
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessors
+from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
+
+from optsample_triton.integrations.vllm import OptimalSampling, read_records
+
+
+class Batch:
+    def __init__(self, folder, given):
+        self.processor = OptimalSampling(config(folder, given, async_scheduling=False), torch.device("cpu"), False)
+        self.batch = InputBatch(
+            max_num_reqs=SLOTS, max_model_len=LONGEST, max_num_batched_tokens=64, device=torch.device("cpu"),
+            vocab_size=VOCAB, block_sizes=[16], max_num_blocks_per_req=[2],
+            logitsprocs=LogitsProcessors([self.processor]), logitsprocs_need_output_token_ids=True,
+        )  # fmt: skip
+        self.model = LlamaForCausalLM.from_pretrained(folder).eval()
+        self.running: dict[str, Request] = {}
+
+    def add(self, request):
+        state = CachedRequestState(
+            req_id=str(request.name), prompt_token_ids=request.prompt, mm_features=[], sampling_params=request.params,
+            generator=None, block_ids=([0],), num_computed_tokens=0, output_token_ids=request.output,
+        )  # fmt: skip
+        self.batch.add_request(state)
+        self.running[str(request.name)] = request
+
+    def remove(self, request):
+        self.batch.remove_request(str(request.name))
+        del self.running[str(request.name)]
+
+    def step(self, seed, partial):
+        logits = torch.randn(len(self.running), VOCAB, generator=torch.Generator().manual_seed(seed))
+        logits[:, 11] = -torch.inf
+        given, mixed = logits.clone(), self.processor.apply(logits)
+        for row, name in enumerate(self.batch.req_ids):
+            request = self.running[name]
+            if request.extra is None:
+                assert torch.equal(mixed[row], given[row])
+            else:
+                expected = request.law(self.model, given[row])
+                torch.testing.assert_close(mixed[row].double(), expected, atol=2e-5, rtol=1e-5)
+            if name not in partial:
+                request.output.append(int(mixed[row].argmax()))
+                request.laws.append(given[row])
+
+
+@settings(max_examples=15, phases=[Phase.generate])
+@given(data=st.data())
+def test_any_order_of_events(target, tmp_path_factory, data):  # noqa: F811
+    path = tmp_path_factory.mktemp("records") / "records.jsonl"
+    one = Batch(target, {"records": str(path)})
+    requests, paused = [], []
+    for number in range(data.draw(st.integers(5, 40), label="steps")):
+        for request in list(one.running.values()):
+            event = data.draw(st.sampled_from(["goes on"] * 8 + ["aborted", "preempted"]))
+            if request.ended or event != "goes on":
+                one.remove(request)
+                if event == "preempted" and not request.ended:
+                    paused.append(request)
+        while len(one.running) < SLOTS and data.draw(st.booleans(), label="one more"):
+            if paused and paused[0] not in one.running.values():
+                one.add(paused.pop(0))
+                continue
+            prompt = data.draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=6))
+            request = Request(len(requests), prompt, data.draw(st.sampled_from(EXTRAS)), data.draw(st.integers(1, 9)))
+            requests.append(request)
+            one.add(request)
+        one.batch.condense()
+        if len(one.running) > 1 and data.draw(st.booleans(), label="swap"):
+            first, second = data.draw(st.permutations(range(len(one.running))))[:2]
+            one.batch.swap_states(first, second)
+        one.batch.refresh_metadata()
+        mixed = [request for request in one.running.values() if request.extra is not None]
+        assert len(one.processor.door.requests) == len(mixed)
+        assert len(one.processor.mixer.target) <= len(mixed)
+        if one.running:
+            one.step(number, data.draw(st.sets(st.sampled_from(sorted(one.running)))))
+    for request in list(one.running.values()):
+        one.remove(request)
+    one.batch.condense()
+    one.batch.refresh_metadata()
+    assert len(one.processor.mixer.target) == len(one.processor.door.requests) == 0
+    records = {record["id"]: record for record in read_records(path)}
+    assert set(records) == {request.name for request in requests if request.extra is not None and request.output}
+    for name, record in records.items():
+        assert record["tokens"] == requests[name].output
+        for token, figure, theta in zip(record["tokens"], record["log_theta"], requests[name].laws, strict=True):
+            assert figure == pytest.approx(float(theta.double().log_softmax(-1)[token]), abs=2e-5)
+
+
+def test_prompts_given_as_embeddings(target):  # noqa: F811
+    """The target cannot read them; a prompt of its own it can."""
+    processor = OptimalSampling(config(target, {}, async_scheduling=False), torch.device("cpu"), False)
+    asked = [SamplingParams(extra_args=EXTRAS[k]) for k in (1, 3)]
+    added = [(row, params, None, []) for row, params in enumerate(asked)]
+    processor.update_state(BatchUpdate(batch_size=2, removed=[], added=added, moved=[]))
+    logits = torch.randn(2, VOCAB)
+    mixed = processor.apply(logits.clone())
+    assert torch.equal(mixed[0], logits[0])
+    request = Request(0, [], EXTRAS[3], 1)
+    expected = request.law(LlamaForCausalLM.from_pretrained(target), logits[1])
+    torch.testing.assert_close(mixed[1].double(), expected, atol=2e-5, rtol=1e-5)
+
+
+def test_asynchronous_scheduling_goes_without_records(target, tmp_path):  # noqa: F811
+    with pytest.raises(ValueError, match="async_scheduling must be False for records in this model runner"):
+        OptimalSampling(config(target, {"records": str(tmp_path / "r")}, async_scheduling=True), "cpu", False)
+    assert OptimalSampling(config(target, {}, async_scheduling=True), "cpu", False).apply(torch.ones(1, 12)).eq(1).all()
+
+
+def test_batch_sharded_sampling_is_refused(target):  # noqa: F811
+    with pytest.raises(ValueError, match="enable_batch_sharded_sampling must be off"):
+        OptimalSampling(
+            config(target, {}, parallel_config=SimpleNamespace(enable_batch_sharded_sampling=True)), "cpu", False
+        )

@@ -1,0 +1,82 @@
+"""The target's caches without an engine: models of other kinds, texts that advance together and apart."""
+
+import pytest
+import torch
+from engines import SHAPE
+from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM, set_seed
+
+from optsample_triton.integrations.vllm.target import IDLE_STEPS, Target
+
+MODELS = {
+    "sliding window": lambda: MistralForCausalLM(MistralConfig(vocab_size=50, sliding_window=4, **SHAPE)),
+    "learned positions": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=40, initializer_range=0.25)
+    ),
+    "bfloat16": lambda: MistralForCausalLM(MistralConfig(vocab_size=50, **SHAPE)).bfloat16(),
+}
+
+
+def read(target, texts):
+    names = list(texts)
+    last = torch.tensor([texts[name][-1] for name in names])
+    return target.read(names, [len(texts[name]) for name in names], last, lambda i: texts[names[i]])
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@torch.no_grad()
+def test_rows_that_advance_together_and_apart(kind):
+    set_seed(0)
+    model = MODELS[kind]().eval()
+    target = Target(model, cache_tokens=1000, prefill_chunk=5)
+    texts = {name: torch.randint(50, (length,)).tolist() for name, length in zip("abcd", (1, 13, 6, 9), strict=True)}
+    for step in range(20):
+        names = [name for name in texts if torch.rand(()) < 0.8] or ["a"]
+        for name in names:
+            if step and torch.rand(()) < 0.9:
+                texts[name] = [*texts[name], int(torch.randint(50, ()))]
+        if step == 10:
+            target.drop("b")
+        found = read(target, {name: texts[name] for name in names})
+        if step < 10:  # no row of a batch is left behind in it
+            batches = [id(one.batch) for one in target._caches.values()]
+            rows = {id(one.batch): len(one.batch.padding) for one in target._caches.values()}
+            assert {batch: batches.count(batch) for batch in rows} == rows
+        for name, row in zip(names, found, strict=True):
+            if len(texts[name]) <= (target.longest or 1000):
+                alone = model(input_ids=torch.tensor([texts[name]]), use_cache=False).logits[0, -1]
+                tolerance = 2e-1 if kind == "bfloat16" else 2e-5
+                torch.testing.assert_close(row, alone, atol=tolerance, rtol=tolerance)
+    assert target.built == 5
+    assert target.evicted == 0
+
+
+@torch.no_grad()
+def test_what_nobody_asks_for_goes():
+    set_seed(0)
+    target = Target(MODELS["sliding window"]().eval(), cache_tokens=1000, prefill_chunk=100)
+    texts = {"a": [1, 2, 3], "b": [4, 5]}
+    read(target, texts)
+    for _ in range(IDLE_STEPS):
+        read(target, {"b": texts["b"]})
+    assert len(target) == 2
+    read(target, {"b": texts["b"]})
+    assert len(target) == 1
+    assert target.tokens == 2
+    # keys and values of two layers: two tokens of one head of 32
+    assert target.bytes == 2 * 2 * 2 * 32 * 4
+    target.drop("b")
+    assert target.bytes == target.tokens == len(target) == 0
+
+
+@torch.no_grad()
+def test_the_usual_step_copies_nothing():
+    set_seed(0)
+    target = Target(MODELS["sliding window"]().eval(), cache_tokens=1000, prefill_chunk=100)
+    texts = {"a": [1, 2, 3], "b": [4, 5], "c": [6]}
+    batches = []
+    for token in range(5):
+        read(target, texts)
+        batches.append({id(one.batch) for one in target._caches.values()})
+        texts = {name: [*text, token] for name, text in reversed(list(texts.items()))}
+    assert [len(one) for one in batches] == [3, 1, 1, 1, 1]
+    assert batches[1] == batches[2] == batches[3] == batches[4]

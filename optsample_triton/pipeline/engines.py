@@ -80,7 +80,9 @@ class TransformersEngine:
 
     def _stopped(self, ids: torch.Tensor, scores: Any, start: int, **_: Any) -> torch.Tensor:
         """Rows whose answer has come to a stop text, which may begin and end inside of tokens."""
-        window = max(start, ids.shape[1] - max(map(len, self._job.stop)) - 1)  # a token has a character at least
+        window = max(
+            start, ids.shape[1] - max(len(stop.encode()) for stop in self._job.stop) - 8
+        )  # most tokens are a byte at least
         texts = self._tokenizer.batch_decode(ids[:, window:], skip_special_tokens=True)
         found = [any(stop in text for stop in self._job.stop) for text in texts]
         return torch.tensor(found, device=ids.device)

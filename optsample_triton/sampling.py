@@ -73,7 +73,7 @@ def sample(
     if group is None:
         drawn = torch.ops.optsample.sample(*_solver(rows), *numbers, *filters, num_samples or 1)
     else:
-        drawn = sharded.sample(rows, group, vocab_size, Draws(*numbers, *filters), num_samples or 1)
+        drawn = sharded.sample(rows, group, vocab_size, Draws(*(*numbers, *filters)), num_samples or 1)
     token, log_q, log_theta, log_t, found, status = drawn
     whole = shape if num_samples is None else (*shape, num_samples)
     found, status = (x.reshape(shape) if num_samples is None else x.reshape(*shape, 1) for x in (found, status))

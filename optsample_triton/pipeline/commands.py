@@ -27,6 +27,7 @@ def generate_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--vocab-size", type=int, metavar="V", help="entries that the vocabularies share")
     group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a model")
     group.add_argument("--backend", choices=BACKENDS, help="transformers (hf, default) or vLLM")
+    group.add_argument("--engine-args", metavar="JSON", help="more for vLLM: '{\"tensor_parallel_size\": 2}'")
 
     group = parser.add_argument_group("prompts")
     group.add_argument(

@@ -39,7 +39,7 @@ def main(outputs: list[str], argv: list[str]) -> None:
                 run([*argv, "--output", output, "--resume"])
             whole = output == outputs[0]  # the first is not killed, and says how long a run takes
             if not whole:
-                time.sleep(rng.random() * longest * (0.4 if count < 12 else 1.5))
+                time.sleep(rng.random() * longest * (0.7 if count < 8 else 1.5))
                 os.kill(child, signal.SIGKILL)
             _, status = os.waitpid(child, 0)
             if not os.WIFSIGNALED(status):

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
-LARGEST = 9
+LARGEST = 5
 WORDS = ["plus", "is", ".", ",", "so", "what", "?", "careful", "user", "assistant", "system", ":", "ünlü"]
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 CHAT_TEMPLATE = (
@@ -44,7 +44,8 @@ def text(generator: torch.Generator, right: float) -> str:
     result = a + b
     if float(torch.rand((), generator=generator)) > right:
         result = max(0, min(2 * LARGEST, result + int(torch.randint(-2, 3, (), generator=generator))))
-    return f"{a} plus {b} is {result} . </s>"
+    lead = "so , " * int(torch.randint(3, (), generator=generator))
+    return f"{lead}{a} plus {b} is {result} . </s>"
 
 
 def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, right: float, steps: int) -> LlamaForCausalLM:
@@ -52,8 +53,9 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, right: fl
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     model.train()
     for _ in range(steps):
-        ids = tokenizer([text(generator, right) for _ in range(64)], return_tensors="pt").input_ids
-        loss = model(input_ids=ids, labels=ids).loss
+        batch = tokenizer([text(generator, right) for _ in range(64)], padding=True, return_tensors="pt")
+        labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
+        loss = model(**batch, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -70,7 +72,7 @@ def questions(count: int) -> list[dict[str, str]]:
     """GSM8K's columns. The rows differ in length, so that batches are padded."""
     rows = []
     for k in range(count):
-        a, b = k % (LARGEST + 1), (3 * k) % (LARGEST + 1)
+        a, b = k % (LARGEST + 1), (3 * k + k // 6) % (LARGEST + 1)
         rows.append({"question": f"{'so , ' * (k % 3)}{a} plus {b} is", "answer": str(a + b)})
     return rows
 

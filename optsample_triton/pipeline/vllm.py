@@ -44,7 +44,7 @@ class VllmEngine:
         }  # fmt: skip
         options = {
             "revision": job.revision_theta, "dtype": job.dtype, "max_num_seqs": job.batch_size,
-            "trust_remote_code": job.trust_remote_code, **_engine_args(job.engine_args),
+            "trust_remote_code": job.trust_remote_code, "async_scheduling": False, **_engine_args(job.engine_args),
         }  # fmt: skip
         try:
             self._llm = vllm.LLM(
@@ -53,6 +53,7 @@ class VllmEngine:
             )  # fmt: skip
         except (ValueError, RuntimeError, OSError) as error:
             raise PipelineError(f"vLLM does not start: {str(error).strip().splitlines()[-1]}") from error
+        self._apart = bool(need("vllm.envs", "vllm").VLLM_ENABLE_V1_MULTIPROCESSING)
         configs = [load_config(job.model_theta, job.revision_theta, job), load_config(target, None, job)]
         self._ends = sorted({*ends(None, None, encoder), *(end for config in configs for end in _ends_of(config))})
 
@@ -60,6 +61,8 @@ class VllmEngine:
         prompts = [{"prompt_token_ids": request.prompt} for request in batch]
         outputs = self._llm.generate(prompts, [self._sampling(request) for request in batch], use_tqdm=False)
         answers = [output.outputs[0] for output in outputs]
+        if not self._apart:  # nothing runs after the last answer, and a record is written a step after it
+            self._llm.llm_engine.step()
         expected = {request.id: len(answer.token_ids) for request, answer in zip(batch, answers, strict=True)}
         try:
             records = {record["id"]: record for record in self._read(self._records, expected)}

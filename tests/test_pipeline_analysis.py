@@ -1,5 +1,6 @@
 """optsample analyze: measured values against the same from whole arrays, bounded memory, two documents that agree."""
 
+import importlib.util
 import json
 import math
 import re
@@ -88,7 +89,8 @@ def test_the_report_is_what_was_measured(records: list[dict], report: Report) ->
         w = np.exp([r[f"log_w_{model}"] for r in records])
         assert summary["weights"][k]["ess_share"] == pytest.approx(w.sum() ** 2 / (150 * (w**2).sum()))
         assert summary["weights"][k]["largest_share"] == pytest.approx(w.max() / w.sum())
-        assert math.isfinite(summary["weights"][k]["k_hat"])
+        if importlib.util.find_spec("arviz_stats"):  # Python 3.11 or newer
+            assert math.isfinite(summary["weights"][k]["k_hat"])
     worst = sorted(records, key=lambda r: min(r["ess_theta"], r["ess_t"]))[:5]
     assert [r["line"] for r in report.tally.worst()] == [r["line"] for r in worst]
     markdown = report.markdown.read_text()

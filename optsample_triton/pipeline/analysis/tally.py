@@ -35,7 +35,7 @@ class Reservoir:
     >>> some = Reservoir(100, columns=1)
     >>> for k in range(50):
     ...     some.add(np.full((20, 1), float(k)))
-    >>> some.seen, some.values().shape, 15 < some.values().mean() < 34
+    >>> some.seen, some.values().shape, bool(15 < some.values().mean() < 34)
     (1000, (100, 1), True)
     """
 

@@ -13,8 +13,9 @@ from optsample_triton.pipeline.rows import Reject
 # For tokenisers without a chat template: a lone question stands as it is, a conversation gets its roles' names.
 PLAIN = (
     "{%- if messages | length == 1 -%}{{ messages[0]['content'] }}{%- else -%}"
-    "{%- for message in messages -%}{{ message['role'] | capitalize }}: {{ message['content'] }}\n\n{%- endfor -%}"
-    "Assistant:{%- endif -%}"
+    "{%- for message in messages -%}"
+    "{{ message['role'] | capitalize + ': ' + message['content'] + '\\n\\n' }}"
+    "{%- endfor -%}Assistant:{%- endif -%}"
 )
 
 

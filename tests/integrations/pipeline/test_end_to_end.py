@@ -14,6 +14,7 @@ import pytest
 from making import make_model, make_tokenizer, questions, save, train, write_rows
 from test_generate import check_schemas, contents, lines
 
+from optsample_triton import cli
 from optsample_triton.pipeline import analyze
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -60,34 +61,35 @@ def right_sums(chat: list[dict]) -> float:
     return found / len(chat)
 
 
-def test_from_nothing_to_a_report(trained: Path) -> None:
-    """200 samples through the installed command, killed twice and gone on with; then what the numbers should say."""
+def test_from_nothing_to_a_report(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """200 samples, the installed command killed twice and gone on with; then what the numbers should say."""
+    monkeypatch.chdir(trained)
 
     def command(name: str, *more: str) -> list[str]:
         return [
-            str(SCRIPT), "generate", "--model_theta", "policy", "--model_t", "target", "--dataset", "prompts.jsonl",
+            "generate", "--model_theta", "policy", "--model_t", "target", "--dataset", "prompts.jsonl",
             "--output", f"{name}/out.jsonl", "--alpha_method", "kl_symmetry", "--num_samples", "200",
             "--max-new-tokens", "12", "--batch-size", "8", "--save_diagnostics", *more,
         ]  # fmt: skip
 
-    subprocess.run(command("whole"), cwd=trained, check=True)
+    assert cli.main(command("whole")) == 0
     journal, rng = trained / "broken" / "out.journal.jsonl", random.Random(1)
     for commits in (4, 13):
-        process = subprocess.Popen(command("broken", "--resume"), cwd=trained)
+        process = subprocess.Popen([SCRIPT, *command("broken", "--resume")])
         while not (journal.exists() and journal.read_bytes().count(b"\n") > commits):
             assert process.poll() is None
             time.sleep(0.005)
         time.sleep(0.3 * rng.random())
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-    subprocess.run(command("broken", "--resume"), cwd=trained, check=True)
+    assert cli.main(command("broken", "--resume")) == 0
     assert contents(trained / "broken") == contents(trained / "whole")
     check_schemas(trained / "whole")
 
     chat = lines(trained / "whole" / "out.jsonl")
     assert len(chat) == 200
     for name, alpha in (("policy", "1"), ("target", "0")):
-        subprocess.run(command(name + "-alone", "--alpha_method", "fixed", "--alpha", alpha), cwd=trained, check=True)
+        assert cli.main(command(name + "-alone", "--alpha_method", "fixed", "--alpha", alpha)) == 0
     shares = [right_sums(lines(trained / f / "out.jsonl")) for f in ("policy-alone", "whole", "target-alone")]
     assert shares[0] + 0.1 < shares[1] < shares[2] + 0.05, shares  # q* lies between the two
 

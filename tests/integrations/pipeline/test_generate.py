@@ -366,3 +366,24 @@ def test_parquet_and_saved_datasets(run: Runner) -> None:
     out = run("bad", dataset=str(run.folder / "bad.parquet"))
     assert len(lines(out / "out.jsonl")) == 2
     assert [(r["row"], r["reason"]) for r in lines(out / "out.rejected.jsonl")] == [(1, "undecodable")]
+
+
+def test_prompts_as_the_models_read_them(models: dict[str, str]) -> None:
+    """Without a template a question stands alone and a conversation has names; the target may be told more."""
+    from optsample_triton.pipeline import Job
+    from optsample_triton.pipeline.encode import PLAIN, Encoder
+    from optsample_triton.pipeline.prompts import Prompt
+
+    lone = Prompt([{"role": "user", "content": "1 plus 2 is"}], None)
+    paths = {"model_theta": models["policy"], "dataset": "d", "output": "o", "max_new_tokens": 4}
+    encoder = Encoder(Job(model_t=models["target"], target_system_prompt="careful ,", **paths))
+    turns = [{"role": "system", "content": "a"}, {"role": "user", "content": " b\n"}]
+    written = encoder.tokenizer.apply_chat_template(turns, chat_template=PLAIN, tokenize=False)
+    assert written == "System: a\n\nUser:  b\n\n\nAssistant:"
+    tokenizer = encoder.tokenizer
+    ids, target_ids = encoder.encode(lone)
+    assert ids == tokenizer("1 plus 2 is").input_ids
+    assert target_ids == tokenizer("System: careful ,\n\nUser: 1 plus 2 is\n\nAssistant:").input_ids
+    assert Encoder(Job(model_t=models["target"], **paths)).encode(lone) == (ids, None)
+    chat = Encoder(Job(model_t=models["chat"], **paths)).encode(lone)
+    assert chat == (ids, tokenizer("<s> user : 1 plus 2 is assistant :").input_ids)

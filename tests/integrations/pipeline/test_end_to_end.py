@@ -112,5 +112,5 @@ def test_readme_walk_through_runs_as_written(trained: Path, tmp_path: Path) -> N
         (tmp_path / name).symlink_to(trained / name)
     environment = os.environ | {"PATH": f"{SCRIPT.parent}{os.pathsep}{os.environ['PATH']}"}
     subprocess.run(["sh", "-e", "-c", commands], cwd=tmp_path, env=environment, check=True)
-    check_schemas(tmp_path / "data")
+    check_schemas(tmp_path / "data", "generated")
     assert (tmp_path / "analysis" / "report.html").exists()

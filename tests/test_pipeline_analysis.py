@@ -146,6 +146,17 @@ def test_figures_without_a_value(tmp_path: Path) -> None:
     assert report.tally.log_w_of_samples.seen == 5
 
 
+def test_nothing_but_nulls(tmp_path: Path) -> None:
+    nothing = record(0, np.random.default_rng(4), tokens=2)
+    for name, value in nothing.items():
+        if isinstance(value, float):
+            nothing[name] = None
+        elif isinstance(value, list) and name not in ("tokens", "status"):
+            nothing[name] = [None, None]
+    report = analyze(written(tmp_path, [nothing]), tmp_path / "analysis")
+    assert [criterion.met for criterion in report.criteria] == [None] * 3
+
+
 def test_lines_that_are_no_records_are_left_out(records: list[dict], tmp_path: Path) -> None:
     tail = b'{"id": 3}\n[1]\n{"torn": '
     report = analyze(written(tmp_path, records[:10], tail), tmp_path / "analysis")

@@ -86,7 +86,7 @@ class Job:
     device: str = _part("run", "auto")
     device_t: str | None = _part("run", None)
     trust_remote_code: bool = _part("run", False)
-    engine_args: str | None = _part("run", None)
+    engine_args: str | None = _part("layout", None)
     log_every: float = _part("run", 30.0)
     ray: bool = _part("run", False)
     address: str | None = _part("run", None)

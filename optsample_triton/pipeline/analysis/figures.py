@@ -64,7 +64,9 @@ def k_hat(reservoir: Reservoir, column: int) -> float:
         return math.nan
 
 
-def _alpha(tally: Tally, axes: Any) -> str:
+def _alpha(tally: Tally, axes: Any) -> str | None:
+    if not tally.alpha.sum():
+        return None
     _shade(axes, *BANDS["alpha"])
     axes.stairs(tally.alpha / tally.alpha.sum(), ALPHA_EDGES, fill=True, color=THETA, alpha=0.85)
     mean = tally.of_tokens["alpha"].mean
@@ -74,8 +76,10 @@ def _alpha(tally: Tally, axes: Any) -> str:
     return f"α of {tally.tokens:,} tokens; the band is [0.2, 0.8]. What lies outside [0, 1] is in the outer bars."
 
 
-def _positions(tally: Tally, axes: Any) -> str:
+def _positions(tally: Tally, axes: Any) -> str | None:
     counts = tally.alpha_by_position
+    if not counts.sum():
+        return None
     used = counts.sum(-1) > 0
     counts, left, right = counts[used], POSITION_EDGES[:-1][used], POSITION_EDGES[1:][used]
     middle = (left + right - 1) / 2
@@ -93,7 +97,9 @@ def _positions(tally: Tally, axes: Any) -> str:
     return "α from the first token of an answer to the last; late positions rest on the long answers alone."
 
 
-def _ratio(tally: Tally, axes: Any) -> str:
+def _ratio(tally: Tally, axes: Any) -> str | None:
+    if not tally.ratio_of_samples.sum():
+        return None
     edges = np.exp(RATIO_EDGES)
     _shade(axes, *BANDS["ess_ratio"])
     told = "of samples"
@@ -103,11 +109,14 @@ def _ratio(tally: Tally, axes: Any) -> str:
         share = tally.ratio_of_tokens / tally.ratio_of_tokens.sum()
         axes.stairs(share, edges, fill=True, color=THETA, alpha=0.6, label="tokens")
     axes.set_xscale("log")
-    plain = need("matplotlib.ticker").FormatStrFormatter("%g")
-    axes.xaxis.set_major_formatter(plain)
-    axes.xaxis.set_minor_formatter(plain)
     seen = np.flatnonzero(tally.ratio_of_samples + tally.ratio_of_tokens)
-    axes.set_xlim(min(edges[seen[0]], 0.5), max(edges[seen[-1] + 1], 2.0))
+    low, high = min(edges[seen[0]], 0.5), max(edges[seen[-1] + 1], 2.0)
+    axes.set_xlim(low, high)
+    ticker = need("matplotlib.ticker")
+    plain = ticker.FormatStrFormatter("%g")
+    axes.xaxis.set_major_formatter(plain)
+    # Over several decades the labels between them would lie on one another.
+    axes.xaxis.set_minor_formatter(plain if high < 20 * low else ticker.NullFormatter())
     axes.set(xlabel="ESS_θ / ESS_t", ylabel="share")
     axes.legend(frameon=False)
     return f"Balance of the effective sample sizes {told}; the band is [0.9, 1.1]."

@@ -17,7 +17,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "bench" / "results"
 # Files in the folder that hold something else.
-OTHERS = ("codegen.csv", "sweeps.csv")
+OTHERS = ("codegen.csv", "pipeline.csv", "sweeps.csv")
 
 
 @dataclass(frozen=True)

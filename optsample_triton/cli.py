@@ -150,7 +150,23 @@ def _advice(failures: Sequence[str], versions: dict[str, str | None]) -> str:
     return "All well."
 
 
+def _generate(argv: Sequence[str]) -> int:
+    from .pipeline import commands
+
+    description = "Draw training data from q* of two models; one sample per chat line, diagnostics beside it."
+    return commands.generate(_Parser(prog="optsample generate", description=description), argv)
+
+
+def _analyze(argv: Sequence[str]) -> int:
+    from .pipeline import commands
+
+    description = "Write a report of diagnostics, in Markdown and as one HTML file, with figures."
+    return commands.analyze(_Parser(prog="optsample analyze", description=description), argv)
+
+
 VERBS = {
+    "analyze": _Verb(_analyze, "write a report of what generate has recorded"),
     "bench": _Verb(_bench, "check correctness, then time the reference against this package"),
     "doctor": _Verb(_doctor, "print versions, devices and the chosen backend, and check one row"),
+    "generate": _Verb(_generate, "draw training data from q* of two models"),
 }

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import optsample_triton.ops  # noqa: F401 (defines torch.ops.optsample)
+from optsample_triton import sharded
 from optsample_triton.arguments import as_rows, check_choice, check_out, check_rows, inverse_temperature, per_row
 from optsample_triton.types import ALGORITHMS, INPUT_DTYPES, METHODS, Diagnostics, Solution
 
@@ -30,6 +31,7 @@ def solve(
     max_iter: int = 20,
     diagnostics: bool = False,
     detach_alpha: bool = False,
+    group: Any = None,
 ) -> Solution:
     """Find alpha in q_alpha = softmax(alpha a + (1 - alpha) b) for every row; alpha = 1 is pi_theta, 0 is pi_t.
 
@@ -45,6 +47,8 @@ def solve(
         max_iter: most steps (bisect) or sweeps over a row (chernoff).
         diagnostics: also compute KLs, effective sample sizes, entropies and overlaps.
         detach_alpha: no gradient through alpha.
+        group: a torch.distributed group whose processes hold parts of the vocabulary, in the order of their ranks and
+            as uneven as they like; every process gets the result for the whole of it. No gradient then.
 
     Returns:
         Solution(alpha, log_z, status, diagnostics), each [...]; alpha and log_z = psi(alpha) are float32
@@ -57,10 +61,13 @@ def solve(
     ([0.5, -0.0872], [0])
     """
     rows, shape, _ = prepare(
-        logits_theta, logits_t, alpha, method, algorithm, temperature_theta, temperature_t, vocab_size, tol, max_iter,
-        detach_alpha,
+        logits_theta, logits_t, alpha, method, algorithm, temperature_theta, temperature_t,
+        vocab_size if group is None else None, tol, max_iter, detach_alpha,
     )  # fmt: skip
-    _, value, log_z, status, sweeps, _, figures = torch.ops.optsample.solve(*rows, diagnostics, 0, torch.float32)
+    if group is None:
+        _, value, log_z, status, sweeps, _, figures = torch.ops.optsample.solve(*rows, diagnostics, 0, torch.float32)
+    else:
+        value, log_z, status, sweeps, figures = sharded.solve(rows, group, vocab_size, diagnostics)
     report = None
     if diagnostics:
         report = Diagnostics(*(column.reshape(shape) for column in (*figures.unbind(-1), sweeps)))

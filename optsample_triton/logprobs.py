@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import optsample_triton.ops  # noqa: F401 (defines torch.ops.optsample)
+from optsample_triton import sharded
 from optsample_triton.arguments import check_rows, inverse_temperature
 
 Result = Tensor | tuple[Tensor, Tensor]
@@ -23,6 +25,7 @@ def token_logprobs(
     ignore_index: int = -100,
     logits_t: Tensor | None = None,
     temperature_t: float | Tensor = 1.0,
+    group: Any = None,
 ) -> Result | tuple[Result, Result]:
     """log softmax(logits / temperature)[token] for every row, without a tensor of the logits' size.
 
@@ -40,6 +43,8 @@ def token_logprobs(
         ignore_index: rows with this token are not read; log-probability, entropy and gradient are 0. Append it to
             shifted labels instead of slicing the logits: the gradient of a slice is a copy.
         logits_t, temperature_t: a second model's logits of the same shape, for both models' results from one launch.
+        group: a torch.distributed group whose processes hold parts of the vocabulary, in the order of their ranks.
+            Tokens count over the whole of it; every process gets the same numbers, and the gradient of its own logits.
 
     Returns:
         log-probabilities [...] in float32 (float64 for float64 logits); with ``entropy`` the pair (log-probabilities,
@@ -64,6 +69,8 @@ def token_logprobs(
                 _check_overwritable(rows, name)
         if logits_t is not None and logits.requires_grad and logits_t.requires_grad:
             _check_apart(logits, logits_t)
+    if group is not None:
+        return _over_shards(logits, logits_t, tokens, (scale, scale_t), group, ignore_index, entropy, inplace_backward)
     log_probs, entropies, _ = torch.ops.optsample.token_logprobs(
         _as_rows(logits), None if logits_t is None else _as_rows(logits_t), tokens.reshape(-1).long().contiguous(),
         scale, scale_t, int(ignore_index), bool(entropy), bool(inplace_backward),
@@ -136,6 +143,24 @@ def linear_token_logprobs(
         return log_probs.reshape(tokens.shape), entropies.reshape(tokens.shape)
     result: Tensor = log_probs.reshape(tokens.shape)
     return result
+
+
+def _over_shards(
+    logits: Tensor, logits_t: Tensor | None, tokens: Tensor, scales: tuple[Tensor | None, Tensor | None], group: Any,
+    ignore_index: int, entropy: bool, inplace_backward: bool,
+) -> Result | tuple[Result, Result]:  # fmt: skip
+    """One collective per model."""
+    if inplace_backward:
+        raise ValueError("inplace_backward does not go with group, since the logits are read twice")
+    results: list[Result] = []
+    for model, scale in zip((logits, logits_t), scales, strict=True):
+        if model is not None:
+            log_probs, entropies = sharded.token_logprobs(
+                model.reshape(-1, model.shape[-1]), tokens.reshape(-1).long(), scale, group, ignore_index, entropy
+            )
+            log_probs = log_probs.reshape(tokens.shape)
+            results.append(log_probs if entropies is None else (log_probs, entropies.reshape(tokens.shape)))
+    return results[0] if logits_t is None else (results[0], results[1])
 
 
 def check_tokens(tokens: Tensor, batch: torch.Size, device: torch.device, name: str) -> None:

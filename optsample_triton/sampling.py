@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optsample_triton import sharded
 from optsample_triton.arguments import check_choice, inverse_temperature, per_row
 from optsample_triton.functional import prepare
-from optsample_triton.types import DRAFTS, Sample, Verified
+from optsample_triton.types import DRAFTS, Draws, Sample, Verified
 
 Number = int | Tensor
 
@@ -31,6 +32,7 @@ def sample(
     vocab_size: int | None = None,
     tol: float = 1e-4,
     max_iter: int = 20,
+    group: Any = None,
 ) -> Sample:
     """Draw from q_alpha of every row: the token, its log-probability, and its log-probabilities under both models.
 
@@ -49,6 +51,7 @@ def sample(
             pi_theta and alpha=0 from pi_t, on the tokens that both models allow. For a model's whole law give its
             logits twice.
         tol: bound on the error of alpha.
+        group: as for ``solve``: every process draws the same tokens, which count over the whole vocabulary.
 
     >>> import torch
     >>> logits_theta, logits_t = torch.randn(2, 3, 1000, generator=torch.Generator().manual_seed(0)).unbind(0)
@@ -62,12 +65,16 @@ def sample(
         raise ValueError(f"num_samples must be an int of at least 1, but is {num_samples!r}")
     rows, shape, _ = prepare(
         _detached(logits_theta), _detached(logits_t), _detached(alpha), method, "chernoff",
-        _detached(temperature_theta), _detached(temperature_t), vocab_size, tol, max_iter, True,
+        _detached(temperature_theta), _detached(temperature_t), vocab_size if group is None else None, tol, max_iter,
+        True,
     )  # fmt: skip
-    token, log_q, log_theta, log_t, found, status = torch.ops.optsample.sample(
-        *_solver(rows), *_numbers(seed, offset, shape, logits_theta.device),
-        *_filters(_detached(temperature), _detached(min_p), logits_theta), num_samples or 1,
-    )  # fmt: skip
+    numbers = _numbers(seed, offset, shape, logits_theta.device)
+    filters = _filters(_detached(temperature), _detached(min_p), logits_theta)
+    if group is None:
+        drawn = torch.ops.optsample.sample(*_solver(rows), *numbers, *filters, num_samples or 1)
+    else:
+        drawn = sharded.sample(rows, group, vocab_size, Draws(*(*numbers, *filters)), num_samples or 1)
+    token, log_q, log_theta, log_t, found, status = drawn
     whole = shape if num_samples is None else (*shape, num_samples)
     found, status = (x.reshape(shape) if num_samples is None else x.reshape(*shape, 1) for x in (found, status))
     token, log_q, log_theta, log_t = (x.reshape(whole) for x in (token, log_q, log_theta, log_t))

@@ -28,10 +28,16 @@ def solve(
     The partitions are what the backward pass needs: A, B, psi, and alpha before rounding.
     """
     rows = Rows(theta, t, inverse_temperature_theta, inverse_temperature_t, options.eps)
+    return solve_on(rows, alpha, options, diagnostics, out)
+
+
+def solve_on(
+    rows: Rows, alpha: Tensor | None, options: Options, diagnostics: bool, out: Tensor | None
+) -> tuple[Tensor, ...]:
     state = _solved(rows, options, alpha)
     dtype = rows.working_dtype
     if not diagnostics:
-        figures = torch.empty(0, FIGURES, device=theta.device)
+        figures = torch.empty(0, FIGURES, device=state.alpha.device)
     elif options.from_probabilities:
         figures = report.probability_figures(rows, state)
     else:
@@ -66,6 +72,10 @@ def sample(
 ) -> tuple[Tensor, ...]:
     """token, log_q, log_theta, log_t [N, num_samples], alpha, status [N]."""
     rows = Rows(theta, t, inverse_temperature_theta, inverse_temperature_t)
+    return sample_on(rows, alpha, options, draws, num_samples)
+
+
+def sample_on(rows: Rows, alpha: Tensor | None, options: Options, draws: Draws, num_samples: int) -> tuple[Tensor, ...]:
     state = _solved(rows, options, alpha)
     sampling.judge(state, draws)
     token, *logs = sampling.sample(rows, state, draws, num_samples)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from optsample_triton.eager.rows import Rows, outside_common_support
+from optsample_triton.eager.shards import merge_nodes, merge_own, merge_tilted
 
 NODES = (0.0, 0.375, 0.5, 0.625, 1.0)
 REFERENCE_TOKENS = 1024  # enough to place the references within the range of exponentials
@@ -49,8 +50,12 @@ def references(rows: Rows) -> tuple[Tensor, Tensor]:
     return refs[:, 0], refs[:, 1]
 
 
-def node_sums(rows: Rows, ref_theta: Tensor, ref_t: Tensor) -> NodeSums:
-    """One read of the rows. A -inf shows as a non-finite sum; the block is then summed again with its masks."""
+def node_sums(rows: Rows) -> tuple[NodeSums, Tensor, Tensor]:
+    """One read of the rows; the sums and their references, [N] each, in the rows' dtype or in float64.
+
+    A -inf shows as a non-finite sum; the block is then summed again with its masks.
+    """
+    ref_theta, ref_t = references(rows)
     sums = torch.empty(9, rows.count, dtype=torch.float64, device=rows.theta.device)
     top = torch.empty(rows.count, dtype=rows.working_dtype, device=rows.theta.device)
     for block in rows.blocks():
@@ -58,10 +63,13 @@ def node_sums(rows: Rows, ref_theta: Tensor, ref_t: Tensor) -> NodeSums:
         sums[:, block], top[block] = _block_sums(rows, block, bases, masked=False)
         if not bool(torch.isfinite(sums[:, block]).all()):
             sums[:, block], top[block] = _block_sums(rows, block, bases, masked=True)
+    if rows.shard is not None:
+        nodes, least = sums.new_tensor(NODES), 1e6 * float(torch.finfo(rows.working_dtype).tiny)
+        sums, top, ref_theta, ref_t = merge_nodes(rows.shard, sums, top, ref_theta, ref_t, nodes, least)
     mass, first, second = sums[:5], sums[5:8], sums[8]
     slope = first / mass[1:4]  # in units of 8, as d below
     curvature = 64.0 * (second / mass[2] - slope[1].square())
-    return NodeSums(mass.log(), 8.0 * slope, curvature, top.double() / mass[2])
+    return NodeSums(mass.log(), 8.0 * slope, curvature, top.double() / mass[2]), ref_theta, ref_t
 
 
 def _block_sums(rows: Rows, block: slice, bases: tuple[Tensor, Tensor], *, masked: bool) -> tuple[Tensor, Tensor]:
@@ -193,6 +201,8 @@ def tilted_moments(rows: Rows, x: Tensor, centre: Tensor, offsets: Tensor | None
             shrink = _merge_scale(top[block], base[:, 0])[:, None]
             sums[block] = sums[block] * shrink + torch.stack(parts, -1)
             top[block] = new_top
+    if rows.shard is not None:
+        sums, top, lowest, highest = merge_tilted(rows.shard, sums, top, lowest, highest)
     mass = sums[:, 0]
     m1, m2, m3, m4 = (sums[:, k] / mass for k in range(1, 5))
     variance = m2 - m1.square()
@@ -241,7 +251,7 @@ def plain_slope(rows: Rows, x: Tensor, at_theta: Tensor, at_t: Tensor) -> PlainS
             torch.sum(w, -1, out=part[0])
             torch.sum(w.mul_(log_ratio), -1, out=part[1])
             sums[:, block] += part
-    mass, first = sums
+    mass, first = rows.total(sums)
     # What rounding has moved the bases by is known.
     moved_theta, moved_t = base_theta.double() - at_theta, base_t.double() - at_t
     psi = mass.log() + x * moved_theta + (1.0 - x) * moved_t
@@ -271,6 +281,8 @@ def own_moments(rows: Rows, dtype: torch.dtype | None = None) -> Tensor:
                 first[here] = old * (first[here] + old_move * mass[here]) + new * (part_first + move * part)
                 mass[here] = old * mass[here] + new * part
                 top[here] = new_top
+    if rows.shard is not None:
+        top, mass, first = merge_own(rows.shard, top, mass, first)
     log_mass = mass.log()
     return torch.stack([*(top + log_mass), *(log_mass - first / mass)], -1)
 

@@ -60,7 +60,7 @@ def _mixture_figures(rows: Rows, state: State, own: Tensor, dtype: torch.dtype) 
         sums[:, block] = _block_figures(rows, block, *values, dtype, masked=False)
         if not bool(torch.isfinite(sums[:, block]).all()):
             sums[:, block] = _block_figures(rows, block, *values, dtype, masked=True)
-    mass, ratio, log_q, square_theta, square_t, overlap_theta, overlap_t, mass_theta, mass_t = sums
+    mass, ratio, log_q, square_theta, square_t, overlap_theta, overlap_t, mass_theta, mass_t = rows.total(sums)
     # What the node sums' rounding left of both models' masses.
     psi = state.psi + mass.log() - x * mass_theta.log() - (1.0 - x) * mass_t.log()
     slope = ratio / mass - mass_theta.log() + mass_t.log()

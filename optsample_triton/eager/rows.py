@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from optsample_triton.eager.shards import Shard
+
 # Tokens per chunk and elements per block, the fastest of those measured: fewer, larger operations cost less
 # overhead, smaller ones stay in the L2 caches. A chunk of one row stays below the 32,768 elements at which
 # PyTorch splits a single row's sum over threads, so that a row's bits do not depend on the batch.
@@ -26,6 +28,7 @@ class Rows:
     inverse_temperature_t: Tensor | None = None
     eps: float = -1.0
     index: Tensor | None = None  # [K]: only these rows of the matrices, gathered chunk by chunk
+    shard: Shard | None = None  # which part of the vocabulary the matrices hold, None for all of it
 
     @property
     def count(self) -> int:
@@ -49,6 +52,17 @@ class Rows:
         if index.shape[0] == self.count:
             return self
         return replace(self, index=index if self.index is None else self.index[index])
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over the shards of the vocabulary."""
+        return values if self.shard is None else self.shard.gathered(values).sum(0)
+
+    def largest(self, values: Tensor) -> Tensor:
+        """The maximum over the shards; of bool, whether it holds in any."""
+        if self.shard is None:
+            return values
+        largest = self.shard.gathered(values.byte() if values.dtype == torch.bool else values).amax(0)
+        return largest.to(values.dtype)
 
     def _part(self, matrix: Tensor, block: slice, chunk: slice) -> Tensor:
         if matrix.dim() == 3:
@@ -76,7 +90,10 @@ class Rows:
         return self._part(self.theta, block, chunk), self._part(self.t, block, chunk)
 
     def gather(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """a and b of tokens [N, S] of all rows."""
+        """a and b of tokens [N, S] of all rows; over shards, tokens of the whole vocabulary."""
+        if self.shard is not None:
+            theta, t = self.shard.entries(self.theta, self.t, tokens=tokens).to(self.working_dtype)
+            return self._scaled(theta, self.inverse_temperature_theta), self._scaled(t, self.inverse_temperature_t)
         return (
             self._scaled(self._entries(self.theta, tokens), self.inverse_temperature_theta),
             self._scaled(self._entries(self.t, tokens), self.inverse_temperature_t),

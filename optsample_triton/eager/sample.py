@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +14,7 @@ from optsample_triton.eager import philox
 from optsample_triton.eager.log_partition import own_moments
 from optsample_triton.eager.mixture import Mixture, by_precision
 from optsample_triton.eager.rows import Rows, outside_common_support
+from optsample_triton.eager.shards import Shard
 from optsample_triton.eager.solve import State
 from optsample_triton.types import Draws, Status
 
@@ -39,6 +41,7 @@ class Law:
         for block in rows.blocks():
             for chunk in rows.chunks():
                 top[block] = torch.maximum(top[block], mixture.log_q(block, chunk).amax(-1))
+        top = rows.largest(top)
         return Law(mixture, top, draws.cooling[index].to(dtype), _floor(draws.min_p[index]).to(dtype))
 
     def part(self, index: Tensor) -> Law:
@@ -73,11 +76,14 @@ class Law:
         for k, chunk in enumerate(chunks):
             for block in rows.blocks(chunk.stop - chunk.start):
                 masses[block, k] = self.weights(block, chunk).sum(-1).double()
-        return masses
+        return rows.total(masses)
 
 
 def _chunks(rows: Rows) -> list[slice]:
+    """In the order of the vocabulary; of a shard its part of each, which may be empty."""
     size = launch.DRAW_CHUNK
+    if rows.shard is not None:
+        return rows.shard.grid(size)
     return [slice(start, min(start + size, rows.vocab)) for start in range(0, rows.vocab, size)]
 
 
@@ -115,6 +121,52 @@ def draw(law: Law, masses: Tensor, place: tuple[Tensor, Tensor], within: Tensor)
     return tokens
 
 
+def draw_sharded(law: Law, masses: Tensor, place: tuple[Tensor, Tensor], within: Tensor, shard: Shard) -> Tensor:
+    """``draw`` where each process holds a part of the vocabulary: the tile's sums and the token are gathered.
+
+    A tile may lie across a border: then the process that the uniform falls to picks in its own part.
+    """
+    rows, chosen = law.mixture.rows, pick(masses, place[0])
+    size, step = launch.DRAW_CHUNK, launch.DRAW_TILE
+    sums = torch.zeros(*within.shape, size // step, dtype=torch.float64, device=within.device)
+    for r, s, tiles in _tiles(law, chosen, shard):
+        sums[r, s] = tiles.sum(-1).double()
+    parts = shard.gathered(sums)  # [P, N, S, tiles]
+    tile = pick(parts.sum(0).flatten(0, 1), place[1].reshape(-1, 1)).view_as(within)
+    parts = parts.gather(-1, tile.expand(len(parts), *tile.shape)[..., None])[..., 0]  # [P, N, S]
+    ends = parts.cumsum(0)
+    owner = pick(parts.flatten(1).T, within.reshape(-1, 1)).view_as(within)
+    before = (ends - parts).gather(0, owner[None])[0]
+    own = parts.gather(0, owner[None])[0]
+    left = ((within * ends[-1] - before) / own).clamp(0.0, 1.0)
+    token = torch.zeros_like(tile)
+    mine = owner == shard.rank
+    for r, s, tiles in _tiles(law, chosen, shard):
+        here = mine[r, s].nonzero().squeeze(-1)
+        r, s = r[here], s[here]
+        picked = pick(tiles[here, tile[r, s]].double(), left[r, s, None])[:, 0]
+        token[r, s] = chosen[r, s] * size + tile[r, s] * step + picked
+    return rows.total(token)
+
+
+def _tiles(law: Law, chosen: Tensor, shard: Shard) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Draws (r, s) that have chosen a chunk, some at a time, and this shard's weights in it [draws, tiles, step]."""
+    size, step = launch.DRAW_CHUNK, launch.DRAW_TILE
+    for k, chunk in enumerate(_chunks(law.mixture.rows)):
+        index = (chosen == k).any(-1).nonzero().squeeze(-1)
+        if not index.numel() or chunk.start == chunk.stop:
+            continue
+        lead = shard.start + chunk.start - k * size
+        part = law.part(index)
+        for block in part.mixture.rows.blocks(size):
+            here = index[block]
+            weights = pad(part.weights(block, chunk), (lead, size - lead - (chunk.stop - chunk.start)))
+            row, which = (chosen[here] == k).nonzero(as_tuple=True)
+            for some in range(0, row.shape[0], 256):
+                r = row[some : some + 256]
+                yield here[r], which[some : some + 256], weights[r].unflatten(-1, (-1, step))
+
+
 @dataclass(frozen=True)
 class Logs:
     """What log-probabilities are read from: log-partitions [N] of both models over their own entries, and of q."""
@@ -133,6 +185,7 @@ class Logs:
             for chunk in rows.chunks():
                 for part in rows.raw(block, chunk):
                     masked[block] |= torch.isneginf(part.amin(-1))
+        masked = rows.largest(masked)
         index = masked.nonzero().squeeze(-1)
         if index.numel():
             own[index] = own_moments(rows.select(index))[:, :2]
@@ -211,7 +264,11 @@ def sample(rows: Rows, state: State, draws: Draws, num_samples: int) -> tuple[Te
     for index, dtype in by_precision(rows, state, _cut(draws)):
         law = Law.of(Mixture.of(rows.select(index), state.part(index), dtype), draws, index)
         masses = law.masses()
-        token[index] = draw(law, masses, (place[0][index], place[1][index]), within[index])
+        uniforms = (place[0][index], place[1][index]), within[index]
+        if rows.shard is None:
+            token[index] = draw(law, masses, *uniforms)
+        else:
+            token[index] = draw_sharded(law, masses, *uniforms, rows.shard)
         log_mass[index], top[index] = masses.sum(-1).log(), law.top.double()
     log_q, log_theta, log_t = Logs.of(rows, state).at(token)
     log_q = (_filtered(log_q, top, draws, drawn=True) - log_mass[:, None]).clamp(max=0.0)

@@ -13,7 +13,6 @@ from optsample_triton.eager.log_partition import (
     node_sums,
     own_moments,
     plain_slope,
-    references,
     tilted_moments,
 )
 from optsample_triton.eager.root import Bracket, interpolate, safeguarded_step
@@ -91,7 +90,7 @@ def _survey(rows: Rows) -> Tensor:
             broken = torch.isnan(a) | torch.isnan(b) | torch.isposinf(a) | torch.isposinf(b)
             some_a, some_b = a > -torch.inf, b > -torch.inf
             flags[block] |= torch.stack([z.any(-1) for z in (broken, some_a, some_b, some_a & some_b)], -1)
-    broken, any_theta, any_t, any_common = flags.unbind(-1)
+    broken, any_theta, any_t, any_common = rows.largest(flags).unbind(-1)
     status = torch.full((rows.count,), int(Status.OK), device=rows.theta.device)
     status[~any_common] = int(Status.DISJOINT)
     status[broken | ~any_theta | ~any_t] = int(Status.INVALID)
@@ -100,8 +99,7 @@ def _survey(rows: Rows) -> Tensor:
 
 def _first_sweep(rows: Rows, options: Options) -> State:
     """Node sums for every row, the interpolant's root, and how far it can be trusted."""
-    ref_theta, ref_t = references(rows)
-    nodes = node_sums(rows, ref_theta, ref_t)
+    nodes, ref_theta, ref_t = node_sums(rows)
     status = torch.full((rows.count,), int(Status.OK), device=rows.theta.device)
     sweeps = torch.ones_like(status)
     at_theta, at_t = nodes.log_partition[4] + ref_theta.double(), nodes.log_partition[0] + ref_t.double()
@@ -128,15 +126,17 @@ def _first_sweep(rows: Rows, options: Options) -> State:
     # Rounding in float64 sums grows with their length; float32 sums are accumulated in float64.
     epsilon = 8.0 * 2.0**-52 if rows.working_dtype == torch.float64 else 2.0**-23
     found = interpolate(nodes, target, epsilon)
+    # A sum that is not finite has no sign either, and brackets nothing.
+    low, high = torch.where(finite, found.low, 0.0), torch.where(finite, found.high, 1.0)
     # A root that rounding has blurred over its bracket says nothing: go on from the bracket's middle.
-    alpha = torch.where(found.error < 0.1, found.alpha, 0.5 * (found.low + found.high))
+    alpha = torch.where(finite & (found.error < 0.1), found.alpha, 0.5 * (low + high))
     zero = torch.zeros_like(alpha)
     value_low = torch.where(torch.isnan(slope_low), torch.nan, zero)
     # F = psi - target (alpha), whose slope the root makes zero: F(0) = 0, F(1) = -target.
     value_high = torch.where(torch.isnan(slope_high), torch.nan, -target)
     return State(
-        alpha, found.psi, status, sweeps, at_theta, at_t, at_theta.clone(), at_t.clone(), found.psi.clone(), found.error,
-        alpha.clone(), found.blur, found.low, found.high, value_low, slope_low, value_high, slope_high,
+        alpha, found.psi, status, sweeps, at_theta, at_t, at_theta.clone(), at_t.clone(), found.psi.clone(),
+        found.error, alpha.clone(), found.blur, low, high, value_low, slope_low, value_high, slope_high,
     )  # fmt: skip
 
 

@@ -1,0 +1,233 @@
+"""The two documents, from one list of parts: Markdown with its figures beside it, HTML with everything in it."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from optsample_triton.pipeline.analysis.figures import Figure, k_hat
+from optsample_triton.pipeline.analysis.tally import Tally
+from optsample_triton.types import Status
+
+ASKED = 0.95  # of the positions, for a criterion to be met
+_EXCERPT = 80
+
+
+class Criterion(NamedTuple):
+    """One of the documents' acceptance criteria, as measured; ``met`` is None where it was not recorded."""
+
+    name: str
+    asked: str
+    of_tokens: float
+    of_samples: float
+    mean: float
+    deviation: float
+    met: bool | None
+
+
+class Table(NamedTuple):
+    head: list[str]
+    rows: list[list[str]]
+
+
+Part = str | Table | Figure  # a str is a paragraph, or a heading after "# "
+
+
+def criteria_of(tally: Tally) -> list[Criterion]:
+    """A criterion is met where 95 % of the positions (of the samples, where positions were not recorded) meet it."""
+    found = []
+    for key, name, asked in (
+        ("ess_ratio", "balance: ESS_θ / ESS_t", "in [0.9, 1.1]"),
+        ("kl_difference", "KL symmetry: KL_θ − KL_t", "within ±0.05 nats"),
+        ("alpha", "α", "in [0.2, 0.8]"),
+    ):
+        tokens, samples = tally.of_tokens[key], tally.of_samples[key]
+        judged = tokens if tokens.count else samples
+        met = judged.share >= ASKED if judged.count else None
+        found.append(Criterion(name, asked, tokens.share, samples.share, judged.mean, judged.deviation, met))
+    return found
+
+
+def compose(
+    tally: Tally,
+    criteria: list[Criterion],
+    figures: list[Figure],
+    texts: dict[int, tuple[str, str]],
+    source: Path,
+    folder: Path,
+) -> tuple[Path, Path]:
+    weights = _weights(tally)
+    parts = [*_head(tally, criteria, source), *_weight_parts(weights)]
+    for figure in figures:
+        parts += [f"# {figure.title}", figure, figure.caption]
+        if figure.name == "worst-samples":
+            parts.append(_worst_table(tally, texts))
+    if tally.worst() and not any(figure.name == "worst-samples" for figure in figures):
+        parts += ["# Worst samples", _worst_table(tally, texts)]
+    markdown, page = folder / "report.md", folder / "report.html"
+    markdown.write_text(_markdown(parts), encoding="utf-8")
+    page.write_text(_html(parts), encoding="utf-8")
+    (folder / "summary.json").write_text(_summary(tally, criteria, weights), encoding="utf-8")
+    return markdown, page
+
+
+def _head(tally: Tally, criteria: list[Criterion], source: Path) -> list[Part]:
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(tally.reasons.items()))
+    statuses = ", ".join(f"{count:,} {Status(code).name}" for code, count in sorted(tally.statuses.items()))
+    skipped = f" {tally.skipped:,} lines were no records and were left out." if tally.skipped else ""
+    rows = [[c.name, c.asked, *_measured(c)] for c in criteria]
+    head = ["criterion", "asked", "tokens that meet it", "samples", "mean ± deviation", f"verdict ({ASKED:.0%})"]
+    return [
+        f"{source.name}: {tally.samples:,} samples, {tally.tokens:,} tokens, the longest {tally.longest:,}; ended by: "
+        f"{reasons}; status of the tokens: {statuses}.{skipped}",
+        "# Acceptance criteria",
+        Table(head, rows),
+        "The first and the third are properties of the two models, not of the sampler: KL symmetry implies balanced "
+        "effective sample sizes only for close models, and α leaves [0.2, 0.8] where one is much sharper. Where "
+        "balance itself is wanted, generate with --alpha-method ess_balance. The second holds by construction wherever "
+        "α was solved for; it fails for the methods entropy and fixed.",
+    ]  # fmt: skip
+
+
+def _weight_parts(weights: list[dict[str, Any]]) -> list[Part]:
+    rows = [
+        [w["weights"], f"{w['count']:,}", _percent(w["ess_share"]), _number(w["k_hat"]), _number(w["largest_share"])]
+        for w in weights
+    ]
+    return [
+        "# Importance weights",
+        Table(["weights", "seen", "effective share of them", "k̂", "largest one's share of the sum"], rows),
+        "The effective share is (Σw)² / (n Σw²). k̂ above 0.7 says that a mean over these weights is not to be trusted: "
+        "use token weights, clip, or reshape them (see is_reshape).",
+    ]
+
+
+def _weights(tally: Tally) -> list[dict[str, Any]]:
+    rows = []
+    for reservoir, what in ((tally.log_w_of_samples, "answers"), (tally.log_w_of_tokens, "tokens")):
+        for column, model in enumerate(("π_θ/q*", "π_t/q*")):
+            log_w = reservoir.values()[:, column]
+            w = np.exp(log_w - log_w.max()) if log_w.size else log_w
+            rows.append(
+                {
+                    "weights": f"{model} of {what}",
+                    "count": reservoir.seen,
+                    "ess_share": float(w.sum() ** 2 / (w.size * np.square(w).sum())) if w.size else math.nan,
+                    "k_hat": k_hat(reservoir, column),
+                    "largest_share": float(w.max() / w.sum()) if w.size else math.nan,
+                }
+            )
+    return rows
+
+
+def _worst_table(tally: Tally, texts: dict[int, tuple[str, str]]) -> Table:
+    rows = []
+    for record in tally.worst():
+        question, answer = texts.get(record["line"], ("", ""))
+        figures = ("mean_alpha", "ess_theta", "ess_t", "kl_theta", "log_w_theta", "log_w_t")
+        numbers = [str(record["line"]), str(record["num_tokens"]), *(_number(record[name]) for name in figures)]
+        rows.append([*numbers, _excerpt(question), _excerpt(answer)])
+    head = ["line", "tokens", "α", "ESS_θ", "ESS_t", "KL_θ", "log w_θ", "log w_t", "question", "answer"]
+    return Table(head, rows)
+
+
+def _summary(tally: Tally, criteria: list[Criterion], weights: list[dict[str, Any]]) -> str:
+    """The same for programs."""
+    found = {
+        "samples": tally.samples,
+        "tokens": tally.tokens,
+        "skipped_lines": tally.skipped,
+        "finish_reasons": dict(sorted(tally.reasons.items())),
+        "criteria": [criterion._asdict() for criterion in criteria],
+        "weights": weights,
+        "weights_are_exact": tally.log_w_of_tokens.seen <= len(tally.log_w_of_tokens.values()),
+        "overlap": {name: share.mean for name, share in tally.overlap.items()},
+        "drafts": {"tested": tally.tested, "accepted": tally.accepted},
+    }
+    return json.dumps(_finite(found), ensure_ascii=False, indent=2) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """NaN is no JSON."""
+    if isinstance(value, dict):
+        return {key: _finite(x) for key, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _markdown(parts: list[Part]) -> str:
+    lines = ["# Samples from between two models", ""]
+    for part in parts:
+        if isinstance(part, Table):
+            rows = [part.head, ["---"] * len(part.head), *part.rows]
+            lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+        elif isinstance(part, Figure):
+            lines.append(f"![{part.title}]({part.path.name})")
+        else:
+            lines.append(f"#{part}" if part.startswith("# ") else part)
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _html(parts: list[Part]) -> str:
+    body = ["<h1>Samples from between two models</h1>"]
+    for part in parts:
+        if isinstance(part, Table):
+            head = "".join(f"<th>{html.escape(cell)}</th>" for cell in part.head)
+            rows = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in part.rows)
+            body.append(f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>")
+        elif isinstance(part, Figure):
+            data = base64.b64encode(part.path.read_bytes()).decode()
+            body.append(f'<img alt="{html.escape(part.title)}" src="data:image/png;base64,{data}">')
+        elif part.startswith("# "):
+            body.append(f"<h2>{html.escape(part[2:])}</h2>")
+        else:
+            body.append(f"<p>{html.escape(part)}</p>")
+    return _PAGE.replace("BODY", "\n".join(body))
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Samples from between two models</title>
+<style>
+body { font: 16px/1.5 system-ui, sans-serif; color: #1d2733; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h2 { margin-top: 2.2rem; border-bottom: 1px solid #dde1e6; }
+table { border-collapse: collapse; font-size: 0.88rem; display: block; overflow-x: auto; }
+th, td { text-align: left; padding: 0.25rem 0.7rem; border-bottom: 1px solid #dde1e6; vertical-align: top; }
+th { background: #f2f4f7; }
+img { max-width: 100%; height: auto; }
+</style>
+</head>
+<body>
+BODY
+</body>
+</html>
+"""
+
+
+def _measured(c: Criterion) -> list[str]:
+    verdict = "not recorded" if c.met is None else "met" if c.met else "not met"
+    return [_percent(c.of_tokens), _percent(c.of_samples), f"{_number(c.mean)} ± {_number(c.deviation)}", verdict]
+
+
+def _percent(share: float) -> str:
+    return "–" if math.isnan(share) else f"{share:.1%}"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None or math.isnan(value) else f"{value:.4g}"
+
+
+def _excerpt(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _EXCERPT else text[: _EXCERPT - 1] + "…"

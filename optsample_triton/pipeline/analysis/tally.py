@@ -1,0 +1,232 @@
+"""One pass over a diagnostics file of any size: counts, histograms, a random part of what has no histogram."""
+
+from __future__ import annotations
+
+import heapq
+import json
+import math
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from optsample_triton.pipeline.job import PipelineError
+from optsample_triton.pipeline.records import DRAWN
+
+Array = NDArray[np.float64]
+
+ALPHA_EDGES = np.linspace(0.0, 1.0, 51)
+RATIO_EDGES = np.linspace(-5.0, 5.0, 201)  # of log ESS_theta / ESS_t; what lies beyond is counted in the last bins
+SHARE_EDGES = np.linspace(0.0, 1.0, 51)
+# Positions one by one at first, then in pieces that grow.
+POSITION_EDGES = np.unique(np.concatenate([np.arange(33), np.geomspace(33, 2**20, 120).astype(int)]))
+KEPT = 100_000  # of each reservoir; up to so many its figures are exact
+SCATTERED = 4_000
+BANDS = {"ess_ratio": (0.9, 1.1), "kl_difference": (-0.05, 0.05), "alpha": (0.2, 0.8)}
+
+
+class Reservoir:
+    """A uniform part of a stream of rows, the same for the same stream.
+
+    >>> import numpy as np
+    >>> some = Reservoir(100, columns=1)
+    >>> for k in range(50):
+    ...     some.add(np.full((20, 1), float(k)))
+    >>> some.seen, some.values().shape, bool(15 < some.values().mean() < 34)
+    (1000, (100, 1), True)
+    """
+
+    def __init__(self, size: int, columns: int):
+        self.seen = 0
+        self._rows = np.empty((size, columns))
+        self._random = np.random.default_rng(0)
+
+    def add(self, rows: Array) -> None:
+        size = len(self._rows)
+        number = self.seen + np.arange(len(rows))
+        place = np.where(number < size, number, (self._random.random(len(rows)) * (number + 1)).astype(np.int64))
+        for k in np.flatnonzero(place < size):
+            self._rows[place[k]] = rows[k]
+        self.seen += len(rows)
+
+    def values(self) -> Array:
+        return self._rows[: min(self.seen, len(self._rows))]
+
+
+class Share:
+    """How much of a quantity lies in its band, and its moments."""
+
+    def __init__(self, low: float, high: float):
+        self.low, self.high = low, high
+        self.count = self.inside = 0
+        self.sum = self.squares = 0.0
+
+    def add(self, values: Array) -> None:
+        values = values[np.isfinite(values)]
+        self.count += values.size
+        self.inside += int(((values >= self.low) & (values <= self.high)).sum())
+        self.sum += float(values.sum())
+        self.squares += float(np.square(values).sum())
+
+    @property
+    def share(self) -> float:
+        return self.inside / self.count if self.count else math.nan
+
+    @property
+    def mean(self) -> float:
+        return self.sum / self.count if self.count else math.nan
+
+    @property
+    def deviation(self) -> float:
+        return math.sqrt(max(0.0, self.squares / self.count - self.mean**2)) if self.count else math.nan
+
+
+class Tally:
+    """What the report is made of. Its size does not depend on the file's."""
+
+    def __init__(self, worst: int):
+        self.samples = self.tokens = self.skipped = 0
+        self.reasons: Counter[str] = Counter()
+        self.statuses: Counter[int] = Counter()
+        self.longest = 0
+        self.of_tokens = {name: Share(*band) for name, band in BANDS.items()}
+        self.of_samples = {name: Share(*band) for name, band in BANDS.items()}
+        self.alpha = np.zeros(len(ALPHA_EDGES) - 1, dtype=np.int64)
+        self.alpha_by_position = np.zeros((len(POSITION_EDGES) - 1, len(ALPHA_EDGES) - 1), dtype=np.int64)
+        self.ratio_of_tokens, self.ratio_of_samples = np.zeros((2, len(RATIO_EDGES) - 1), dtype=np.int64)
+        self.overlaps = np.zeros((2, len(SHARE_EDGES) - 1), dtype=np.int64)
+        self.overlap = {name: Share(0.0, 1.0) for name in ("theta", "t")}
+        self.tested = self.accepted = 0
+        self.kl = Reservoir(SCATTERED, 2)
+        self.log_w_of_samples, self.log_w_of_tokens = Reservoir(KEPT, 2), Reservoir(KEPT, 2)
+        self._worst: list[tuple[float, int, dict[str, Any]]] = []
+        self._keep = worst
+
+    def add(self, record: dict[str, Any]) -> None:
+        figures = {name: _array(record[name]) for name in DRAWN}
+        alpha = figures["alpha"]
+        self.samples += 1
+        self.tokens += alpha.size
+        self.longest = max(self.longest, alpha.size)
+        self.reasons[record["finish_reason"]] += 1
+        self.statuses.update(record["status"])
+        self._add_alpha(alpha)
+        if record["token_kl_theta"] is not None:
+            self._add_exact(record)
+        for name, value in (
+            ("alpha", record["mean_alpha"]),
+            ("ess_ratio", record["ess_ratio"]),
+            ("kl_difference", _difference(record) / max(alpha.size, 1)),
+        ):
+            self.of_samples[name].add(_array([value]))
+        _count(self.ratio_of_samples, np.log(_array([record["ess_ratio"]])), RATIO_EDGES)
+        self.log_w_of_samples.add(_finite(_array([record["log_w_theta"]]), _array([record["log_w_t"]])))
+        log_q = figures["log_q"]
+        self.log_w_of_tokens.add(_finite(figures["log_theta"] - log_q, figures["log_t"] - log_q))
+        self.tested += record["num_tested"] or 0
+        self.accepted += record["num_accepted"] or 0
+        self._add_worst(record)
+
+    def _add_alpha(self, alpha: Array) -> None:
+        self.of_tokens["alpha"].add(alpha)
+        _count(self.alpha, alpha, ALPHA_EDGES)
+        known = np.isfinite(alpha)
+        position = np.searchsorted(POSITION_EDGES, np.arange(alpha.size), side="right") - 1
+        bin_ = np.clip((alpha[known] * (len(ALPHA_EDGES) - 1)).astype(int), 0, len(ALPHA_EDGES) - 2)
+        np.add.at(self.alpha_by_position, (position[known].clip(max=len(POSITION_EDGES) - 2), bin_), 1)
+
+    def _add_exact(self, record: dict[str, Any]) -> None:
+        """What only the whole vocabulary tells."""
+        kl_theta, kl_t, ess_theta, ess_t, overlap_theta, overlap_t = (
+            _array(record[f"token_{name}"])
+            for name in ("kl_theta", "kl_t", "ess_theta", "ess_t", "overlap_theta", "overlap_t")
+        )
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = ess_theta / ess_t
+            _count(self.ratio_of_tokens, np.log(ratio), RATIO_EDGES)
+        self.of_tokens["ess_ratio"].add(ratio)
+        self.of_tokens["kl_difference"].add(kl_theta - kl_t)
+        self.kl.add(_finite(kl_theta, kl_t))
+        for k, (name, overlap) in enumerate((("theta", overlap_theta), ("t", overlap_t))):
+            self.overlap[name].add(overlap)
+            _count(self.overlaps[k], overlap, SHARE_EDGES)
+
+    def _add_worst(self, record: dict[str, Any]) -> None:
+        """The lowest effective sample size is the worst; of equal ones the first."""
+        known = [x for x in (record["ess_theta"], record["ess_t"]) if x is not None]
+        item = (-min(known, default=0.0), -self.samples, record)
+        if len(self._worst) < self._keep:
+            heapq.heappush(self._worst, item)
+        elif self._worst and item[:2] > self._worst[0][:2]:
+            heapq.heapreplace(self._worst, item)
+
+    def worst(self) -> list[dict[str, Any]]:
+        return [record for _, _, record in sorted(self._worst, key=lambda item: item[:2], reverse=True)]
+
+
+def read(path: Path, worst: int) -> Tally:
+    """Lines that are no record (a run may still be writing the last one) are counted and left out."""
+    tally = Tally(worst)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            bar = _bar(size)
+            for line in file:
+                try:
+                    tally.add(json.loads(line))
+                except (ValueError, KeyError, TypeError):
+                    tally.skipped += 1
+                if bar is not None:
+                    bar.update(len(line))
+            if bar is not None:
+                bar.close()
+    except OSError as error:
+        raise PipelineError(f"cannot read {path}: {error.strerror or error}") from error
+    return tally
+
+
+def excerpts(path: Path, numbers: list[int]) -> dict[int, tuple[str, str]]:
+    """Question and answer of some lines of the chat file beside the diagnostics; nothing where there is none."""
+    chat = path.with_name(path.name.replace(".diagnostics.jsonl", ".jsonl"))
+    if chat == path or not chat.is_file():
+        return {}
+    wanted, found = set(numbers), {}
+    with chat.open("rb") as file:
+        for number, line in enumerate(file):
+            if number in wanted:
+                messages = json.loads(line)["messages"]
+                found[number] = messages[-2]["content"], messages[-1]["content"]
+                if len(found) == len(wanted):
+                    break
+    return found
+
+
+def _bar(size: int) -> Any:
+    if not sys.stderr.isatty():
+        return None
+    from tqdm import tqdm
+
+    return tqdm(total=size, unit="B", unit_scale=True, dynamic_ncols=True)
+
+
+def _array(values: list[float | None]) -> Array:
+    return np.array(values, dtype=np.float64)  # None becomes NaN
+
+
+def _finite(*columns: Array) -> Array:
+    rows = np.stack(columns, -1)
+    kept: Array = rows[np.isfinite(rows).all(-1)]
+    return kept
+
+
+def _count(into: NDArray[np.int64], values: Array, edges: Array) -> None:
+    values = values[~np.isnan(values)].clip(edges[0], edges[-1])
+    into += np.histogram(values, edges)[0]
+
+
+def _difference(record: dict[str, Any]) -> float:
+    theta, t = record["kl_theta"], record["kl_t"]
+    return math.nan if theta is None or t is None else theta - t

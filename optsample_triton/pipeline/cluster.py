@@ -1,0 +1,114 @@
+"""The batches of a run over a Ray cluster: actors that hold both models draw them, this process commits them in order.
+
+A batch is drawn whole by one actor, so its samples are those of a run on one machine. An actor that dies is started
+again by Ray, with its batch; a run that dies is gone on with like any other, since the files are written here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import pickle
+from collections.abc import Generator, Iterable, Iterator
+from typing import Any, NamedTuple
+
+from optsample_triton.pipeline.encode import Encoder
+from optsample_triton.pipeline.engines import engine
+from optsample_triton.pipeline.job import Job, PipelineError, need
+from optsample_triton.pipeline.records import Completion, Request
+
+WINDOW = 2048  # batches that Ray is given at once: actors load their models once for so many
+log = logging.getLogger("optsample_triton.pipeline")
+
+
+class Worker:
+    """What runs in an actor: the engine of the job, on rows of one pickled batch each."""
+
+    def __init__(self, job: Job):
+        import torch
+
+        torch.set_num_threads(max(1, int(job.cpus_per_worker)))
+        self._engine = engine(job, Encoder(job))
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        requests: list[Request] = pickle.loads(row["requests"])
+        try:
+            return {"number": row["number"], "completions": pickle.dumps(self._engine.run(requests)), "error": ""}
+        except PipelineError as error:  # as data: Ray would wrap it in pages of its own
+            return {"number": row["number"], "completions": b"", "error": str(error)}
+
+
+def drawn(job: Job, planned: Iterable[Any]) -> Generator[tuple[Any, list[Completion]], None, None]:
+    """Each planned batch with its completions, in the plan's order."""
+    ray, data = need("ray", "ray"), need("ray.data", "ray")
+    started = not ray.is_initialized()
+    if started:
+        try:
+            ray.init(address=job.address, log_to_driver=False, logging_level=logging.WARNING)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise PipelineError(f"no Ray cluster at {job.address or 'this machine'}: {_first_line(error)}") from error
+    try:
+        data.DataContext.get_current().enable_progress_bars = False
+        each = share(job, ray.cluster_resources())
+        log.info("Ray: %d workers, each with %g CPU and %g GPU", *each)
+        source = iter(planned)
+        while window := list(itertools.islice(source, WINDOW)):
+            yield from _window(job, data, window, each)
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _window(job: Job, data: Any, window: list[Any], each: Share) -> Iterator[tuple[Any, list[Completion]]]:
+    wanted = [k for k, batch in enumerate(window) if batch.requests]
+    done: dict[int, list[Completion]] = {k: [] for k in range(len(window)) if k not in set(wanted)}
+    rows = [{"number": k, "requests": pickle.dumps(window[k].requests)} for k in wanted]
+    results: Iterator[Any] = iter(())
+    if rows:
+        pool = data.ActorPoolStrategy(size=min(each.workers, len(rows)))
+        # A block per batch, so that all workers have some, and a worker's death costs one.
+        made = data.from_items(rows, override_num_blocks=len(rows)).map(
+            Worker, fn_constructor_args=(job,), compute=pool, num_cpus=each.cpus, num_gpus=each.gpus or None
+        )
+        results = iter(made.iter_rows())
+    for k, batch in enumerate(window):
+        while k not in done:
+            try:
+                row = next(results)
+            except StopIteration:
+                raise PipelineError(f"Ray has ended without batch {k} of {len(window)}") from None
+            except Exception as error:  # a worker's exception comes wrapped in several of Ray's
+                raise PipelineError(f"a Ray worker failed: {_first_line(error)}") from error
+            if row["error"]:
+                raise PipelineError(row["error"])
+            done[int(row["number"])] = pickle.loads(row["completions"])
+        yield batch, done.pop(k)
+
+
+class Share(NamedTuple):
+    """How many workers, and what each takes of the cluster."""
+
+    workers: int
+    cpus: float
+    gpus: float
+
+
+def share(job: Job, have: dict[str, float]) -> Share:
+    """A worker per GPU where there are any, else one for every two CPU slots: the readers need some, too."""
+    gpus = job.gpus_per_worker
+    if gpus is None:
+        gpus = 1.0 if have.get("GPU", 0) else 0.0
+    if gpus:
+        size = job.workers or max(1, int(have.get("GPU", 0) / gpus))
+    else:
+        size = job.workers or max(1, int(have.get("CPU", 1) / (2 * job.cpus_per_worker)))
+    if not gpus and size * job.cpus_per_worker >= have.get("CPU", 1):
+        raise PipelineError(
+            f"{size} workers of {job.cpus_per_worker:g} CPU slots leave none of the {have.get('CPU', 1):g} there are "
+            "to Ray's readers, which would wait for ever: take fewer --workers or less --cpus-per-worker"
+        )
+    return Share(size, job.cpus_per_worker, gpus)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,144 @@
+"""Conversations to token ids, for both models: templates, system prompts, lengths."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from optsample_triton.pipeline.job import Job, PipelineError, need
+from optsample_triton.pipeline.prompts import Prompt
+from optsample_triton.pipeline.rows import Reject
+
+# For tokenisers without a chat template: a lone question stands as it is, a conversation gets its roles' names.
+PLAIN = (
+    "{%- if messages | length == 1 -%}{{ messages[0]['content'] }}{%- else -%}"
+    "{%- for message in messages -%}"
+    "{{ message['role'] | capitalize + ': ' + message['content'] + '\\n\\n' }}"
+    "{%- endfor -%}Assistant:{%- endif -%}"
+)
+
+
+class Encoder:
+    """Both tokenisers. ``encode`` gives pi_theta's prompt, and pi_t's where that one is another."""
+
+    def __init__(self, job: Job):
+        pair = need("optsample_triton.integrations.huggingface.pair")
+        self.job = job
+        self.tokenizer = load_tokenizer(job.model_theta, job.revision_theta, job)
+        target = self.tokenizer
+        if job.model_t is not None:
+            target = load_tokenizer(job.model_t, job.revision_t, job, default=self.tokenizer)
+            if job.vocab_size is None:
+                try:
+                    pair.check_tokenizers(self.tokenizer, target)
+                except ValueError as error:
+                    raise PipelineError(f"{error}; pass --vocab-size if the first entries are the same") from error
+        self.target_tokenizer = target
+        own = template_text(job.chat_template, "chat_template")
+        theirs = template_text(job.target_chat_template, "target_chat_template") or own
+        self._templates = tuple(
+            given or tokenizer.chat_template or PLAIN for given, tokenizer in ((own, self.tokenizer), (theirs, target))
+        )
+        self._same = self._templates[0] == self._templates[1] and job.target_system_prompt is None
+        self.limit = self._limit()
+
+    def encode(self, prompt: Prompt) -> tuple[list[int], list[int] | None] | Reject:
+        messages = _with_system(prompt.messages, self.job.system_prompt)
+        try:
+            ids = self._ids(self.tokenizer, self._templates[0], messages)
+            target_ids = None
+            if not self._same:
+                theirs = self.job.target_system_prompt
+                target_messages = messages if theirs is None else _with_system(messages, theirs)
+                target_ids = self._ids(self.target_tokenizer, self._templates[1], target_messages)
+        except Exception as error:  # a template may refuse a conversation with whatever it likes
+            return Reject("malformed", f"the chat template refused the conversation: {str(error).splitlines()[0]}")
+        longest = max(len(ids), len(target_ids or ()))
+        if not ids or target_ids == []:
+            return Reject("empty", "the prompt has no tokens")
+        if self.limit is not None and longest > self.limit:
+            return Reject("too_long", f"the prompt has {longest} tokens, at most {self.limit} fit")
+        return ids, target_ids
+
+    def _limit(self) -> int | None:
+        """How many tokens a prompt may have, so that the answer fits behind it."""
+        if self.job.max_prompt_tokens is not None:
+            return self.job.max_prompt_tokens
+        names = [(self.job.model_theta, self.job.revision_theta), (self.job.model_t, self.job.revision_t)]
+        configs = [load_config(name, revision, self.job) for name, revision in names if name is not None]
+        lengths = [getattr(c.get_text_config(decoder=True), "max_position_embeddings", None) for c in configs]
+        known = [length for length in lengths if length]
+        if not known:
+            return None
+        left = int(min(known)) - self.job.max_new_tokens
+        if left < 1:
+            raise PipelineError(
+                f"max_new_tokens is {self.job.max_new_tokens}, which leaves no room for a prompt: "
+                f"the models have {min(known)} positions"
+            )
+        return left
+
+    @staticmethod
+    def _ids(tokenizer: Any, template: str, messages: list[dict[str, str]]) -> list[int]:
+        text = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+        # A chat template writes its own special tokens.
+        ids: list[int] = tokenizer(text, add_special_tokens=template is PLAIN)["input_ids"]
+        return ids
+
+
+def _with_system(messages: list[dict[str, str]], text: str | None) -> list[dict[str, str]]:
+    if text is None:
+        return messages
+    rest = messages[1:] if messages[0]["role"] == "system" else messages
+    return [{"role": "system", "content": text}, *rest]
+
+
+def template_text(given: str | None, name: str) -> str | None:
+    """A Jinja text, or the name of a file that holds one."""
+    if given is None or "{" in given:
+        return given
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except OSError as error:
+        raise PipelineError(f"{name} must be a Jinja text or a file, but {given!r} cannot be read") from error
+
+
+def load_config(name: str, revision: str | None, job: Job) -> Any:
+    return _load("AutoConfig", name, revision, job)
+
+
+def load_tokenizer(name: str, revision: str | None, job: Job, default: Any = None) -> Any:
+    if default is not None and Path(name).is_dir() and not any(Path(name).glob("*token*")):
+        return default  # checkpoints of a training run often come without one
+    tokenizer = _load("AutoTokenizer", name, revision, job)
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def load_model(name: str, revision: str | None, job: Job, device: str) -> Any:
+    model = _load("AutoModelForCausalLM", name, revision, job, dtype=job.dtype)
+    try:
+        return model.eval().to(device)
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+        raise PipelineError(f"model {name!r} does not go onto {device}: {str(error).splitlines()[0]}") from error
+
+
+def _load(kind: str, name: str, revision: str | None, job: Job, **options: Any) -> Any:
+    transformers = need("transformers")
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    if Path(name).is_dir() and not (Path(name) / "config.json").exists():
+        raise PipelineError(f"model {name!r} is a directory without config.json, so it holds no model")
+    try:
+        return getattr(transformers, kind).from_pretrained(
+            name, revision=revision, trust_remote_code=job.trust_remote_code, **options
+        )
+    except (OSError, ValueError) as error:
+        what = "tokeniser of model" if kind == "AutoTokenizer" else "model"
+        raise PipelineError(
+            f"{what} {name!r} could not be loaded, neither from a directory nor from the hub: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error

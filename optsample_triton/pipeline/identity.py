@@ -1,0 +1,68 @@
+"""Names that depend on nothing but content: of prompts, of samples, of models, and the random numbers that follow.
+
+A sample's id is a hash of its prompt, of the law that it is drawn from, of the seed and of its place in the dataset;
+its random stream is keyed by that id and by the token's position. So it does not matter when, where or in which run a
+sample is drawn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+_EDGE = 65536  # bytes at both ends of a large file that stand for it
+
+
+def canonical(value: Any) -> bytes:
+    """One spelling per value: sorted keys, no spaces.
+
+    >>> canonical({"b": 1, "a": "ü"}).decode()
+    '{"a":"ü","b":1}'
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def digest(*values: Any) -> str:
+    """32 hexadecimal digits."""
+    return hashlib.blake2b(canonical(list(values)), digest_size=16).hexdigest()
+
+
+def prompt_id(messages: list[dict[str, str]]) -> str:
+    return digest("prompt", messages)
+
+
+def sample_id(prompt: str, law: str, row: int, repeat: int) -> str:
+    """``prompt`` is a prompt's id, ``law`` the digest of the configuration with its seed."""
+    return digest("sample", prompt, law, row, repeat)
+
+
+def stream(sample: str) -> int:
+    """The seed of a sample's random stream, 63 bits of its id.
+
+    >>> 0 <= stream(sample_id("p", "l", 0, 0)) < 2**63
+    True
+    """
+    return int(sample[:16], 16) >> 1
+
+
+def model_identity(name: str, revision: str | None) -> str:
+    """A directory by its content, so that it may be moved; a model of the hub by its name and revision.
+
+    Large files count with their size and both ends: weights that were trained on differ there, and hashing tens of
+    gigabytes at every start would not be worth the rest.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        return f"{name}@{revision or 'main'}"
+    whole = hashlib.blake2b(digest_size=16)
+    for file in sorted(path for path in folder.iterdir() if path.is_file()):
+        size = file.stat().st_size
+        whole.update(canonical([file.name, size]))
+        with file.open("rb") as opened:
+            whole.update(opened.read(_EDGE))
+            if size > _EDGE:
+                opened.seek(max(_EDGE, size - _EDGE))
+                whole.update(opened.read(_EDGE))
+    return f"directory {whole.hexdigest()}"

@@ -1,0 +1,213 @@
+"""Files that a run appends to batch by batch, so that a kill at any moment leaves nothing torn, lost or doubled.
+
+A batch's lines are appended to the files and brought to the disk; only then is one line added to the journal, with
+how long each file is and the checksum of all of it. That line is the commit. Opening the files again drops whatever
+stands behind the last commit, and the batch is redone whole.
+
+The journal's first line holds the configuration. Nothing in it depends on the time or on the machine, so that the
+files of an interrupted run, the journal included, are those of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from optsample_triton.pipeline.identity import canonical
+from optsample_triton.pipeline.job import PipelineError
+
+fcntl: Any = None  # Windows has no such locks
+with contextlib.suppress(ImportError):
+    fcntl = importlib.import_module("fcntl")
+
+_BLOCK = 1 << 20
+
+
+class Journal:
+    """The open files of one run. ``state`` is that of the last commit, None where there is none.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> with Journal(folder / "journal", {"a": folder / "a.jsonl"}, {"seed": 1}) as journal:
+    ...     journal.commit({"a": b'{"x":1}\\n'}, {"batches": 1})
+    >>> with Journal(folder / "journal", {"a": folder / "a.jsonl"}, {"seed": 1}, resume=True) as journal:
+    ...     journal.state
+    {'batches': 1}
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        files: Mapping[str, Path],
+        header: dict[str, Any],
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+    ):
+        self._path, self._paths = path, dict(files)
+        self._files: dict[str, IO[bytes]] = {}
+        self.state: dict[str, Any] | None = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._journal = _opened(path)
+        except OSError as error:
+            raise _failure(error, path) from error
+        try:
+            self._lock()
+            lines = [] if overwrite else self._whole_lines()
+            if not resume and not overwrite:
+                self._check_fresh(lines)
+                lines = []
+            if lines:
+                _check_header(json.loads(lines[0]), header, path)
+            commits = [json.loads(line) for line in lines[1:]]
+            sizes, sums = (commits[-1][key] if commits else dict.fromkeys(files, 0) for key in ("sizes", "sums"))
+            self._sums = {name: int(sums[name]) for name in files}
+            self._open(sizes, fresh=not lines and not overwrite)
+            self._guard(path, lambda: self._begin(lines, header))
+            self.state = commits[-1]["state"] if commits else None
+        except BaseException:
+            self.close()
+            raise
+
+    def commit(self, parts: Mapping[str, bytes], state: dict[str, Any]) -> None:
+        """Append to the files, then say so. ``parts`` are whole lines; a file that is not named stays as it is."""
+        for name, data in parts.items():
+            self._guard(self._paths[name], lambda name=name, data=data: _append(self._files[name], data))  # type: ignore[misc]
+            self._sums[name] = zlib.crc32(data, self._sums[name])
+        sizes = {name: file.tell() for name, file in self._files.items()}
+        line = canonical({"sizes": sizes, "sums": self._sums, "state": state}) + b"\n"
+        self._guard(self._path, lambda: _append(self._journal, line))
+        self.state = state
+
+    def close(self) -> None:
+        for file in (*self._files.values(), self._journal):
+            file.close()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_fresh(self, lines: list[bytes]) -> None:
+        """A run that ended before its first commit may begin again; anything else is somebody's work."""
+        for path in self._paths.values():
+            if len(lines) > 1 or (path.exists() and path.stat().st_size):
+                raise PipelineError(
+                    f"{path} is there already: pass --resume to go on with it or --overwrite to drop it"
+                )
+
+    def _lock(self) -> None:
+        """The system drops it with the process, however that ends."""
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise PipelineError(f"{self._path} is being written by another process: wait for it or stop it") from error
+
+    def _whole_lines(self) -> list[bytes]:
+        """The journal's lines; a last one that is torn was no commit."""
+        lines = self._journal.read().split(b"\n")[:-1]
+        if lines and not _is_json(lines[-1]):  # blocks of a crashed disk may be zeros, with an end of line
+            lines.pop()
+        for number, line in enumerate(lines, start=1):
+            if not _is_json(line):
+                raise PipelineError(f"{self._path} is damaged in line {number}: move the output away and start anew")
+        return lines
+
+    def _open(self, sizes: Mapping[str, int], *, fresh: bool) -> None:
+        """The files, checked against what the journal says of them before anything is cut."""
+        for name, path in self._paths.items():
+            try:
+                file = self._files[name] = _opened(path)
+                size = file.seek(0, os.SEEK_END)
+                if fresh and size:
+                    raise PipelineError(f"{path} is there, but nothing in {self._path} tells of it: pass --overwrite")
+                if size < sizes[name] or _sum(file, sizes[name]) != self._sums[name]:
+                    raise PipelineError(
+                        f"{path} is not what was written before (its first {sizes[name]} bytes were changed or lost): "
+                        "put it back or start anew elsewhere"
+                    )
+            except OSError as error:
+                raise _failure(error, path) from error
+
+    def _begin(self, lines: list[bytes], header: dict[str, Any]) -> None:
+        """Cut what no commit covers; a new journal gets its header."""
+        _cut(self._journal, sum(len(line) + 1 for line in lines))
+        for name, file in self._files.items():
+            _cut(file, self._committed(lines, name))
+        if not lines:
+            _append(self._journal, canonical(header) + b"\n")
+        if hasattr(os, "O_DIRECTORY"):
+            folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+    @staticmethod
+    def _committed(lines: list[bytes], name: str) -> int:
+        return int(json.loads(lines[-1])["sizes"][name]) if len(lines) > 1 else 0
+
+    def _guard(self, path: Path, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except OSError as error:
+            raise _failure(error, path) from error
+
+
+def _opened(path: Path) -> IO[bytes]:
+    """For reading and writing, unbuffered: what was written is the system's, even if this process is killed."""
+    return open(path, "r+b" if path.exists() else "x+b", buffering=0)
+
+
+def _append(file: IO[bytes], data: bytes) -> None:
+    left = memoryview(data)
+    while left:  # an unbuffered file may take less than it is given
+        left = left[file.write(left) :]
+    os.fsync(file.fileno())
+
+
+def _cut(file: IO[bytes], size: int) -> None:
+    if file.seek(0, os.SEEK_END) != size:
+        file.truncate(size)
+        os.fsync(file.fileno())
+        file.seek(size)
+
+
+def _sum(file: IO[bytes], size: int) -> int:
+    """The checksum of the first ``size`` bytes."""
+    file.seek(0)
+    total = 0
+    while size:
+        block = file.read(min(size, _BLOCK))
+        total, size = zlib.crc32(block, total), size - len(block)
+    return total
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _check_header(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
+    new = json.loads(canonical(new))
+    changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    if changed:
+        what = "; ".join(f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in changed)
+        raise PipelineError(f"--resume needs the configuration that {path} was begun with, but {what}")
+
+
+def _failure(error: OSError, path: Path) -> PipelineError:
+    reason = error.strerror or str(error)
+    return PipelineError(f"cannot write {path}: {reason}; what is committed is safe, go on with --resume")

@@ -1,0 +1,115 @@
+"""The other engine: vLLM runs pi_theta, and this package's logits processor mixes pi_t in.
+
+The processor's records have what training needs: alpha, the models' log-probabilities and the status. log q comes from
+the engine, since vLLM's own temperature and filters act on q* behind the processor. What takes the whole vocabulary
+(KL, ESS, overlaps per token) is not recorded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from optsample_triton.pipeline.encode import Encoder, load_config
+from optsample_triton.pipeline.engines import ends
+from optsample_triton.pipeline.job import Job, PipelineError, need
+from optsample_triton.pipeline.records import Completion, Request
+from optsample_triton.types import Status
+
+PROCESSOR = "optsample_triton.integrations.vllm:OptimalSampling"
+
+
+class VllmEngine:
+    """A batch is given to the engine at once and waited for, so that the same batch meets the same schedule."""
+
+    def __init__(self, job: Job, encoder: Encoder):
+        vllm = need("vllm", "vllm")
+        self._read = need("optsample_triton.integrations.vllm", "vllm").read_records
+        self._job, self._params = job, vllm.SamplingParams
+        self._folder = tempfile.TemporaryDirectory(prefix="optsample-")
+        self._records = Path(self._folder.name) / "records.jsonl"
+        target = job.model_t or job.model_theta
+        if job.revision_t is not None:
+            raise PipelineError("revision_t does not go with the vllm backend: download that revision to a directory")
+        mixing = {
+            "target": target, "dtype": job.dtype, "method": job.alpha_method, "alpha": job.alpha,
+            "temperature_theta": job.temperature_theta, "temperature_t": job.temperature_t,
+            "vocab_size": job.vocab_size, "records": str(self._records), "log_interval": 0,
+        }  # fmt: skip
+        options = {
+            "revision": job.revision_theta, "dtype": job.dtype, "max_num_seqs": job.batch_size,
+            "trust_remote_code": job.trust_remote_code, "async_scheduling": False, **_engine_args(job.engine_args),
+        }  # fmt: skip
+        try:
+            self._llm = vllm.LLM(
+                job.model_theta, logits_processors=[PROCESSOR], additional_config={"optsample": mixing},
+                logprobs_mode="processed_logprobs", generation_config="vllm", **options,
+            )  # fmt: skip
+        except (ValueError, RuntimeError, OSError) as error:
+            raise PipelineError(f"vLLM does not start: {str(error).strip().splitlines()[-1]}") from error
+        self._apart = bool(need("vllm.envs", "vllm").VLLM_ENABLE_V1_MULTIPROCESSING)
+        configs = [load_config(job.model_theta, job.revision_theta, job), load_config(target, None, job)]
+        self._ends = sorted({*ends(None, None, encoder), *(end for config in configs for end in _ends_of(config))})
+
+    def run(self, batch: Sequence[Request]) -> list[Completion]:
+        prompts = [{"prompt_token_ids": request.prompt} for request in batch]
+        outputs = self._llm.generate(prompts, [self._sampling(request) for request in batch], use_tqdm=False)
+        answers = [output.outputs[0] for output in outputs]
+        if not self._apart:  # nothing runs after the last answer, and a record is written a step after it
+            self._llm.llm_engine.step()
+        expected = {request.id: len(answer.token_ids) for request, answer in zip(batch, answers, strict=True)}
+        try:
+            records = {record["id"]: record for record in self._read(self._records, expected)}
+        except TimeoutError as error:
+            raise PipelineError(str(error)) from error
+        os.truncate(self._records, 0)  # the engine appends; without this every batch would read all before it
+        return [_completion(answer, records[request.id]) for request, answer in zip(batch, answers, strict=True)]
+
+    def close(self) -> None:
+        self._folder.cleanup()
+
+    def _sampling(self, request: Request) -> Any:
+        job = self._job
+        extra: dict[str, Any] = {"optsample": True, "optsample_id": request.id}
+        if request.target_prompt is not None:
+            extra["optsample_target_prompt"] = request.target_prompt
+        return self._params(
+            temperature=job.temperature, top_p=job.top_p or 1.0, top_k=job.top_k or 0, min_p=job.min_p,
+            seed=request.seed, max_tokens=job.max_new_tokens, stop=list(job.stop), include_stop_str_in_output=True,
+            stop_token_ids=self._ends, logprobs=0, extra_args=extra,
+        )  # fmt: skip
+
+
+def _completion(answer: Any, record: dict[str, Any]) -> Completion:
+    tokens = list(answer.token_ids)
+    if record["tokens"] != tokens:
+        raise PipelineError(f"the records of request {record['id']} are of other tokens than vLLM's answer")
+    drawn = [entry[token].logprob for token, entry in zip(tokens, answer.logprobs, strict=True)]
+    figures = {name: np.array(record[name], dtype=np.float32) for name in ("alpha", "log_theta", "log_t")}
+    figures["log_q"] = np.array(drawn, dtype=np.float32)
+    broken = Status.INVALID in record["status"] or None in record["status"]
+    reason = "invalid" if broken else "stop" if answer.finish_reason == "stop" else "length"
+    return Completion(tokens, answer.text, reason, record["status"], figures)
+
+
+def _engine_args(text: str | None) -> dict[str, Any]:
+    if text is None:
+        return {}
+    try:
+        given = json.loads(text)
+    except ValueError as error:
+        raise PipelineError(f"engine_args must be a JSON object, but cannot be read: {error}") from error
+    if not isinstance(given, dict):
+        raise PipelineError(f"engine_args must be a JSON object, but is {text!r}")
+    return given
+
+
+def _ends_of(config: Any) -> list[int]:
+    value = getattr(config, "eos_token_id", None)
+    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]

@@ -1,0 +1,97 @@
+"""The native layer where each process of a group holds a part of the vocabulary, as tensor parallelism leaves it.
+
+``solve``, ``sample`` and ``token_logprobs`` come here with ``group=``. A process sums over its own logits, and a dozen
+numbers per row are gathered: once for the first sweep, once more where a row needs a second. It runs in PyTorch on
+whatever device the logits are, and waits for the device, since the processes have to agree on what to do next.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optsample_triton.eager import api
+from optsample_triton.eager.rows import Rows
+from optsample_triton.eager.shards import Shard
+from optsample_triton.types import Draws, Options
+
+
+def rows_of(prepared: tuple[Any, ...], group: Any, vocab_size: int | None) -> tuple[Rows, Tensor | None, Options]:
+    """The op's arguments as the eager path takes them, with what the other processes hold."""
+    theta, t, alpha, scale_theta, scale_t, method, algorithm, tol, max_iter, eps, _ = prepared
+    theta, t = (x.detach().reshape(-1, x.shape[-1]) for x in (theta, t))
+    shard = Shard.of(theta, group, vocab_size)
+    theta, t = theta[:, : shard.size], t[:, : shard.size]
+    if not shard.size:  # nothing but padding: tokens that neither model has
+        theta, t = theta.new_full((2, theta.shape[0], 1), -torch.inf).unbind(0)
+    rows = Rows(theta, t, scale_theta, scale_t, shard=shard)
+    return rows, None if alpha is None else alpha.detach(), Options(method, algorithm, tol, max_iter, eps)
+
+
+def solve(
+    prepared: tuple[Any, ...], group: Any, vocab_size: int | None, diagnostics: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """alpha, log_z, status, sweeps [N] and figures [N, 9], the same in every process."""
+    rows, alpha, options = rows_of(prepared, group, vocab_size)
+    value, log_z, status, sweeps, _, figures = api.solve_on(rows, alpha, options, diagnostics, None)
+    return value, log_z, status, sweeps, figures
+
+
+def sample(
+    prepared: tuple[Any, ...], group: Any, vocab_size: int | None, draws: Draws, num_samples: int
+) -> tuple[Tensor, ...]:
+    """token, log_q, log_theta, log_t [N, num_samples], alpha, status [N]; tokens count over the whole vocabulary."""
+    rows, alpha, options = rows_of(prepared, group, vocab_size)
+    return api.sample_on(rows, alpha, options, draws, num_samples)
+
+
+def token_logprobs(
+    local: Tensor, tokens: Tensor, scale: Tensor | None, group: Any, ignore_index: int, entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """log-probabilities and entropies [N] from logits [N, V_p]; the gradient is that of this process's logits.
+
+    Every process computes the same numbers, so none has to send gradients: each has what its own logits contribute.
+    """
+    shard = Shard.of(local, group, None)
+    kept = tokens != ignore_index
+    inside = (tokens >= 0) & (tokens < shard.vocab)
+    mine = inside & (tokens >= shard.start) & (tokens < shard.start + shard.size)
+    # The largest logit's log-probability gives the log-partition of what is here, by the op that reads once.
+    best = local.detach().argmax(-1)
+    place = torch.where(mine, tokens - shard.start, 0)
+    height, height_of_token = (_logit(local, index, scale) for index in (best, place))
+    empty = torch.isneginf(height.detach())
+    log_prob, entropies, _ = torch.ops.optsample.token_logprobs(
+        local[None], None, torch.where(kept & ~empty, best, -1), scale, None, -1, entropy, False
+    )
+    partition = torch.where(empty, -torch.inf, height - log_prob[0].double())
+    mean = partition - entropies[0].double() if entropy else torch.zeros_like(partition)
+    mean = torch.where(empty, 0.0, mean)
+    token = torch.where(mine, height_of_token, 0.0)
+
+    parts = shard.gathered(torch.stack([x.detach() for x in (partition, mean, token)]))
+    # This process's own entries stay differentiable; the others' are constants here.
+    own = torch.arange(len(parts), device=local.device)[:, None] == shard.rank
+    lawful = kept & torch.isfinite(torch.logsumexp(parts[:, 0], 0))
+    # A row without a law takes part in nothing, not even with a gradient of 0 times NaN.
+    partitions, means, here = (
+        torch.where(lawful, torch.where(own, x, parts[:, k]), 0.0) for k, x in enumerate((partition, mean, token))
+    )
+    whole = torch.logsumexp(partitions, 0)
+    result = torch.where(inside, here.sum(0) - whole, torch.nan)
+    share = (partitions - whole).exp()
+    first = torch.where(share > 0, share * means, 0.0).sum(0)
+    spread = whole - first
+    spread = torch.where(inside, spread, spread.detach())
+    values = [torch.where(lawful, x, torch.nan).masked_fill(~kept, 0.0) for x in (result, spread)]
+    dtype = torch.float64 if local.dtype == torch.float64 else torch.float32
+    log_probs, entropies = (x.to(dtype) for x in values)
+    return log_probs, entropies if entropy else None
+
+
+def _logit(local: Tensor, index: Tensor, scale: Tensor | None) -> Tensor:
+    """[N] float64."""
+    value = local.gather(-1, index[:, None])[:, 0].double()
+    return value if scale is None else value * scale.double()

@@ -1,0 +1,103 @@
+"""The verbs' options: each is a field of Job, each is documented, and wrong ones are one sentence."""
+
+import argparse
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from optsample_triton import cli
+from optsample_triton.pipeline import Job, PipelineError, commands
+
+ROOT = Path(__file__).resolve().parents[1]
+NEEDED = {"model_theta": "a", "model_t": "b", "dataset": "d.jsonl", "output": "o.jsonl"}
+
+
+def options(parser: argparse.ArgumentParser) -> set[str]:
+    return {name for action in parser._actions for name in action.option_strings} - {"-h", "--help"}
+
+
+def test_options_are_the_fields_of_a_job() -> None:
+    found = options(commands.generate_parser(argparse.ArgumentParser()))
+    assert found == {"--" + field.name.replace("_", "-") for field in dataclasses.fields(Job)}
+
+
+def test_every_option_is_documented() -> None:
+    text = (ROOT / "docs" / "data-generation.md").read_text(encoding="utf-8")
+    documented = set(re.findall(r"`(--[a-z-]+)`", text))
+    for make in (commands.generate_parser, commands.analyze_parser):
+        assert options(make(argparse.ArgumentParser())) <= documented | {"--output-dir"}
+    assert "--output-dir" in text
+    for schema_key in json.loads(json.dumps(_record_keys())):
+        assert f"`{schema_key}`" in text, schema_key
+
+
+def _record_keys() -> list[str]:
+    from optsample_triton.pipeline.records import DIAGNOSTICS_SCHEMA, REJECTED_SCHEMA
+
+    reasons = REJECTED_SCHEMA["properties"]["reason"]["enum"]
+    return [*DIAGNOSTICS_SCHEMA["properties"], *reasons]
+
+
+def test_documented_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "docs" / "data-generation.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    (tmp_path / "data").mkdir()
+    record = {"log_q": [-1.0, -0.5], "log_theta": [-1.2, -0.4], "tokens": [3, 4], "finish_reason": "stop"}
+    other = {"log_q": [-0.3], "log_theta": [-0.7], "tokens": [5], "finish_reason": "length"}
+    (tmp_path / "data" / "out.diagnostics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (record, other)))
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {}
+    exec(compile(code, "data-generation.md", "exec"), namespace)
+    assert namespace["loss"].isfinite()
+
+
+@pytest.mark.parametrize("verb", ["generate", "analyze"])
+def test_help_and_missing_arguments(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([verb, "--help"])
+    assert stop.value.code == 0
+    with pytest.raises(SystemExit) as stop:
+        cli.main([verb])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith(f"optsample {verb}: ")
+
+
+def test_underscores_are_dashes() -> None:
+    parser = commands.generate_parser(argparse.ArgumentParser())
+    argv = ["--model_theta", "a_b", "--alpha_method=ess_balance", "--dataset", "d_e", "--output", "o"]
+    parsed = parser.parse_args(commands._dashes(argv))
+    assert (parsed.model_theta, parsed.alpha_method, parsed.dataset) == ("a_b", "ess_balance", "d_e")
+
+
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [
+        ({"alpha_method": "best"}, "alpha_method must be one of"),
+        ({"alpha": 0.5}, "alpha goes with alpha_method fixed"),
+        ({"alpha_method": "fixed"}, "alpha goes with alpha_method fixed"),
+        ({"model_t": None}, "model_t is missing"),
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1"),
+        ({"num_samples": True}, "num_samples must be an integer"),
+        ({"speculative": -1}, "speculative must be"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"min_p": 1.5}, "min_p must be between"),
+        ({"top_p": 0.0}, "top_p must be in"),
+        ({"speculative": 2, "top_k": 5}, "speculative goes with"),
+        ({"prompt_field": "a", "prompt_template": "{a}"}, "say the same thing twice"),
+        ({"resume": True, "overwrite": True}, "give one of them"),
+        ({"ray": True, "backend": "vllm"}, "ray goes with the hf backend"),
+    ],
+)
+def test_jobs_that_make_no_sense(more: dict, word: str) -> None:
+    with pytest.raises(PipelineError, match=word):
+        Job(**{**NEEDED, **more})
+
+
+def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    from optsample_triton.pipeline.job import need
+
+    with pytest.raises(PipelineError, match=r"pip install 'optsample-triton\[ray\]'"):
+        need("a_library_that_nobody_has.part", "ray")

@@ -202,7 +202,7 @@ def tilted_moments(rows: Rows, x: Tensor, centre: Tensor, offsets: Tensor | None
             sums[block] = sums[block] * shrink + torch.stack(parts, -1)
             top[block] = new_top
     if rows.shard is not None:
-        sums, top, lowest, highest = merge_tilted(rows.shard, sums, top, lowest, highest)
+        sums, top, at_top, lowest, highest = merge_tilted(rows.shard, sums, top, at_top, lowest, highest)
     mass = sums[:, 0]
     m1, m2, m3, m4 = (sums[:, k] / mass for k in range(1, 5))
     variance = m2 - m1.square()

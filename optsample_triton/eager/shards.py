@@ -97,15 +97,16 @@ def merge_nodes(
 
 
 def merge_tilted(
-    shard: Shard, sums: Tensor, top: Tensor, lowest: Tensor, highest: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sums [N, K] relative to each shard's maximum, relative to the largest one: one collective."""
-    parts = shard.gathered(torch.cat([sums, torch.stack([top, lowest, highest], -1)], -1))
-    sums, top, lowest, highest = parts[..., :-3], parts[..., -3], parts[..., -2].amin(0), parts[..., -1].amax(0)
-    largest = top.amax(0)
+    shard: Shard, sums: Tensor, top: Tensor, at_top: Tensor, lowest: Tensor, highest: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Sums [N, K] relative to each shard's maximum, relative to the largest one; both logits there: one collective."""
+    parts = shard.gathered(torch.cat([sums, at_top, torch.stack([top, lowest, highest], -1)], -1))
+    sums, top, lowest, highest = parts[..., :-5], parts[..., -3], parts[..., -2].amin(0), parts[..., -1].amax(0)
+    largest, owner = top.max(0)
+    at_top = parts[owner, torch.arange(len(owner), device=owner.device), -5:-3]
     # A shard without common support has summed nothing, and its maximum is -inf.
     scale = torch.where(torch.isneginf(top), 0.0, (top - largest).exp())
-    return (sums * scale[..., None]).sum(0), largest, lowest, highest
+    return (sums * scale[..., None]).sum(0), largest, at_top, lowest, highest
 
 
 def merge_own(shard: Shard, top: Tensor, mass: Tensor, first: Tensor) -> tuple[Tensor, Tensor, Tensor]:

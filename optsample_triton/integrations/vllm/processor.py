@@ -13,7 +13,8 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank, mode
 from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
 
-from optsample_triton.integrations.huggingface.pair import can_rewind, shared_entries
+from optsample_triton.integrations.huggingface.cached import can_rewind
+from optsample_triton.integrations.huggingface.pair import shared_entries
 from optsample_triton.integrations.vllm.mixer import Mixer
 from optsample_triton.integrations.vllm.prompts import Prompts
 from optsample_triton.integrations.vllm.records import Record, Recorder

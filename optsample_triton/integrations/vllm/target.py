@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optsample_triton.integrations.huggingface.pair import CachedModel
+from optsample_triton.integrations.huggingface.cached import CachedModel
 
 IDLE_STEPS = 64  # a cache that was not asked for that often is dropped; it can be made again
 

@@ -7,6 +7,7 @@ the engine, since vLLM's own temperature and filters act on q* behind the proces
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import tempfile
@@ -47,7 +48,7 @@ class VllmEngine:
             "trust_remote_code": job.trust_remote_code, "async_scheduling": False, **_engine_args(job.engine_args),
         }  # fmt: skip
         try:
-            self._llm = vllm.LLM(
+            self._llm: Any = vllm.LLM(
                 job.model_theta, logits_processors=[PROCESSOR], additional_config={"optsample": mixing},
                 logprobs_mode="processed_logprobs", generation_config="vllm", **options,
             )  # fmt: skip
@@ -72,6 +73,11 @@ class VllmEngine:
         return [_completion(answer, records[request.id]) for request, answer in zip(batch, answers, strict=True)]
 
     def close(self) -> None:
+        """Another engine may follow in this process."""
+        self._llm.llm_engine.engine_core.shutdown()
+        self._llm = None
+        gc.collect()
+        need("vllm.distributed", "vllm").cleanup_dist_env_and_memory()
         self._folder.cleanup()
 
     def _sampling(self, request: Request) -> Any:

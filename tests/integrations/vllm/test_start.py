@@ -41,7 +41,7 @@ def test_wrong_settings(given, message):
 
 @pytest.mark.parametrize("alpha", [1e300, -3e38, 1.1e6, 10**400])
 def test_an_alpha_that_float32_cannot_hold(alpha):
-    with pytest.raises(ValueError, match="^optsample_alpha must be a finite number between -1e6 and 1e6, but is "):
+    with pytest.raises(ValueError, match=r"^optsample_alpha must be a finite number between -1e6 and 1e6, but is "):
         Wish.read({"optsample_alpha": alpha})
     assert Wish.read({"optsample_alpha": -(10**6)}).alpha == -1e6
 

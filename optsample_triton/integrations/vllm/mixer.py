@@ -115,12 +115,12 @@ class Mixer:
         chosen = torch.tensor(list(drawn.values()), device=theta.device)
         own: Any = token_logprobs(law, chosen)
         # A token beyond the shared ones, which only a row without a q* has, gives NaN.
-        of_theta, of_t = token_logprobs(
+        pair: Any = token_logprobs(
             theta, chosen, logits_t=t, temperature=self.settings.temperature_theta,
             temperature_t=self.settings.temperature_t,
         )  # fmt: skip
-        of_theta = torch.where(status == Status.INVALID, own, of_theta)
-        figures = torch.stack([x.float() for x in (own, of_theta, of_t, alpha, status)], 1).tolist()
+        of_theta = torch.where(status == Status.INVALID, own, pair[0])
+        figures = torch.stack([x.float() for x in (own, of_theta, pair[1], alpha, status)], 1).tolist()
         for (i, token), values in zip(drawn.items(), figures, strict=True):
             step.requests[i].record.append(token, values)
 

@@ -36,7 +36,7 @@ class _Step(NamedTuple):
     requests: list[Any]
     theta: Tensor  # [n, V]
     t: Tensor
-    log_q: Tensor
+    law: Tensor  # the engine's vocabulary wide: log q*, or the served model's logits where there is none
     alpha: Tensor  # [n]
     status: Tensor
 
@@ -67,15 +67,17 @@ class Mixer:
         device = logits.device
         t = self.target.read(requests, lengths, last, text)[:, : self.shared].to(device, torch.float32)
         index = torch.tensor(rows, device=device)
-        theta = logits[index, : self.shared].float()
+        served = logits[index].float()
+        theta = served[:, : self.shared]
         law, alpha, status = self._solve(theta, t, requests)
-        # Where there is no q*, no NaN may reach the engine's sampler: the served model's own logits stay.
-        invalid = status == Status.INVALID
-        law = torch.where(invalid[:, None], theta / self.settings.temperature_theta, law)
-        # Beyond the shared vocabulary q* is 0.
-        logits[index] = torch.nn.functional.pad(law, (0, logits.shape[1] - self.shared), value=-torch.inf).to(
-            logits.dtype
-        )
+        # No NaN may reach the engine's sampler, wherever it comes from.
+        invalid = (status == Status.INVALID) | law.isnan().any(-1)
+        alpha, status = alpha.masked_fill(invalid, torch.nan), status.masked_fill(invalid, int(Status.INVALID))
+        # Beyond the shared vocabulary q* is 0. Where there is no q*, the served model's whole row stays, since a
+        # grammar may allow nothing but what lies beyond.
+        law = torch.nn.functional.pad(law, (0, logits.shape[1] - self.shared), value=-torch.inf)
+        law = torch.where(invalid[:, None], served / self.settings.temperature_theta, law)
+        logits[index] = law.to(logits.dtype)
         self._mixed += len(rows)
         self._invalid = self._invalid + invalid.sum()
         recorded = [i for i, one in enumerate(requests) if one.record is not None]
@@ -111,13 +113,14 @@ class Mixer:
             return
         theta, t, law, alpha, status = (x[list(drawn)] for x in step[1:])
         chosen = torch.tensor(list(drawn.values()), device=theta.device)
-        own = law.gather(1, chosen[:, None])[:, 0]
+        own: Any = token_logprobs(law, chosen)
+        # A token beyond the shared ones, which only a row without a q* has, gives NaN.
         pair: Any = token_logprobs(
             theta, chosen, logits_t=t, temperature=self.settings.temperature_theta,
             temperature_t=self.settings.temperature_t,
         )  # fmt: skip
-        own = torch.where(status == Status.INVALID, pair[0], own)
-        figures = torch.stack([x.float() for x in (own, *pair, alpha, status)], 1).tolist()
+        of_theta = torch.where(status == Status.INVALID, own, pair[0])
+        figures = torch.stack([x.float() for x in (own, of_theta, pair[1], alpha, status)], 1).tolist()
         for (i, token), values in zip(drawn.items(), figures, strict=True):
             step.requests[i].record.append(token, values)
 

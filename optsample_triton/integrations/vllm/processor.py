@@ -59,6 +59,10 @@ class OptimalSampling(LogitsProcessor, LogitsProcessorV2):
                 "async_scheduling must be False for records in this model runner, since it does not show the last "
                 "token of a request otherwise"
             )
+        if second and served.enable_prompt_embeds:
+            raise ValueError(
+                "enable_prompt_embeds must be False, since this model runner does not show which prompts are embeddings"
+            )
         device = torch.device(device_or_states.device if second else device_or_states)
         model = AutoModelForCausalLM.from_pretrained(settings.target, dtype=settings.dtype, **settings.model_kwargs)
         if not can_rewind(model):
@@ -67,9 +71,10 @@ class OptimalSampling(LogitsProcessor, LogitsProcessorV2):
         target = Target(model, cache_tokens=settings.cache_tokens, prefill_chunk=settings.prefill_chunk)
         shared = shared_entries([served.get_vocab_size(), target.vocab], settings.vocab_size)
         self._prompts = Prompts(settings, None if served.skip_tokenizer_init else served.tokenizer, shared)
-        # Every rank of a tensor-parallel group mixes, since each of them samples; one of them keeps records.
+        # Every rank of a tensor-parallel group mixes, since each of them samples. All keep records, which tell when a
+        # request ends: their batches of the target, and with these the last bits of q*, must not differ. One writes.
         first = not model_parallel_is_initialized() or get_tensor_model_parallel_rank() == 0
-        self._recorded = recorded and first
+        self._recorded = recorded
         recorder = Recorder(settings.records, settings.callback) if first else Recorder()
         self.mixer = Mixer(settings, target, recorder, shared)
         self.door: Any = (

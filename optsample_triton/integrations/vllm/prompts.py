@@ -69,7 +69,7 @@ class Prompts:
 def _load(path: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError):
+    except Exception:  # whatever a broken or unknown tokeniser's own code raises; its absence is warned of
         return None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from optsample_triton.types import METHODS
 
 SECTION = "optsample"  # of additional_config, and the beginning of the names in extra_args
+LARGEST_ALPHA = 1e6  # far beyond any use, and far below where float32 loses the law
 REQUEST_KEYS = tuple(SECTION + end for end in ("", "_method", "_alpha", "_target_prompt", "_id"))
 
 
@@ -155,7 +156,7 @@ NO_WISH = Wish()
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _law(method: Any, alpha: Any, method_name: str, alpha_name: str) -> None:
@@ -164,7 +165,7 @@ def _law(method: Any, alpha: Any, method_name: str, alpha_name: str) -> None:
     if alpha is None:
         if method == "fixed":
             raise ValueError(f'{method_name}="fixed" needs {alpha_name}')
-    elif not _number(alpha):
-        raise ValueError(f"{alpha_name} must be a finite number, but is {alpha!r}")
+    elif not _number(alpha) or abs(alpha) > LARGEST_ALPHA:
+        raise ValueError(f"{alpha_name} must be a finite number between -1e6 and 1e6, but is {alpha!r}")
     elif method not in ("kl_symmetry", "fixed"):
         raise ValueError(f'{alpha_name} goes with {method_name}="fixed" only, but {method_name} is {method!r}')

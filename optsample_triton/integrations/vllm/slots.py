@@ -67,6 +67,10 @@ class Slots:
                 continue
             request.served = length
             request.generated = length - int(self.states.prompt_len.np[index])
+            if request.record is not None and not request.record.prompt_tokens:
+                served = self._served(request)
+                start = request.served - request.generated
+                request.record.begin(start, served[start:])
             rows.append(row)
             requests.append(request)
         self._ran = requests
@@ -83,11 +87,12 @@ class Slots:
 
     def _text(self, one: Slot) -> list[int]:
         """All that the target has to read; waits for the device."""
-        served = self.states.all_token_ids.gpu[one.index, : one.served].tolist()
-        start = one.served - one.generated
-        if one.record is not None and not one.record.tokens:
-            one.record.begin(start, served[start:])
+        served, start = self._served(one), one.served - one.generated
         return [*one.prompt.ids(served[:start]), *served[start:]]
+
+    def _served(self, one: Slot) -> list[int]:
+        tokens: list[int] = self.states.all_token_ids.gpu[one.index, : one.served].tolist()
+        return tokens
 
     def _settle(self) -> None:
         """Fetch the tokens of the last step for the records."""
@@ -106,5 +111,7 @@ class Slots:
         params, limit = one.params, one.params.max_tokens
         if one.served + 1 >= self.max_model_len or (limit is not None and one.generated + 1 >= limit):
             return True
-        last = None if one.record is None else one.record.tokens[-1]
-        return last is not None and (last == params.eos_token_id or last in (params.stop_token_ids or ()))
+        if one.record is None or not one.record.tokens:
+            return False
+        last = one.record.tokens[-1]
+        return bool(last == params.eos_token_id or last in (params.stop_token_ids or ()))

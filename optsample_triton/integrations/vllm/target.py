@@ -30,7 +30,7 @@ class Target:
     """pi_t for requests that come and go.
 
     Requests that advance together live as rows of one batch, padded at the left. The batch is made anew only when
-    others than its rows advance, so that the usual step copies nothing.
+    others than its rows advance, so that the usual step regroups nothing.
     """
 
     def __init__(self, model: Any, *, cache_tokens: int, prefill_chunk: int):
@@ -119,7 +119,7 @@ class Target:
         self.built += 1
         batch = CachedModel(self.model, torch.zeros(1, dtype=torch.int64), rewindable=True)
         for chunk in torch.tensor([ids], device=self.model.device).split(self.prefill_chunk, dim=1):
-            logits = batch.read(chunk)[0, -1]
+            logits = batch.read(chunk)[0, -1].clone()  # a model may make logits of the whole chunk
         for key in keys:
             if self._room(len(ids), set()):
                 self._caches[key] = _Cache(batch, 0, len(ids), logits, self._clock, self._clock)
@@ -169,7 +169,7 @@ class Target:
         logits = batch.read(tokens[order.to(tokens.device), None])[:, -1]
         for one in caches:
             one.length += 1
-            one.logits = logits[one.row]
+            one.logits = logits[one.row].clone()  # a view would hold the whole batch's as long as one of them is idle
 
     def _gather(self, caches: list[_Cache]) -> CachedModel:
         """Put these into one batch; those that they leave behind get batches of their own, so that the old ones go."""

@@ -53,8 +53,8 @@ def test_two_ranks_say_the_same(models, tmp_path):
     pair = Pair(models / "policy", models / "target")
     expected = [pair.two_models(prompt, TOKENS, EXTRAS[k % 4]) for k, prompt in enumerate(PROMPTS)]
     assert output["made"] == expected
-    # One rank writes, for both.
-    assert [one["id"] for one in output["records"]] == [k for k in range(8) if EXTRAS[k % 4]]
+    # One rank writes, for both; what ends in one step comes in the order of its rows, which is the engine's affair.
+    assert sorted(one["id"] for one in output["records"]) == [k for k in range(8) if EXTRAS[k % 4]]
     for one in output["records"]:
         assert one["tokens"] == expected[one["id"]]
         assert None not in one["alpha"] + one["log_q"] + one["log_theta"] + one["log_t"]

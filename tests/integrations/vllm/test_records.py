@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import resource
 import threading
 import time
 
@@ -69,6 +71,86 @@ def test_waiting_for_records(tmp_path):
     writer.start()
     assert len(read_records(path, expected={"a": 2}, timeout=30)) == 2
     writer.join()
+
+
+def test_ids_that_come_again(tmp_path):
+    """Older lines do not count for what is expected behind an offset."""
+    path = tmp_path / "records.jsonl"
+    recorder = Recorder(str(path))
+
+    def write(token):
+        record = Record("a", 1, [])
+        record.append(token, ROW)
+        record.hand_over(recorder)
+
+    write(1)
+    size = path.stat().st_size
+    assert [one["tokens"] for one in read_records(path, {"a": 1})] == [[1]]
+    with pytest.raises(TimeoutError, match="has no complete record of 'a'"):
+        read_records(path, {"a": 1}, timeout=0.05, offset=size)
+    writer = threading.Timer(0.2, write, (2,))
+    writer.start()
+    assert [one["tokens"] for one in read_records(path, {"a": 1}, timeout=30, offset=size)] == [[2]]
+    writer.join()
+    assert [one["tokens"] for one in read_records(path)] == [[1], [2]]
+
+
+def test_a_token_that_was_dropped_with_a_preemption(tmp_path):
+    path = tmp_path / "records.jsonl"
+    recorder = Recorder(str(path))
+    for tokens in ([0, 1], [0, 1, 2]):  # two samples of one request; the second lost its last token
+        record = Record("a", 3, [])
+        for k, token in enumerate(tokens):
+            record.append(token, [x - k for x in ROW])
+        record.hand_over(recorder)
+    for token in (5, 6):
+        resumed = Record("a", 3, [0, 1])
+        for k in range(2):
+            resumed.append(token, [x - 10 - k for x in ROW])
+        resumed.hand_over(recorder)
+    records = read_records(path)
+    assert sorted(one["tokens"] for one in records) == [[0, 1, 5, 5], [0, 1, 6, 6]]
+    for one in records:
+        assert one["log_q"] == [-1.0, -2.0, -11.0, -12.0]
+        assert all(len(one[name]) == 4 for name in FIGURES)
+
+
+def test_a_file_that_a_process_left_torn(tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_bytes(b'{"id": "torn", "tok\xff')
+    recorder = Recorder(str(path))
+    record = Record("whole", 1, [])
+    record.append(1, ROW)
+    record.hand_over(recorder)
+    Recorder(str(path))  # a file that ends well gets nothing
+    assert [one["id"] for one in read_records(path)] == ["whole"]
+    assert len(path.read_bytes().split(b"\n")) == 3
+
+
+def test_a_line_that_did_not_fit(tmp_path, caplog_vllm):
+    """The next one does not hang on what was written of it."""
+    path, limit = tmp_path / "records.jsonl", 2**22
+    path.touch()
+    os.truncate(path, limit - 11)
+    recorder, before = Recorder(str(path)), resource.getrlimit(resource.RLIMIT_FSIZE)
+    records = [Record(name, 1, []) for name in "ab"]
+    for record in records:
+        record.append(1, ROW)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        records[0].hand_over(recorder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.stat().st_size == limit
+    records[1].hand_over(recorder)
+    assert [one["id"] for one in read_records(path)] == ["b"]
+    assert caplog_vllm == ["the record of request 'a' was not written"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs the device that is always full")
+def test_a_full_disk_does_not_end_the_engine(caplog_vllm):
+    Recorder("/dev/full").write({"id": "a"})
+    assert caplog_vllm == ["the record of request 'a' was not written"]
 
 
 def test_a_callback_that_fails(caplog_vllm):

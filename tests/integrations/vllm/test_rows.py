@@ -1,5 +1,6 @@
 """The V1 runner's real batch of requests, driven at random: additions, removals, refilled rows, moves and swaps."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -110,6 +111,49 @@ def test_prompts_given_as_embeddings(target):  # noqa: F811
     request = Request(0, [], EXTRAS[3], 1)
     expected = request.law(LlamaForCausalLM.from_pretrained(target), logits[1])
     torch.testing.assert_close(mixed[1].double(), expected, atol=2e-5, rtol=1e-5)
+
+
+def one_row(processor, extra, output, logits):
+    """The row of one request behind a prompt of two tokens."""
+    added = [(0, SamplingParams(extra_args=extra), [3, 4], output)]
+    processor.update_state(BatchUpdate(batch_size=1, removed=[], added=added, moved=[]))
+    return processor.apply(logits.clone())
+
+
+def test_a_law_that_float32_cannot_hold_never_reaches_the_sampler(target, tmp_path):  # noqa: F811
+    path = tmp_path / "records.jsonl"
+    processor = OptimalSampling(
+        config(target, {"records": str(path)}, async_scheduling=False), torch.device("cpu"), False
+    )
+    logits, output = torch.randn(1, VOCAB), []
+    one_row(processor, {"optsample_alpha": 0.3, "optsample_id": "a"}, output, logits)
+    processor.door.requests[0].alpha = 1e300  # what admission would have refused
+    assert torch.equal(processor.apply(logits.clone()), logits)
+    output.append(7)
+    processor.update_state(None)
+    processor.door.close()
+    (record,) = read_records(path)
+    assert record["status"] == [3]
+    assert record["alpha"] == [None]
+    assert record["log_q"] == record["log_theta"]
+
+
+def test_a_grammar_that_allows_nothing_shared(target, tmp_path):  # noqa: F811
+    """There is no q*, so the policy's row stays, and with it what is allowed beyond the shared entries."""
+    path = tmp_path / "records.jsonl"
+    given = {"records": str(path), "vocab_size": VOCAB - 3, "temperature_theta": 2.0}
+    processor = OptimalSampling(config(target, given, async_scheduling=False), torch.device("cpu"), False)
+    logits, output = torch.full((1, VOCAB), -torch.inf), []
+    logits[0, VOCAB - 2 :] = torch.tensor([1.0, 3.0])
+    mixed = one_row(processor, {"optsample": True}, output, logits)
+    assert torch.equal(mixed, logits / 2)
+    output.append(VOCAB - 1)
+    processor.update_state(None)
+    processor.door.close()
+    (record,) = read_records(path)
+    assert record["status"] == [3]
+    assert record["log_q"] == record["log_theta"] == [pytest.approx(-math.log1p(math.exp(-1)))]
+    assert record["log_t"] == record["alpha"] == [None]
 
 
 def test_asynchronous_scheduling_goes_without_records(target, tmp_path):  # noqa: F811

@@ -8,6 +8,7 @@ nothing, and one step too many for a request that a token has ended.
 
 from __future__ import annotations
 
+import random
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,7 +27,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import (
     build_custom_logits_processors_params_validator,
 )
 
-from optsample_triton.integrations.vllm import OptimalSampling, read_records
+from optsample_triton.integrations.vllm import OptimalSampling, processor, read_records
 from reference import truth
 
 NAME = "optsample_triton.integrations.vllm:OptimalSampling"
@@ -43,10 +44,14 @@ def target(tmp_path_factory):
     return folder
 
 
-def config(folder: Any, given: dict[str, Any], async_scheduling: bool = True, **more: Any) -> Any:
+def config(folder: Any, given: dict[str, Any], async_scheduling: bool = True, embeds: bool = False, **more: Any) -> Any:
     """What the processor reads of an engine's configuration."""
     served = SimpleNamespace(
-        get_vocab_size=lambda: VOCAB, tokenizer=None, skip_tokenizer_init=True, max_model_len=LONGEST
+        get_vocab_size=lambda: VOCAB,
+        tokenizer=None,
+        skip_tokenizer_init=True,
+        max_model_len=LONGEST,
+        enable_prompt_embeds=embeds,
     )
     usual = {
         "speculative_config": None, "model_config": served, "parallel_config": SimpleNamespace(),
@@ -161,10 +166,69 @@ def test_speculation_is_refused(target):
         Runner(target, {}, speculative_config=SimpleNamespace())
 
 
+def test_embeddings_are_refused(target):
+    """This runner would show the zeros that stand in their place."""
+    with pytest.raises(ValueError, match="enable_prompt_embeds must be False"):
+        Runner(target, {}, embeds=True)
+
+
+def test_ranks_hold_the_same_batches(target, tmp_path, monkeypatch):
+    """Whichever rank writes the records: stop tokens end a request's cache on all of them in the same step."""
+    seen = []
+    for rank in range(2):
+        monkeypatch.setattr(processor, "model_parallel_is_initialized", lambda: True)
+        monkeypatch.setattr(processor, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
+        path = tmp_path / f"{rank}.jsonl"
+        runner, chance = Runner(target, {"records": str(path)}), random.Random(0)
+        states, stopped, over = [], 0, []
+        for number in range(90):
+            for request in over:
+                runner.remove(request)
+            while runner.free and chance.random() < 0.4:
+                prompt = [chance.randrange(VOCAB) for _ in range(chance.randint(1, 6))]
+                runner.add(Request(number, prompt, {"optsample": True}, 15))
+            runner.begin()
+            ends = [request for request in runner.slots if request.ended]
+            if runner.slots:
+                runner.step([(one, len(one.text) - one.computed) for one in runner.slots], number)
+            over = [r for r in runner.slots if r in ends or (r.ended and r.output[-1] != STOP)]
+            stopped += len(ends)
+            caches = runner.processor.mixer.target._caches
+            batches = list(dict.fromkeys(id(one.batch) for one in caches.values()))
+            states.append([(k.index, x.length, x.row, batches.index(id(x.batch))) for k, x in caches.items()])
+        runner.begin()
+        runner.processor.door.close()
+        seen.append(states)
+        assert path.exists() == (rank == 0)
+        assert stopped > 5
+    assert seen[0] == seen[1]
+
+
+def test_a_record_of_a_text_that_the_target_cannot_read(target, tmp_path):
+    path = tmp_path / "records.jsonl"
+    runner = Runner(target, {"records": str(path)})
+    runner.processor.mixer.target.longest = 3
+    request = Request(0, [1, 2, 3, 4, 6], {"optsample": True}, 2)
+    runner.add(request)
+    request.law = lambda _, theta: theta.double()
+    for number in range(2):
+        runner.begin()
+        runner.step([(request, len(request.text) - request.computed)], number)
+    runner.begin()
+    (record,) = read_records(path)
+    assert record["tokens"] == request.output
+    assert record["prompt_tokens"] == 5
+    assert record["status"] == [3, 3]
+
+
 def test_one_class_for_both_runners():
     assert issubclass(OptimalSampling, V1Interface)
     validate = build_custom_logits_processors_params_validator([NAME])
     validate(SamplingParams(extra_args={"optsample": True}))
+    validate(SamplingParams(extra_args={"optsample_alpha": -1e6}))
+    for alpha in (1e300, -3e38):
+        with pytest.raises(Exception, match="optsample_alpha must be a finite number between -1e6 and 1e6"):
+            validate(SamplingParams(extra_args={"optsample_alpha": alpha}))
     with pytest.raises(Exception, match="optsample must be true or false"):
         validate(SamplingParams(extra_args={"optsample": 3}))
 

@@ -7,6 +7,7 @@ from engines import checkpoints, greedy, some_prompts, tokenizer
 from transformers import AutoModelForCausalLM
 
 from optsample_triton.integrations.vllm import Settings, read_records
+from optsample_triton.integrations.vllm.settings import Wish
 
 
 @pytest.mark.parametrize(
@@ -18,6 +19,9 @@ from optsample_triton.integrations.vllm import Settings, read_records
         ({"target": "t", "method": "mean"}, "method must be one of kl_symmetry, ess_balance, entropy, fixed"),
         ({"target": "t", "method": "fixed"}, 'method="fixed" needs alpha'),
         ({"target": "t", "alpha": "half"}, "alpha must be a finite number"),
+        ({"target": "t", "alpha": 1e300}, "alpha must be a finite number between -1e6 and 1e6, but is 1e+300"),
+        ({"target": "t", "alpha": -3e38}, "alpha must be a finite number between -1e6 and 1e6"),
+        ({"target": "t", "tol": 10**400}, "tol must be between 0 and 1"),
         ({"target": "t", "temperature_t": 0}, "temperature_t must be a positive number, but is 0"),
         ({"target": "t", "cache_tokens": 0}, "cache_tokens must be a positive integer, but is 0"),
         ({"target": "t", "vocab_size": 2.5}, "vocab_size must be a positive integer, but is 2.5"),
@@ -33,6 +37,13 @@ from optsample_triton.integrations.vllm import Settings, read_records
 def test_wrong_settings(given, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         Settings.read({} if given is None else {"optsample": given})
+
+
+@pytest.mark.parametrize("alpha", [1e300, -3e38, 1.1e6, 10**400])
+def test_an_alpha_that_float32_cannot_hold(alpha):
+    with pytest.raises(ValueError, match=r"^optsample_alpha must be a finite number between -1e6 and 1e6, but is "):
+        Wish.read({"optsample_alpha": alpha})
+    assert Wish.read({"optsample_alpha": -(10**6)}).alpha == -1e6
 
 
 @pytest.mark.parametrize("what", ["vocabulary", "tokeniser", "speculation", "records", "callback"])

@@ -69,7 +69,7 @@ def test_what_nobody_asks_for_goes():
 
 
 @torch.no_grad()
-def test_the_usual_step_copies_nothing():
+def test_the_usual_step_regroups_nothing():
     set_seed(0)
     target = Target(MODELS["sliding window"]().eval(), cache_tokens=1000, prefill_chunk=100)
     texts = {"a": [1, 2, 3], "b": [4, 5], "c": [6]}
@@ -80,3 +80,14 @@ def test_the_usual_step_copies_nothing():
         texts = {name: [*text, token] for name, text in reversed(list(texts.items()))}
     assert [len(one) for one in batches] == [3, 1, 1, 1, 1]
     assert batches[1] == batches[2] == batches[3] == batches[4]
+
+
+@torch.no_grad()
+def test_a_cache_holds_its_own_logits_alone():
+    set_seed(0)
+    target = Target(MODELS["sliding window"]().eval(), cache_tokens=1000, prefill_chunk=100)
+    texts = {"a": [1, 2, 3], "b": [4, 5], "c": [6]}
+    for token in range(3):
+        read(target, texts)
+        assert [one.logits.untyped_storage().nbytes() for one in target._caches.values()] == [50 * 4] * 3
+        texts = {name: [*text, token] for name, text in texts.items()}

@@ -25,7 +25,7 @@ from optsample_triton.pipeline.records import (
 )
 from optsample_triton.pipeline.rows import Reject
 
-FORMAT = 1  # of the files; another one cannot be gone on with
+FORMAT = 2  # of the files; another one cannot be gone on with
 log = logging.getLogger("optsample_triton.pipeline")
 
 
@@ -84,12 +84,11 @@ def law_of(job: Job) -> dict[str, Any]:
 
 
 class _Read(NamedTuple):
-    """A row as it was read; ``seen`` is a digest of all prompts up to here, ``before`` of those up to the last row."""
+    """A row as it was read; ``seen`` is a digest of all prompts up to here, this one included."""
 
     number: int
     name: str
     prompt: Prompt | Reject
-    before: str
     seen: str
 
 
@@ -101,9 +100,9 @@ def plan(job: Job, encoder: Encoder, law: str, start: dict[str, Any]) -> Generat
         if attempted == job.num_samples:
             break
         encoded = row.prompt if isinstance(row.prompt, Reject) else encoder.encode(row.prompt)
-        position = {"row": row.number + 1, "repeat": 0, "attempted": attempted, "prompts": row.seen}
         if isinstance(row.prompt, Reject) or isinstance(encoded, Reject):
             batch.rejected.append(rejected_line(row.number, encoded))  # type: ignore[arg-type]
+            position = {"row": row.number + 1, "repeat": 0, "attempted": attempted, "prompts": row.seen}
             continue
         first = start["repeat"] if row.number == start["row"] else 0
         for repeat in range(first, job.samples_per_prompt):
@@ -115,11 +114,15 @@ def plan(job: Job, encoder: Encoder, law: str, start: dict[str, Any]) -> Generat
             batch.samples.append(sample)
             batch.requests.append(Request(sample.id, identity.stream(sample.id), *encoded))
             attempted += 1
-            position |= {"attempted": attempted}
+            ended = repeat + 1 == job.samples_per_prompt
+            position = {
+                "row": row.number + ended,
+                "repeat": 0 if ended else repeat + 1,
+                "attempted": attempted,
+                "prompts": row.seen,
+            }
             if len(batch.samples) == job.batch_size:
-                inside = {"row": row.number, "repeat": repeat + 1, "prompts": row.before}
-                ended = repeat + 1 == job.samples_per_prompt
-                yield batch._replace(position=position | ({} if ended else inside) | {"done": False})
+                yield batch._replace(position=position | {"done": False})
                 batch = Batch([], [], [], position)
     yield batch._replace(position=position | {"done": True})
 
@@ -127,6 +130,7 @@ def plan(job: Job, encoder: Encoder, law: str, start: dict[str, Any]) -> Generat
 def _read(job: Job, start: dict[str, Any]) -> Iterator[_Read]:
     """The rows from ``start`` on. Those before it are read too: so it shows whether the dataset is still the same."""
     adapter, seen, number = None, "", -1
+    last = start["row"] - (start["repeat"] == 0)  # a row that is drawn in part was read, too
     for number, row in enumerate(rows.read(job.dataset, job.dataset_config, job.split)):
         prompt: Prompt | Reject
         if isinstance(row, Reject):
@@ -137,13 +141,13 @@ def _read(job: Job, start: dict[str, Any]) -> Iterator[_Read]:
                 log.info("prompts are read as %s", kind)
             prompt = prompts.adapt(adapter, row)
         name = prompt.reason if isinstance(prompt, Reject) else identity.prompt_id(prompt.messages)
-        before, seen = seen, identity.digest(seen, name)
-        if number == start["row"] - 1 and seen != start["prompts"]:
+        seen = identity.digest(seen, name)
+        if number == last and seen != start["prompts"]:
             raise PipelineError(f"{_OTHER}, but the first {number + 1} rows of {job.dataset} are others now")
         if number >= start["row"]:
-            yield _Read(number, name, prompt, before, seen)
-    if number + 1 < start["row"]:
-        raise PipelineError(f"{_OTHER}, but {job.dataset} has {number + 1} rows now and had {start['row']} at least")
+            yield _Read(number, name, prompt, seen)
+    if number < last:
+        raise PipelineError(f"{_OTHER}, but {job.dataset} has {number + 1} rows now and had {last + 1} at least")
 
 
 def _drawn(job: Job, encoder: Encoder, planned: Iterable[Batch]) -> Iterator[tuple[Batch, list[Completion]]]:

@@ -387,3 +387,21 @@ def test_prompts_as_the_models_read_them(models: dict[str, str]) -> None:
     assert Encoder(Job(model_t=models["target"], **paths)).encode(lone) == (ids, None)
     chat = Encoder(Job(model_t=models["chat"], **paths)).encode(lone)
     assert chat == (ids, tokenizer("<s> user : 1 plus 2 is assistant :").input_ids)
+
+
+def test_a_damaged_parquet_file_ends_with_a_sentence(run: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its first pages are sound, so that what they hold is committed before the rest is found to be damaged."""
+    import pyarrow
+    from pyarrow import parquet
+
+    path = run.folder / "torn.parquet"
+    table = pyarrow.table({"question": [row["question"] for row in questions(5000)]})
+    parquet.write_table(table, path, use_dictionary=False, compression="none", row_group_size=1000)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2] + b"\xff" * (len(data) // 4) + data[3 * len(data) // 4 :])
+    run("out", "--num-samples", "8", dataset=str(path))
+    capsys.readouterr()
+    run("whole", "--max-prompt-tokens", "1", code=1, dataset=str(path))  # rejects all rows, and so comes to row 2500
+    error = capsys.readouterr().err
+    assert "cannot be read further" in error.splitlines()[-1]
+    assert "Traceback" not in error

@@ -224,5 +224,5 @@ def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
     """The memory of a process is a file whose first page gives an error, for anybody."""
     path = tmp_path / "a.jsonl"
     path.symlink_to("/proc/self/mem")
-    with pytest.raises(PipelineError, match="cannot be read further: .*Input/output error"):
+    with pytest.raises(PipelineError, match=r"cannot be read further: .*Input/output error"):
         list(read(str(path)))

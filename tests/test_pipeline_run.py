@@ -71,3 +71,16 @@ def test_a_row_that_is_drawn_in_part_must_be_there(count: int | None, tmp_path: 
     assert [(s.row, s.repeat) for b in planned(asked, position) for s in b.samples] == (
         [] if count else [(1, 1), (1, 2)]
     )
+
+
+def test_the_first_row_alone_does_not_say_what_prompts_are(tmp_path: Path) -> None:
+    """It has neither the prompt's column nor all of the template's; the rows behind it have."""
+    rows = [{"level": 1}, "no object", {"question": "q", "level": 2}]
+    for options, prompt in (
+        ({}, "q"),
+        ({"prompt_field": "question"}, "q"),
+        ({"prompt_template": "{level}{question}"}, "2q"),
+    ):
+        asked = job(tmp_path, rows, **options)  # type: ignore[arg-type]
+        ((sample,),) = (batch.samples for batch in planned(asked, {}))
+        assert (sample.row, sample.prompt.messages[0]["content"]) == (2, prompt)

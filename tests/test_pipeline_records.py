@@ -1,10 +1,12 @@
 """What is written of a sample, where figures are infinite or nothing at all."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from optsample_triton.pipeline.analysis.tally import read
 from optsample_triton.pipeline.progress import Progress
 from optsample_triton.pipeline.prompts import Prompt
 from optsample_triton.pipeline.records import DRAWN, EXACT, Completion, Sample, diagnostics_line
@@ -51,3 +53,18 @@ def test_weights_that_underflow_have_no_ess() -> None:
         progress = Progress(None, 0, 30.0)
         progress.add([made._replace(figures=made.figures | {"log_theta": made.figures["log_t"]})], 0)
         progress.close()
+
+
+def test_the_report_takes_them(tmp_path: Path) -> None:
+    """Either model may be the one that gives nothing, next to an ordinary answer."""
+    inf = np.inf
+    answers = [
+        completion(1, log_t=[-inf], kl_t=[inf], ess_t=[0.0], overlap_t=[0.0]),
+        completion(1, log_theta=[-inf], kl_theta=[inf], ess_theta=[0.0], overlap_theta=[0.0]),
+        completion(2),
+    ]
+    path = tmp_path / "out.diagnostics.jsonl"
+    path.write_bytes(b"".join(diagnostics_line(k, SAMPLE, made) for k, made in enumerate(answers)))
+    tally = read(path, worst=3)
+    assert (tally.samples, tally.tokens) == (3, 4)
+    assert tally.of_samples["ess_ratio"].count == 2  # 0 and 1; the other does not exist

@@ -48,7 +48,8 @@ def solve(
         diagnostics: also compute KLs, effective sample sizes, entropies and overlaps.
         detach_alpha: no gradient through alpha.
         group: a torch.distributed group whose processes hold parts of the vocabulary, in the order of their ranks and
-            as uneven as they like; every process gets the result for the whole of it. No gradient then.
+            as uneven as they like, of one column at least each; every process gets the result for the whole of it. No
+            gradient then.
 
     Returns:
         Solution(alpha, log_z, status, diagnostics), each [...]; alpha and log_z = psi(alpha) are float32

@@ -43,8 +43,9 @@ def token_logprobs(
         ignore_index: rows with this token are not read; log-probability, entropy and gradient are 0. Append it to
             shifted labels instead of slicing the logits: the gradient of a slice is a copy.
         logits_t, temperature_t: a second model's logits of the same shape, for both models' results from one launch.
-        group: a torch.distributed group whose processes hold parts of the vocabulary, in the order of their ranks.
-            Tokens count over the whole of it; every process gets the same numbers, and the gradient of its own logits.
+        group: a torch.distributed group whose processes hold parts of the vocabulary, in the order of their ranks, of
+            one column at least each. Tokens count over the whole of it; every process gets the same numbers, and the
+            gradient of its own logits.
 
     Returns:
         log-probabilities [...] in float32 (float64 for float64 logits); with ``entropy`` the pair (log-probabilities,

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,18 @@ def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(PipelineError, match=r"pip install 'optsample-triton\[ray\]'"):
         need("a_library_that_nobody_has.part", "ray")
+
+
+def test_generating_without_the_extra_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("optsample_triton.integrations.huggingface")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    dataset = tmp_path / "d.jsonl"
+    dataset.write_text('{"prompt": "1 + 1"}\n')
+    argv = ["--model-theta", "a", "--model-t", "b", "--dataset", str(dataset), "--output", str(tmp_path / "o.jsonl")]
+    assert cli.main(["generate", *argv]) == 1
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert sentence.startswith("optsample generate: ")
+    assert "pip install 'optsample-triton[" in sentence

@@ -130,6 +130,45 @@ def test_a_run_without_a_commit_may_begin_again_with_other_options(tmp_path: Pat
     assert (tmp_path / "journal").read_bytes().startswith(b'{"seed":2}')
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_another_runs_file_does_not_stay_beside_this_ones(resume: bool, tmp_path: Path) -> None:
+    """Diagnostics of a run that is overwritten by one without would pass for its own."""
+    stale = tmp_path / "stale.jsonl"
+    stale.write_text("old\n")
+    with pytest.raises(PipelineError, match=r"stale\.jsonl is there, but nothing in .*journal tells of it"):
+        Journal(tmp_path / "journal", paths(tmp_path), HEADER, resume=resume, stale=[stale])
+    assert stale.read_text() == "old\n"
+    Journal(tmp_path / "journal", paths(tmp_path), HEADER, overwrite=True, stale=[stale]).close()
+    assert not stale.exists()
+
+
+def test_data_is_on_the_disk_before_the_commit_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that goes down may keep any of what was not synced, so the order of the calls is the whole promise."""
+    with Journal(tmp_path / "journal", paths(tmp_path), HEADER) as journal:
+        names = {file.fileno(): name for name, file in (*journal._files.items(), ("journal", journal._journal))}
+        synced: list[tuple[str, dict[str, int]]] = []
+        fsync = os.fsync
+
+        def sizes() -> dict[str, int]:
+            return {name: os.fstat(number).st_size for number, name in names.items()}
+
+        def recorded(number: int) -> None:
+            synced.append((names[number], sizes()))
+            fsync(number)
+
+        before = sizes()
+        monkeypatch.setattr(os, "fsync", recorded)
+        journal.commit(lines(1), {"batches": 1})
+        after = sizes()
+    assert all(after[name] > before[name] for name in after)
+    # Each sync comes behind its file's write, and the journal's line behind both files' syncs.
+    assert synced == [
+        ("chat", before | {"chat": after["chat"]}),
+        ("diagnostics", after | {"journal": before["journal"]}),
+        ("journal", after),
+    ]
+
+
 @pytest.mark.parametrize("change", ["cut", "edited"])
 def test_changed_output_is_refused(change: str, tmp_path: Path) -> None:
     write(tmp_path, stop=3)

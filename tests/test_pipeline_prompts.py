@@ -187,3 +187,42 @@ def test_a_broken_array_is_said(tmp_path: Path) -> None:
     path.write_text('[{"prompt": "a"},')
     with pytest.raises(PipelineError, match="begins like a JSON array"):
         list(read(str(path)))
+
+
+def test_a_return_inside_a_field_costs_its_record_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'prompt,answer\na,1\nb\rc,2\n"d\re",3\nf,4\n')
+    rows = list(read(str(path)))
+    assert [row.reason if isinstance(row, Reject) else row["prompt"] for row in rows] == [
+        "a", "undecodable", "d\re", "f",
+    ]  # fmt: skip
+    assert "record 2 cannot be read" in rows[1].message
+    path.write_bytes(b"prompt\ranswer\na,1\n")
+    with pytest.raises(PipelineError, match="cannot be read further"):
+        list(read(str(path)))
+
+
+@pytest.mark.parametrize("name", ["cut.jsonl.gz", "changed.csv.gz", "deep.json"])
+def test_a_dataset_that_ends_in_the_middle_is_said(name: str, tmp_path: Path) -> None:
+    """Rows before the damage come; then one sentence rather than another library's exception."""
+    path = tmp_path / name
+    whole = gzip.compress(b"".join(b'{"prompt": "%d"}\n' % (k * k) for k in range(9000)))
+    if "deep" in name:
+        path.write_bytes(b"[" * 100_000)
+    else:
+        middle = len(whole) // 2
+        path.write_bytes(whole[:middle] + (b"" if "cut" in name else b"\xff" * 99 + whole[middle + 99 :]))
+    rows = read(str(path))
+    if "cut" in name:
+        assert next(rows) == {"prompt": "0"}
+    with pytest.raises(PipelineError, match=r"cannot be read further: .*; what is committed is safe") as raised:
+        list(rows)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
+    """The memory of a process is a file whose first page gives an error, for anybody."""
+    path = tmp_path / "a.jsonl"
+    path.symlink_to("/proc/self/mem")
+    with pytest.raises(PipelineError, match=r"cannot be read further: .*Input/output error"):
+        list(read(str(path)))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from optsample_triton.pipeline.encode import Encoder
 from optsample_triton.pipeline.engines import engine
-from optsample_triton.pipeline.job import Job, PipelineError, need
+from optsample_triton.pipeline.job import Job, PipelineError, first_line, need
 from optsample_triton.pipeline.records import Completion, Request
 
 WINDOW = 2048  # batches that Ray is given at once: actors load their models once for so many
@@ -46,7 +46,7 @@ def drawn(job: Job, planned: Iterable[Any]) -> Generator[tuple[Any, list[Complet
         try:
             ray.init(address=job.address, log_to_driver=False, logging_level=logging.WARNING)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise PipelineError(f"no Ray cluster at {job.address or 'this machine'}: {_first_line(error)}") from error
+            raise PipelineError(f"no Ray cluster at {job.address or 'this machine'}: {first_line(error)}") from error
     try:
         data.DataContext.get_current().enable_progress_bars = False
         each = share(job, ray.cluster_resources())
@@ -78,7 +78,7 @@ def _window(job: Job, data: Any, window: list[Any], each: Share) -> Iterator[tup
             except StopIteration:
                 raise PipelineError(f"Ray has ended without batch {k} of {len(window)}") from None
             except Exception as error:  # a worker's exception comes wrapped in several of Ray's
-                raise PipelineError(f"a Ray worker failed: {_first_line(error)}") from error
+                raise PipelineError(f"a Ray worker failed: {first_line(error)}") from error
             if row["error"]:
                 raise PipelineError(row["error"])
             done[int(row["number"])] = pickle.loads(row["completions"])
@@ -108,7 +108,3 @@ def share(job: Job, have: dict[str, float]) -> Share:
             "to Ray's readers, which would wait for ever: take fewer --workers or less --cpus-per-worker"
         )
     return Share(size, job.cpus_per_worker, gpus)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -98,6 +98,8 @@ def generate(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
 
         job = Job(**given)
         done = generate(job)
+        if done.rejected and not done.samples:
+            raise PipelineError(f"all {done.rejected} rows were rejected, for the reasons in {job.path('rejected')}")
         beside = " and its diagnostics" if job.save_diagnostics else ""
         rejected = f", {done.rejected} rejected: {job.path('rejected')}" if done.rejected else ""
         return f"{done.samples} samples ({done.drawn} of them now) in {job.output}{beside}{rejected}"

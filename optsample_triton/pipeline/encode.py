@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from optsample_triton.pipeline.job import Job, PipelineError, need
+from optsample_triton.pipeline.job import Job, PipelineError, first_line, need
 from optsample_triton.pipeline.prompts import Prompt
 from optsample_triton.pipeline.rows import Reject
 
@@ -38,7 +38,7 @@ class Encoder:
         own = template_text(job.chat_template, "chat_template")
         theirs = template_text(job.target_chat_template, "target_chat_template") or own
         self._templates = tuple(
-            given or tokenizer.chat_template or PLAIN for given, tokenizer in ((own, self.tokenizer), (theirs, target))
+            given or _template_of(tokenizer) for given, tokenizer in ((own, self.tokenizer), (theirs, target))
         )
         self._same = self._templates[0] == self._templates[1] and job.target_system_prompt is None
         self.limit = self._limit()
@@ -53,7 +53,7 @@ class Encoder:
                 target_messages = messages if theirs is None else _with_system(messages, theirs)
                 target_ids = self._ids(self.target_tokenizer, self._templates[1], target_messages)
         except Exception as error:  # a template may refuse a conversation with whatever it likes
-            return Reject("malformed", f"the chat template refused the conversation: {str(error).splitlines()[0]}")
+            return Reject("malformed", f"the chat template refused the conversation: {first_line(error)}")
         longest = max(len(ids), len(target_ids or ()))
         if not ids or target_ids == []:
             return Reject("empty", "the prompt has no tokens")
@@ -63,21 +63,20 @@ class Encoder:
 
     def _limit(self) -> int | None:
         """How many tokens a prompt may have, so that the answer fits behind it."""
-        if self.job.max_prompt_tokens is not None:
-            return self.job.max_prompt_tokens
+        given = self.job.max_prompt_tokens
         names = [(self.job.model_theta, self.job.revision_theta), (self.job.model_t, self.job.revision_t)]
         configs = [load_config(name, revision, self.job) for name, revision in names if name is not None]
         lengths = [getattr(c.get_text_config(decoder=True), "max_position_embeddings", None) for c in configs]
         known = [length for length in lengths if length]
         if not known:
-            return None
+            return given
         left = int(min(known)) - self.job.max_new_tokens
         if left < 1:
             raise PipelineError(
                 f"max_new_tokens is {self.job.max_new_tokens}, which leaves no room for a prompt: "
                 f"the models have {min(known)} positions"
             )
-        return left
+        return left if given is None else min(given, left)
 
     @staticmethod
     def _ids(tokenizer: Any, template: str, messages: list[dict[str, str]]) -> list[int]:
@@ -96,6 +95,16 @@ def _with_system(messages: list[dict[str, str]], text: str | None) -> list[dict[
     return [{"role": "system", "content": text}, *rest]
 
 
+def _template_of(tokenizer: Any) -> str:
+    """The tokeniser's own template; some have several by name, of which the default one is meant."""
+    if not tokenizer.chat_template:
+        return PLAIN
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError as error:
+        raise PipelineError(f"{first_line(error)}: pass --chat-template") from error
+
+
 def template_text(given: str | None, name: str) -> str | None:
     """A Jinja text, or the name of a file that holds one."""
     if given is None or "{" in given:
@@ -108,6 +117,18 @@ def template_text(given: str | None, name: str) -> str | None:
 
 def load_config(name: str, revision: str | None, job: Job) -> Any:
     return _load("AutoConfig", name, revision, job)
+
+
+def commit_of(name: str, revision: str | None) -> str | None:
+    """The commit that a name of the hub stands for now: a branch moves on. Directories have none."""
+    if Path(name).is_dir():
+        return revision
+    try:
+        file = need("transformers.utils").cached_file(name, "config.json", revision=revision)
+    except OSError as error:
+        raise PipelineError(f"model {name!r} could not be found: {first_line(error)}") from error
+    folder = Path(file).parent  # the hub's cache has a folder per commit
+    return folder.name if folder.parent.name == "snapshots" else revision
 
 
 def load_tokenizer(name: str, revision: str | None, job: Job, default: Any = None) -> Any:
@@ -123,7 +144,7 @@ def load_model(name: str, revision: str | None, job: Job, device: str) -> Any:
     try:
         return model.eval().to(device)
     except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
-        raise PipelineError(f"model {name!r} does not go onto {device}: {str(error).splitlines()[0]}") from error
+        raise PipelineError(f"model {name!r} does not go onto {device}: {first_line(error)}") from error
 
 
 def _load(kind: str, name: str, revision: str | None, job: Job, **options: Any) -> Any:
@@ -136,9 +157,8 @@ def _load(kind: str, name: str, revision: str | None, job: Job, **options: Any) 
         return getattr(transformers, kind).from_pretrained(
             name, revision=revision, trust_remote_code=job.trust_remote_code, **options
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of a damaged file, of the hub, of code that comes with a model
         what = "tokeniser of model" if kind == "AutoTokenizer" else "model"
         raise PipelineError(
-            f"{what} {name!r} could not be loaded, neither from a directory nor from the hub: "
-            f"{str(error).strip().splitlines()[0]}"
+            f"{what} {name!r} could not be loaded, neither from a directory nor from the hub: {first_line(error)}"
         ) from error

@@ -18,11 +18,22 @@ class PipelineError(Exception):
     """Something that the user can put right, in one sentence."""
 
 
+def first_line(error: BaseException) -> str:
+    """What other libraries' errors say, in as many words as a sentence has room for; some say nothing.
+
+    >>> first_line(ValueError("no\\nsuch thing")), first_line(AssertionError())
+    ('no', 'AssertionError')
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def need(module: str, extra: str = "pipeline") -> Any:
     """An optional library, or one sentence about how to get it."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
+        if error.name is None:  # a package of this one's integrations says itself what it needs
+            raise PipelineError(str(error)) from error
         if error.name != module.partition(".")[0]:
             raise
         raise PipelineError(

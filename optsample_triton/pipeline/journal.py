@@ -15,7 +15,7 @@ import importlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,6 +31,8 @@ _BLOCK = 1 << 20
 
 class Journal:
     """The open files of one run. ``state`` is that of the last commit, None where there is none.
+
+    ``stale`` are files that only another run can have left: they go where a run begins, by ``overwrite`` or empty.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
@@ -49,8 +51,9 @@ class Journal:
         *,
         resume: bool = False,
         overwrite: bool = False,
+        stale: Sequence[Path] = (),
     ):
-        self._path, self._paths = path, dict(files)
+        self._path, self._paths, self._stale = path, dict(files), stale
         self._files: dict[str, IO[bytes]] = {}
         self.state: dict[str, Any] | None = None
         try:
@@ -125,6 +128,9 @@ class Journal:
 
     def _open(self, sizes: Mapping[str, int], *, fresh: bool) -> None:
         """The files, checked against what the journal says of them before anything is cut."""
+        for path in self._stale if fresh else ():
+            if path.exists() and path.stat().st_size:
+                raise PipelineError(f"{path} is there, but nothing in {self._path} tells of it: pass --overwrite")
         for name, path in self._paths.items():
             try:
                 file = self._files[name] = _opened(path)
@@ -145,6 +151,8 @@ class Journal:
         for name, file in self._files.items():
             _cut(file, self._committed(lines, name))
         if not lines:
+            for path in self._stale:
+                path.unlink(missing_ok=True)
             _append(self._journal, canonical(header) + b"\n")
         if hasattr(os, "O_DIRECTORY"):
             folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from optsample_triton.pipeline.records import Completion
+from optsample_triton.pipeline.records import Completion, over
 
 log = logging.getLogger("optsample_triton.pipeline")
 
@@ -65,5 +65,5 @@ class Progress:
         if not self._tokens:
             return "nothing drawn yet"
         alpha = self._alpha / self._tokens
-        ratio = self._squares[1] / self._squares[0]
+        ratio = over(float(self._squares[1]), float(self._squares[0]))
         return f"mean alpha {alpha:.3f}, ESS ratio {ratio:.3f}, {self._rejected} rejected"

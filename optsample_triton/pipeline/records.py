@@ -96,14 +96,14 @@ def _sample_figures(completion: Completion) -> dict[str, float | None]:
         ess_theta, ess_t = _mean(figures["ess_theta"]), _mean(figures["ess_t"])
     else:
         kl_theta, kl_t = _sum(-log_w_theta), _sum(-log_w_t)
-        ess_theta, ess_t = (1.0 / _mean(np.exp(2.0 * log_w)) for log_w in (log_w_theta, log_w_t))
+        ess_theta, ess_t = (over(1.0, _mean(np.exp(2.0 * log_w))) for log_w in (log_w_theta, log_w_t))
     return {
         "mean_alpha": _number(_mean(figures["alpha"])),
         "kl_theta": _number(kl_theta),
         "kl_t": _number(kl_t),
         "ess_theta": _number(ess_theta),
         "ess_t": _number(ess_t),
-        "ess_ratio": _number(ess_theta / ess_t),
+        "ess_ratio": _number(over(ess_theta, ess_t)),
         "log_w_theta": _number(log_w_theta.sum()),
         "log_w_t": _number(log_w_t.sum()),
     }
@@ -115,7 +115,17 @@ def _mean(values: NDArray[np.float64]) -> float:
 
 
 def _sum(values: NDArray[np.float64]) -> float:
-    return float(values[np.isfinite(values)].sum())
+    """With whatever is infinite in it: the models of a DISJOINT token are infinitely far from each other."""
+    return float(values.sum())
+
+
+def over(a: float, b: float) -> float:
+    """a / b, NaN where b is 0: an ESS is 0 where a model gives nothing of what was drawn any mass.
+
+    >>> over(1.0, 4.0), over(1.0, 0.0)
+    (0.25, nan)
+    """
+    return a / b if b else math.nan
 
 
 def _number(value: float) -> float | None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import csv
 import gzip
+import itertools
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from optsample_triton.pipeline.job import PipelineError, need
+from optsample_triton.pipeline.job import PipelineError, first_line, need
 
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
@@ -30,6 +31,18 @@ Row = dict[str, Any] | Reject
 
 def read(dataset: str, config: str | None = None, split: str = "train") -> Iterator[Row]:
     """All rows, one at a time, bad ones included, so that a row's number is its place."""
+    try:
+        yield from _rows(dataset, config, split)
+    except PipelineError:
+        raise
+    except Exception as error:  # of the disk, of a decompressor, of the hub, of whatever a dataset runs
+        raise PipelineError(
+            f"dataset {dataset} cannot be read further: {first_line(error)}; what is committed is safe, go on with "
+            "--resume"
+        ) from error
+
+
+def _rows(dataset: str, config: str | None, split: str) -> Iterator[Row]:
     path = Path(dataset)
     suffixes = [suffix.lower() for suffix in path.suffixes]
     suffix = suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else (suffixes or [""])[-1]
@@ -104,7 +117,16 @@ def _table(file: BinaryIO, delimiter: str) -> Iterator[Row]:
     # A byte that is not UTF-8 becomes a lone surrogate, which the prompt's own check refuses row by row.
     lines = (line.decode("utf-8-sig" if k == 0 else "utf-8", "surrogateescape") for k, line in enumerate(file))
     rows = csv.DictReader(lines, delimiter=delimiter)
-    for number, row in enumerate(rows, start=1):
+    if rows.fieldnames is None:  # without a header no record has a meaning, so an error in it is the dataset's
+        return
+    for number in itertools.count(1):
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield Reject("undecodable", f"record {number} cannot be read: {error}")
+            continue
         if None in row or None in row.values():
             yield Reject("malformed", f"record {number} has not as many fields as the header")
         else:
@@ -116,7 +138,7 @@ def _parquet(path: Path) -> Iterator[Row]:
     try:
         opened = parquet.ParquetFile(path)
     except (OSError, ValueError) as error:
-        raise PipelineError(f"dataset {path} is no Parquet file: {_first_line(error)}") from error
+        raise PipelineError(f"dataset {path} is no Parquet file: {first_line(error)}") from error
     for batch in opened.iter_batches(batch_size=256):
         try:
             yield from batch.to_pylist()
@@ -146,9 +168,5 @@ def _hub(name: str, config: str | None, split: str) -> Iterator[Row]:
         return iter(datasets.load_dataset(name, config, split=split, streaming=True))
     except Exception as error:  # the hub's errors are of many libraries
         raise PipelineError(
-            f"dataset {name!r} could not be loaded, neither as a file nor from the hub: {_first_line(error)}"
+            f"dataset {name!r} could not be loaded, neither as a file nor from the hub: {first_line(error)}"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

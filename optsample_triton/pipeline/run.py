@@ -9,7 +9,7 @@ from contextlib import closing
 from typing import Any, NamedTuple
 
 from optsample_triton.pipeline import identity, prompts, rows
-from optsample_triton.pipeline.encode import Encoder, template_text
+from optsample_triton.pipeline.encode import Encoder, commit_of, template_text
 from optsample_triton.pipeline.engines import engine
 from optsample_triton.pipeline.job import Job, PipelineError
 from optsample_triton.pipeline.journal import Journal
@@ -25,7 +25,8 @@ from optsample_triton.pipeline.records import (
 )
 from optsample_triton.pipeline.rows import Reject
 
-FORMAT = 1  # of the files; another one cannot be gone on with
+FORMAT = 2  # of the files; another one cannot be gone on with
+HEAD = 100  # rows whose columns, taken together, say what the prompts are: a single one may lack some
 log = logging.getLogger("optsample_triton.pipeline")
 
 
@@ -52,7 +53,10 @@ def generate(job: Job) -> Summary:
         files["diagnostics"] = job.path("diagnostics")
     law = law_of(job)
     header = {"format": FORMAT, **law, **job.fields("layout")}
-    with Journal(job.path("journal"), files, header, resume=job.resume, overwrite=job.overwrite) as journal:
+    stale = () if job.save_diagnostics else (job.path("diagnostics"),)
+    with Journal(
+        job.path("journal"), files, header, resume=job.resume, overwrite=job.overwrite, stale=stale
+    ) as journal:
         state = journal.state or {"samples": 0, "rejected": 0, "done": False, **_START}
         before = state["samples"]
         if state["done"]:
@@ -65,7 +69,16 @@ def generate(job: Job) -> Summary:
                 parts, state = _lines(job, batch, completions, state)
                 journal.commit(parts, state)
                 progress.add(completions, len(batch.rejected))
+    _warn_of_few(job, state)
     return Summary(state["samples"], state["rejected"], state["samples"] - before)
+
+
+def _warn_of_few(job: Job, state: dict[str, Any]) -> None:
+    """A dataset may have fewer rows than were hoped for, or none."""
+    if state["samples"] < (job.num_samples or 1):
+        wanted = "" if job.num_samples is None else f" of the {job.num_samples} that were asked for"
+        ended = "" if state["attempted"] == job.num_samples else f", and {job.dataset} has no more rows"
+        log.warning("only %d samples%s: %d were rejected%s", state["samples"], wanted, state["rejected"], ended)
 
 
 _OTHER = "--resume needs the dataset that the run was begun with"
@@ -77,19 +90,18 @@ def law_of(job: Job) -> dict[str, Any]:
     law = job.fields("law")
     for name in ("chat_template", "target_chat_template"):
         law[name] = template_text(law[name], name)
-    law["model_theta"] = identity.model_identity(job.model_theta, job.revision_theta)
+    law["model_theta"] = identity.model_identity(job.model_theta, commit_of(job.model_theta, job.revision_theta))
     if job.model_t is not None:
-        law["model_t"] = identity.model_identity(job.model_t, job.revision_t)
+        law["model_t"] = identity.model_identity(job.model_t, commit_of(job.model_t, job.revision_t))
     return law
 
 
 class _Read(NamedTuple):
-    """A row as it was read; ``seen`` is a digest of all prompts up to here, ``before`` of those up to the last row."""
+    """A row as it was read; ``seen`` is a digest of all prompts up to here, this one included."""
 
     number: int
     name: str
     prompt: Prompt | Reject
-    before: str
     seen: str
 
 
@@ -101,9 +113,9 @@ def plan(job: Job, encoder: Encoder, law: str, start: dict[str, Any]) -> Generat
         if attempted == job.num_samples:
             break
         encoded = row.prompt if isinstance(row.prompt, Reject) else encoder.encode(row.prompt)
-        position = {"row": row.number + 1, "repeat": 0, "attempted": attempted, "prompts": row.seen}
         if isinstance(row.prompt, Reject) or isinstance(encoded, Reject):
             batch.rejected.append(rejected_line(row.number, encoded))  # type: ignore[arg-type]
+            position = {"row": row.number + 1, "repeat": 0, "attempted": attempted, "prompts": row.seen}
             continue
         first = start["repeat"] if row.number == start["row"] else 0
         for repeat in range(first, job.samples_per_prompt):
@@ -115,35 +127,43 @@ def plan(job: Job, encoder: Encoder, law: str, start: dict[str, Any]) -> Generat
             batch.samples.append(sample)
             batch.requests.append(Request(sample.id, identity.stream(sample.id), *encoded))
             attempted += 1
-            position |= {"attempted": attempted}
+            ended = repeat + 1 == job.samples_per_prompt
+            position = {
+                "row": row.number + ended,
+                "repeat": 0 if ended else repeat + 1,
+                "attempted": attempted,
+                "prompts": row.seen,
+            }
             if len(batch.samples) == job.batch_size:
-                inside = {"row": row.number, "repeat": repeat + 1, "prompts": row.before}
-                ended = repeat + 1 == job.samples_per_prompt
-                yield batch._replace(position=position | ({} if ended else inside) | {"done": False})
+                yield batch._replace(position=position | {"done": False})
                 batch = Batch([], [], [], position)
     yield batch._replace(position=position | {"done": True})
 
 
 def _read(job: Job, start: dict[str, Any]) -> Iterator[_Read]:
     """The rows from ``start`` on. Those before it are read too: so it shows whether the dataset is still the same."""
+    stream = rows.read(job.dataset, job.dataset_config, job.split)
+    head = list(itertools.islice(stream, HEAD))
+    columns = dict.fromkeys(name for row in head if not isinstance(row, Reject) for name in row)
     adapter, seen, number = None, "", -1
-    for number, row in enumerate(rows.read(job.dataset, job.dataset_config, job.split)):
+    last = start["row"] - (start["repeat"] == 0)  # a row that is drawn in part was read, too
+    for number, row in enumerate(itertools.chain(head, stream)):
         prompt: Prompt | Reject
         if isinstance(row, Reject):
             prompt = row
         else:
             if adapter is None:
-                kind, adapter = prompts.choose(row, job.prompt_field, job.prompt_template)
+                kind, adapter = prompts.choose(columns or row, job.prompt_field, job.prompt_template)
                 log.info("prompts are read as %s", kind)
             prompt = prompts.adapt(adapter, row)
         name = prompt.reason if isinstance(prompt, Reject) else identity.prompt_id(prompt.messages)
-        before, seen = seen, identity.digest(seen, name)
-        if number == start["row"] - 1 and seen != start["prompts"]:
+        seen = identity.digest(seen, name)
+        if number == last and seen != start["prompts"]:
             raise PipelineError(f"{_OTHER}, but the first {number + 1} rows of {job.dataset} are others now")
         if number >= start["row"]:
-            yield _Read(number, name, prompt, before, seen)
-    if number + 1 < start["row"]:
-        raise PipelineError(f"{_OTHER}, but {job.dataset} has {number + 1} rows now and had {start['row']} at least")
+            yield _Read(number, name, prompt, seen)
+    if number < last:
+        raise PipelineError(f"{_OTHER}, but {job.dataset} has {number + 1} rows now and had {last + 1} at least")
 
 
 def _drawn(job: Job, encoder: Encoder, planned: Iterable[Batch]) -> Iterator[tuple[Batch, list[Completion]]]:

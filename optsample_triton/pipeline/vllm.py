@@ -38,8 +38,12 @@ class VllmEngine:
         target = job.model_t or job.model_theta
         if job.revision_t is not None:
             raise PipelineError("revision_t does not go with the vllm backend: download that revision to a directory")
+        loading: dict[str, Any] = {"trust_remote_code": job.trust_remote_code}
+        if job.model_t is None:
+            loading["revision"] = job.revision_theta
         mixing = {
-            "target": target, "dtype": job.dtype, "method": job.alpha_method, "alpha": job.alpha,
+            "target": target, "model_kwargs": loading, "dtype": job.dtype,
+            "method": job.alpha_method, "alpha": job.alpha,
             "temperature_theta": job.temperature_theta, "temperature_t": job.temperature_t,
             "vocab_size": job.vocab_size, "records": str(self._records), "log_interval": 0,
         }  # fmt: skip
@@ -53,7 +57,7 @@ class VllmEngine:
                 logprobs_mode="processed_logprobs", generation_config="vllm", **options,
             )  # fmt: skip
         except (ValueError, RuntimeError, OSError) as error:
-            raise PipelineError(f"vLLM does not start: {str(error).strip().splitlines()[-1]}") from error
+            raise PipelineError(f"vLLM does not start: {_last_line(error)}") from error
         self._apart = bool(need("vllm.envs", "vllm").VLLM_ENABLE_V1_MULTIPROCESSING)
         configs = [load_config(job.model_theta, job.revision_theta, job), load_config(target, None, job)]
         self._ends = sorted({*ends(None, None, encoder), *(end for config in configs for end in _ends_of(config))})
@@ -102,6 +106,11 @@ def _completion(answer: Any, record: dict[str, Any]) -> Completion:
     broken = Status.INVALID in record["status"] or None in record["status"]
     reason = "invalid" if broken else "stop" if answer.finish_reason == "stop" else "length"
     return Completion(tokens, answer.text, reason, record["status"], figures)
+
+
+def _last_line(error: BaseException) -> str:
+    """vLLM tells of its settings first, and then of what was wrong."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
 def _engine_args(text: str | None) -> dict[str, Any]:

@@ -122,7 +122,8 @@ class Tally:
             ("kl_difference", _difference(record) / max(alpha.size, 1)),
         ):
             self.of_samples[name].add(_array([value]))
-        _count(self.ratio_of_samples, np.log(_array([record["ess_ratio"]])), RATIO_EDGES)
+        with np.errstate(divide="ignore"):  # an answer that pi_theta gives no mass has a ratio of 0
+            _count(self.ratio_of_samples, np.log(_array([record["ess_ratio"]])), RATIO_EDGES)
         self.log_w_of_samples.add(_finite(_array([record["log_w_theta"]]), _array([record["log_w_t"]])))
         log_q = figures["log_q"]
         self.log_w_of_tokens.add(_finite(figures["log_theta"] - log_q, figures["log_t"] - log_q))

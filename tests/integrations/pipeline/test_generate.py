@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -387,3 +388,90 @@ def test_prompts_as_the_models_read_them(models: dict[str, str]) -> None:
     assert Encoder(Job(model_t=models["target"], **paths)).encode(lone) == (ids, None)
     chat = Encoder(Job(model_t=models["chat"], **paths)).encode(lone)
     assert chat == (ids, tokenizer("<s> user : 1 plus 2 is assistant :").input_ids)
+
+
+def test_a_damaged_parquet_file_ends_with_a_sentence(run: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its first pages are sound, so that what they hold is committed before the rest is found to be damaged."""
+    import pyarrow
+    from pyarrow import parquet
+
+    path = run.folder / "torn.parquet"
+    table = pyarrow.table({"question": [row["question"] for row in questions(5000)]})
+    parquet.write_table(table, path, use_dictionary=False, compression="none", row_group_size=1000)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2] + b"\xff" * (len(data) // 4) + data[3 * len(data) // 4 :])
+    run("out", "--num-samples", "8", dataset=str(path))
+    capsys.readouterr()
+    run("whole", "--max-prompt-tokens", "1", code=1, dataset=str(path))  # rejects all rows, and so comes to row 2500
+    error = capsys.readouterr().err
+    assert "cannot be read further" in error.splitlines()[-1]
+    assert "Traceback" not in error
+
+
+def test_a_run_without_diagnostics_leaves_none_of_another(run: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+    out = run("out", "--save-diagnostics", "--num-samples", "4")
+    run("out", "--num-samples", "2", "--overwrite")
+    assert not (out / "out.diagnostics.jsonl").exists()
+    assert len(lines(out / "out.jsonl")) == 2
+
+
+def test_fewer_samples_than_were_asked_for_are_said(run: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+    run("few", "--num-samples", "30")
+    assert f"only 21 samples of the 30 that were asked for: 0 were rejected, and {run.dataset} has" in (
+        capsys.readouterr().err
+    )
+    run("none", dataset=write_rows(run.folder / "none.jsonl", []))
+    assert "only 0 samples: 0 were rejected" in capsys.readouterr().err
+    out = run("rejected", "--chat-template", "{{ raise_exception('') }}", code=1)
+    assert "all 21 rows were rejected" in capsys.readouterr().err.splitlines()[-1]
+    assert {row["reason"] for row in lines(out / "out.rejected.jsonl")} == {"malformed"}
+    run("rejected", "--chat-template", "{{ raise_exception('') }}", "--resume", code=1)
+
+
+def test_a_prompt_must_fit_whatever_is_asked_for(run: Runner) -> None:
+    long = write_rows(run.folder / "long.jsonl", [{"question": "so " * 70}, *questions(2)])
+    out = run("out", "--max-prompt-tokens", "1000", dataset=long)
+    assert [row["reason"] for row in lines(out / "out.rejected.jsonl")] == ["too_long"]
+
+
+def test_damaged_weights_are_one_sentence(run: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = run.folder / "broken"
+    shutil.copytree(run.models["target"], broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    run("out", "--model-t", str(broken), code=1)
+    captured = capsys.readouterr()
+    assert "could not be loaded" in captured.err.splitlines()[-1]
+    assert "Traceback" not in captured.err
+
+
+def test_the_default_of_several_chat_templates(run: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = make_tokenizer(chat=True)
+    one = lines(run("one", "--model-theta", run.models["chat"], "--save-diagnostics") / "out.diagnostics.jsonl")
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ messages }}"}
+    several = save(run.folder / "several", make_model(len(tokenizer), seed=1), tokenizer)
+    assert isinstance(AutoTokenizer.from_pretrained(several).chat_template, dict)
+    many = lines(run("many", "--model-theta", several, "--save-diagnostics") / "out.diagnostics.jsonl")
+    assert [(r["prompt_id"], r["answer"]) for r in one] == [(r["prompt_id"], r["answer"]) for r in many]
+    # The ids are of other models' content, so the draws are others, too; what the target reads is not.
+    assert len(many) == 21
+    tokenizer.chat_template = {"tool_use": "{{ messages }}"}
+    run("none", "--model-theta", save(run.folder / "tools", make_model(len(tokenizer), seed=1), tokenizer), code=1)
+    assert "pass --chat-template" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_branch_of_the_hub_that_has_moved_on_is_another_model(
+    run: Runner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The hub's cache as the hub's library lays it out, with two commits of one name."""
+    cache = run.folder / "cache" / "models--some--model"
+    for commit, model in ("a" * 40, "target"), ("b" * 40, "policy"):
+        shutil.copytree(run.models[model], cache / "snapshots" / commit)
+    (cache / "refs").mkdir()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache.parent))
+    (cache / "refs" / "main").write_text("a" * 40)
+    out = run("out", "--model-t", "some/model")
+    assert lines(out / "out.journal.jsonl")[0]["model_t"] == "some/model@" + "a" * 40
+    (cache / "refs" / "main").write_text("b" * 40)
+    run("out", "--model-t", "some/model", "--resume", code=1)
+    assert "model_t was 'some/model@aaa" in capsys.readouterr().err.splitlines()[-1]

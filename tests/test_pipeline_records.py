@@ -1,0 +1,70 @@
+"""What is written of a sample, where figures are infinite or nothing at all."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from optsample_triton.pipeline.analysis.tally import read
+from optsample_triton.pipeline.progress import Progress
+from optsample_triton.pipeline.prompts import Prompt
+from optsample_triton.pipeline.records import DRAWN, EXACT, Completion, Sample, diagnostics_line
+from optsample_triton.types import Status
+
+SAMPLE = Sample("0" * 32, "1" * 32, 0, 0, Prompt([{"role": "user", "content": "?"}], None))
+
+
+def completion(tokens: int, *, exact: bool = True, **figures: list[float]) -> Completion:
+    """Ordinary tokens, but for the figures that are named."""
+    usual = dict.fromkeys(DRAWN, -0.5) | (dict.fromkeys(EXACT, 0.5) if exact else {}) | {"alpha": 0.5}
+    arrays = {k: np.array(figures.get(k, [v] * tokens), dtype=np.float32) for k, v in usual.items()}
+    return Completion([3] * tokens, "x", "length", [Status.DISJOINT] * tokens, arrays)
+
+
+def record(made: Completion) -> dict:
+    return json.loads(diagnostics_line(0, SAMPLE, made))
+
+
+def test_one_disjoint_token_is_written() -> None:
+    """All mass of pi_t is elsewhere: no ESS, an infinite KL, and no ratio."""
+    inf = np.inf
+    figures = record(completion(1, log_t=[-inf], kl_t=[inf], ess_t=[0.0], overlap_t=[0.0]))
+    assert (figures["ess_t"], figures["ess_theta"]) == (0.0, 0.5)
+    assert [figures[name] for name in ("ess_ratio", "kl_t", "log_w_t")] == [None] * 3
+    assert figures["kl_theta"] == 0.5
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_an_infinite_token_makes_the_sum_infinite(bad: float) -> None:
+    figures = record(completion(2, kl_t=[bad, 1.0]))
+    assert figures["kl_t"] is None
+    assert figures["kl_theta"] == 1.0
+    assert figures["token_kl_t"] == [None, 1.0]
+
+
+def test_weights_that_underflow_have_no_ess() -> None:
+    """Without the whole vocabulary ESS is one over the mean squared weight, which may be 0."""
+    for log_t in ([-np.inf, -np.inf], [-1e4, -2e4]):
+        made = completion(2, exact=False, log_t=log_t)
+        figures = record(made)
+        assert (figures["ess_t"], figures["ess_ratio"]) == (None, None)
+        assert figures["ess_theta"] == 1.0
+        progress = Progress(None, 0, 30.0)
+        progress.add([made._replace(figures=made.figures | {"log_theta": made.figures["log_t"]})], 0)
+        progress.close()
+
+
+def test_the_report_takes_them(tmp_path: Path) -> None:
+    """Either model may be the one that gives nothing, next to an ordinary answer."""
+    inf = np.inf
+    answers = [
+        completion(1, log_t=[-inf], kl_t=[inf], ess_t=[0.0], overlap_t=[0.0]),
+        completion(1, log_theta=[-inf], kl_theta=[inf], ess_theta=[0.0], overlap_theta=[0.0]),
+        completion(2),
+    ]
+    path = tmp_path / "out.diagnostics.jsonl"
+    path.write_bytes(b"".join(diagnostics_line(k, SAMPLE, made) for k, made in enumerate(answers)))
+    tally = read(path, worst=3)
+    assert (tally.samples, tally.tokens) == (3, 4)
+    assert tally.of_samples["ess_ratio"].count == 2  # 0 and 1; the other does not exist

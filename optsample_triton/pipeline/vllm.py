@@ -98,6 +98,8 @@ class VllmEngine:
 
 def _completion(answer: Any, record: dict[str, Any]) -> Completion:
     tokens = list(answer.token_ids)
+    # Behind a stop string the engine may have drawn on before it was told.
+    record = {name: value[: len(tokens)] if isinstance(value, list) else value for name, value in record.items()}
     if record["tokens"] != tokens:
         raise PipelineError(f"the records of request {record['id']} are of other tokens than vLLM's answer")
     drawn = [entry[token].logprob for token, entry in zip(tokens, answer.logprobs, strict=True)]

@@ -244,7 +244,9 @@ def test_kill_9_of_a_writer_in_full_swing(tmp_path: Path) -> None:
         write(folder / "whole")
         took = time.monotonic() - begun
         killed, rng = 0, random.Random(0)
-        for run in range(4):
+        for run in range(200):  # on a machine that is now slow, now fast, some writers end before they are killed
+            if killed > 8:
+                break
             broken = folder / f"broken{run}"
             broken.mkdir()
             for attempt in range(100):

@@ -3,14 +3,13 @@
 import pytest
 import torch
 from torch.autograd import gradcheck
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import optsample_triton as ost
 from optsample_triton import Status, backend
-from optsample_triton.ops.library import implementations
 from reference import truth
 from tests import cases
 from tests.tolerances import assert_within
+from tests.waits import NeverWaits
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 GRADED = [
@@ -389,34 +388,6 @@ def test_an_invalid_row_does_not_spoil_its_neighbours_gradient(backend, device):
 # No waiting for the device
 
 
-class NoSynchronisation(TorchDispatchMode):
-    """Fails on any operation that the host would wait for; sees inside the package's own ops."""
-
-    WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero", "item", "equal", "masked_select", "unique", "_unique2")
-
-    def __init__(self):
-        super().__init__()
-        self.entered = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        name = func.overloadpacket.__name__
-        if func.namespace == "optsample":
-            self.entered.append(name)
-            with self:
-                return implementations[name](*args, **kwargs)
-        masks = [x for x in args[1] or () if isinstance(x, torch.Tensor)] if name in ("index", "index_put_") else []
-        counted = any(mask.dtype == torch.bool for mask in masks)  # a boolean index has to be counted first
-        waits = counted or name in self.WAITS
-        assert not waits, f"{func} waits for the device"
-        devices = {x.device.type for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.dim()}
-        target = kwargs.get("device")
-        if target is not None and name == "_to_copy":
-            devices.add(torch.device(target).type)
-        assert len(devices) <= 1, f"{func} copies between {sorted(devices)}"
-        return func(*args, **kwargs)
-
-
 def everything_once(a, b, alpha):
     """One call of each kind, gradients included."""
     solution = ost.solve(a, b, diagnostics=True)
@@ -438,7 +409,7 @@ def test_nothing_synchronises(monkeypatch):
     a, b = (x.requires_grad_() for x in rows((2, 9), device))
     alpha = torch.tensor([0.3, 1.2], device=device)
     everything_once(a, b, alpha)  # compiles, on a GPU
-    with NoSynchronisation() as mode:
+    with NeverWaits() as mode:
         everything_once(a, b, alpha)
     assert mode.entered.count("solve") == 4
     assert mode.entered.count("solve_backward") == 3
@@ -454,7 +425,7 @@ def test_nothing_synchronises(monkeypatch):
 def test_the_watch_for_synchronisation_works():
     x = torch.ones(3)
     for wait in (lambda: x.sum().item(), lambda: bool(x.any()), lambda: x.nonzero(), lambda: x[x > 0]):
-        with pytest.raises(AssertionError, match="waits for the device"), NoSynchronisation():
+        with pytest.raises(AssertionError, match="waits for the device"), NeverWaits():
             wait()
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from optsample_triton import ops
+from optsample_triton.ops.library import implementations
 
 WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero", "item", "equal", "masked_select", "unique", "_unique2")
 
@@ -20,13 +20,15 @@ class NeverWaits(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if func.namespace == "optsample":
             self.entered.append(name)
-            (inside,) = (
-                vars(room)[f"_{name}"] for room in vars(ops).values() if f"_{name}" in getattr(room, "__dict__", {})
-            )
             with self:
-                return inside(*args, **kwargs)
+                return implementations[name](*args, **kwargs)
         masks = [x for x in args[1] or () if isinstance(x, torch.Tensor)] if name in ("index", "index_put_") else []
         counted = any(mask.dtype == torch.bool for mask in masks)  # a boolean index has to be counted first
         assert not counted, f"{func} waits for the device"
         assert name not in WAITS, f"{func} waits for the device"
+        devices = {x.device.type for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.dim()}
+        target = kwargs.get("device")
+        if target is not None and name == "_to_copy":
+            devices.add(torch.device(target).type)
+        assert len(devices) <= 1, f"{func} copies between {sorted(devices)}"
         return func(*args, **kwargs)

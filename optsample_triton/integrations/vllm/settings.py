@@ -130,13 +130,10 @@ class Wish:
             raise ValueError(f"{SECTION} must be true or false (or 1 or 0), but is {mixed!r}")
         if not mixed and any(value is not None for value in (method, alpha, prompt)):
             raise ValueError(f"{SECTION} is off, but extra_args has other {SECTION}_ keys that need it")
-        _law(method or "kl_symmetry", alpha, f"{SECTION}_method", f"{SECTION}_alpha")
-        if isinstance(prompt, list):
-            if any(type(token) is not int or token < 0 for token in prompt):
-                raise ValueError(f"{SECTION}_target_prompt must be a text or a list of token ids, but is {prompt!r}")
-            prompt = tuple(prompt)
-        if prompt is not None and (not isinstance(prompt, (str, tuple)) or not prompt):
+        _law("kl_symmetry" if method is None else method, alpha, f"{SECTION}_method", f"{SECTION}_alpha")
+        if prompt is not None and not (_text(prompt) or _token_ids(prompt)):
             raise ValueError(f"{SECTION}_target_prompt must be a text or a list of token ids, but is {prompt!r}")
+        prompt = tuple(prompt) if isinstance(prompt, list) else prompt
         if name is not None and not isinstance(name, (str, int)):
             raise ValueError(f"{SECTION}_id must be a string or an integer, but is {name!r}")
         return cls(None if mixed is None else bool(mixed), method, alpha, prompt, name)
@@ -157,6 +154,15 @@ NO_WISH = Wish()
 
 def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _text(value: Any) -> bool:
+    """Whether a tokeniser can read it: half of a surrogate pair, which JSON can name, it cannot."""
+    return isinstance(value, str) and value != "" and not any("\ud800" <= char <= "\udfff" for char in value)
+
+
+def _token_ids(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and all(type(x) is int and 0 <= x < 2**31 for x in value)
 
 
 def _law(method: Any, alpha: Any, method_name: str, alpha_name: str) -> None:

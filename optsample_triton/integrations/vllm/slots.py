@@ -88,7 +88,8 @@ class Slots:
     def _text(self, one: Slot) -> list[int]:
         """All that the target has to read; waits for the device."""
         served, start = self._served(one), one.served - one.generated
-        return [*one.prompt.ids(served[:start]), *served[start:]]
+        prompt = one.prompt.ids(served[:start])
+        return prompt and [*prompt, *served[start:]]
 
     def _served(self, one: Slot) -> list[int]:
         tokens: list[int] = self.states.all_token_ids.gpu[one.index, : one.served].tolist()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,24 +20,23 @@ IDLE_STEPS = 64  # a cache that was not asked for that often is dropped; it can 
 class _Cache:
     """The cache of one request: a row of a batch that it may share with others."""
 
+    key: Any
     batch: CachedModel
     row: int
     length: int  # tokens read
     logits: Tensor  # [V] behind them
-    born: int
     used: int
 
 
 class Target:
     """pi_t for requests that come and go.
 
-    Requests that advance together live as rows of one batch, padded at the left. The batch is made anew only when
-    others than its rows advance, so that the usual step regroups nothing.
+    Requests that advance together live as rows of one batch, padded at the left; where the limit is too tight for the
+    padding, as rows of several, each with texts of like lengths. A batch is made anew only when others than its rows
+    advance, so that the usual step regroups nothing.
     """
 
     def __init__(self, model: Any, *, cache_tokens: int, prefill_chunk: int):
-        # What is refused in rows of different lengths is refused now, and not in the middle of a request.
-        CachedModel(model, torch.tensor([0, 1]), rewindable=True)
         self.model = model
         self.cache_tokens, self.prefill_chunk = cache_tokens, prefill_chunk
         config = model.config.get_text_config(decoder=True)
@@ -44,6 +45,11 @@ class Target:
         self.built = self.evicted = 0
         self._caches: dict[Any, _Cache] = {}
         self._clock = 0
+        # A model that cannot be read in rows of different lengths is found out now, and not by the first request.
+        trial = CachedModel(model, torch.tensor([0, 1]), rewindable=True)
+        width = trial.read(torch.zeros(2, 2, dtype=torch.int64)).shape[-1]
+        if width < self.vocab:
+            raise ValueError(f"target must have a logit for each of its {self.vocab} tokens, but has {width}")
 
     def __len__(self) -> int:
         return len(self._caches)
@@ -78,7 +84,7 @@ class Target:
         for key in [key for key, one in self._caches.items() if one.used + IDLE_STEPS < self._clock]:
             self.drop(key)
         rows: list[Tensor | None] = [None] * len(keys)
-        advancing = []
+        advancing: dict[Any, int] = {}
         for i, (key, length) in enumerate(zip(keys, lengths, strict=True)):
             one = self._caches.get(key)
             if self.longest is not None and length > self.longest:
@@ -91,20 +97,23 @@ class Target:
             else:
                 one.used = self._clock
                 if one.length < length:
-                    advancing.append(i)
+                    advancing[key] = i
                 else:  # the engine is still reading its prompt
                     rows[i] = one.logits
-        advancing = self._fitting(advancing, keys)
-        if advancing:
-            self._advance([self._caches[keys[i]] for i in advancing], last[advancing])
-            for i in advancing:
-                rows[i] = self._caches[keys[i]].logits
         fresh: dict[tuple[int, ...], list[int]] = {}  # samples of one prompt start from one cache
         for i, row in enumerate(rows):
-            if row is None:
+            if row is None and keys[i] not in advancing:
                 fresh.setdefault(tuple(text(i)), []).append(i)
+        groups, kept = self._plan([self._caches[key] for key in advancing], list(filter(self._readable, fresh)))
+        self._regroup(groups)
+        for group in groups:
+            self._advance(group, last[[advancing[one.key] for one in group]])
+            for one in group:
+                rows[advancing.pop(one.key)] = one.logits
+        for i in advancing.values():  # there is no room for its cache
+            fresh.setdefault(tuple(text(i)), []).append(i)
         for ids, siblings in fresh.items():
-            logits = self._build(ids, [keys[i] for i in siblings])
+            logits = self._build(ids, [keys[i] for i in siblings], keep=ids in kept)
             for i in siblings:
                 rows[i] = logits
         return torch.stack([row for row in rows if row is not None])
@@ -112,75 +121,94 @@ class Target:
     def _nothing(self) -> Tensor:
         return torch.full((self.vocab,), torch.nan, dtype=self.model.dtype, device=self.model.device)
 
-    def _build(self, ids: tuple[int, ...], keys: list[Any]) -> Tensor:
-        """Read a text from its beginning; its cache serves those of the keys that there is room for."""
-        if not ids or max(ids) >= self.vocab or min(ids) < 0:
+    def _readable(self, ids: tuple[int, ...]) -> bool:
+        return bool(ids) and max(ids) < self.vocab and min(ids) >= 0
+
+    def _build(self, ids: tuple[int, ...], keys: list[Any], *, keep: bool) -> Tensor:
+        """Read a text from its beginning; its cache serves those of the keys, if it is kept."""
+        if not self._readable(ids):
             return self._nothing()
         self.built += 1
         batch = CachedModel(self.model, torch.zeros(1, dtype=torch.int64), rewindable=True)
         for chunk in torch.tensor([ids], device=self.model.device).split(self.prefill_chunk, dim=1):
             logits = batch.read(chunk)[0, -1].clone()  # a model may make logits of the whole chunk
-        for key in keys:
-            if self._room(len(ids), set()):
-                self._caches[key] = _Cache(batch, 0, len(ids), logits, self._clock, self._clock)
-            else:
-                self.evicted += 1
+        if keep:
+            self._caches |= {key: _Cache(key, batch, 0, len(ids), logits, self._clock) for key in keys}
+        else:
+            self.evicted += len(keys)
         return logits
 
-    def _fitting(self, advancing: list[int], keys: Sequence[Any]) -> list[int]:
-        """Drop caches until those that advance fit as one batch: idle ones first, then the newest."""
-        while advancing:
-            batch = [self._caches[keys[i]] for i in advancing]
-            if self._room(len(batch) * (max(one.length for one in batch) + 1), set(batch)):
-                break
-            newest = max(advancing, key=lambda i: self._caches[keys[i]].born)
-            advancing.remove(newest)
-            self._evict(keys[newest])
-        return advancing
+    def _plan(
+        self, advancing: list[_Cache], texts: list[tuple[int, ...]]
+    ) -> tuple[list[list[_Cache]], set[tuple[int, ...]]]:
+        """The batches in which caches advance, and the new texts to keep, so that all is within the limit.
 
-    def _room(self, size: int, instead_of: set[_Cache]) -> bool:
-        """Whether ``size`` tokens fit beside the other caches, once those that nobody asks for now are gone."""
-        while size + self._beside(instead_of) > self.cache_tokens:
-            idle = [key for key, one in self._caches.items() if one.used < self._clock and one not in instead_of]
-            if not idle:
-                return False
-            self._evict(min(idle, key=lambda key: self._caches[key].used))
-        return True
+        Caches that nobody asks for now go first. Where texts are too many even without padding, one after the other is
+        left out: the shortest that is enough, or else the longest, so that few tokens are read again. At last the batch
+        is cut where that saves the most padding. All lengths grow alike, so the next step finds the same batches.
+        """
+        advancing = sorted(advancing, key=lambda one: one.length)
+        new = sum(map(len, texts))
+        idle = sorted((one for one in self._caches.values() if one.used < self._clock), key=lambda one: one.used)
+        while (room := self.cache_tokens - self._beside(advancing)) < new + _padded(advancing) and idle:
+            self.drop(idle.pop(0).key)
+            self.evicted += 1
+        # Of two texts of one length the new one is left out, since the other need not be read again.
+        sizes: list[tuple[int, bool, Any]] = [(one.length + 1, True, one) for one in advancing]
+        sizes = sorted([*sizes, *((len(ids), False, ids) for ids in texts)], key=lambda size: size[:2])
+        excess = sum(size for size, _, _ in sizes) - room
+        while excess > 0 and sizes:
+            wanted = min(excess, sizes[-1][0])
+            size, cached, one = sizes.pop(bisect_left(sizes, wanted, key=lambda size: size[0]))
+            excess -= size
+            if cached:
+                self.drop(one.key)
+        kept = {one for _, cached, one in sizes if not cached}
+        groups = [[one for _, cached, one in sizes if cached]]
+        while groups[0] and sum(map(_padded, groups)) + sum(map(len, kept)) > room:
+            cuts = [max(enumerate(_savings(group), 1), key=lambda cut: cut[1], default=(0, 0)) for group in groups]
+            widest = max(range(len(groups)), key=lambda k: cuts[k][1])
+            place = cuts[widest][0]
+            groups[widest : widest + 1] = [groups[widest][:place], groups[widest][place:]]
+        return [group for group in groups if group], kept
 
-    def _beside(self, replaced: set[_Cache]) -> int:
-        """What is held once these caches have a new batch: whole batches, and what the new one leaves behind."""
-        broken_up = {id(one.batch) for one in replaced}
+    def _beside(self, advancing: list[_Cache]) -> int:
+        """What is held once these caches have new batches: whole batches, and what the new ones leave behind."""
+        replaced, broken_up = set(advancing), {id(one.batch) for one in advancing}
         whole = sum(len(batch.padding) * batch.width for batch in self._batches() if id(batch) not in broken_up)
         rest = (one for one in self._caches.values() if one not in replaced)
         return whole + sum(one.length for one in rest if id(one.batch) in broken_up)
 
-    def _evict(self, key: Any) -> None:
-        self.drop(key)
-        self.evicted += 1
+    def _regroup(self, groups: list[list[_Cache]]) -> None:
+        """Make a batch of each group; what these leave behind gets batches of its own, so that the old ones go."""
+        sharers = Counter(id(one.batch) for one in self._caches.values())
+        apart = []
+        for group in groups:
+            batch = group[0].batch
+            together = all(one.batch is batch for one in group)
+            if not (together and sharers[id(batch)] == len(group) == len(batch.padding)):
+                apart.append(group)
+        moved = {one for group in apart for one in group}
+        old = {id(one.batch): one.batch for one in moved}
+        left = [[one] for one in self._caches.values() if id(one.batch) in old and one not in moved]
+        for group in [*apart, *left]:
+            self._join(group)
 
     def _advance(self, caches: list[_Cache], tokens: Tensor) -> None:
-        """One forward pass for one token of each."""
-        batch = caches[0].batch
-        sharers = [one for one in self._caches.values() if one.batch is batch]
-        if not len(sharers) == len(caches) == len(batch.padding) or any(one.batch is not batch for one in caches):
-            batch = self._gather(caches)
+        """One forward pass for one token of each row of a batch."""
         order = torch.empty(len(caches), dtype=torch.int64)
         order[[one.row for one in caches]] = torch.arange(len(caches))
-        logits = batch.read(tokens[order.to(tokens.device), None])[:, -1]
-        for one in caches:
+        logits = caches[0].batch.read(tokens[order.to(tokens.device), None])[:, -1]
+        # The served model may have drawn what the target has no embedding of; from there on it cannot read the text.
+        unreadable = ((tokens < 0) | (tokens >= self.vocab)).to(logits.device)
+        unreadable |= torch.stack([one.logits[0] for one in caches]).isnan()
+        for one, lost in zip(caches, unreadable, strict=True):
             one.length += 1
-            one.logits = logits[one.row].clone()  # a view would hold the whole batch's as long as one of them is idle
+            # A view would hold the whole batch's as long as one of them is idle.
+            one.logits = logits[one.row].masked_fill(lost, torch.nan)
 
-    def _gather(self, caches: list[_Cache]) -> CachedModel:
-        """Put these into one batch; those that they leave behind get batches of their own, so that the old ones go."""
-        left = {id(one.batch): one.batch for one in caches}
-        made = self._join(caches)
-        for one in self._caches.values():
-            if id(one.batch) in left:
-                self._join([one])
-        return made
-
-    def _join(self, caches: list[_Cache]) -> CachedModel:
+    def _join(self, caches: list[_Cache]) -> None:
+        """Copy the rows of these caches into one batch."""
         width = max(one.length for one in caches)
         sources: dict[int, list[_Cache]] = {}
         for one in caches:
@@ -194,7 +222,16 @@ class Target:
         made.width = width
         for row, one in enumerate(ordered):
             one.batch, one.row = made, row
-        return made
+
+
+def _padded(group: list[_Cache]) -> int:
+    """The tokens of a batch of these, sorted by length, when each has got another one."""
+    return len(group) * (group[-1].length + 1) if group else 0
+
+
+def _savings(group: list[_Cache]) -> list[int]:
+    """How much padding goes if a sorted batch is cut behind its first, second, ... row."""
+    return [count * (group[-1].length - one.length) for count, one in enumerate(group[:-1], 1)]
 
 
 def _aligned(parts: list[tuple[Tensor, list[int]]], width: int) -> Tensor:

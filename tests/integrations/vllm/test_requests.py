@@ -189,6 +189,8 @@ def test_aborted_requests_leave_nothing(engine, records_file):
     [
         ({"optsample": "on"}, "optsample must be true or false"),
         ({"optsample_method": "middle"}, "optsample_method must be one of kl_symmetry"),
+        ({"optsample_method": ""}, "optsample_method must be one of kl_symmetry"),
+        ({"optsample_target_prompt": [2**63]}, "optsample_target_prompt must be a text or a list of token ids"),
         ({"optsample_method": "fixed"}, 'optsample_method="fixed" needs optsample_alpha'),
         ({"optsample_alpha": math.nan}, "optsample_alpha must be a finite number"),
         ({"optsample_alpha": 1e300}, "optsample_alpha must be a finite number between -1e6 and 1e6, but is 1e+300"),

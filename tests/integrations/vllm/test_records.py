@@ -153,6 +153,20 @@ def test_a_full_disk_does_not_end_the_engine(caplog_vllm):
     assert caplog_vllm == ["the record of request 'a' was not written"]
 
 
+def emptied(part):
+    part["tokens"].clear()
+
+
+def test_a_callback_that_changes_what_it_gets():
+    """The record goes on with tokens of its own."""
+    recorder, record = Recorder(callback="test_records:emptied"), Record("a", 1, [])
+    for k in range(3):
+        record.append(k, ROW)
+        record.hand_over(recorder)
+    assert record.tokens == [0, 1, 2]
+    assert record.start == 3
+
+
 def test_a_callback_that_fails(caplog_vllm):
     recorder = Recorder(callback="math:sqrt")
     recorder.write({"id": "a"})

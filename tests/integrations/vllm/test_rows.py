@@ -1,6 +1,7 @@
 """The V1 runner's real batch of requests, driven at random: additions, removals, refilled rows, moves and swaps."""
 
 import math
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -17,8 +18,11 @@ from optsample_triton.integrations.vllm import OptimalSampling, read_records
 
 
 class Batch:
-    def __init__(self, folder, given):
-        self.processor = OptimalSampling(config(folder, given, async_scheduling=False), torch.device("cpu"), False)
+    """``ahead``: with asynchronous scheduling a token is not known until the next step is under way."""
+
+    def __init__(self, folder, given, ahead=False):
+        self.ahead = ahead
+        self.processor = OptimalSampling(config(folder, given, async_scheduling=ahead), torch.device("cpu"), False)
         self.batch = InputBatch(
             max_num_reqs=SLOTS, max_model_len=LONGEST, max_num_batched_tokens=64, device=torch.device("cpu"),
             vocab_size=VOCAB, block_sizes=[16], max_num_blocks_per_req=[2],
@@ -40,6 +44,7 @@ class Batch:
         del self.running[str(request.name)]
 
     def step(self, seed, partial):
+        self.batch.update_async_output_token_ids()  # as the runner does before it samples
         logits = torch.randn(len(self.running), VOCAB, generator=torch.Generator().manual_seed(seed))
         logits[:, 11] = -torch.inf
         given, mixed = logits.clone(), self.processor.apply(logits)
@@ -51,8 +56,13 @@ class Batch:
                 expected = request.law(self.model, given[row])
                 torch.testing.assert_close(mixed[row].double(), expected, atol=2e-5, rtol=1e-5)
             if name not in partial:
-                request.output.append(int(mixed[row].argmax()))
+                request.output.append(-1 if self.ahead else int(mixed[row].argmax()))
                 request.laws.append(given[row])
+        if self.ahead:
+            copied = SimpleNamespace(synchronize=lambda: None)
+            self.batch.set_async_sampled_token_ids(mixed.argmax(-1, keepdim=True), copied)
+            rows = enumerate(self.batch.req_ids)
+            self.batch.prev_req_id_to_index = {name: row for row, name in rows if name not in partial}
 
 
 @settings(max_examples=15, phases=[Phase.generate])
@@ -99,6 +109,24 @@ def test_any_order_of_events(target, tmp_path_factory, data):  # noqa: F811
             assert figure == pytest.approx(float(theta.double().log_softmax(-1)[token]), abs=2e-5)
 
 
+def test_steps_that_begin_before_the_last_tokens_are_known(target):  # noqa: F811
+    one, chance, read = Batch(target, {}, ahead=True), random.Random(0), 0
+    for number in range(60):
+        for request in list(one.running.values()):
+            if request.ended or chance.random() < 0.05:
+                one.remove(request)
+        while len(one.running) < SLOTS and chance.random() < 0.5:
+            prompt = [chance.randrange(VOCAB) for _ in range(chance.randint(1, 6))]
+            one.add(Request(read, prompt, chance.choice(EXTRAS), 9))
+            read += 1
+        one.batch.condense()
+        one.batch.refresh_metadata()
+        if one.running:
+            one.step(number, {name for name in one.running if chance.random() < 0.1})
+    built = one.processor.mixer.target.built
+    assert 0 < built <= read  # a token that was not filled in would have ended what the target can read
+
+
 def test_prompts_given_as_embeddings(target):  # noqa: F811
     """The target cannot read them; a prompt of its own it can."""
     processor = OptimalSampling(config(target, {}, async_scheduling=False), torch.device("cpu"), False)
@@ -129,8 +157,7 @@ def test_a_law_that_float32_cannot_hold_never_reaches_the_sampler(target, tmp_pa
     one_row(processor, {"optsample_alpha": 0.3, "optsample_id": "a"}, output, logits)
     processor.door.requests[0].alpha = 1e300  # what admission would have refused
     assert torch.equal(processor.apply(logits.clone()), logits)
-    output.append(7)
-    processor.update_state(None)
+    output.append(7)  # drawn when the process ends
     processor.door.close()
     (record,) = read_records(path)
     assert record["status"] == [3]
@@ -154,6 +181,29 @@ def test_a_grammar_that_allows_nothing_shared(target, tmp_path):  # noqa: F811
     assert record["status"] == [3]
     assert record["log_q"] == record["log_theta"] == [pytest.approx(-math.log1p(math.exp(-1)))]
     assert record["log_t"] == record["alpha"] == [None]
+
+
+def test_tokens_that_the_engine_takes_back(target, tmp_path):  # noqa: F811
+    """It does so where keys and values that it had counted on could not be loaded."""
+    path = tmp_path / "records.jsonl"
+    processor = OptimalSampling(
+        config(target, {"records": str(path)}, async_scheduling=False), torch.device("cpu"), False
+    )
+    logits, request = torch.randn(1, VOCAB), Request(0, [3, 4], {"optsample": True}, 9)
+    model, output = LlamaForCausalLM.from_pretrained(target), request.output
+    one_row(processor, request.extra, output, logits)
+    for kept, token in [(1, 5), (1, 6), (2, 7), (1, 8)]:  # how many are there still, and what is drawn behind them
+        output.append(token)
+        del output[kept:]
+        processor.update_state(None)
+        expected = request.law(model, logits[0])
+        mixed = processor.apply(logits.clone())
+        torch.testing.assert_close(mixed[0].double(), expected, atol=2e-5, rtol=1e-5)
+    output.append(9)
+    processor.door.close()
+    (record,) = read_records(path)
+    assert record["tokens"] == output == [5, 9]
+    assert record["log_q"][1] == pytest.approx(float(expected[9]), abs=2e-5)
 
 
 def test_asynchronous_scheduling_goes_without_records(target, tmp_path):  # noqa: F811

@@ -1,9 +1,21 @@
 """The V2 runner's interface, which needs a GPU to run, driven by a stand-in for the runner's own bookkeeping.
 
-The processor is built by vLLM's loader for that runner, holds the real target, and is called as
-``vllm/v1/worker/gpu/model_runner.py`` and ``sampler.py`` call it: slots from a free list that gives back the last one
-first, tokens written by staged writes, rows in any order, prompts in chunks, a step after the last one that runs
-nothing, and one step too many for a request that a token has ended.
+The processor is built by vLLM's loader for that runner, holds the real target, and is called as the runner calls it.
+What the stand-in takes for granted, each read in vLLM 0.32.0, below ``vllm/v1/worker/gpu``:
+
+* ``states.py``: a request takes the slot that was freed last. Its prompt_len and prefill_len (behind a preemption the
+  answer so far is part of the latter) are on the host at once; its tokens and total_len are staged writes.
+* ``model_runner.py``, execute_model: in each step, also in one that runs nothing, the slots of ended and preempted
+  requests are freed without a word, then add_request is called for new ones, then staged writes are made, ours last.
+* ``model_runner.py``, prepare_inputs: without drafts there is one row of logits per running request, in any order,
+  also for a prompt that is read in chunks. seq_lens_cpu_upper_bound is then exact.
+* ``sample/sampler.py``: apply is called where any processor's add_request was true of a running request, so also
+  without one of ours, with a float32 copy of the logits on which grammars, logit_bias, penalties and bad words have acted;
+  input_ids holds each row's last token. What is drawn from a row whose length is below prefill_len counts as nothing.
+* ``input_batch.py``, post_update: the drawn token is in all_token_ids at total_len, which grows by one, before the next
+  step begins.
+* ``vllm/v1/core/sched``: a request that its length ends is not scheduled again; one that a token ends may run once
+  more, since the next step is scheduled before the token is known.
 """
 
 from __future__ import annotations
@@ -131,7 +143,7 @@ class Runner:
         logits = torch.randn(len(scheduled), VOCAB, generator=torch.Generator().manual_seed(seed))
         logits[:, 11] = -torch.inf
         given = logits.clone()
-        if any(self.mixed[request] for request, _ in scheduled):
+        if seed % 2 or any(self.mixed[request] for request, _ in scheduled):
             context = LogitsContext(
                 expanded_idx_mapping=slots, idx_mapping=slots, idx_mapping_np=slots.numpy(),
                 expanded_local_pos=torch.zeros_like(slots), pos=ends - 1,
@@ -288,7 +300,6 @@ def test_any_order_of_events(target, tmp_path_factory, data):
                     runner.remove(request)
                 elif request not in over:
                     over.append(request)
-    runner.begin()
     assert runner.processor.mixer.target.tokens <= limit
     runner.processor.door.close()
     assert len(runner.processor.mixer.target) == 0

@@ -63,6 +63,11 @@ class OptimalSampling(LogitsProcessor, LogitsProcessorV2):
             raise ValueError(
                 "enable_prompt_embeds must be False, since this model runner does not show which prompts are embeddings"
             )
+        # This runner loads the target where vLLM keeps what sleep at level 2 throws away; only pi_theta comes back.
+        if second and served.enable_sleep_mode:
+            raise ValueError(
+                "enable_sleep_mode must be False, since this model runner would lose the target's weights in deep sleep"
+            )
         device = torch.device(device_or_states.device if second else device_or_states)
         model = AutoModelForCausalLM.from_pretrained(settings.target, dtype=settings.dtype, **settings.model_kwargs)
         if not can_rewind(model):

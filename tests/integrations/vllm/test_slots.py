@@ -10,8 +10,9 @@ What the stand-in takes for granted, each read in vLLM 0.32.0, below ``vllm/v1/w
 * ``model_runner.py``, prepare_inputs: without drafts there is one row of logits per running request, in any order,
   also for a prompt that is read in chunks. seq_lens_cpu_upper_bound is then exact.
 * ``sample/sampler.py``: apply is called where any processor's add_request was true of a running request, so also
-  without one of ours, with a float32 copy of the logits on which grammars, logit_bias, penalties and bad words have acted;
-  input_ids holds each row's last token. What is drawn from a row whose length is below prefill_len counts as nothing.
+  without one of ours, with a float32 copy of the logits on which grammars, logit_bias, penalties and bad words have
+  acted; input_ids holds each row's last token. What is drawn from a row whose length is below prefill_len counts as
+  nothing.
 * ``input_batch.py``, post_update: the drawn token is in all_token_ids at total_len, which grows by one, before the next
   step begins.
 * ``vllm/v1/core/sched``: a request that its length ends is not scheduled again; one that a token ends may run once
@@ -56,7 +57,14 @@ def target(tmp_path_factory):
     return folder
 
 
-def config(folder: Any, given: dict[str, Any], async_scheduling: bool = True, embeds: bool = False, **more: Any) -> Any:
+def config(
+    folder: Any,
+    given: dict[str, Any],
+    async_scheduling: bool = True,
+    embeds: bool = False,
+    sleep: bool = False,
+    **more: Any,
+) -> Any:
     """What the processor reads of an engine's configuration."""
     served = SimpleNamespace(
         get_vocab_size=lambda: VOCAB,
@@ -64,6 +72,7 @@ def config(folder: Any, given: dict[str, Any], async_scheduling: bool = True, em
         skip_tokenizer_init=True,
         max_model_len=LONGEST,
         enable_prompt_embeds=embeds,
+        enable_sleep_mode=sleep,
     )
     usual = {
         "speculative_config": None, "model_config": served, "parallel_config": SimpleNamespace(),
@@ -182,6 +191,12 @@ def test_embeddings_are_refused(target):
     """This runner would show the zeros that stand in their place."""
     with pytest.raises(ValueError, match="enable_prompt_embeds must be False"):
         Runner(target, {}, embeds=True)
+
+
+def test_sleep_is_refused(target):
+    with pytest.raises(ValueError, match="enable_sleep_mode must be False"):
+        Runner(target, {}, sleep=True)
+    assert OptimalSampling(config(target, {}, sleep=True), torch.device("cpu"), False).settings.target == str(target)
 
 
 def test_ranks_hold_the_same_batches(target, tmp_path, monkeypatch):

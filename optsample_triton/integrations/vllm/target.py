@@ -144,33 +144,26 @@ class Target:
         """The batches in which caches advance, and the new texts to keep, so that all is within the limit.
 
         Caches that nobody asks for now go first. Where texts are too many even without padding, one after the other is
-        left out: the shortest that is enough, or else the longest, so that few tokens are read again. At last the batch
-        is cut where that saves the most padding. All lengths grow alike, so the next step finds the same batches.
+        left out: the shortest that is enough, or else the longest, so that few tokens are read again.
         """
         advancing = sorted(advancing, key=lambda one: one.length)
-        new = sum(map(len, texts))
+        wanted = _padded(advancing) + sum(map(len, texts))
         idle = sorted((one for one in self._caches.values() if one.used < self._clock), key=lambda one: one.used)
-        while (room := self.cache_tokens - self._beside(advancing)) < new + _padded(advancing) and idle:
+        while (room := self.cache_tokens - self._beside(advancing)) < wanted and idle:
             self.drop(idle.pop(0).key)
             self.evicted += 1
-        # Of two texts of one length the new one is left out, since the other need not be read again.
+        # Of two of one length the new text is left out, since the other need not be read again.
         sizes: list[tuple[int, bool, Any]] = [(one.length + 1, True, one) for one in advancing]
         sizes = sorted([*sizes, *((len(ids), False, ids) for ids in texts)], key=lambda size: size[:2])
         excess = sum(size for size, _, _ in sizes) - room
         while excess > 0 and sizes:
-            wanted = min(excess, sizes[-1][0])
-            size, cached, one = sizes.pop(bisect_left(sizes, wanted, key=lambda size: size[0]))
+            enough = min(excess, sizes[-1][0])
+            size, cached, one = sizes.pop(bisect_left(sizes, enough, key=lambda size: size[0]))
             excess -= size
             if cached:
                 self.drop(one.key)
         kept = {one for _, cached, one in sizes if not cached}
-        groups = [[one for _, cached, one in sizes if cached]]
-        while groups[0] and sum(map(_padded, groups)) + sum(map(len, kept)) > room:
-            cuts = [max(enumerate(_savings(group), 1), key=lambda cut: cut[1], default=(0, 0)) for group in groups]
-            widest = max(range(len(groups)), key=lambda k: cuts[k][1])
-            place = cuts[widest][0]
-            groups[widest : widest + 1] = [groups[widest][:place], groups[widest][place:]]
-        return [group for group in groups if group], kept
+        return _cut([one for _, cached, one in sizes if cached], room - sum(map(len, kept))), kept
 
     def _beside(self, advancing: list[_Cache]) -> int:
         """What is held once these caches have new batches: whole batches, and what the new ones leave behind."""
@@ -229,9 +222,21 @@ def _padded(group: list[_Cache]) -> int:
     return len(group) * (group[-1].length + 1) if group else 0
 
 
-def _savings(group: list[_Cache]) -> list[int]:
-    """How much padding goes if a sorted batch is cut behind its first, second, ... row."""
-    return [count * (group[-1].length - one.length) for count, one in enumerate(group[:-1], 1)]
+def _cut(caches: list[_Cache], room: int) -> list[list[_Cache]]:
+    """Caches sorted by length as a few batches that fit, cut where that saves the most padding.
+
+    There must be room for them without padding. All lengths grow alike, so that the next step cuts at the same places.
+    """
+    groups = [caches] if caches else []
+    while len(groups) < len(caches) and sum(map(_padded, groups)) > room:
+        savings = [
+            (count * (group[-1].length - one.length), number, count)
+            for number, group in enumerate(groups)
+            for count, one in enumerate(group[:-1], 1)
+        ]
+        _, number, count = max(savings)
+        groups[number : number + 1] = [groups[number][:count], groups[number][count:]]
+    return groups
 
 
 def _aligned(parts: list[tuple[Tensor, list[int]]], width: int) -> Tensor:

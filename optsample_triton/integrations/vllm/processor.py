@@ -75,7 +75,7 @@ class OptimalSampling(LogitsProcessor, LogitsProcessorV2):
         model = model.requires_grad_(False).eval().to(device)
         target = Target(model, cache_tokens=settings.cache_tokens, prefill_chunk=settings.prefill_chunk)
         shared = shared_entries([served.get_vocab_size(), target.vocab], settings.vocab_size)
-        self._prompts = Prompts(settings, None if served.skip_tokenizer_init else served.tokenizer, shared)
+        self._prompts = Prompts(settings, served, shared)
         # Every rank of a tensor-parallel group mixes, since each of them samples. All keep records, which tell when a
         # request ends: their batches of the target, and with these the last bits of q*, must not differ. One writes.
         first = not model_parallel_is_initialized() or get_tensor_model_parallel_rank() == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -37,9 +38,13 @@ class Prompt(NamedTuple):
 class Prompts:
     """Makes a request's ``Prompt``; knows the tokenisers."""
 
-    def __init__(self, settings: Settings, served_tokenizer: str | None, shared: int):
-        self._tokenizer = _load(settings.target)
-        served = None if served_tokenizer is None else _load(served_tokenizer)
+    def __init__(self, settings: Settings, model_config: Any, shared: int):
+        """``model_config`` is the engine's."""
+        self._tokenizer = _load(settings.target, settings.model_kwargs)
+        served = None
+        if not model_config.skip_tokenizer_init:
+            found = {"revision": model_config.tokenizer_revision, "trust_remote_code": model_config.trust_remote_code}
+            served = _load(model_config.tokenizer, found)
         if served is None or self._tokenizer is None:
             logger.warning("the tokenisers of the two models were not compared, since one of them is not at hand")
         # Entries behind the shared ones are never drawn, so that they may differ.
@@ -66,9 +71,11 @@ class Prompts:
         return tuple(self._tokenizer(text, add_special_tokens=False).input_ids)
 
 
-def _load(path: str) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(path)
+def _load(path: str, found: Mapping[str, Any]) -> Any:
+    """The tokeniser of a model that is found by these arguments of ``from_pretrained``; None if there is none."""
+    given = {name: found[name] for name in ("revision", "token", "cache_dir") if name in found}
+    try:  # unless it is said whether code may be run, the terminal would be asked
+        return AutoTokenizer.from_pretrained(path, **given, trust_remote_code=found.get("trust_remote_code", False))
     except Exception:  # whatever a broken or unknown tokeniser's own code raises; its absence is warned of
         return None
 

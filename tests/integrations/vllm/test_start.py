@@ -1,12 +1,15 @@
 """What an engine refuses to start with, and the settings that it starts with."""
 
+import json
 import re
+from types import SimpleNamespace
 
 import pytest
 from engines import checkpoints, greedy, some_prompts, tokenizer
 from transformers import AutoModelForCausalLM
 
 from optsample_triton.integrations.vllm import Settings, read_records
+from optsample_triton.integrations.vllm.prompts import Prompts
 from optsample_triton.integrations.vllm.settings import Wish
 
 
@@ -60,6 +63,20 @@ def test_a_target_prompt_that_no_model_can_read(prompt):
         Wish.read({"optsample_target_prompt": prompt})
     assert Wish.read({"optsample_target_prompt": [2**31 - 1]}).target_prompt == (2**31 - 1,)
     assert Wish.read({"optsample_target_prompt": "\U0001f600"}).target_prompt == "\U0001f600"
+
+
+@pytest.mark.parametrize("trusted", [None, False, True])
+def test_a_tokeniser_with_code_of_its_own(tmp_path, trusted):
+    """It is loaded as the target is; nobody is asked on a terminal."""
+    words = tokenizer()
+    words.save_pretrained(tmp_path)
+    (tmp_path / "tokenization_own.py").write_text("from transformers import PreTrainedTokenizerFast as Own\n")
+    path = tmp_path / "tokenizer_config.json"
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "tokenization_own.Own"]}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **own}))
+    settings = Settings(str(tmp_path), model_kwargs={} if trusted is None else {"trust_remote_code": trusted})
+    prompts = Prompts(settings, SimpleNamespace(skip_tokenizer_init=True), 259)
+    assert prompts.of(Wish(target_prompt="look")).own == (tuple(words("look").input_ids) if trusted else ())
 
 
 @pytest.mark.parametrize("what", ["vocabulary", "tokeniser", "speculation", "records", "callback"])

@@ -70,7 +70,8 @@ def test_a_tokeniser_with_code_of_its_own(tmp_path, trusted):
     """It is loaded as the target is; nobody is asked on a terminal."""
     words = tokenizer()
     words.save_pretrained(tmp_path)
-    (tmp_path / "tokenization_own.py").write_text("from transformers import PreTrainedTokenizerFast as Own\n")
+    code = "import transformers\n\n\nclass Own(transformers.PreTrainedTokenizerFast):\n    pass\n"
+    (tmp_path / "tokenization_own.py").write_text(code)
     path = tmp_path / "tokenizer_config.json"
     own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "tokenization_own.Own"]}}
     path.write_text(json.dumps({**json.loads(path.read_text()), **own}))

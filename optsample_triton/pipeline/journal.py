@@ -174,7 +174,7 @@ class Journal:
 
 def _opened(path: Path) -> IO[bytes]:
     """For reading and writing, unbuffered: what was written is the system's, even if this process is killed."""
-    return open(path, "r+b" if path.exists() else "x+b", buffering=0)
+    return open(path, "r+b", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_CREAT, 0o666))
 
 
 def _append(file: IO[bytes], data: bytes) -> None:

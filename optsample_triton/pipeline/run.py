@@ -68,7 +68,7 @@ def generate(job: Job) -> Summary:
             for batch, completions in _drawn(job, encoder, planned):
                 parts, state = _lines(job, batch, completions, state)
                 journal.commit(parts, state)
-                progress.add(completions, len(batch.rejected))
+                progress.add(completions, state["rejected"])
     _warn_of_few(job, state)
     return Summary(state["samples"], state["rejected"], state["samples"] - before)
 

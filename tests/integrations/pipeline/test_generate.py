@@ -276,6 +276,8 @@ def test_wrong_arguments_and_missing_things_are_one_sentence(run: Runner, capsys
         (["--dataset", "nobody/nothing"], "'nobody/nothing' could not be loaded"),
         (["--device", "cuda:7"], "cuda:7"),
         (["--output", "/proc/none/out.jsonl"], "cannot write"),
+        (["--chat-template", "{% for"], "a chat template cannot be read: "),
+        (["--chat-template", str(run.folder / "foreign" / "model.safetensors")], "chat_template must be a Jinja text"),
     ):
         run("wrong", *more, code=1)
         captured = capsys.readouterr()

@@ -95,16 +95,18 @@ class Share(NamedTuple):
 
 def share(job: Job, have: dict[str, float]) -> Share:
     """A worker per GPU where there are any, else one for every two CPU slots: the readers need some, too."""
-    gpus = job.gpus_per_worker
-    if gpus is None:
-        gpus = 1.0 if have.get("GPU", 0) else 0.0
-    if gpus:
-        size = job.workers or max(1, int(have.get("GPU", 0) / gpus))
-    else:
-        size = job.workers or max(1, int(have.get("CPU", 1) / (2 * job.cpus_per_worker)))
-    if not gpus and size * job.cpus_per_worker >= have.get("CPU", 1):
+    slots, cards, cpus = have.get("CPU", 1), have.get("GPU", 0), job.cpus_per_worker
+    gpus = job.gpus_per_worker if job.gpus_per_worker is not None else float(cards > 0)
+    fitting = cards / gpus + 1e-6 if gpus else slots / (2 * cpus)
+    size = job.workers or max(1, int(fitting))
+    if gpus and size > fitting:
         raise PipelineError(
-            f"{size} workers of {job.cpus_per_worker:g} CPU slots leave none of the {have.get('CPU', 1):g} there are "
-            "to Ray's readers, which would wait for ever: take fewer --workers or less --cpus-per-worker"
+            f"{size} workers of {gpus:g} GPUs are more than the {cards:g} there are, and Ray would wait for ever: take "
+            "fewer --workers or less --gpus-per-worker"
         )
-    return Share(size, job.cpus_per_worker, gpus)
+    if size * cpus >= slots:
+        raise PipelineError(
+            f"{size} workers of {cpus:g} CPU slots leave none of the {slots:g} there are to Ray's readers, which would "
+            "wait for ever: take fewer --workers or less --cpus-per-worker"
+        )
+    return Share(size, cpus, gpus)

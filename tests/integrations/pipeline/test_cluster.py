@@ -95,5 +95,11 @@ def test_what_a_worker_takes() -> None:
     assert of({"CPU": 64, "GPU": 8}, gpus_per_worker=2.0) == Share(4, 1.0, 2.0)
     assert of({"CPU": 8}) == Share(4, 1.0, 0.0)
     assert of({"CPU": 2}, workers=2, cpus_per_worker=0.5) == Share(2, 0.5, 0.0)
-    with pytest.raises(PipelineError, match="would wait for ever"):
-        of({"CPU": 2}, workers=2)
+    assert of({"CPU": 4, "GPU": 1}, gpus_per_worker=0.1, cpus_per_worker=0.1) == Share(10, 0.1, 0.1)
+    assert of({"CPU": 8, "GPU": 8}, gpus_per_worker=0.0) == Share(4, 1.0, 0.0)
+    for have, more in (
+        ({"CPU": 2}, {"workers": 2}), ({"CPU": 8, "GPU": 8}, {}), ({"CPU": 64}, {"gpus_per_worker": 1.0}),
+        ({"CPU": 64, "GPU": 4}, {"workers": 5}),
+    ):  # fmt: skip
+        with pytest.raises(PipelineError, match="would wait for ever"):
+            of(have, **more)

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import signal
 import threading
 import time
@@ -81,10 +82,18 @@ def test_a_run_goes_on_in_a_cluster_and_back(tmp_path: Path, models: dict[str, s
 
 
 def test_what_a_worker_cannot_do_comes_back_as_a_sentence(tmp_path: Path, models: dict[str, str]) -> None:
-    worker = Worker(job(tmp_path, models, "bad", vocab_size=10_000))
-    row = worker({"number": 3, "requests": pickle.dumps([Request("0" * 32, 1, [5, 6], None)])})
-    assert row["number"] == 3
-    assert "vocab_size must be between 1 and" in row["error"]
+    """Damaged weights are found where they are loaded, in the worker."""
+    broken = tmp_path / "broken"
+    shutil.copytree(models["target"], broken)
+    (broken / "model.safetensors").write_bytes(b"short")
+    asked = {"number": 3, "requests": pickle.dumps([Request("0" * 32, 1, [5, 6], None)])}
+    for made, words in (
+        (job(tmp_path, models, "bad", vocab_size=10_000), "vocab_size must be between 1 and"),
+        (job(tmp_path, {**models, "target": str(broken)}, "bad"), "could not be loaded"),
+    ):
+        row = Worker(made)(asked)
+        assert row["number"] == 3
+        assert words in row["error"]
 
 
 def test_what_a_worker_takes() -> None:

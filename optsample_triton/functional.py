@@ -48,8 +48,8 @@ def solve(
         diagnostics: also compute KLs, effective sample sizes, entropies and overlaps.
         detach_alpha: no gradient through alpha.
         group: a torch.distributed group whose processes hold parts of the vocabulary, in the order of their ranks and
-            as uneven as they like, of one column at least each; every process gets the result for the whole of it. No
-            gradient then.
+            as uneven as they like, of one column at least each; every process gets the result for the whole of it. All
+            other arguments must be equal, and what is wrong with those of one process is raised in all. No gradient.
 
     Returns:
         Solution(alpha, log_z, status, diagnostics), each [...]; alpha and log_z = psi(alpha) are float32
@@ -61,10 +61,11 @@ def solve(
     >>> [round(x, 4) for x in (solution.alpha.item(), solution.log_z.item())], solution.status.tolist()
     ([0.5, -0.0872], [0])
     """
-    rows, shape, _ = prepare(
-        logits_theta, logits_t, alpha, method, algorithm, temperature_theta, temperature_t,
-        vocab_size if group is None else None, tol, max_iter, detach_alpha,
-    )  # fmt: skip
+    with sharded.together(group, logits_theta):
+        rows, shape, _ = prepare(
+            logits_theta, logits_t, alpha, method, algorithm, temperature_theta, temperature_t,
+            vocab_size if group is None else None, tol, max_iter, detach_alpha,
+        )  # fmt: skip
     if group is None:
         _, value, log_z, status, sweeps, _, figures = torch.ops.optsample.solve(*rows, diagnostics, 0, torch.float32)
     else:

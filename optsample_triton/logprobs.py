@@ -45,7 +45,7 @@ def token_logprobs(
         logits_t, temperature_t: a second model's logits of the same shape, for both models' results from one launch.
         group: a torch.distributed group whose processes hold parts of the vocabulary, in the order of their ranks, of
             one column at least each. Tokens count over the whole of it; every process gets the same numbers, and the
-            gradient of its own logits.
+            gradient of its own logits. All other arguments must be equal.
 
     Returns:
         log-probabilities [...] in float32 (float64 for float64 logits); with ``entropy`` the pair (log-probabilities,
@@ -59,19 +59,22 @@ def token_logprobs(
     >>> token_logprobs(logits, torch.tensor([0, 2])).exp().tolist()
     [0.5, 0.699999988079071]
     """
-    check_rows(logits, logits if logits_t is None else logits_t, "logits", "logits_t")
-    check_tokens(tokens, logits.shape[:-1], logits.device, "logits")
-    check_ignore_index(ignore_index)
-    scale = _scale(temperature, logits, "temperature")
-    scale_t = _scale(temperature_t, logits, "temperature_t")
-    if inplace_backward and torch.is_grad_enabled():
-        for rows, name in ((logits, "logits"), (logits_t, "logits_t")):
-            if rows is not None and rows.requires_grad:
-                _check_overwritable(rows, name)
-        if logits_t is not None and logits.requires_grad and logits_t.requires_grad:
-            _check_apart(logits, logits_t)
+    with sharded.together(group, logits):
+        check_rows(logits, logits if logits_t is None else logits_t, "logits", "logits_t")
+        check_tokens(tokens, logits.shape[:-1], logits.device, "logits")
+        check_ignore_index(ignore_index)
+        scale = _scale(temperature, logits, "temperature")
+        scale_t = _scale(temperature_t, logits, "temperature_t")
+        if inplace_backward and torch.is_grad_enabled():
+            for rows, name in ((logits, "logits"), (logits_t, "logits_t")):
+                if rows is not None and rows.requires_grad:
+                    _check_overwritable(rows, name)
+            if logits_t is not None and logits.requires_grad and logits_t.requires_grad:
+                _check_apart(logits, logits_t)
+        if group is not None and inplace_backward:
+            raise ValueError("inplace_backward does not go with group, since the logits are read twice")
     if group is not None:
-        return _over_shards(logits, logits_t, tokens, (scale, scale_t), group, ignore_index, entropy, inplace_backward)
+        return _over_shards(logits, logits_t, tokens, (scale, scale_t), group, ignore_index, entropy)
     log_probs, entropies, _ = torch.ops.optsample.token_logprobs(
         _as_rows(logits), None if logits_t is None else _as_rows(logits_t), tokens.reshape(-1).long().contiguous(),
         scale, scale_t, int(ignore_index), bool(entropy), bool(inplace_backward),
@@ -148,11 +151,9 @@ def linear_token_logprobs(
 
 def _over_shards(
     logits: Tensor, logits_t: Tensor | None, tokens: Tensor, scales: tuple[Tensor | None, Tensor | None], group: Any,
-    ignore_index: int, entropy: bool, inplace_backward: bool,
+    ignore_index: int, entropy: bool,
 ) -> Result | tuple[Result, Result]:  # fmt: skip
     """One collective per model."""
-    if inplace_backward:
-        raise ValueError("inplace_backward does not go with group, since the logits are read twice")
     results: list[Result] = []
     for model, scale in zip((logits, logits_t), scales, strict=True):
         if model is not None:

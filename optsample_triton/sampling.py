@@ -61,15 +61,16 @@ def sample(
     >>> sample(logits_theta, logits_t, seed=7, num_samples=4).w_theta.shape
     torch.Size([3, 4])
     """
-    if num_samples is not None and (type(num_samples) is not int or num_samples < 1):
-        raise ValueError(f"num_samples must be an int of at least 1, but is {num_samples!r}")
-    rows, shape, _ = prepare(
-        _detached(logits_theta), _detached(logits_t), _detached(alpha), method, "chernoff",
-        _detached(temperature_theta), _detached(temperature_t), vocab_size if group is None else None, tol, max_iter,
-        True,
-    )  # fmt: skip
-    numbers = _numbers(seed, offset, shape, logits_theta.device)
-    filters = _filters(_detached(temperature), _detached(min_p), logits_theta)
+    with sharded.together(group, logits_theta):
+        if num_samples is not None and (type(num_samples) is not int or num_samples < 1):
+            raise ValueError(f"num_samples must be an int of at least 1, but is {num_samples!r}")
+        rows, shape, _ = prepare(
+            _detached(logits_theta), _detached(logits_t), _detached(alpha), method, "chernoff",
+            _detached(temperature_theta), _detached(temperature_t), vocab_size if group is None else None, tol,
+            max_iter, True,
+        )  # fmt: skip
+        numbers = _numbers(seed, offset, shape, logits_theta.device)
+        filters = _filters(_detached(temperature), _detached(min_p), logits_theta)
     if group is None:
         drawn = torch.ops.optsample.sample(*_solver(rows), *numbers, *filters, num_samples or 1)
     else:

@@ -1,40 +1,42 @@
 """The native layer where each process of a group holds a part of the vocabulary, as tensor parallelism leaves it.
 
-``solve``, ``sample`` and ``token_logprobs`` come here with ``group=``. A process sums over its own logits, and a dozen
-numbers per row are gathered: once for the first sweep, once more where a row needs a second. It runs in PyTorch on
-whatever device the logits are, and waits for the device, since the processes have to agree on what to do next.
+``solve``, ``sample`` and ``token_logprobs`` come here with ``group=``. The processes agree on their arguments, and a
+dozen numbers per row are gathered of what each has summed over its own logits: once for the first sweep, once more
+where a row needs a second. It runs in PyTorch on whatever device the logits are, and waits for the device, since the
+processes have to agree on what to do next.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from optsample_triton.eager import api
+from optsample_triton.eager import agreement, api
 from optsample_triton.eager.rows import Rows
 from optsample_triton.eager.shards import Shard
 from optsample_triton.types import Draws, Options
 
 
-def rows_of(prepared: tuple[Any, ...], group: Any, vocab_size: int | None) -> tuple[Rows, Tensor | None, Options]:
-    """The op's arguments as the eager path takes them, with what the other processes hold."""
-    theta, t, alpha, scale_theta, scale_t, method, algorithm, tol, max_iter, eps, _ = prepared
-    theta, t = (x.detach().reshape(-1, x.shape[-1]) for x in (theta, t))
-    shard = Shard.of(theta, group, vocab_size)
-    theta, t = theta[:, : shard.size], t[:, : shard.size]
-    if not shard.size:  # nothing but padding: tokens that neither model has
-        theta, t = theta.new_full((2, theta.shape[0], 1), -torch.inf).unbind(0)
-    rows = Rows(theta, t, scale_theta, scale_t, shard=shard)
-    return rows, None if alpha is None else alpha.detach(), Options(method, algorithm, tol, max_iter, eps)
+@contextmanager
+def together(group: Any, logits: Any) -> Iterator[None]:
+    """For the checks of a process's own arguments: with a group, what one process refuses is raised in all of them."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if group is not None and isinstance(logits, Tensor):
+            agreement.refuse(error, logits.device, group)
+        raise
 
 
 def solve(
     prepared: tuple[Any, ...], group: Any, vocab_size: int | None, diagnostics: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """alpha, log_z, status, sweeps [N] and figures [N, 9], the same in every process."""
-    rows, alpha, options = rows_of(prepared, group, vocab_size)
+    rows, alpha, options = _rows(prepared, group, vocab_size, {"diagnostics": diagnostics})
     value, log_z, status, sweeps, _, figures = api.solve_on(rows, alpha, options, diagnostics, None)
     return value, log_z, status, sweeps, figures
 
@@ -43,8 +45,30 @@ def sample(
     prepared: tuple[Any, ...], group: Any, vocab_size: int | None, draws: Draws, num_samples: int
 ) -> tuple[Tensor, ...]:
     """token, log_q, log_theta, log_t [N, num_samples], alpha, status [N]; tokens count over the whole vocabulary."""
-    rows, alpha, options = rows_of(prepared, group, vocab_size)
+    same = {
+        "seed": (draws.seed, draws.seeds, draws.mixed), "offset": (draws.offset, draws.offsets),
+        "temperature": draws.cooling, "min_p": draws.min_p, "num_samples": num_samples,
+    }  # fmt: skip
+    rows, alpha, options = _rows(prepared, group, vocab_size, same)
     return api.sample_on(rows, alpha, options, draws, num_samples)
+
+
+def _rows(
+    prepared: tuple[Any, ...], group: Any, vocab_size: int | None, same: Mapping[str, Any]
+) -> tuple[Rows, Tensor | None, Options]:
+    """The op's arguments as the eager path takes them, with what the other processes hold."""
+    theta, t, alpha, scale_theta, scale_t, method, algorithm, tol, max_iter, eps, _ = prepared
+    theta, t = (x.detach().reshape(-1, x.shape[-1]) for x in (theta, t))
+    law = {
+        "alpha": alpha, "temperature_theta": scale_theta, "temperature_t": scale_t, "method": method,
+        "algorithm": algorithm, "tol": tol, "max_iter": max_iter,
+    }  # fmt: skip
+    shard = Shard.of(theta, group, vocab_size, {**law, **same})
+    theta, t = theta[:, : shard.size], t[:, : shard.size]
+    if not shard.size:  # nothing but padding: tokens that neither model has
+        theta, t = theta.new_full((2, theta.shape[0], 1), -torch.inf).unbind(0)
+    rows = Rows(theta, t, scale_theta, scale_t, shard=shard)
+    return rows, None if alpha is None else alpha.detach(), Options(method, algorithm, tol, max_iter, eps)
 
 
 def token_logprobs(
@@ -54,7 +78,8 @@ def token_logprobs(
 
     Every process computes the same numbers, so none has to send gradients: each has what its own logits contribute.
     """
-    shard = Shard.of(local, group, None)
+    same = {"tokens": tokens, "temperature": scale, "ignore_index": ignore_index, "entropy": entropy}
+    shard = Shard.of(local, group, None, same)
     kept = tokens != ignore_index
     inside = (tokens >= 0) & (tokens < shard.vocab)
     mine = inside & (tokens >= shard.start) & (tokens < shard.start + shard.size)

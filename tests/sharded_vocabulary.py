@@ -111,19 +111,31 @@ def collectives(part: slice, group) -> dict[str, int]:
     return counts
 
 
-def errors(part: slice, group) -> list[str]:
-    """What is wrong shows in every process, before anybody waits for the others."""
+def errors(part: slice, group) -> dict[str, str]:
+    """What each process says where arguments are wrong in all, in the last one alone, or not the same in all."""
     theta, t = (x[:, part] for x in rows())
-    said = []
-    for call in (
-        lambda: ost.solve(theta, t, vocab_size=VOCAB + 1, group=group),
-        lambda: ost.solve(theta[: 3 + dist.get_rank()], t[: 3 + dist.get_rank()], group=group),
-        lambda: ost.token_logprobs(theta, torch.zeros(12, dtype=torch.int64), inplace_backward=True, group=group),
-    ):
+    rank = dist.get_rank(group)
+    last = rank == dist.get_world_size(group) - 1
+    said = {}
+    for name, call in {
+        "vocab_size": lambda: ost.solve(theta, t, vocab_size=VOCAB + 1, group=group),
+        "rows": lambda: ost.solve(theta[: 3 + rank], t[: 3 + rank], group=group),
+        "inplace": lambda: ost.token_logprobs(theta, tokens(), inplace_backward=True, group=group),
+        "no columns": lambda: ost.solve(*(x[:, : 0 if last else None] for x in (theta, t)), group=group),
+        "none to draw": lambda: ost.sample(*(x[:, : 0 if last else None] for x in (theta, t)), seed=0, group=group),
+        "none to read": lambda: ost.token_logprobs(theta[:, : 0 if last else None], tokens(), group=group),
+        "longer": lambda: ost.sample(theta, t[:, : -1 if last else None], seed=0, group=group),
+        "type": lambda: ost.sample(theta, t, seed=0.5 if last else 0, group=group),
+        "dtype": lambda: ost.solve(*(x.double() if last else x for x in (theta, t)), group=group),
+        "seed": lambda: ost.sample(theta, t, seed=rank, group=group),
+        "seeds": lambda: ost.sample(theta, t, seed=torch.full((12,), rank), group=group),
+        "temperature": lambda: ost.solve(theta, t, temperature_t=1.0 + last, group=group),
+        "tokens": lambda: ost.token_logprobs(theta, tokens() if last else tokens().flip(0), group=group),
+    }.items():
         try:
             call()
-        except ValueError as error:
-            said.append(str(error))
+        except (TypeError, ValueError) as error:
+            said[name] = f"{type(error).__name__}: {error}"
     return said
 
 

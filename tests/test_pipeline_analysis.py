@@ -15,6 +15,7 @@ from optsample_triton.pipeline import PipelineError, analyze
 from optsample_triton.pipeline.analysis import Report, read
 from optsample_triton.pipeline.analysis.tally import KEPT, Reservoir
 from optsample_triton.pipeline.records import EXACT
+from optsample_triton.types import Status
 
 FIGURES = ["alpha", "positions", "ess-ratio", "kl-symmetry", "weight-tails", "acceptance", "worst-samples"]
 
@@ -162,6 +163,68 @@ def test_lines_that_are_no_records_are_left_out(records: list[dict], tmp_path: P
     report = analyze(written(tmp_path, records[:10], tail), tmp_path / "analysis")
     assert (report.tally.samples, report.tally.skipped) == (10, 3)
     assert "3 lines were no records" in report.markdown.read_text()
+
+
+def test_a_record_counts_whole_or_not_at_all(records: list[dict], tmp_path: Path) -> None:
+    """Lines that are records but for one thing, as another program or a damaged disk may leave them."""
+    names = ["finish_reason", "status", "log_q", "token_kl_t", "ess_ratio", "num_tested", "num_tokens", "line"]
+    bad = [{name: value for name, value in records[5].items() if name != missing} for missing in names]
+    odd = (
+        ("num_tokens", 0),
+        ("status", [9] * 40),
+        ("alpha", ["x"]),
+        ("kl_t", [1.0]),
+        ("num_accepted", "3"),
+        ("line", {}),
+    )
+    bad += [records[7] | {name: value} for name, value in odd]
+    bad += [records[8] | {"log_theta": records[8]["log_theta"][1:]}, records[8] | {"token_ess_t": None}]
+    path = written(tmp_path, records[:5])
+    alone = read(path, 3)
+    path.write_bytes(path.read_bytes() + b"".join(json.dumps(r).encode() + b"\n" for r in bad) + b"[" * 100_000)
+    tally = read(path, 3)
+    assert tally.skipped == len(bad) + 1
+    for name in ("samples", "tokens", "reasons", "statuses", "longest", "tested", "accepted"):
+        assert getattr(tally, name) == getattr(alone, name), name
+    for name in ("alpha", "alpha_by_position", "ratio_of_samples", "ratio_of_tokens", "overlaps"):
+        assert (getattr(tally, name) == getattr(alone, name)).all(), name
+    assert [vars(share) for share in tally.of_tokens.values()] == [vars(share) for share in alone.of_tokens.values()]
+    assert tally.worst() == alone.worst()
+
+
+def test_models_that_are_infinitely_far_apart_miss_the_criteria(tmp_path: Path) -> None:
+    """generate writes null for an infinite KL; a position without a balance is not one that has it."""
+    rng = np.random.default_rng(5)
+    records = [record(k, rng, tokens=4) for k in range(10)]
+    for r in records:
+        r |= {"token_kl_theta": [0.1] * 4, "token_kl_t": [0.1] * 4, "kl_theta": 0.4, "kl_t": 0.4}
+        r |= {"token_ess_theta": [0.5] * 4, "token_ess_t": [0.5] * 4}
+    for r in records[:2]:
+        r["status"][1], r["token_kl_t"][1], r["token_ess_t"][1] = int(Status.DISJOINT), None, 0.0
+        r |= {"kl_t": None, "log_w_t": None}
+    report = analyze(written(tmp_path, records), tmp_path / "analysis")
+    ratio, difference, _ = report.criteria
+    assert (ratio.of_tokens, ratio.mean) == (38 / 40, 1.0)
+    assert (difference.of_tokens, difference.of_samples, difference.mean) == (38 / 40, 0.8, 0.0)
+    assert "2 DISJOINT" in report.markdown.read_text()
+
+
+def test_chat_lines_that_somebody_has_edited(records: list[dict], tmp_path: Path) -> None:
+    path = written(tmp_path, records[:4])
+    (tmp_path / "out.jsonl").write_text('{"messages": []}\n{"torn\n[]\n')
+    assert "question" not in analyze(path, tmp_path / "a").markdown.read_text().split("| question |")[1]
+    (tmp_path / "out.jsonl").rename(tmp_path / "out")  # --output out
+    (tmp_path / "out").write_text('{"messages": [{"content": "what is it"}, {"content": "this"}]}\n' * 4)
+    assert "| what is it | this |" in analyze(path, tmp_path / "b").markdown.read_text()
+
+
+def test_many_worst_samples_have_a_line_each(records: list[dict], report: Report, tmp_path: Path) -> None:
+    path = analyze(written(tmp_path, records), tmp_path / "analysis", worst=60).markdown
+    usual, many = ((p.parent / "worst-samples.png").read_bytes()[20:24] for p in (report.markdown, path))
+    assert int.from_bytes(many) > 2 * int.from_bytes(usual)  # the height in a PNG's header
+    assert path.read_text().count("question \\|") == 60
+    with pytest.raises(PipelineError, match="worst must be at least 0"):
+        analyze(tmp_path / "out.diagnostics.jsonl", tmp_path, worst=-1)
 
 
 def test_memory_does_not_grow_with_the_file(records: list[dict], tmp_path: Path) -> None:

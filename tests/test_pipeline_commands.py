@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -90,6 +91,15 @@ def test_underscores_are_dashes() -> None:
         ({"prompt_field": "a", "prompt_template": "{a}"}, "say the same thing twice"),
         ({"resume": True, "overwrite": True}, "give one of them"),
         ({"ray": True, "backend": "vllm"}, "ray goes with the hf backend"),
+        ({"alpha_method": "fixed", "alpha": math.nan}, "alpha must be finite"),
+        ({"temperature": math.inf}, "temperature must be positive and finite"),
+        ({"gpus_per_worker": -1.0}, "gpus_per_worker must be"),
+        ({"stop": (".", "")}, "one of them is empty"),
+        ({"stop": ("\udcff",)}, "stop must be UTF-8"),
+        ({"dataset": "d\udcff.jsonl"}, "dataset must be UTF-8"),
+        ({"output": "./d.jsonl", "overwrite": True}, "output must be another file than dataset"),
+        ({"dataset": "o.rejected.jsonl"}, r"o\.rejected\.jsonl would be written over"),
+        ({"output": "b/o.jsonl"}, "output must not lie in the directory of model_t"),
     ],
 )
 def test_jobs_that_make_no_sense(more: dict, word: str) -> None:

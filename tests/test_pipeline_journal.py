@@ -254,7 +254,7 @@ def test_kill_9_of_a_writer_in_full_swing(tmp_path: Path) -> None:
                 if not child:
                     write(broken)
                     os._exit(0)
-                time.sleep(rng.random() * took / 2)
+                time.sleep(rng.random() * took * (0.5 + attempt / 10))  # longer in the end, so that one goes through
                 os.kill(child, signal.SIGKILL)
                 _, status = os.waitpid(child, 0)
                 if not os.WIFSIGNALED(status):

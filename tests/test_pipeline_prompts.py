@@ -226,3 +226,15 @@ def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
     path.symlink_to("/proc/self/mem")
     with pytest.raises(PipelineError, match=r"cannot be read further: .*Input/output error"):
         list(read(str(path)))
+
+
+@pytest.mark.parametrize("template", ["{level:d} {question:s}", "{question:{level}}", "{level:>3} {question:.2}"])
+def test_a_template_with_formats_costs_the_rows_that_do_not_fit_it(template: str) -> None:
+    adapter = choose(["question", "level"], None, template)[1]
+    found = [adapt(adapter, {"question": "why", "level": level}) for level in (2, "two")]
+    if "{level}" in template or ":d" in template:
+        assert isinstance(found[1], Reject)
+        assert found[1].reason == "malformed"
+        assert "does not fit prompt_template" in found[1].message
+    else:
+        assert [prompt.messages[0]["content"] for prompt in found] == ["  2 wh", "two wh"]

@@ -114,12 +114,30 @@ def test_few_collectives(found: list[dict], size: int) -> None:
 
 @pytest.mark.parametrize("size", shards.CUTS)
 def test_what_is_wrong_is_said_by_all(found: list[dict], size: int) -> None:
-    for rank in range(size):
-        said = found[rank][size, "errors"]
-        assert len(said) == 3
-        assert "the shards' length 20000" in said[0]
-        assert "same rows in all processes" in said[1]
-        assert "inplace_backward does not go with group" in said[2]
+    """Also what is wrong in one process alone: the others would wait for it, or compute with what is something else."""
+    expected = {
+        "vocab_size": "ValueError: vocab_size must be between 1 and the shards' length 20000, but is 20001",
+        "rows": "ValueError: logits must have the same rows in all processes of group",
+        "inplace": "ValueError: inplace_backward does not go with group",
+        "no columns": "ValueError: logits_theta must have shape [..., V] with V >= 1, but has shape [12, 0]",
+        "none to draw": "ValueError: logits_theta must have shape [..., V] with V >= 1, but has shape [12, 0]",
+        "none to read": "ValueError: logits must have shape [..., V] with V >= 1, but has shape [12, 0]",
+        "longer": "ValueError: logits_t has a vocabulary of",
+        "type": "TypeError: seed must be an int or a tensor of integers, but is float",
+        "dtype": "ValueError: the logits' dtype must be the same in all processes",
+        "seed": "ValueError: seed must be the same in all processes of group, but process 1 differs from 0",
+        "seeds": "ValueError: seed must be the same in all processes of group, but process 1 differs from 0",
+        "temperature": "ValueError: temperature_t must be the same in all processes",
+        "tokens": "ValueError: tokens must be the same in all processes",
+    }
+    first, *others = (found[rank][size, "errors"] for rank in range(size))
+    assert all(other == first for other in others)
+    assert first.keys() == expected.keys()
+    for name, words in expected.items():
+        assert first[name].startswith(words)
+        assert "\n" not in first[name]
+    for name in ("no columns", "longer", "type"):
+        assert first[name].endswith(f"(in process {size - 1} of group)")
 
 
 def test_a_group_needs_torch_distributed() -> None:

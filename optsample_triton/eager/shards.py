@@ -6,12 +6,15 @@ hold the same bits and take the same decisions.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from optsample_triton.eager.agreement import agree, gather
 
 
 @dataclass(frozen=True)
@@ -25,17 +28,9 @@ class Shard:
     vocab: int
 
     @staticmethod
-    def of(local: Tensor, group: Any, vocab_size: int | None) -> Shard:
-        """From the shapes [N, V_p] of all processes; waits for them once."""
-        if not dist.is_initialized():
-            raise ValueError("group needs torch.distributed: call init_process_group first")
-        rank = dist.get_rank(group)
-        if rank < 0:
-            raise ValueError("group must be one that this process belongs to")
-        shape = torch.tensor(local.shape, device=local.device)
-        counts, sizes = torch.stack(_all(shape, group)).T.tolist()
-        if len(set(counts)) > 1:
-            raise ValueError(f"logits must have the same rows in all processes of group, but have {counts} of them")
+    def of(local: Tensor, group: Any, vocab_size: int | None, same: Mapping[str, Any]) -> Shard:
+        """From the shapes [N, V_p] of all processes, whose arguments ``same`` must be equal; waits for them once."""
+        sizes, rank = agree(local, group, {**same, "vocab_size": vocab_size}), dist.get_rank(group)
         whole = sum(sizes)
         if vocab_size is not None and not 1 <= vocab_size <= whole:
             raise ValueError(f"vocab_size must be between 1 and the shards' length {whole}, but is {vocab_size}")
@@ -45,7 +40,7 @@ class Shard:
 
     def gathered(self, values: Tensor) -> Tensor:
         """[P, ...]: the values of all processes."""
-        return torch.stack(_all(values, self.group))
+        return torch.stack(gather(values, self.group))
 
     def grid(self, step: int) -> list[slice]:
         """This process's entries of each piece of ``step`` tokens of the whole vocabulary, empty ones included."""
@@ -60,13 +55,6 @@ class Shard:
         index = (tokens - self.start).clamp(0, max(self.size - 1, 0))
         found = torch.stack([matrix.gather(-1, index).double() for matrix in local])
         return self.gathered(torch.where(mine, found, 0.0)).sum(0)
-
-
-def _all(values: Tensor, group: Any) -> list[Tensor]:
-    values = values.contiguous()
-    parts = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, values, group=group)
-    return parts
 
 
 def merge_nodes(

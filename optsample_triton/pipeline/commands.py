@@ -138,7 +138,7 @@ def _report(prog: str, run: Callable[[], str], after: str) -> int:
     try:
         print(run())
     except PipelineError as error:
-        print(f"{prog}: {error}.", file=sys.stderr)
+        print(f"{prog}: {str(error).rstrip('.')}.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{prog}: interrupted, {after}.", file=sys.stderr)

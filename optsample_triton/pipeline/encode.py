@@ -40,7 +40,10 @@ class Encoder:
         self._templates = tuple(
             given or _template_of(tokenizer) for given, tokenizer in ((own, self.tokenizer), (theirs, target))
         )
-        self._same = self._templates[0] == self._templates[1] and job.target_system_prompt is None
+        # Of two tokenisers with one vocabulary and one template one may still begin a text with a token of its own.
+        self._same = (
+            target is self.tokenizer and self._templates[0] == self._templates[1] and job.target_system_prompt is None
+        )
         self.limit = self._limit()
 
     def encode(self, prompt: Prompt) -> tuple[list[int], list[int] | None] | Reject:
@@ -52,6 +55,10 @@ class Encoder:
                 theirs = self.job.target_system_prompt
                 target_messages = messages if theirs is None else _with_system(messages, theirs)
                 target_ids = self._ids(self.target_tokenizer, self._templates[1], target_messages)
+                if target_ids == ids:
+                    target_ids = None
+        except need("jinja2").TemplateSyntaxError as error:
+            raise PipelineError(f"a chat template cannot be read: {first_line(error)}") from error
         except Exception as error:  # a template may refuse a conversation with whatever it likes
             return Reject("malformed", f"the chat template refused the conversation: {first_line(error)}")
         longest = max(len(ids), len(target_ids or ()))
@@ -111,7 +118,7 @@ def template_text(given: str | None, name: str) -> str | None:
         return given
     try:
         return Path(given).read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the latter of bytes that are no text
         raise PipelineError(f"{name} must be a Jinja text or a file, but {given!r} cannot be read") from error
 
 

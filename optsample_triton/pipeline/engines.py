@@ -53,7 +53,7 @@ class TransformersEngine:
         job = self._job
         ids, mask = self._padded([request.prompt for request in batch])
         target: dict[str, Any] = {}
-        if batch[0].target_prompt is not None or self._target is None:
+        if self._target is None or any(request.target_prompt is not None for request in batch):
             target_ids, target_mask = self._padded([request.target_prompt or request.prompt for request in batch])
             target = {"target_input_ids": target_ids, "target_attention_mask": target_mask}
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,19 @@ def need(module: str, extra: str = "pipeline") -> Any:
         raise PipelineError(
             f"{error.name} is needed here, but is not installed: pip install 'optsample-triton[{extra}]'"
         ) from error
+
+
+def encodable(text: str) -> bool:
+    """Whether it has no lone surrogates, which stand for bytes that were no text.
+
+    >>> encodable("ü"), encodable("\\udcff")
+    (True, False)
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _part(name: str, default: Any = dataclasses.MISSING) -> Any:
@@ -123,20 +137,40 @@ class Job:
                 _at_least(getattr(self, name), 1, name)
         _at_least(self.speculative, 0, "speculative")
         for name in ("temperature", "temperature_theta", "temperature_t", "log_every", "cpus_per_worker"):
-            if not getattr(self, name) > 0:
-                raise PipelineError(f"{name} must be positive, but is {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise PipelineError(f"{name} must be positive and finite, but is {getattr(self, name)}")
+        if self.alpha is not None and not math.isfinite(self.alpha):
+            raise PipelineError(f"alpha must be finite, but is {self.alpha}")
+        if self.gpus_per_worker is not None and not 0 <= self.gpus_per_worker < math.inf:
+            raise PipelineError(f"gpus_per_worker must be 0 or more, but is {self.gpus_per_worker}")
         if not 0.0 <= self.min_p <= 1.0:
             raise PipelineError(f"min_p must be between 0 and 1, but is {self.min_p}")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             raise PipelineError(f"top_p must be in (0, 1], but is {self.top_p}")
         if self.speculative and (self.top_k is not None or self.top_p is not None or self.backend != "hf"):
             raise PipelineError("speculative goes with the hf backend and without top_k and top_p")
+        if "" in self.stop:
+            raise PipelineError("stop must be texts of one character at least, but one of them is empty")
+        for name, value in self.fields("law", "layout").items():
+            for text in value if isinstance(value, list) else [value]:
+                if isinstance(text, str) and not encodable(text):
+                    raise PipelineError(f"{name} must be UTF-8, but is {text!r}")
         if self.prompt_field is not None and self.prompt_template is not None:
             raise PipelineError("prompt_field and prompt_template say the same thing twice: give one of them")
+        self._check_places()
         if self.resume and self.overwrite:
             raise PipelineError("resume keeps what is there and overwrite drops it: give one of them")
         if self.ray and self.backend != "hf":
             raise PipelineError(f"ray goes with the hf backend, but backend is {self.backend}")
+
+    def _check_places(self) -> None:
+        """What is written must not take the place of what is read, nor change a model's directory."""
+        for path in map(self.path, ("chat", "diagnostics", "rejected", "journal")):
+            if path.resolve() == Path(self.dataset).resolve():
+                raise PipelineError(f"output must be another file than dataset, but {path} would be written over")
+            for name, model in (("model_theta", self.model_theta), ("model_t", self.model_t)):
+                if model is not None and path.parent.resolve() == Path(model).resolve():
+                    raise PipelineError(f"output must not lie in the directory of {name}, but is {self.output}")
 
     def path(self, kind: str) -> Path:
         """The chat lines ("chat"), or a file beside them: "diagnostics", "rejected", "journal"."""

@@ -69,12 +69,13 @@ class Journal:
                 lines = []
             if lines:
                 _check_header(json.loads(lines[0]), header, path)
-            commits = [json.loads(line) for line in lines[1:]]
-            sizes, sums = (commits[-1][key] if commits else dict.fromkeys(files, 0) for key in ("sizes", "sums"))
-            self._sums = {name: int(sums[name]) for name in files}
-            self._open(sizes, fresh=not lines and not overwrite)
-            self._guard(path, lambda: self._begin(lines, header))
-            self.state = commits[-1]["state"] if commits else None
+            nothing = dict.fromkeys(files, 0)
+            last: dict[str, Any] = {"sizes": nothing, "sums": nothing, "state": None}
+            if len(lines) > 1:
+                last = json.loads(lines[-1])
+            self._sums, self.state = {name: int(last["sums"][name]) for name in files}, last["state"]
+            self._open(last["sizes"], fresh=not lines and not overwrite)
+            self._guard(path, lambda: self._begin(lines, last["sizes"], header))
         except BaseException:
             self.close()
             raise
@@ -145,11 +146,11 @@ class Journal:
             except OSError as error:
                 raise _failure(error, path) from error
 
-    def _begin(self, lines: list[bytes], header: dict[str, Any]) -> None:
+    def _begin(self, lines: list[bytes], sizes: Mapping[str, int], header: dict[str, Any]) -> None:
         """Cut what no commit covers; a new journal gets its header."""
         _cut(self._journal, sum(len(line) + 1 for line in lines))
         for name, file in self._files.items():
-            _cut(file, self._committed(lines, name))
+            _cut(file, sizes[name])
         if not lines:
             for path in self._stale:
                 path.unlink(missing_ok=True)
@@ -161,10 +162,6 @@ class Journal:
             finally:
                 os.close(folder)
 
-    @staticmethod
-    def _committed(lines: list[bytes], name: str) -> int:
-        return int(json.loads(lines[-1])["sizes"][name]) if len(lines) > 1 else 0
-
     def _guard(self, path: Path, write: Callable[[], None]) -> None:
         try:
             write()
@@ -174,7 +171,7 @@ class Journal:
 
 def _opened(path: Path) -> IO[bytes]:
     """For reading and writing, unbuffered: what was written is the system's, even if this process is killed."""
-    return open(path, "r+b" if path.exists() else "x+b", buffering=0)
+    return open(path, "r+b", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_CREAT, 0o666))
 
 
 def _append(file: IO[bytes], data: bytes) -> None:

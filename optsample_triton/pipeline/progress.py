@@ -31,7 +31,8 @@ class Progress:
             self._bar = tqdm(total=total, initial=done, unit="sample", dynamic_ncols=True)
 
     def add(self, completions: list[Completion], rejected: int) -> None:
-        self._rejected += rejected
+        """A batch, and how many rows and samples have been rejected so far."""
+        self._rejected = rejected
         if not completions:
             return
         for completion in completions:

@@ -6,7 +6,7 @@ import string
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from optsample_triton.pipeline.job import PipelineError
+from optsample_triton.pipeline.job import PipelineError, encodable, first_line
 from optsample_triton.pipeline.rows import Reject
 
 QUESTIONS = ("prompt", "problem", "question", "query")
@@ -72,17 +72,9 @@ def adapt(adapter: Adapter, row: dict[str, Any]) -> Prompt | Reject:
     if not prompt.messages[-1]["content"].strip():
         return Reject("empty", "the prompt is empty")
     for text in (*(message["content"] for message in prompt.messages), prompt.answer or ""):
-        if not _encodable(text):
+        if not encodable(text):
             return Reject("undecodable", "the row has bytes or surrogates that are no text")
     return prompt
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _placeholders(template: str) -> list[str]:
@@ -99,7 +91,10 @@ def _filled(template: str, names: list[str], row: dict[str, Any]) -> str | Rejec
     for name in names:
         if not isinstance(row.get(name), (str, int, float)):
             return _missing(name, row, "a text")
-    return template.format(**{name: row[name] for name in names})
+    try:
+        return template.format(**{name: row[name] for name in names})
+    except (ValueError, KeyError) as error:  # {price:.2f} of a text, {name:{width}}
+        return Reject("malformed", f"the row does not fit prompt_template: {first_line(error)}")
 
 
 def _field(row: dict[str, Any], name: str) -> Prompt | Reject:

@@ -17,6 +17,10 @@ DRAWN = ("alpha", "log_theta", "log_t", "log_q")
 EXACT = ("kl_theta", "kl_t", "ess_theta", "ess_t", "overlap_theta", "overlap_t")
 
 
+# Per sample, from those.
+SAMPLE_FIGURES = ("mean_alpha", "kl_theta", "kl_t", "ess_theta", "ess_t", "ess_ratio", "log_w_theta", "log_w_t")
+
+
 class Request(NamedTuple):
     """A sample to draw, as an engine takes it."""
 
@@ -170,14 +174,7 @@ DIAGNOSTICS_SCHEMA = _object(
         "answer": {"type": ["string", "null"]},
         "finish_reason": {"enum": ["stop", "length"]},
         "num_tokens": {"type": "integer", "minimum": 1},
-        "mean_alpha": _FIGURE,
-        "kl_theta": _FIGURE,
-        "kl_t": _FIGURE,
-        "ess_theta": _FIGURE,
-        "ess_t": _FIGURE,
-        "ess_ratio": _FIGURE,
-        "log_w_theta": _FIGURE,
-        "log_w_t": _FIGURE,
+        **dict.fromkeys(SAMPLE_FIGURES, _FIGURE),
         "num_tested": _POSSIBLE_COUNT,
         "num_accepted": _POSSIBLE_COUNT,
         "tokens": {"type": "array", "items": _COUNT, "minItems": 1},

@@ -64,11 +64,11 @@ def generate(job: Job) -> Summary:
             return Summary(before, state["rejected"], 0)
         planned = plan(job, encoder, identity.digest("law", law), state)
         progress = Progress(job.num_samples, state["attempted"], job.log_every)
-        with closing(planned), closing(progress):
-            for batch, completions in _drawn(job, encoder, planned):
+        with closing(planned), closing(progress), closing(_drawn(job, encoder, planned)) as drawn:
+            for batch, completions in drawn:
                 parts, state = _lines(job, batch, completions, state)
                 journal.commit(parts, state)
-                progress.add(completions, len(batch.rejected))
+                progress.add(completions, state["rejected"])
     _warn_of_few(job, state)
     return Summary(state["samples"], state["rejected"], state["samples"] - before)
 
@@ -166,7 +166,9 @@ def _read(job: Job, start: dict[str, Any]) -> Iterator[_Read]:
         raise PipelineError(f"{_OTHER}, but {job.dataset} has {number + 1} rows now and had {last + 1} at least")
 
 
-def _drawn(job: Job, encoder: Encoder, planned: Iterable[Batch]) -> Iterator[tuple[Batch, list[Completion]]]:
+def _drawn(
+    job: Job, encoder: Encoder, planned: Iterable[Batch]
+) -> Generator[tuple[Batch, list[Completion]], None, None]:
     if job.ray:
         from optsample_triton.pipeline.cluster import drawn
 

@@ -32,6 +32,8 @@ def analyze(diagnostics: str | Path, output_dir: str | Path = "analysis", *, wor
             give the worst samples their texts.
         worst: how many samples of the lowest effective sample size to list.
     """
+    if worst < 0:
+        raise PipelineError(f"worst must be at least 0, but is {worst}")
     path, folder = Path(diagnostics), Path(output_dir)
     tally = read(path, worst)
     if not tally.samples:

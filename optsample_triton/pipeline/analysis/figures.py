@@ -23,6 +23,7 @@ from optsample_triton.pipeline.analysis.tally import (
 from optsample_triton.pipeline.job import need
 
 THETA, T, GREY, BAND = "#2f6db3", "#d9822b", "#5f6670", "#cfe3cf"
+DRAWN_WORST = 50  # samples at most in the picture; the table has all that were asked for
 
 
 class Figure(NamedTuple):
@@ -91,6 +92,7 @@ def _positions(tally: Tally, axes: Any) -> str | None:
     axes.set(xlabel="position in the answer", ylabel="α", ylim=(0, 1))
     if right[-1] > 128:
         axes.set_xscale("symlog", linthresh=32)
+        axes.set_xlim(left=0)  # the scale has negative numbers, too
     else:
         axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False)
@@ -119,7 +121,10 @@ def _ratio(tally: Tally, axes: Any) -> str | None:
     axes.xaxis.set_minor_formatter(plain if high < 20 * low else ticker.NullFormatter())
     axes.set(xlabel="ESS_θ / ESS_t", ylabel="share")
     axes.legend(frameon=False)
-    return f"Balance of the effective sample sizes {told}; the band is [0.9, 1.1]."
+    return (
+        f"Balance of the effective sample sizes {told}; the band is [0.9, 1.1], and what lies beyond "
+        f"{edges[0]:.1g} or {edges[-1]:.0f} is in the outer bars."
+    )
 
 
 def _kl(tally: Tally, axes: Any) -> str | None:
@@ -130,7 +135,8 @@ def _kl(tally: Tally, axes: Any) -> str | None:
     line = np.array([0.0, top])
     axes.fill_between(line, line - 0.05, line + 0.05, color=BAND, alpha=0.7, linewidth=0, label="difference < 0.05")
     axes.plot(line, line, color=GREY, linewidth=0.8)
-    axes.scatter(points[:, 0], points[:, 1], s=7, color=THETA, alpha=0.35, linewidths=0)
+    look = {"s": 7, "alpha": 0.35} if len(points) > 500 else {"s": 24, "alpha": 0.7}  # a few are seen on the line, too
+    axes.scatter(points[:, 0], points[:, 1], color=THETA, linewidths=0, zorder=3, **look)
     axes.set(xlabel="KL(q* ‖ π_θ), nats", ylabel="KL(q* ‖ π_t), nats", xlim=(0, top), ylim=(0, top))
     axes.legend(frameon=False, loc="upper left")
     return f"KL symmetry of {len(points):,} tokens taken at random; the exact solution lies on the diagonal."
@@ -176,9 +182,10 @@ def _acceptance(tally: Tally, axes: Any) -> str | None:
 
 
 def _worst(tally: Tally, axes: Any) -> str | None:
-    records = [record for record in tally.worst() if record["token_ess_theta"] is not None]
+    records = [record for record in tally.worst() if record["token_ess_theta"] is not None][:DRAWN_WORST]
     if not records:
         return None
+    axes.figure.set_figheight(max(4.0, 1.0 + 0.16 * len(records)))  # a line of text for each
     width = max(record["num_tokens"] for record in records)
     ess = np.full((len(records), width), np.nan)
     for k, record in enumerate(records):

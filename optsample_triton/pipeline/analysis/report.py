@@ -104,7 +104,7 @@ def _weight_parts(weights: list[dict[str, Any]]) -> list[Part]:
         "# Importance weights",
         Table(["weights", "seen", "effective share of them", "k̂", "largest one's share of the sum"], rows),
         "The effective share is (Σw)² / (n Σw²). k̂ above 0.7 says that a mean over these weights is not to be trusted: "
-        "use token weights, clip, or reshape them (see is_reshape).",
+        "use token weights, clip, or reshape them (see is_reshape). What has a weight of 0 or infinity is left out.",
     ]
 
 

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optsample_triton.pipeline.job import PipelineError
-from optsample_triton.pipeline.records import DRAWN
+from optsample_triton.pipeline.records import DRAWN, EXACT, SAMPLE_FIGURES
+from optsample_triton.types import Status
 
 Array = NDArray[np.float64]
 
@@ -61,13 +62,16 @@ class Share:
 
     def __init__(self, low: float, high: float):
         self.low, self.high = low, high
-        self.count = self.inside = 0
+        self.count = self.inside = self.finite = 0
         self.sum = self.squares = 0.0
 
     def add(self, values: Array) -> None:
-        values = values[np.isfinite(values)]
+        """NaN is no value; what is infinite lies outside, and has no part in the moments."""
+        values = values[~np.isnan(values)]
         self.count += values.size
         self.inside += int(((values >= self.low) & (values <= self.high)).sum())
+        values = values[np.isfinite(values)]
+        self.finite += values.size
         self.sum += float(values.sum())
         self.squares += float(np.square(values).sum())
 
@@ -77,11 +81,11 @@ class Share:
 
     @property
     def mean(self) -> float:
-        return self.sum / self.count if self.count else math.nan
+        return self.sum / self.finite if self.finite else math.nan
 
     @property
     def deviation(self) -> float:
-        return math.sqrt(max(0.0, self.squares / self.count - self.mean**2)) if self.count else math.nan
+        return math.sqrt(max(0.0, self.squares / self.finite - self.mean**2)) if self.finite else math.nan
 
 
 class Tally:
@@ -106,26 +110,28 @@ class Tally:
         self._keep = worst
 
     def add(self, record: dict[str, Any]) -> None:
-        figures = {name: _array(record[name]) for name in DRAWN}
-        alpha = figures["alpha"]
+        """A line of the file; raises where it is no record, before any of it is counted."""
+        figures = _figures(record)
+        log_w = _array([record["log_w_theta"], record["log_w_t"]])
+        far = np.array(record["status"]) == Status.DISJOINT  # models that are infinitely far from each other
+        difference = _array([record["kl_theta"]]) - _array([record["kl_t"]])
+        difference[far.any(keepdims=True)] = math.inf
+        alpha, log_q = figures["alpha"], figures["log_q"]
         self.samples += 1
         self.tokens += alpha.size
         self.longest = max(self.longest, alpha.size)
         self.reasons[record["finish_reason"]] += 1
         self.statuses.update(record["status"])
         self._add_alpha(alpha)
-        if record["token_kl_theta"] is not None:
-            self._add_exact(record)
-        for name, value in (
-            ("alpha", record["mean_alpha"]),
-            ("ess_ratio", record["ess_ratio"]),
-            ("kl_difference", _difference(record) / max(alpha.size, 1)),
-        ):
-            self.of_samples[name].add(_array([value]))
+        if "token_kl_theta" in figures:
+            self._add_exact(figures, far)
+        ratio = _array([record["ess_ratio"]])
+        self.of_samples["alpha"].add(_array([record["mean_alpha"]]))
+        self.of_samples["ess_ratio"].add(ratio)
+        self.of_samples["kl_difference"].add(difference / alpha.size)
         with np.errstate(divide="ignore"):  # an answer that pi_theta gives no mass has a ratio of 0
-            _count(self.ratio_of_samples, np.log(_array([record["ess_ratio"]])), RATIO_EDGES)
-        self.log_w_of_samples.add(_finite(_array([record["log_w_theta"]]), _array([record["log_w_t"]])))
-        log_q = figures["log_q"]
+            _count(self.ratio_of_samples, np.log(ratio), RATIO_EDGES)
+        self.log_w_of_samples.add(_finite(*log_w[:, None]))
         self.log_w_of_tokens.add(_finite(figures["log_theta"] - log_q, figures["log_t"] - log_q))
         self.tested += record["num_tested"] or 0
         self.accepted += record["num_accepted"] or 0
@@ -139,17 +145,14 @@ class Tally:
         bin_ = np.clip((alpha[known] * (len(ALPHA_EDGES) - 1)).astype(int), 0, len(ALPHA_EDGES) - 2)
         np.add.at(self.alpha_by_position, (position[known].clip(max=len(POSITION_EDGES) - 2), bin_), 1)
 
-    def _add_exact(self, record: dict[str, Any]) -> None:
+    def _add_exact(self, figures: dict[str, Array], far: NDArray[np.bool_]) -> None:
         """What only the whole vocabulary tells."""
-        kl_theta, kl_t, ess_theta, ess_t, overlap_theta, overlap_t = (
-            _array(record[f"token_{name}"])
-            for name in ("kl_theta", "kl_t", "ess_theta", "ess_t", "overlap_theta", "overlap_t")
-        )
+        kl_theta, kl_t, ess_theta, ess_t, overlap_theta, overlap_t = (figures[f"token_{name}"] for name in EXACT)
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = ess_theta / ess_t
             _count(self.ratio_of_tokens, np.log(ratio), RATIO_EDGES)
         self.of_tokens["ess_ratio"].add(ratio)
-        self.of_tokens["kl_difference"].add(kl_theta - kl_t)
+        self.of_tokens["kl_difference"].add(np.where(far, math.inf, kl_theta - kl_t))
         self.kl.add(_finite(kl_theta, kl_t))
         for k, (name, overlap) in enumerate((("theta", overlap_theta), ("t", overlap_t))):
             self.overlap[name].add(overlap)
@@ -178,7 +181,7 @@ def read(path: Path, worst: int) -> Tally:
             for line in file:
                 try:
                     tally.add(json.loads(line))
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, RecursionError):
                     tally.skipped += 1
                 if bar is not None:
                     bar.update(len(line))
@@ -190,16 +193,22 @@ def read(path: Path, worst: int) -> Tally:
 
 
 def excerpts(path: Path, numbers: list[int]) -> dict[int, tuple[str, str]]:
-    """Question and answer of some lines of the chat file beside the diagnostics; nothing where there is none."""
-    chat = path.with_name(path.name.replace(".diagnostics.jsonl", ".jsonl"))
+    """Question and answer of some lines of the chat file beside the diagnostics, where there is one that has them."""
+    stem = path.name.removesuffix(".diagnostics.jsonl")
+    chat = path.with_name(f"{stem}.jsonl")
+    if not chat.is_file():
+        chat = path.with_name(stem)  # of an output that does not end in .jsonl
     if chat == path or not chat.is_file():
         return {}
     wanted, found = set(numbers), {}
     with chat.open("rb") as file:
         for number, line in enumerate(file):
             if number in wanted:
-                messages = json.loads(line)["messages"]
-                found[number] = messages[-2]["content"], messages[-1]["content"]
+                try:
+                    question, answer = (str(message["content"]) for message in json.loads(line)["messages"][-2:])
+                except (ValueError, KeyError, TypeError):  # somebody has edited it
+                    continue
+                found[number] = question, answer
                 if len(found) == len(wanted):
                     break
     return found
@@ -211,6 +220,26 @@ def _bar(size: int) -> Any:
     from tqdm import tqdm
 
     return tqdm(total=size, unit="B", unit_scale=True, dynamic_ncols=True)
+
+
+def _figures(record: dict[str, Any]) -> dict[str, Array]:
+    """A record's figures per token, those that were recorded; an error where it is none."""
+    names = [*DRAWN, *(f"token_{name}" for name in EXACT if record[f"token_{name}"] is not None)]
+    figures = {name: _array(record[name]) for name in names}
+    numbers = _array([record[name] for name in SAMPLE_FIGURES])
+    counts = [record["line"], record["num_tokens"], record["num_tested"] or 0, record["num_accepted"] or 0]
+    shapes = {(len(record["status"]),), *(values.shape for values in figures.values())}
+    if (
+        shapes != {(record["num_tokens"],)}
+        or not record["num_tokens"]
+        or len(names) not in (len(DRAWN), len(DRAWN) + len(EXACT))
+        or numbers.ndim != 1
+        or not all(isinstance(count, int) for count in counts)
+        or not isinstance(record["finish_reason"], str)
+        or not set(record["status"]) <= set(Status)
+    ):
+        raise ValueError("the line is no record of a sample")
+    return figures
 
 
 def _array(values: list[float | None]) -> Array:
@@ -226,8 +255,3 @@ def _finite(*columns: Array) -> Array:
 def _count(into: NDArray[np.int64], values: Array, edges: Array) -> None:
     values = values[~np.isnan(values)].clip(edges[0], edges[-1])
     into += np.histogram(values, edges)[0]
-
-
-def _difference(record: dict[str, Any]) -> float:
-    theta, t = record["kl_theta"], record["kl_t"]
-    return math.nan if theta is None or t is None else theta - t

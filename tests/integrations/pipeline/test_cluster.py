@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import signal
 import threading
 import time
@@ -81,10 +82,18 @@ def test_a_run_goes_on_in_a_cluster_and_back(tmp_path: Path, models: dict[str, s
 
 
 def test_what_a_worker_cannot_do_comes_back_as_a_sentence(tmp_path: Path, models: dict[str, str]) -> None:
-    worker = Worker(job(tmp_path, models, "bad", vocab_size=10_000))
-    row = worker({"number": 3, "requests": pickle.dumps([Request("0" * 32, 1, [5, 6], None)])})
-    assert row["number"] == 3
-    assert "vocab_size must be between 1 and" in row["error"]
+    """Damaged weights are found where they are loaded, in the worker."""
+    broken = tmp_path / "broken"
+    shutil.copytree(models["target"], broken)
+    (broken / "model.safetensors").write_bytes(b"short")
+    asked = {"number": 3, "requests": pickle.dumps([Request("0" * 32, 1, [5, 6], None)])}
+    for made, words in (
+        (job(tmp_path, models, "bad", vocab_size=10_000), "vocab_size must be between 1 and"),
+        (job(tmp_path, {**models, "target": str(broken)}, "bad"), "could not be loaded"),
+    ):
+        row = Worker(made)(asked)
+        assert row["number"] == 3
+        assert words in row["error"]
 
 
 def test_what_a_worker_takes() -> None:
@@ -95,5 +104,11 @@ def test_what_a_worker_takes() -> None:
     assert of({"CPU": 64, "GPU": 8}, gpus_per_worker=2.0) == Share(4, 1.0, 2.0)
     assert of({"CPU": 8}) == Share(4, 1.0, 0.0)
     assert of({"CPU": 2}, workers=2, cpus_per_worker=0.5) == Share(2, 0.5, 0.0)
-    with pytest.raises(PipelineError, match="would wait for ever"):
-        of({"CPU": 2}, workers=2)
+    assert of({"CPU": 4, "GPU": 1}, gpus_per_worker=0.1, cpus_per_worker=0.1) == Share(10, 0.1, 0.1)
+    assert of({"CPU": 8, "GPU": 8}, gpus_per_worker=0.0) == Share(4, 1.0, 0.0)
+    for have, more in (
+        ({"CPU": 2}, {"workers": 2}), ({"CPU": 8, "GPU": 8}, {}), ({"CPU": 64}, {"gpus_per_worker": 1.0}),
+        ({"CPU": 64, "GPU": 4}, {"workers": 5}),
+    ):  # fmt: skip
+        with pytest.raises(PipelineError, match="would wait for ever"):
+            of(have, **more)

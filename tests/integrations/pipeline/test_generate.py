@@ -12,6 +12,7 @@ import jsonschema
 import pytest
 import torch
 from making import make_model, make_tokenizer, questions, save, write_rows
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optsample_triton import cli
@@ -94,16 +95,27 @@ def test_files_fit_their_schemas_and_each_other(run: Runner) -> None:
     assert [(r["row"], r["reason"]) for r in rejected] == [(9, "empty"), (10, "too_long"), (11, "empty")]
 
 
-def test_figures_are_those_of_the_models(run: Runner) -> None:
-    """Each token's figures against float64 truth from the models' own logits, without batch, padding or cache."""
-    out = run("out", "--save-diagnostics", "--num-samples", "6")
+@pytest.mark.parametrize("told", [False, True], ids=["one prompt", "some told more"])
+def test_figures_are_those_of_the_models(told: bool, run: Runner) -> None:
+    """Each token's figures against float64 truth from the models' own logits, without batch, padding or cache.
+
+    The target may read something else in some rows of a batch, here not in the first one.
+    """
+    template = "{{ messages[0]['content'] }}{% if '2 plus' in messages[0]['content'] %} so careful{% endif %}"
+    more = ["--target-chat-template", template] if told else []
+    out = run("out", "--save-diagnostics", "--num-samples", "6", *more)
     policy, target = (AutoModelForCausalLM.from_pretrained(run.models[name]) for name in ("policy", "target"))
     tokenizer = AutoTokenizer.from_pretrained(run.models["policy"])
     for line, record in zip(lines(out / "out.jsonl"), lines(out / "out.diagnostics.jsonl"), strict=True):
-        prompt = tokenizer(line["messages"][0]["content"]).input_ids
-        ids = torch.tensor([prompt + record["tokens"]])
+        question = line["messages"][0]["content"]
+        prompts = [
+            tokenizer(question + tail).input_ids for tail in ("", " so careful" * (told and "2 plus" in question))
+        ]
         with torch.no_grad():
-            theta, t = (model(ids).logits[0, len(prompt) - 1 : -1] for model in (policy, target))
+            theta, t = (
+                model(torch.tensor([prompt + record["tokens"]])).logits[0, len(prompt) - 1 : -1]
+                for model, prompt in zip((policy, target), prompts, strict=True)
+            )
         exact = truth.solve(theta, t)
         tokens = torch.tensor(record["tokens"])[:, None]
         expected = {
@@ -276,6 +288,8 @@ def test_wrong_arguments_and_missing_things_are_one_sentence(run: Runner, capsys
         (["--dataset", "nobody/nothing"], "'nobody/nothing' could not be loaded"),
         (["--device", "cuda:7"], "cuda:7"),
         (["--output", "/proc/none/out.jsonl"], "cannot write"),
+        (["--chat-template", "{% for"], "a chat template cannot be read: "),
+        (["--chat-template", str(run.folder / "foreign" / "model.safetensors")], "chat_template must be a Jinja text"),
     ):
         run("wrong", *more, code=1)
         captured = capsys.readouterr()
@@ -369,7 +383,7 @@ def test_parquet_and_saved_datasets(run: Runner) -> None:
     assert [(r["row"], r["reason"]) for r in lines(out / "out.rejected.jsonl")] == [(1, "undecodable")]
 
 
-def test_prompts_as_the_models_read_them(models: dict[str, str]) -> None:
+def test_prompts_as_the_models_read_them(models: dict[str, str], tmp_path: Path) -> None:
     """Without a template a question stands alone and a conversation has names; the target may be told more."""
     from optsample_triton.pipeline import Job
     from optsample_triton.pipeline.encode import PLAIN, Encoder
@@ -386,6 +400,11 @@ def test_prompts_as_the_models_read_them(models: dict[str, str]) -> None:
     assert ids == tokenizer("1 plus 2 is").input_ids
     assert target_ids == tokenizer("System: careful ,\n\nUser: 1 plus 2 is\n\nAssistant:").input_ids
     assert Encoder(Job(model_t=models["target"], **paths)).encode(lone) == (ids, None)
+    # The same vocabulary and template, but a tokeniser that begins a text with a token of its own.
+    begins = make_tokenizer()
+    begins._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    path = save(tmp_path / "begins", AutoModelForCausalLM.from_pretrained(models["target"]), begins)
+    assert Encoder(Job(model_t=path, **paths)).encode(lone) == (ids, [1, *ids])
     chat = Encoder(Job(model_t=models["chat"], **paths)).encode(lone)
     assert chat == (ids, tokenizer("<s> user : 1 plus 2 is assistant :").input_ids)
 

@@ -153,7 +153,8 @@ class _Evaluation:
 def _evaluate(rows: Rows, x: Tensor, state: State, options: Options, *, narrow: bool) -> _Evaluation:
     """One read at x [N]. Narrow rows go through G, where A - B would cancel; wide rows do not need it."""
     chord = state.log_partition_theta - state.log_partition_t
-    moments = tilted_moments(rows, x, chord, torch.stack([1.0 - x, -x], -1) if narrow else None)
+    ends = torch.stack([torch.ones_like(x), torch.zeros_like(x)], -1)
+    moments = tilted_moments(rows, x, chord, ends if narrow else None)
     from_theta, from_t = moments.top_theta - state.log_partition_theta, moments.top_t - state.log_partition_t
     psi = x * from_theta + (1.0 - x) * from_t + moments.log_mass
     slope = moments.mean - chord

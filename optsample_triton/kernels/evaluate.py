@@ -31,8 +31,9 @@ def evaluate(row, x, ends, H: tl.constexpr, PACKED: tl.constexpr, PROBS: tl.cons
     if (psi_half > -NARROW) & (tl.abs(x - 0.5) < REACH):
         apart = reference_gap(row)
         log_mass, mean, variance, third, fourth, to_theta, to_t, identical = narrow_moments(
-            row, x32, base.to(tl.float32), (chord + apart).to(tl.float32), 1.0 - x32, -x32, H, PACKED, PROBS
-        )
+            row, x32, base.to(tl.float32), chord.to(tl.float32), (chord + apart).to(tl.float32), 1.0, 0.0,
+            H, PACKED, PROBS,
+        )  # fmt: skip
         mean -= apart
         psi = -x * to_theta - (1.0 - x) * to_t
         slope = to_t - to_theta

@@ -211,9 +211,11 @@ def search(
 def balance_gap(row, x, slope, ends, H: tl.constexpr, PACKED: tl.constexpr, PROBS: tl.constexpr):
     """psi(2 - x) - psi(-x) of a narrow row: from G about x, whose weights' rounding is common to both and cancels."""
     A, B, psi_half, _ = ends
-    base, chord = (x * A + (1.0 - x) * B + psi_half).to(tl.float32), (A - B + reference_gap(row)).to(tl.float32)
-    up, down = (2.0 - 2.0 * x).to(tl.float32), (-2.0 * x).to(tl.float32)
-    moments = narrow_moments(row, x.to(tl.float32), base, chord, up, down, H, PACKED, PROBS)
+    base, chord = (x * A + (1.0 - x) * B + psi_half).to(tl.float32), A - B
+    centre, upper, lower = (chord + reference_gap(row)).to(tl.float32), (2.0 - x).to(tl.float32), (-x).to(tl.float32)
+    moments = narrow_moments(
+        row, x.to(tl.float32), base, chord.to(tl.float32), centre, upper, lower, H, PACKED, PROBS
+    )  # fmt: skip
     return moments[5] - moments[6] + 2.0 * slope
 
 

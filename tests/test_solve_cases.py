@@ -21,7 +21,8 @@ SENSIBLE = [
     for name in (
         "random std 1", "random std 8", "zipf, std 1", "zipf, std 4", "sharp against soft", "bimodal, unequal",
         "near-delta 0.99, uniform", "tops differ 0.99", "same top 0.999", "identical, shifted",
-        "nearly identical 1e-3", "masked, theta", "one common token", "V=1", "V=17", "every status",
+        "nearly identical 1e-3", "masked, theta", "banned by -1e9, theta", "one common token", "V=1", "V=17",
+        "every status",
     )
 ]  # fmt: skip
 

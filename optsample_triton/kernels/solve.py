@@ -8,7 +8,7 @@ Scalars between the sweeps are float64.
 import triton
 import triton.language as tl
 
-from optsample_triton.kernels.evaluate import NARROW, REACH, WILD, evaluate, reference_gap, rounded
+from optsample_triton.kernels.evaluate import NARROW, PLAIN, REACH, WILD, evaluate, reference_gap, rounded
 from optsample_triton.kernels.log_partition import chunk_nodes, first_maxima, narrow_moments, survey
 from optsample_triton.kernels.own import own_moments, probability_entropies
 from optsample_triton.kernels.report import store_figures, store_log_q, store_probability_figures
@@ -239,7 +239,7 @@ def balance_ess(row, ends, status, sweeps, tol, max_iter, H: tl.constexpr, PACKE
             plain = tl.where(k == 2, psi_half, nothing - 1.0)
             at, slope, mean, variance, third, fourth, same = evaluate(row, point, (A, B, plain, unit), H, PACKED, PROBS)
             difference, fall, turn = difference + sign * at, fall + sign * mean, turn - sign * variance
-        if psi_half > -NARROW:
+        if (psi_half > -NARROW) & (tl.abs(difference) < PLAIN):
             difference = balance_gap(row, x, slope, ends, H, PACKED, PROBS)
         if PROBS:  # not renormalised: the ends of the chord do not count
             difference += 2.0 * (A - B + reference_gap(row))

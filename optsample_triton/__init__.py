@@ -5,7 +5,9 @@ equal. ``solve``, ``log_q``, ``sample``, ``verify`` and ``token_logprobs`` work 
 log-probabilities (more in ``is_reshape``); the other functions are drop-ins for the documents' own.
 """
 
-from optsample_triton import integrations
+from types import ModuleType
+
+from optsample_triton import integrations, is_reshape
 from optsample_triton._version import __version__
 from optsample_triton.dropin import (
     OptimalSamplingDistribution,
@@ -35,11 +37,13 @@ __all__ = [
     "entropy",
     "geometric_mean",
     "integrations",
+    "is_reshape",
     "is_reshape_loss",
     "kl_divergence",
     "linear_token_logprobs",
     "log_q",
     "optimal_sampling_distribution",
+    "pipeline",
     "sample",
     "solve",
     "solve_kl_symmetry",
@@ -47,3 +51,15 @@ __all__ = [
     "token_logprobs",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name == "pipeline":  # imported when it is first named, since solving and learning do not need it
+        import optsample_triton.pipeline as pipeline
+
+        return pipeline
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -9,6 +12,8 @@ from optsample_triton.ops.library import result_dtype
 from optsample_triton.types import INPUT_DTYPES
 
 LARGEST = 1e37  # of a number that float32 has to hold, and its inverse
+INTEGERS = (int, np.integer)
+NUMBERS = (*INTEGERS, float, np.floating)
 
 
 def check_rows(theta: Tensor, t: Tensor, name_theta: str, name_t: str) -> None:
@@ -61,6 +66,22 @@ def check_choice(value: str, choices: tuple[str, ...], name: str) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, but is {value!r}")
 
 
+def check_effort(tol: Any, max_iter: Any) -> None:
+    """How exact, and at most how many steps."""
+    if not isinstance(tol, NUMBERS):
+        raise TypeError(f"tol must be a number between 0 and 1, but is {type(tol).__name__}")
+    if not 0.0 < tol < 1.0:
+        raise ValueError(f"tol must be between 0 and 1, but is {tol}")
+    check_count(max_iter, "max_iter")
+
+
+def check_count(value: Any, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, INTEGERS):
+        raise TypeError(f"{name} must be an int of at least 1, but is {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, but is {value}")
+
+
 def check_out(out: Tensor, out_dtype: torch.dtype | None, theta: Tensor) -> None:
     if not isinstance(out, Tensor):
         raise TypeError(f"out must be a torch.Tensor, but is {type(out).__name__}")
@@ -89,17 +110,17 @@ def per_row(value: float | Tensor, theta: Tensor, name: str) -> Tensor:
         if value.device != theta.device and value.dim():
             raise ValueError(f"{name} must be on the logits' device {theta.device}, but is on {value.device}")
         return value.to(device=theta.device, dtype=dtype).expand(batch).reshape(-1).contiguous()
-    if not isinstance(value, (int, float)):
+    if not isinstance(value, NUMBERS):
         raise TypeError(f"{name} must be a float or a tensor, but is {type(value).__name__}")
     if not abs(value) <= LARGEST:
-        raise ValueError(f"{name} must be finite, but is {value}")
+        raise ValueError(f"{name} must lie within +-{LARGEST:g}, but is {value}")
     return torch.full((batch.numel(),), float(value), dtype=dtype, device=theta.device)
 
 
 def inverse_temperature(value: float | Tensor, theta: Tensor, name: str) -> Tensor | None:
     if not isinstance(value, Tensor):
-        if isinstance(value, (int, float)) and not (1.0 / LARGEST <= value <= LARGEST):
-            raise ValueError(f"{name} must be positive and finite, but is {value}")
+        if isinstance(value, NUMBERS) and not (1.0 / LARGEST <= value <= LARGEST):
+            raise ValueError(f"{name} must be positive and at most {LARGEST:g}, but is {value}")
         if value == 1.0:
             return None
     return per_row(value, theta, name).reciprocal()

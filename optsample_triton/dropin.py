@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from optsample_triton.arguments import as_rows, check_rows
+from optsample_triton.arguments import as_rows, check_effort, check_rows
 from optsample_triton.types import METHODS, Status
 
 EPS = 1e-10
@@ -174,10 +174,7 @@ def effective_sample_size(pi: Any, q: Any, eps: float = EPS) -> Any:
 
 
 def _check_options(tol: float, max_iter: int, eps: float) -> None:
-    if not 0.0 < tol < 1.0:
-        raise ValueError(f"tol must be between 0 and 1, but is {tol}")
-    if max_iter < 1:
-        raise ValueError(f"max_iter must be at least 1, but is {max_iter}")
+    check_effort(tol, max_iter)
     if not 0.0 < eps < 1.0:
         raise ValueError(f"eps must be between 0 and 1, but is {eps}")
 

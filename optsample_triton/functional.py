@@ -13,7 +13,16 @@ from torch import Tensor
 
 import optsample_triton.ops  # noqa: F401 (defines torch.ops.optsample)
 from optsample_triton import sharded
-from optsample_triton.arguments import as_rows, check_choice, check_out, check_rows, inverse_temperature, per_row
+from optsample_triton.arguments import (
+    as_rows,
+    check_choice,
+    check_count,
+    check_effort,
+    check_out,
+    check_rows,
+    inverse_temperature,
+    per_row,
+)
 from optsample_triton.types import ALGORITHMS, INPUT_DTYPES, METHODS, Diagnostics, Solution
 
 
@@ -145,13 +154,12 @@ def prepare(
         raise ValueError(f'alpha goes with method="fixed" only, but method is {method!r}')
     if alpha is None and method == "fixed":
         raise ValueError('method="fixed" needs alpha, but alpha is None')
-    if not 0.0 < tol < 1.0:
-        raise ValueError(f"tol must be between 0 and 1, but is {tol}")
-    if max_iter < 1:
-        raise ValueError(f"max_iter must be at least 1, but is {max_iter}")
+    check_effort(tol, max_iter)
     shape, vocab = theta.shape, theta.shape[-1]
-    if vocab_size is not None and not 1 <= vocab_size <= vocab:
-        raise ValueError(f"vocab_size must be between 1 and the rows' length {vocab}, but is {vocab_size}")
+    if vocab_size is not None:
+        check_count(vocab_size, "vocab_size")
+        if vocab_size > vocab:
+            raise ValueError(f"vocab_size must be between 1 and the rows' length {vocab}, but is {vocab_size}")
     batch = shape[:-1]
     rows = (
         as_rows(theta)[..., :vocab_size],

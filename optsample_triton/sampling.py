@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from optsample_triton import sharded
-from optsample_triton.arguments import check_choice, inverse_temperature, per_row
+from optsample_triton.arguments import INTEGERS, NUMBERS, check_choice, check_count, inverse_temperature, per_row
 from optsample_triton.functional import prepare
 from optsample_triton.types import DRAFTS, Draws, Sample, Verified
 
@@ -62,8 +62,9 @@ def sample(
     torch.Size([3, 4])
     """
     with sharded.together(group, logits_theta):
-        if num_samples is not None and (type(num_samples) is not int or num_samples < 1):
-            raise ValueError(f"num_samples must be an int of at least 1, but is {num_samples!r}")
+        if num_samples is not None:
+            check_count(num_samples, "num_samples")
+            num_samples = int(num_samples)
         rows, shape, _ = prepare(
             _detached(logits_theta), _detached(logits_t), _detached(alpha), method, "chernoff",
             _detached(temperature_theta), _detached(temperature_t), vocab_size if group is None else None, tol,
@@ -183,11 +184,11 @@ def _numbers(
 def _number(value: Number, batch: torch.Size, device: torch.device, name: str) -> tuple[int, Tensor | None]:
     """A number that stands for all rows, or a tensor that replaces it."""
     if not isinstance(value, Tensor):
-        if isinstance(value, bool) or not isinstance(value, int):
+        if isinstance(value, bool) or not isinstance(value, INTEGERS):
             raise TypeError(f"{name} must be an int or a tensor of integers, but is {type(value).__name__}")
         if not -(2**63) <= value < 2**63:
             raise ValueError(f"{name} must fit into 64 bits with its sign, but is {value}")
-        return value, None
+        return int(value), None
     _check_integers(value, name)
     if value.dim() and value.shape != batch:
         raise ValueError(f"{name} must be an int or have shape {list(batch)}, but has {list(value.shape)}")
@@ -203,7 +204,7 @@ def _check_integers(value: Tensor, name: str) -> None:
 
 def _filters(temperature: float | Tensor, min_p: float | Tensor, theta: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """1 / temperature and min_p, [N] each, or None for both where neither does anything."""
-    if not isinstance(min_p, Tensor) and not (isinstance(min_p, (int, float)) and 0.0 <= min_p <= 1.0):
+    if not isinstance(min_p, Tensor) and not (isinstance(min_p, NUMBERS) and 0.0 <= min_p <= 1.0):
         raise ValueError(f"min_p must be between 0 and 1, but is {min_p!r}")
     cooling = inverse_temperature(temperature, theta, "temperature")
     if cooling is None and not isinstance(min_p, Tensor) and min_p == 0.0:

@@ -244,9 +244,10 @@ def alpha_gradient(
     exponent_t = -x * centred - gap_t[:, None]
     slope_theta = tilted.q * ((2 * x - 1) * centred + gap_theta[:, None])
     bound = torch.zeros_like(x)  # q exp(u) is a probability
-    slope_theta = slope_theta - _weighted_h(tilted.log_q, tilted.q, exponent_theta, bound)
+    log_theta, log_t = (_log_softmax(torch.where(rows.common, x, -math.inf))[0] for x in (rows.u, rows.v))
+    slope_theta = slope_theta - _weighted_h(tilted.q, exponent_theta, log_theta, bound)
     slope_t = tilted.q * ((1 - 2 * x) * centred - gap_t[:, None])
-    slope_t = slope_t + _weighted_h(tilted.log_q, tilted.q, exponent_t, bound)
+    slope_t = slope_t + _weighted_h(tilted.q, exponent_t, log_t, bound)
     curvature = (tilted.q * centred**2).sum(-1, keepdim=True)
     gradients = []
     for slope, temperature in ((slope_theta, temperature_theta), (slope_t, temperature_t)):
@@ -548,14 +549,16 @@ def _gap(rows: _Rows, tilted: _Tilted, s: Tensor) -> Tensor:
     gap = log_mean - s * tilted.mean
     near = torch.nonzero(log_mean.abs() < NEAR)[:, 0]
     s, mean, delta = s[near], tilted.mean[near], rows.delta[near]
-    log_q, q, bound = tilted.log_q[near], tilted.q[near], log_mean[near, None]
-    remainder = _weighted_h(log_q, q, s[:, None] * delta, bound).sum(-1)
+    q, bound = tilted.q[near], log_mean[near, None]
+    # q exp(s delta), without the difference log q + s delta: both are of a finite mask's size, -1e9 or -3.4e38.
+    tilted_by_s = weight[near] - (tilted.log_norm[near] + s * rows.shift[near])[:, None]
+    remainder = _weighted_h(q, s[:, None] * delta, tilted_by_s, bound).sum(-1)
     gap[near] = remainder + _log1p_minus(s * mean + remainder)
     return gap
 
 
-def _weighted_h(log_q: Tensor, q: Tensor, y: Tensor, bound: Tensor) -> Tensor:
-    """q h(y) = q (exp(y) - 1 - y), [N, V]; q exp(y) never exceeds exp(bound), which keeps it finite."""
+def _weighted_h(q: Tensor, y: Tensor, log_tilted: Tensor, bound: Tensor) -> Tensor:
+    """q h(y) = q exp(y) - q (1 + y), [N, V]; log_tilted = log(q exp(y)) never exceeds bound, which keeps it finite."""
     small = y.abs() < 0.5
     y_small = torch.where(small, y, 0.0)
     series = torch.zeros_like(y)
@@ -563,7 +566,7 @@ def _weighted_h(log_q: Tensor, q: Tensor, y: Tensor, bound: Tensor) -> Tensor:
         series.mul_(y_small).add_(1).div_(k)
     # exp(y) - 1 - y = y^2 (1/2)(1 + (y/3)(1 + (y/4)(...)))
     series = q * y_small * y_small * series
-    direct = torch.exp(torch.minimum(log_q + y, bound)) - q * (1 + y)
+    direct = torch.exp(torch.minimum(log_tilted, bound)) - q * (1 + y)
     return torch.where(small, series, direct)
 
 

@@ -106,6 +106,16 @@ def replaced(row: Row, hidden: Callable[[int, Generator], Tensor], by: float) ->
     return lambda g: hide(g).nan_to_num(neginf=by)
 
 
+def banned(pair: PairMaker, hidden: Callable[[int, Generator], Tensor], by: float) -> PairMaker:
+    """The pair with a large finite value in theta alone where hidden(V, generator) is True."""
+
+    def make(g: Generator) -> Pair:
+        a, b = pair(g)
+        return a.masked_fill(hidden(len(a), g), by), b
+
+    return make
+
+
 def first_part(share: float) -> Callable[[int, Generator], Tensor]:
     return lambda size, g: torch.arange(size) < share * size
 
@@ -307,6 +317,11 @@ CASES: list[Case] = [
         "masked, t": independent(normal(V, 2), masked(normal(V, 2), first_part(0.3))),
         "masked, both": independent(_holes, _holes),
         "masked, 20 tokens left": independent(masked(normal(V, 2), first_part(0.98)), _holes),
+    }),
+    # Close rows but for tokens that one model bans by a large number.
+    *_family("masked", REAL, 3, {
+        "banned by -1e9, theta": banned(perturbed(normal(V), 0.5), first_part(0.02), -1e9),
+        "banned by -3.4e38, t": swapped(banned(perturbed(normal(V), 0.5), first_part(0.02), -3.4e38)),
     }),
     *_family("one token", HARD, 3, {
         "one common token": [

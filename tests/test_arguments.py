@@ -37,7 +37,15 @@ OPTIONS = {
     "tol 0": (ValueError, "tol", {"tol": 0.0}),
     "tol -1e-6": (ValueError, "tol", {"tol": -1e-6}),
     "tol NaN": (ValueError, "tol", {"tol": math.nan}),
+    "tol is a string": (TypeError, "tol", {"tol": "1e-6"}),
+    "tol is None": (TypeError, "tol", {"tol": None}),
+    "vocab_size 3.0": (TypeError, "vocab_size", {"vocab_size": 3.0}),
+    "vocab_size True": (TypeError, "vocab_size", {"vocab_size": True}),
     "max_iter 0": (ValueError, "max_iter", {"max_iter": 0}),
+    "max_iter 2.5": (TypeError, "max_iter", {"max_iter": 2.5}),
+    "max_iter is a string": (TypeError, "max_iter", {"max_iter": "20"}),
+    "alpha beyond float32": (ValueError, "alpha", {"alpha": 1e38}),
+    "temperature beyond float32": (ValueError, "temperature_t", {"temperature_t": 1e38}),
 }  # fmt: skip
 
 # name: (error, the argument that the message names, the two rows); {t} is the second argument's name
@@ -83,6 +91,19 @@ def test_rows(case, function, backend):
     with pytest.raises(error) as caught:
         function(*rows)
     assert_one_sentence(caught, name.format(theta="logits_theta", t="logits_t"))
+
+
+def test_numbers_of_numpy_are_numbers(backend):
+    """What comes out of arrays and configurations: np.float32 is no float, np.int64 no int."""
+    numbers = {
+        "alpha": np.float32(0.25), "temperature_theta": np.float32(0.5), "temperature_t": np.int64(2),
+        "vocab_size": np.int64(4), "tol": np.float32(1e-4), "max_iter": np.int32(10),
+    }  # fmt: skip
+    plain = {name: number.item() for name, number in numbers.items()}
+    a, b = torch.linspace(0, 1, 15).reshape(3, 5), torch.linspace(1, 0, 15).reshape(3, 5).square()
+    assert torch.equal(ost.solve(a, b, **numbers).log_z, ost.solve(a, b, **plain).log_z)
+    drawn = ost.sample(a, b, seed=np.int64(7), offset=np.int32(2), num_samples=np.int64(2), min_p=np.float32(0.25))
+    assert torch.equal(drawn.token, ost.sample(a, b, seed=7, offset=2, num_samples=2, min_p=0.25).token)
 
 
 DROPIN = {

@@ -252,6 +252,17 @@ def test_a_detached_alpha_is_a_constant(setting):
     assert [int(gradient.count_nonzero()) for gradient in stopped] == [0, 0]
 
 
+@pytest.mark.parametrize(
+    "function", [lambda a, b: ost.solve(a, b).alpha, lambda a, b: ost.log_q(a, b)], ids=["alpha", "log_q"]
+)
+def test_a_gradient_has_none_of_its_own(function, setting):
+    device, dtype = setting
+    a, b = (x.requires_grad_() for x in rows((2, 9), device, dtype))
+    (gradient,) = torch.autograd.grad(function(a, b).sum(), a, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"^the gradient of solve and log_q has no gradient of its own"):
+        gradient.sum().backward()
+
+
 @pytest.mark.parametrize("method", ["ess_balance", "entropy"])
 def test_mixtures_of_other_methods(method, setting):
     device, dtype = setting
@@ -266,7 +277,7 @@ def test_mixtures_of_other_methods(method, setting):
 # Gradients in float32
 
 
-@pytest.mark.parametrize("name", GRADED)
+@pytest.mark.parametrize("name", [*GRADED, "banned by -1e9, theta", "banned by -3.4e38, t"])
 def test_alpha_gradient_against_truth(name, device, interpreted):
     count = 2 if interpreted and name != "every status" else None
     a, b = (x[:count] for x in cases.by_name(name).logits(device=device))

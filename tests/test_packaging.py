@@ -89,6 +89,16 @@ def test_without_triton_the_eager_path_serves() -> None:
     assert output.split() == ["eager", "0.5"]
 
 
+def test_every_public_name_is_there_after_one_import() -> None:
+    output = python(
+        "import sys, optsample_triton as ost\n"
+        "print('optsample_triton.pipeline' in sys.modules)\n"
+        "missing = [name for name in ost.__all__ if not hasattr(ost, name) or name not in dir(ost)]\n"
+        "print(missing, callable(ost.pipeline.generate), hasattr(ost, 'nothing'))\n"
+    )
+    assert output.split("\n")[:2] == ["False", "[] True False"]
+
+
 def test_import_touches_neither_triton_nor_a_device() -> None:
     output = python(
         "import sys, torch\n"

@@ -29,6 +29,12 @@ def near(std: float) -> tuple[Tensor, Tensor]:
     return a.float(), (a + noise(2, std)).float()
 
 
+def banned(by: float) -> tuple[Tensor, Tensor]:
+    a, b = near(0.5)
+    a[5] = by
+    return a, b
+
+
 ROWS: dict[str, tuple[Tensor, Tensor]] = {
     "std 1": (noise(3).float(), noise(4).float()),
     "std 8": (noise(3, 8).float(), noise(4, 8).float()),
@@ -44,6 +50,8 @@ ROWS: dict[str, tuple[Tensor, Tensor]] = {
     "tops differ 0.9999": (confident(3, 0.9999, 5), confident(7, 0.9999, 6)),
     "delta, uniform": (confident(3, 0.999999, 5), torch.zeros(SIZE)),
     "gap 1000": (noise(3).float() + 1000 * HALF, noise(4).float() + 1000 * (1 - HALF)),
+    "banned by -1e9": banned(-1e9),
+    "banned by -3.4e38": banned(-3.4e38),
     "1e30": (noise(3, 1e30).float(), noise(4, 1e30).float()),
 }
 

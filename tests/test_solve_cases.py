@@ -237,6 +237,20 @@ def test_other_methods(case, method, device, interpreted):
     assert_solution(solution, at_reported(solution, a.cpu(), b.cpu()), method)
 
 
+@pytest.mark.parametrize("by", [-1e3, -1e9, -3.4e38])
+def test_balanced_alpha_beside_a_ban(by, device):
+    """psi(-alpha) grows with alpha times the ban, which drives the balanced alpha to the banning model's far end."""
+    a, b = (x[:1] for x in cases.by_name("banned by -1e9, theta").logits(device=device))
+    a = a.masked_fill(a < -1e8, by)
+    for theta, t in ((a, b), (b, a)):
+        solution, expected = (
+            ost.solve(theta, t, method="ess_balance"),
+            truth.solve(theta.cpu(), t.cpu(), method="ess_balance"),
+        )
+        assert_status(solution, expected)
+        assert_within(solution.alpha, expected.alpha, "alpha")
+
+
 @pytest.mark.parametrize("method", ["ess_balance", "entropy"])
 def test_log_q_of_other_methods(method, backend, device):
     a, b = (x[:2] for x in cases.by_name("zipf, std 2").logits(device=device))

@@ -12,14 +12,20 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from optsample_triton.eager.log_partition import TiltedMoments, own_moments, tilted_moments, weighted_excess
+from optsample_triton.eager.log_partition import (
+    TiltedMoments,
+    own_moments,
+    tilted_exponent,
+    tilted_moments,
+    weighted_excess,
+)
 from optsample_triton.eager.rows import Rows, outside_common_support
 from optsample_triton.types import Status
 
 
 @dataclass(frozen=True)
 class _Tile:
-    """A block of rows and a chunk of tokens, [R, C]: logits, d - E[d], q and its logarithm."""
+    """A block of rows and a chunk of tokens, [R, C]: logits, d - E[d], q_x and its logarithm; x, E[d], L(x) [R, 1]."""
 
     block: slice
     a: Tensor
@@ -27,10 +33,16 @@ class _Tile:
     centred: Tensor
     q: Tensor
     log_q: Tensor
+    x: Tensor
+    mean: Tensor
+    log_partition: Tensor
 
-    def excess(self, offset: Tensor, gap: Tensor) -> Tensor:
-        """q h(log(q_{x + offset} / q)), what q_{x + offset} has beyond its first order; offset and gap are [R, 1]."""
-        return weighted_excess(self.q, self.log_q, offset * self.centred - gap)
+    def excess(self, point: Tensor, gap: Tensor) -> Tensor:
+        """q h(log(q_point / q)), what q_point has beyond its first order; point and gap are [R, 1]."""
+        offset = point - self.x
+        y = offset * self.centred - gap
+        level = self.log_partition + offset * self.mean + gap
+        return weighted_excess(self.q, tilted_exponent(self.log_q, y, point, self.a, self.b, level), y)
 
 
 class _Method(Protocol):
@@ -46,22 +58,22 @@ class _Method(Protocol):
 class _Tilted:
     """F whose differential is a sum of tilted models, for KL symmetry and ESS balance.
 
-    ``weights`` are those of q_{x + s} at the offsets s in dF/da and in dF/db. Their zeroth order in d - E[d] cancels
+    ``weights`` are those of q at the ``points`` in dF/da and in dF/db. Their zeroth order in d - E[d] cancels
     and ``lean`` is their first, so that only second orders are added up.
     """
 
     rate: Tensor
     lean: Tensor  # [N]
-    offsets: Tensor  # [N, K]
-    gaps: Tensor  # G at the offsets
+    points: Tensor  # [N, K]
+    gaps: Tensor  # G(points - x)
     weights: tuple[Tensor, Tensor]  # [N, K] each
 
     def slopes(self, tile: _Tile) -> tuple[Tensor, Tensor]:
-        offsets, gaps = self.offsets[tile.block], self.gaps[tile.block]
+        points, gaps = self.points[tile.block], self.gaps[tile.block]
         first = self.lean[tile.block, None] * tile.centred * tile.q
         slopes = first, -first
-        for k in range(offsets.shape[1]):
-            part = tile.excess(offsets[:, k, None], gaps[:, k, None]).sub_(gaps[:, k, None] * tile.q)
+        for k in range(points.shape[1]):
+            part = tile.excess(points[:, k, None], gaps[:, k, None]).sub_(gaps[:, k, None] * tile.q)
             for slope, weight in zip(slopes, self.weights, strict=True):
                 slope.add_(weight[tile.block, k, None] * part)
         return slopes
@@ -70,18 +82,18 @@ class _Tilted:
 def _kl_symmetry(x: Tensor, moments: TiltedMoments) -> _Method:
     """F = psi'."""
     zero, one = torch.zeros_like(x), torch.ones_like(x)
-    offsets = torch.stack([1.0 - x, -x], -1)
+    points = torch.stack([one, zero], -1)
     weights = torch.stack([-one, zero], -1), torch.stack([zero, one], -1)
-    return _Tilted(moments.variance, 2.0 * x - 1.0, offsets, moments.excess[:, :2], weights)
+    return _Tilted(moments.variance, 2.0 * x - 1.0, points, moments.excess[:, :2], weights)
 
 
 def _ess_balance(rows: Rows, x: Tensor, chord: Tensor, moments: TiltedMoments) -> _Method:
     """F = psi(2 - x) - psi(-x)."""
-    zero, two = torch.zeros_like(x), torch.full_like(x, 2.0)
-    offsets = torch.stack([1.0 - x, -x, 2.0 - 2.0 * x, -2.0 * x], -1)
+    zero, one, two = torch.zeros_like(x), torch.ones_like(x), torch.full_like(x, 2.0)
+    points = torch.stack([one, zero, 2.0 - x, -x], -1)
     weights = torch.stack([-two, zero, 2.0 - x, x], -1), torch.stack([zero, two, x - 1.0, -1.0 - x], -1)
     rate = tilted_moments(rows, -x, chord).mean - tilted_moments(rows, 2.0 - x, chord).mean
-    return _Tilted(rate, 2.0 - 4.0 * x, offsets, moments.excess, weights)
+    return _Tilted(rate, 2.0 - 4.0 * x, points, moments.excess, weights)
 
 
 class _Entropy:
@@ -135,8 +147,8 @@ def gradients(
     x = alpha.to(f64) if method == "fixed" else torch.where(status == Status.OK, precise, alpha.to(f64))
     x = torch.where(invalid, 0.5, x)
     chord = torch.where(alone, 0.0, at_theta - at_t)
-    offsets = [1.0 - x, -x, 2.0 - 2.0 * x, -2.0 * x][: 4 if method == "ess_balance" else 2]
-    moments = tilted_moments(rows, x, chord, torch.stack(offsets, -1))
+    points = [torch.ones_like(x), torch.zeros_like(x), 2.0 - x, -x][: 4 if method == "ess_balance" else 2]
+    moments = tilted_moments(rows, x, chord, torch.stack(points, -1))
     to_theta, to_t = (torch.where(alone, 0.0, excess) for excess in moments.excess[:, :2].unbind(-1))
     log_partition = x * moments.top_theta + (1.0 - x) * moments.top_t + moments.log_mass
     mean, log_partition = (torch.where(alone, 0.0, z) for z in (moments.mean, log_partition))
@@ -170,7 +182,7 @@ def gradients(
             log_norm = torch.where(lone, at_theta[col], log_partition[col])
             log_q = (weight * a + tilted_t - log_norm).masked_fill(outside, -torch.inf)
             centred = (a - b - mean[col]).masked_fill(outside | lone, 0.0)
-            tile = _Tile(block, a, b, centred, log_q.exp(), log_q)
+            tile = _Tile(block, a, b, centred, log_q.exp(), log_q, weight, mean[col], log_norm)
             q = tile.q
             mix = zero[col].expand_as(q)
             if grad_log_q is not None:
@@ -178,8 +190,8 @@ def gradients(
             level = grad_log_z[col]
             # log(pi_theta / q) and log(pi_t / q) are (1 - x) c - G(1 - x) and -x c - G(-x).
             rise = [
-                q * (offset * centred - gap) + tile.excess(offset, gap)
-                for offset, gap in ((1.0 - weight, to_theta[col]), (-weight, to_t[col]))
+                q * ((point - weight) * centred - gap) + tile.excess(point, gap)
+                for point, gap in ((torch.ones_like(weight), to_theta[col]), (torch.zeros_like(weight), to_t[col]))
             ]
             parts = [weight * (mix - level * rise[0]), (1.0 - weight) * (mix - level * rise[1])]
             if sensitivity is not None:

@@ -19,6 +19,7 @@ from optsample_triton.eager.rows import Rows, outside_common_support
 from optsample_triton.eager.shards import merge_nodes, merge_own, merge_tilted
 
 NODES = (0.0, 0.375, 0.5, 0.625, 1.0)
+CANCELS = 64.0  # nats beyond which float64 would lose more than the last digits of a difference
 REFERENCE_TOKENS = 1024  # enough to place the references within the range of exponentials
 
 
@@ -115,7 +116,7 @@ def _chunk_sums(x: Tensor, y: Tensor, outside: Tensor | None, into: Tensor) -> N
 
 
 class TiltedMoments(NamedTuple):
-    """At q_x: L(x), mean and central moments of d, and G at the offsets; float64.
+    """At q_x: L(x), mean and central moments of d, and G at the points asked for; float64.
 
     L(x) = x top_theta + (1 - x) top_t + log_mass, which says of huge logits what the sum would round away.
     """
@@ -127,19 +128,34 @@ class TiltedMoments(NamedTuple):
     variance: Tensor
     third: Tensor
     fourth: Tensor
-    identical: Tensor  # the rows agree up to the rounding of their entries; looked at with offsets only
-    excess: Tensor  # [N, K]: G(s_k)
+    identical: Tensor  # the rows agree up to the rounding of their entries; looked at with points only
+    excess: Tensor  # [N, K]: G(points - x)
 
 
-def weighted_excess(w: Tensor, log_w: Tensor, y: Tensor) -> Tensor:
-    """w h(y) with h(y) = expm1(y) - y, small y by series, large y without overflow."""
+def tilted_exponent(
+    log_w: Tensor, y: Tensor, point: Tensor | float, a: Tensor, b: Tensor, level: Tensor | float
+) -> Tensor:
+    """log w + y = point a + (1 - point) b - level, taken the second way where the first would cancel.
+
+    A token that one model masks by a large finite logit has no weight w, and all that the other model gives it is
+    w exp(y): the difference of two numbers of the mask's size.
+    """
+    far = (y.abs() > CANCELS) & ~torch.isneginf(log_w)
+    exponent = log_w + y
+    if not bool(far.any()):
+        return exponent
+    return torch.where(far, point * a + (1.0 - point) * b - level, exponent)
+
+
+def weighted_excess(w: Tensor, exponent: Tensor, y: Tensor) -> Tensor:
+    """w h(y) with h(y) = expm1(y) - y and w exp(y) = exp(exponent), small y by series, large y without overflow."""
     small = y.abs() < 0.1
     z = torch.where(small, y, 0.0)
     series = torch.full_like(z, 1.0 / 3628800.0)
     for factorial in (362880.0, 40320.0, 5040.0, 720.0, 120.0, 24.0, 6.0, 2.0):
         series.mul_(z).add_(1.0 / factorial)
     series.mul_(z).mul_(z).mul_(w)
-    direct = (log_w + y).clamp_(max=700.0).exp_().sub_(w * (1.0 + y))
+    direct = exponent.clamp(max=700.0).exp_().sub_(w * (1.0 + y))
     return torch.where(small, series, direct)
 
 
@@ -148,14 +164,14 @@ def _merge_scale(old: Tensor, new: Tensor) -> Tensor:
     return torch.where(torch.isneginf(old), 0.0, (old - new).exp())
 
 
-def tilted_moments(rows: Rows, x: Tensor, centre: Tensor, offsets: Tensor | None = None) -> TiltedMoments:
+def tilted_moments(rows: Rows, x: Tensor, centre: Tensor, points: Tensor | None = None) -> TiltedMoments:
     """One read of the rows in float64 at t = x [N], moments taken about ``centre`` [N].
 
-    ``offsets`` [N, K] asks for G(s_k); the other fields cost one exponential per pair. The chunks' sums are
+    ``points`` [N, K] asks for G(points - x); the other fields cost one exponential per pair. The chunks' sums are
     merged by an online log-sum-exp, so rows of any range are served.
     """
     device, f64 = rows.theta.device, torch.float64
-    count = 0 if offsets is None else offsets.shape[1]
+    count = 0 if points is None else points.shape[1]
     sums = torch.zeros(rows.count, 5 + count, dtype=f64, device=device)
     at_top = torch.zeros(rows.count, 2, dtype=f64, device=device)
     top = torch.full((rows.count,), -torch.inf, dtype=f64, device=device)
@@ -172,7 +188,7 @@ def tilted_moments(rows: Rows, x: Tensor, centre: Tensor, offsets: Tensor | None
             z = (weight * a).add_((1.0 - weight) * b)
             if outside is not None:
                 z.masked_fill_(outside, -torch.inf)
-            if offsets is not None:
+            if points is not None:
                 # d is known up to the rounding of its two entries: some constant may lie within all those bounds.
                 doubt = torch.maximum(a.abs(), b.abs()).clamp_(min=1.0).mul_(epsilon)
                 above, below = d + doubt, d - doubt
@@ -196,8 +212,12 @@ def tilted_moments(rows: Rows, x: Tensor, centre: Tensor, offsets: Tensor | None
             for _ in range(4):
                 parts.append(power.mul_(delta).sum(-1))
             for k in range(count):
-                assert offsets is not None
-                parts.append(weighted_excess(w, log_w, offsets[block, k, None] * delta).sum(-1))
+                assert points is not None
+                point = points[block, k, None]
+                offset = point - weight
+                y = offset * delta
+                exponent = tilted_exponent(log_w, y, point, a, b, base + offset * c)
+                parts.append(weighted_excess(w, exponent, y).sum(-1))
             shrink = _merge_scale(top[block], base[:, 0])[:, None]
             sums[block] = sums[block] * shrink + torch.stack(parts, -1)
             top[block] = new_top
@@ -213,9 +233,9 @@ def tilted_moments(rows: Rows, x: Tensor, centre: Tensor, offsets: Tensor | None
     variance, third, fourth = (torch.where(spread, moment, 0.0) for moment in (variance, third, fourth))
     excess = sums[:, 5:] / mass[:, None]
     identical = torch.zeros_like(mass, dtype=torch.bool)
-    if offsets is not None:
+    if points is not None:
         identical = highest <= lowest
-        linear = offsets * m1[:, None]
+        linear = (points - x[:, None]) * m1[:, None]
         total = linear + excess
         # Far from 0 the linear terms no longer cancel, and R would be the one that does.
         excess = torch.where(total.abs() < 0.5, excess + log1p_excess(total), total.log1p() - linear)

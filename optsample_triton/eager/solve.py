@@ -22,6 +22,7 @@ from optsample_triton.types import Options, Status
 FLOAT64_TOL = 1e-12  # float64 is the precision path: solved to this, whatever looser tolerance is asked for
 NARROW = 0.3  # Chernoff information below which psi' is evaluated through G
 REACH = 2.5  # beyond this distance from 1/2 the models are no neighbours of q_x, and G would overflow
+PLAIN = 1.0  # |psi| from which its plain sum is as good as G
 LARGE = 1e5  # logits beyond which log q* is normalised at its alpha, for one more read
 FAR = 50.0  # and above which float32 would blur alpha a + (1 - alpha) b
 
@@ -153,13 +154,15 @@ class _Evaluation:
 def _evaluate(rows: Rows, x: Tensor, state: State, options: Options, *, narrow: bool) -> _Evaluation:
     """One read at x [N]. Narrow rows go through G, where A - B would cancel; wide rows do not need it."""
     chord = state.log_partition_theta - state.log_partition_t
-    moments = tilted_moments(rows, x, chord, torch.stack([1.0 - x, -x], -1) if narrow else None)
+    ends = torch.stack([torch.ones_like(x), torch.zeros_like(x)], -1)
+    moments = tilted_moments(rows, x, chord, ends if narrow else None)
     from_theta, from_t = moments.top_theta - state.log_partition_theta, moments.top_t - state.log_partition_t
     psi = x * from_theta + (1.0 - x) * from_t + moments.log_mass
     slope = moments.mean - chord
     if narrow:
         to_theta, to_t = moments.excess.unbind(-1)
-        near = (x - 0.5).abs() < REACH
+        # A psi of this size, as beyond a finite mask outside of [0, 1], has digits enough, and G would overflow.
+        near = ((x - 0.5).abs() < REACH) & (psi.abs() < PLAIN)
         psi = torch.where(near, -x * to_theta - (1.0 - x) * to_t, psi)
         slope = torch.where(near, to_t - to_theta, slope)
     residual = moments.mean if options.from_probabilities else slope

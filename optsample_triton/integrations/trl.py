@@ -17,7 +17,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from trl import GRPOTrainer
+
+try:
+    from trl import GRPOTrainer
+except ModuleNotFoundError as error:
+    if error.name != "trl":  # TRL is there and lacks something itself
+        raise
+    raise ModuleNotFoundError(
+        "optsample_triton.integrations.trl needs trl: pip install 'optsample-triton[rl]'"
+    ) from error
 
 from optsample_triton.is_reshape import is_reshape_loss, kl_penalty, sequence_mean
 

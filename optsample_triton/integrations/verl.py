@@ -25,7 +25,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
+
+try:
+    from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
+except ModuleNotFoundError as error:
+    if error.name != "verl":  # verl is there and lacks something itself
+        raise
+    raise ModuleNotFoundError("optsample_triton.integrations.verl needs verl: pip install verl") from error
 
 from optsample_triton.is_reshape import KERNELS, is_reshape_loss
 

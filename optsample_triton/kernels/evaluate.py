@@ -7,6 +7,7 @@ from optsample_triton.kernels.log_partition import narrow_moments, tilted_top, w
 
 NARROW = tl.constexpr(0.3)  # Chernoff information below which psi' is evaluated through G
 REACH = tl.constexpr(2.5)  # beyond this distance from 1/2 the models are no neighbours of q_x, and G would overflow
+PLAIN = tl.constexpr(1.0)  # |psi| from which its plain sum is as good as G
 WILD = tl.constexpr(30.0)  # and beyond which no reference is known before a sweep
 
 
@@ -31,11 +32,15 @@ def evaluate(row, x, ends, H: tl.constexpr, PACKED: tl.constexpr, PROBS: tl.cons
     if (psi_half > -NARROW) & (tl.abs(x - 0.5) < REACH):
         apart = reference_gap(row)
         log_mass, mean, variance, third, fourth, to_theta, to_t, identical = narrow_moments(
-            row, x32, base.to(tl.float32), (chord + apart).to(tl.float32), 1.0 - x32, -x32, H, PACKED, PROBS
-        )
+            row, x32, base.to(tl.float32), chord.to(tl.float32), (chord + apart).to(tl.float32), 1.0, 0.0,
+            H, PACKED, PROBS,
+        )  # fmt: skip
         mean -= apart
-        psi = -x * to_theta - (1.0 - x) * to_t
-        slope = to_t - to_theta
+        psi, slope = log_mass - level, mean - chord
+        # A psi of that size, as beyond a finite mask outside of [0, 1], has digits enough, and G would overflow.
+        near = tl.abs(psi) < PLAIN
+        psi = tl.where(near, -x * to_theta - (1.0 - x) * to_t, psi)
+        slope = tl.where(near, to_t - to_theta, slope)
     else:
         log_mass, mean, variance, third, fourth = wide_moments(
             row, x, base, (chord * unit.to(tl.float64)).to(tl.float32), unit, H, PACKED, PROBS

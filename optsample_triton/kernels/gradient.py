@@ -104,11 +104,16 @@ def gradient_kernel(
     lean = (2.0 * tl.load(partition_ptr + 4 * index + 3) - 1.0).to(tl.float32)
     scalars = x32, base, coarse, fine, tl.sum(total, 0), level.to(tl.float32), pull.to(tl.float32), lean
     gaps = to_theta.to(tl.float32), to_t.to(tl.float32), far_up.to(tl.float32), far_down.to(tl.float32)
+    # L(1), L(0), L(2 - x) and L(-x)
+    relative = mean - reference_gap(row)
+    level_up = base.to(tl.float64) + (2.0 - 2.0 * x) * relative + far_up
+    level_down = base.to(tl.float64) - 2.0 * x * relative + far_down
+    levels = A.to(tl.float32), B.to(tl.float32), level_up.to(tl.float32), level_down.to(tl.float32)
     grad_theta_ptr += index * V
     grad_t_ptr += index * V
     for tile in tl.range(0, V, BLOCK):
         _store_gradients(
-            row, tile, scalars, gaps, own, lone, dead, grad_log_q_ptr, grad_theta_ptr, grad_t_ptr, METHOD, BLOCK
+            row, tile, scalars, gaps, levels, own, lone, dead, grad_log_q_ptr, grad_theta_ptr, grad_t_ptr, METHOD, BLOCK
         )
 
 
@@ -143,12 +148,13 @@ def _entropy_slope(u, has, at, entropy, share):
 
 
 @triton.jit
-def _tilted_slopes(q, z, c, x, lean, gaps, excess_theta, excess_t, METHOD: tl.constexpr):
+def _tilted_slopes(q, u, v, c, x, lean, gaps, levels, excess_theta, excess_t, METHOD: tl.constexpr):
     """dF/da and dF/db for KL symmetry and ESS balance: first orders have cancelled on paper."""
     to_theta, to_t, far_up, far_down = gaps
     if METHOD == ESS_BALANCE:
-        up = weighted_excess(q, z, (2.0 - 2.0 * x) * c - far_up) - q * far_up
-        down = weighted_excess(q, z, -2.0 * x * c - far_down) - q * far_down
+        at_upper, at_lower = (2.0 - x) * u + (x - 1.0) * v - levels[2], (1.0 + x) * v - x * u - levels[3]
+        up = weighted_excess(q, at_upper, (2.0 - 2.0 * x) * c - far_up) - q * far_up
+        down = weighted_excess(q, at_lower, -2.0 * x * c - far_down) - q * far_down
         slope_theta = (2.0 - x) * up + x * down - 2.0 * (excess_theta + q * (lean * c - to_theta))
         slope_t = (x - 1.0) * up - (1.0 + x) * down + 2.0 * (excess_t + q * (lean * c - to_t))
     else:
@@ -159,8 +165,8 @@ def _tilted_slopes(q, z, c, x, lean, gaps, excess_theta, excess_t, METHOD: tl.co
 
 @triton.jit
 def _store_gradients(
-    row, tile, scalars, gaps, own, lone, dead, grad_log_q_ptr, grad_theta_ptr, grad_t_ptr, METHOD: tl.constexpr,
-    BLOCK: tl.constexpr,
+    row, tile, scalars, gaps, levels, own, lone, dead, grad_log_q_ptr, grad_theta_ptr, grad_t_ptr,
+    METHOD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     x, base, coarse, fine, total, level, pull, lean = scalars
     u, v, d, keep, has_theta, has_t = _load_tile(row, tile, lone, BLOCK)
@@ -169,14 +175,14 @@ def _store_gradients(
     q = tl.where(keep, tl.exp2(z * LOG2E), 0.0)
     c = tl.where(keep & (lone == 0), d - coarse - fine, 0.0)
     up, down = (1.0 - x) * c - gaps[0], -x * c - gaps[1]
-    excess_theta, excess_t = weighted_excess(q, z, up), weighted_excess(q, z, down)
+    excess_theta, excess_t = weighted_excess(q, u - levels[0], up), weighted_excess(q, v - levels[1], down)
     mix = 0.0 * q
     if grad_log_q_ptr is not None:
         mix = tl.load(grad_log_q_ptr + offs, mask=keep, other=0.0).to(tl.float32) - q * total
     part_theta = x * (mix - level * (q * up + excess_theta))
     part_t = (1.0 - x) * (mix - level * (q * down + excess_t))
     if (METHOD != FIXED) & (METHOD != ENTROPY):
-        slope_theta, slope_t = _tilted_slopes(q, z, c, x, lean, gaps, excess_theta, excess_t, METHOD)
+        slope_theta, slope_t = _tilted_slopes(q, u, v, c, x, lean, gaps, levels, excess_theta, excess_t, METHOD)
         part_theta, part_t = part_theta + pull * slope_theta, part_t + pull * slope_t
     part_theta, part_t = tl.where(keep, part_theta, 0.0), tl.where(keep & (lone == 0), part_t, 0.0)
     if METHOD == ENTROPY:  # a model's entropy hangs on all tokens that it has

@@ -18,6 +18,7 @@ from optsample_triton.kernels.tiles import as_logits, inside_halves, load_halves
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+CANCELS = tl.constexpr(16.0)  # nats beyond which float32 would lose more than the last digits of a difference
 
 
 @triton.jit
@@ -221,8 +222,8 @@ def central(mass, s1, s2, s3, s4, centre):
 
 
 @triton.jit
-def weighted_excess(w, z, y):
-    """w h(y), where w = exp(z): a polynomial for small y, and without overflow for large."""
+def weighted_excess(w, exponent, y):
+    """w h(y), where w exp(y) = exp(exponent): a polynomial for small y, and without overflow for large."""
     small = tl.minimum(tl.maximum(y, -0.5), 0.5)
     h = 1.0 / 362880.0
     h = h * small + 1.0 / 40320.0
@@ -232,21 +233,35 @@ def weighted_excess(w, z, y):
     h = h * small + 1.0 / 24.0
     h = h * small + 1.0 / 6.0
     h = h * small + 0.5
-    far = tl.exp2(tl.minimum((z + y) * LOG2E, 120.0)) - w * (1.0 + y)
+    # Tokens of no weight may lie beyond any range; the clamp keeps 0 * y at 0.
+    far = tl.exp2(tl.minimum(exponent * LOG2E, 120.0)) - w * (1.0 + tl.minimum(tl.maximum(y, -1e30), 1e30))
     return tl.where(tl.abs(y) < 0.5, w * (small * small * h), far)
 
 
 @triton.jit
-def _add_narrow(acc, u, v, d, keep, x, base, centre, up, down, scales):
+def tilted_exponent(z, y, point, u, v, level):
+    """z + y = point u + (1 - point) v - level, taken the second way where the first would cancel.
+
+    A token that one model masks by a large finite logit has no weight exp(z), and all that the other model gives it is
+    exp(z + y): the difference of two numbers of the mask's size.
+    """
+    return tl.where(tl.abs(y) < CANCELS, z + y, point * u + (1.0 - point) * v - level)
+
+
+@triton.jit
+def _add_narrow(acc, u, v, d, keep, x, base, chord, centre, upper, lower, scales):
     mass, m1, m2, m3, m4, excess_up, excess_down, lowest, highest = acc
     ref_theta, ref_t = scales
+    up, down = upper - x, lower - x
     z = x * u + (1.0 - x) * v - base
     w = tl.where(keep, tl.exp2(z * LOG2E), 0.0)
     delta = tl.where(keep, d - centre, 0.0)
     wd = w * delta
     wd2 = wd * delta
-    excess_up += tl.where(keep, weighted_excess(w, z, up * delta), 0.0)
-    excess_down += tl.where(keep, weighted_excess(w, z, down * delta), 0.0)
+    to_upper = tilted_exponent(z, up * delta, upper, u, v, base + up * chord)
+    to_lower = tilted_exponent(z, down * delta, lower, u, v, base + down * chord)
+    excess_up += tl.where(keep, weighted_excess(w, to_upper, up * delta), 0.0)
+    excess_down += tl.where(keep, weighted_excess(w, to_lower, down * delta), 0.0)
     # d is known up to the rounding of its two entries: some constant may lie within all those bounds.
     doubt = 1.1920929e-7 * tl.maximum(tl.maximum(tl.abs(u + ref_theta), tl.abs(v + ref_t)), 1.0)
     lowest = tl.minimum(lowest, tl.where(keep, d + doubt, float("inf")))
@@ -258,10 +273,12 @@ def _add_narrow(acc, u, v, d, keep, x, base, centre, up, down, scales):
 
 
 @triton.jit
-def narrow_moments(row, x, base, centre, up, down, H: tl.constexpr, PACKED: tl.constexpr, PROBS: tl.constexpr):
-    """What ``wide_moments`` gives (unit 1), then G(up), G(down), and whether the rows agree up to rounding.
+def narrow_moments(
+    row, x, base, chord, centre, upper, lower, H: tl.constexpr, PACKED: tl.constexpr, PROBS: tl.constexpr
+):  # fmt: skip
+    """What ``wide_moments`` gives (unit 1), then G(upper - x), G(lower - x), and whether the rows agree up to rounding.
 
-    ``centre`` is that of d as it is, not relative to the references; so is the mean.
+    ``centre`` is that of d as it is, and ``chord`` the same relative to the references; the mean is as it is.
     """
     V, scales = row[2], (row[5] * row[3], row[6] * row[4])
     zero = tl.zeros([H], tl.float32)
@@ -269,12 +286,12 @@ def narrow_moments(row, x, base, centre, up, down, H: tl.constexpr, PACKED: tl.c
     full = V // (2 * H) * (2 * H)
     for tile in tl.range(0, full, 2 * H):
         u0, u1, v0, v1, d0, d1, keep0, keep1 = load_pair(row, tile, H, PACKED, False, PROBS)
-        acc = _add_narrow(acc, u0, v0, d0, keep0, x, base, centre, up, down, scales)
-        acc = _add_narrow(acc, u1, v1, d1, keep1, x, base, centre, up, down, scales)
+        acc = _add_narrow(acc, u0, v0, d0, keep0, x, base, chord, centre, upper, lower, scales)
+        acc = _add_narrow(acc, u1, v1, d1, keep1, x, base, chord, centre, upper, lower, scales)
     for tile in tl.range(full, V, 2 * H):
         u0, u1, v0, v1, d0, d1, keep0, keep1 = load_pair(row, tile, H, PACKED, True, PROBS)
-        acc = _add_narrow(acc, u0, v0, d0, keep0, x, base, centre, up, down, scales)
-        acc = _add_narrow(acc, u1, v1, d1, keep1, x, base, centre, up, down, scales)
+        acc = _add_narrow(acc, u0, v0, d0, keep0, x, base, chord, centre, upper, lower, scales)
+        acc = _add_narrow(acc, u1, v1, d1, keep1, x, base, chord, centre, upper, lower, scales)
     mass = tl.sum(acc[0], 0).to(tl.float64)
     s1 = tl.sum(acc[1], 0)
     log_mass, mean, variance, third, fourth = central(
@@ -282,8 +299,8 @@ def narrow_moments(row, x, base, centre, up, down, H: tl.constexpr, PACKED: tl.c
     )
     share = 1.0 / mass
     offset = s1.to(tl.float64) * share
-    gap_up = gap(up.to(tl.float64) * offset, tl.sum(acc[5], 0).to(tl.float64) * share)
-    gap_down = gap(down.to(tl.float64) * offset, tl.sum(acc[6], 0).to(tl.float64) * share)
+    gap_up = gap((upper - x).to(tl.float64) * offset, tl.sum(acc[5], 0).to(tl.float64) * share)
+    gap_down = gap((lower - x).to(tl.float64) * offset, tl.sum(acc[6], 0).to(tl.float64) * share)
     identical = tl.max(acc[8], 0) <= tl.min(acc[7], 0)
     return log_mass, mean, variance, third, fourth, gap_up, gap_down, identical
 

@@ -8,7 +8,7 @@ Scalars between the sweeps are float64.
 import triton
 import triton.language as tl
 
-from optsample_triton.kernels.evaluate import NARROW, REACH, WILD, evaluate, reference_gap, rounded
+from optsample_triton.kernels.evaluate import NARROW, PLAIN, REACH, WILD, evaluate, reference_gap, rounded
 from optsample_triton.kernels.log_partition import chunk_nodes, first_maxima, narrow_moments, survey
 from optsample_triton.kernels.own import own_moments, probability_entropies
 from optsample_triton.kernels.report import store_figures, store_log_q, store_probability_figures
@@ -211,9 +211,11 @@ def search(
 def balance_gap(row, x, slope, ends, H: tl.constexpr, PACKED: tl.constexpr, PROBS: tl.constexpr):
     """psi(2 - x) - psi(-x) of a narrow row: from G about x, whose weights' rounding is common to both and cancels."""
     A, B, psi_half, _ = ends
-    base, chord = (x * A + (1.0 - x) * B + psi_half).to(tl.float32), (A - B + reference_gap(row)).to(tl.float32)
-    up, down = (2.0 - 2.0 * x).to(tl.float32), (-2.0 * x).to(tl.float32)
-    moments = narrow_moments(row, x.to(tl.float32), base, chord, up, down, H, PACKED, PROBS)
+    base, chord = (x * A + (1.0 - x) * B + psi_half).to(tl.float32), A - B
+    centre, upper, lower = (chord + reference_gap(row)).to(tl.float32), (2.0 - x).to(tl.float32), (-x).to(tl.float32)
+    moments = narrow_moments(
+        row, x.to(tl.float32), base, chord.to(tl.float32), centre, upper, lower, H, PACKED, PROBS
+    )  # fmt: skip
     return moments[5] - moments[6] + 2.0 * slope
 
 
@@ -237,7 +239,7 @@ def balance_ess(row, ends, status, sweeps, tol, max_iter, H: tl.constexpr, PACKE
             plain = tl.where(k == 2, psi_half, nothing - 1.0)
             at, slope, mean, variance, third, fourth, same = evaluate(row, point, (A, B, plain, unit), H, PACKED, PROBS)
             difference, fall, turn = difference + sign * at, fall + sign * mean, turn - sign * variance
-        if psi_half > -NARROW:
+        if (psi_half > -NARROW) & (tl.abs(difference) < PLAIN):
             difference = balance_gap(row, x, slope, ends, H, PACKED, PROBS)
         if PROBS:  # not renormalised: the ends of the chord do not count
             difference += 2.0 * (A - B + reference_gap(row))

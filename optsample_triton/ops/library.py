@@ -23,6 +23,15 @@ def implement(name: str, function: Callable[..., Any], fake: Callable[..., Any])
     torch.library.register_fake(f"optsample::{name}", fake)
 
 
+def refuse_second_gradient(name: str, of: str) -> None:
+    """The op ``name``, which computes gradients, says so instead of passing for a constant."""
+
+    def refuse(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(f"the gradient of {of} has no gradient of its own, but one was asked for")
+
+    torch.library.register_autograd(f"optsample::{name}", refuse)
+
+
 def row_count(rows: Tensor) -> int:
     return math.prod(rows.shape[:-1])
 

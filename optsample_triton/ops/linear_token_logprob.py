@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optsample_triton.ops.library import implement, library, result_dtype
-from optsample_triton.ops.token_logprob import refuse_second_gradient, room_of
+from optsample_triton.ops.library import implement, library, refuse_second_gradient, result_dtype
+from optsample_triton.ops.token_logprob import room_of
 
 BLOCK = 4096  # tokens whose product with the hidden states exists at once: a whole one would be a second [V, H]
 
@@ -139,4 +139,4 @@ def _differentiate(ctx: Any, grad_log_probs: Tensor, grad_entropies: Tensor, _: 
 
 
 torch.library.register_autograd("optsample::linear_token_logprobs", _differentiate, setup_context=_setup_context)
-torch.library.register_autograd("optsample::linear_token_logprobs_backward", refuse_second_gradient)
+refuse_second_gradient("linear_token_logprobs_backward", "token log-probabilities")

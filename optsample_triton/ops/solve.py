@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optsample_triton.ops.library import backend_of, implement, library, result_dtype, row_count
+from optsample_triton.ops.library import (
+    backend_of,
+    implement,
+    library,
+    refuse_second_gradient,
+    result_dtype,
+    row_count,
+)
 from optsample_triton.types import FIGURES, Options
 
 # detach says that gradients stop at alpha; eps >= 0 that the rows are probabilities.
@@ -134,3 +141,4 @@ def _differentiate(ctx: Any, grad_log_q: Tensor, grad_alpha: Tensor, grad_log_z:
 
 
 torch.library.register_autograd("optsample::solve", _differentiate, setup_context=_setup_context)
+refuse_second_gradient("solve_backward", "solve and log_q")

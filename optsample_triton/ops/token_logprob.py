@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from optsample_triton import backend
-from optsample_triton.ops.library import implement, library, result_dtype
+from optsample_triton.ops.library import implement, library, refuse_second_gradient, result_dtype
 
 # log-probabilities [M, N], entropies [M or 0, N], log-partitions [M, N]; M = 2 where there is another model
 library.define(
@@ -101,10 +101,4 @@ def _differentiate(ctx: Any, grad_log_probs: Tensor, grad_entropies: Tensor, _: 
 
 
 torch.library.register_autograd("optsample::token_logprobs", _differentiate, setup_context=_setup_context)
-
-
-def refuse_second_gradient(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError("the gradient of token log-probabilities has no gradient of its own, but one was asked for")
-
-
-torch.library.register_autograd("optsample::token_logprobs_backward", refuse_second_gradient)
+refuse_second_gradient("token_logprobs_backward", "token log-probabilities")

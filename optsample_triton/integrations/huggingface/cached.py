@@ -43,6 +43,7 @@ class CachedModel:
         accepted = inspect.signature(inner.forward).parameters
         self._takes_positions = "position_ids" in accepted
         self._needs_positions = inner.config.model_type not in DISTANCES
+        self._positions = _learned_positions(inner)
         self._keep = "logits_to_keep" if "logits_to_keep" in accepted else None
         if self.padded:
             self.check_positions("padded rows")
@@ -61,6 +62,7 @@ class CachedModel:
         slots = torch.arange(self.width + ids.shape[1], device=self.device)
         if not self.width:
             self.check_tokens(ids)
+        self._check_length(ids.shape[1])
         # Padding tokens may lie beyond the embeddings; nothing sees them.
         inputs: dict[str, Any] = {"input_ids": ids.clamp(min=0, max=self._vocab - 1)}
         if self.padded:
@@ -86,6 +88,19 @@ class CachedModel:
             raise ValueError(
                 f"the prompts must hold tokens below {self._vocab}, the vocabulary of {self._name}, but there is "
                 f"{int(ids[beyond][0])}"
+            )
+
+    def _check_length(self, count: int) -> None:
+        """Refuse texts beyond the positions that the model has learnt."""
+        if self._positions is None or self.width + count <= self._positions:
+            return
+        length = self.width + count - int(self.padding.min())
+        if self.last is not None:
+            length = min(length, self.last + 1)
+        if length > self._positions:
+            raise ValueError(
+                f"a text must have at most {self._positions} tokens, the positions of {self._name}, but there are "
+                f"{length}"
             )
 
     def _check_outputs(self, outputs: Any, width: int) -> None:
@@ -131,6 +146,15 @@ class CachedModel:
         """Row b goes on from what row rows[b] has read."""
         self.cache.reorder_cache(rows.to(self.device))
         self.padding = self.padding[rows.to(self.device)]
+
+
+def _learned_positions(model: Any) -> int | None:
+    """How many positions a model has a table of, as GPT-2 has; None where they are computed."""
+    names = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
+    tables = (m for name, m in model.named_modules() if name.rpartition(".")[2] in names)
+    if any(isinstance(table, torch.nn.Embedding) for table in tables):
+        return getattr(model.config, "max_position_embeddings", None)
+    return None
 
 
 def innermost(model: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 from collections.abc import Collection
@@ -16,6 +17,7 @@ from optsample_triton.integrations.huggingface.configuration import PENALTIES, p
 from optsample_triton.integrations.huggingface.loops import Pair, speculate, step_by_step
 from optsample_triton.integrations.huggingface.pair import (
     check_ids,
+    check_positions,
     check_tokenizers,
     expand,
     left_padding,
@@ -139,9 +141,14 @@ def generate(
     named = frozenset(kwargs)
     kwargs.setdefault("return_dict_in_generate", True)
     kwargs.setdefault("do_sample", True)  # transformers would not return several sequences otherwise
-    if kwargs.get("stop_strings") and tokenizer is not None:
+    stop_strings = kwargs.get("stop_strings") or getattr(generation_config, "stop_strings", None)
+    if stop_strings and tokenizer is not None:
         # transformers would make this criterion, but keeps no tokeniser for a custom_generate.
-        criterion = StopStringCriteria(tokenizer, kwargs.pop("stop_strings"))
+        criterion = StopStringCriteria(tokenizer, stop_strings)
+        kwargs.pop("stop_strings", None)
+        if getattr(generation_config, "stop_strings", None):
+            generation_config = copy.deepcopy(generation_config)
+            generation_config.stop_strings = None
         kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or ()), criterion]
     decode: Any = functools.partial(_decode, settings=settings, named=named)
     return model.generate(*inputs, generation_config=generation_config, custom_generate=decode, **kwargs)
@@ -190,6 +197,7 @@ def _decode(
             target_mask = expand(target_mask, rows, copies, "target_attention_mask")
         target_ids = expand(target_ids, rows, copies, "target_input_ids").to(input_ids.device)
     padding = left_padding(input_ids, mask, "attention_mask")
+    check_positions(model_kwargs.get("position_ids"), padding, input_ids.shape[1])
     target_padding = left_padding(target_ids, target_mask, "target_attention_mask", pad_token)
     speculative = settings.num_draft_tokens > 0
     penalties = penalties_of(generation_config)

@@ -34,6 +34,19 @@ def left_padding(ids: Tensor, mask: Tensor | None, name: str, pad_token_id: int 
     return padding
 
 
+def check_positions(positions: Tensor | None, padding: Tensor, width: int) -> None:
+    """Each model counts a row's own tokens from 0; positions [B, S] that say otherwise would not be heard."""
+    if positions is None or positions.dim() != 2:  # models of images have more, of text and images alike
+        return
+    slots = torch.arange(width, device=padding.device)
+    own, counted = slots >= padding[:, None], slots - padding[:, None]
+    same = positions.shape[-1] == width and bool((positions.to(padding.device) == counted)[own].all())
+    if not same:
+        raise ValueError(
+            "position_ids must count each row's own tokens from 0, as they are counted without it, but holds others"
+        )
+
+
 def padding_token(model: Any) -> int | None:
     """The model's padding token, if it can be nothing else."""
     token, others = _special_tokens(model)

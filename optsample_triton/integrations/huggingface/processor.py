@@ -74,6 +74,9 @@ class OptimalSamplingLogitsProcessor(LogitsProcessor):
             "method": method, "alpha": alpha, "temperature_theta": temperature_theta, "temperature_t": temperature_t,
             "tol": tol, "max_iter": max_iter,
         }  # fmt: skip
+        if not any(isinstance(value, Tensor) for value in self._law.values()):
+            nothing = torch.empty(1, 1, device="meta")
+            log_q(nothing, nothing, **self._law)  # wrong values are found now, not in the first step
         self._rewindable = can_rewind(target_model)
         self._target: CachedModel | None = None
         self._start = 0  # columns of the prompt

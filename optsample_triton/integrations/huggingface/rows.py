@@ -43,7 +43,7 @@ class OptimalGeneration(ModelOutput):
 
     @property
     def acceptance(self) -> float:
-        """The share of the tested drafts that were accepted."""
+        """The share of the tested drafts that were accepted; NaN where none was tested."""
         if self.num_tested is None or self.num_accepted is None:
             raise AttributeError("acceptance is that of speculative generation: pass num_draft_tokens")
         return float(self.num_accepted.sum() / self.num_tested.sum())

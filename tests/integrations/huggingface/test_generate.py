@@ -254,6 +254,40 @@ def test_speculation_up_to_the_last_position():
         assert out.tokens[row].tolist() == naive(model, target, text, text, 0, 14, greedy=True, alpha=0.9)
 
 
+@pytest.mark.parametrize("drafts", [0, 2])
+@pytest.mark.parametrize("hinted", [True, False], ids=["hint", "text"])
+def test_texts_beyond_the_positions_of_gpt2(hinted, drafts):
+    """An IndexError of an embedding, or on a GPU an assertion of the device, would not say which text is too long."""
+    model, target = gpt2(seed=1), gpt2(seed=2)
+    ids = torch.full((1, 3 if hinted else 60), 5)
+    hint = torch.full((1, 65), 5) if hinted else None
+    with pytest.raises(ValueError, match=r"^a text must have at most 64 tokens, the positions of GPT2LMHeadModel, but"):
+        generate(
+            model, target, ids, target_input_ids=hint, max_new_tokens=9, seed=0, eos_token_id=-1,
+            num_draft_tokens=drafts, attention_mask=torch.ones_like(ids),
+        )  # fmt: skip
+
+
+def test_positions_of_the_caller(pairs):
+    """They are those that are counted, or an error: they would not be heard."""
+    ids, mask = prompts()
+    counted = (mask.cumsum(-1) - 1).clamp(min=0)
+    run = functools.partial(generate, *pairs["llama, gpt2"], ids, attention_mask=mask, max_new_tokens=2, seed=SEEDS)
+    assert torch.equal(run(position_ids=counted).tokens, run().tokens)
+    assert torch.equal(
+        run(position_ids=counted, num_return_sequences=2).tokens, run(num_return_sequences=2).tokens
+    )  # fmt: skip
+    for other in (counted + 3, counted[:, 1:]):
+        with pytest.raises(ValueError, match="position_ids must count each row's own tokens from 0"):
+            run(position_ids=other)
+
+
+def test_acceptance_of_no_drafts(pairs):
+    out = generate(*pairs["llama, gpt2"], prompts()[0], max_new_tokens=1, seed=SEEDS, num_draft_tokens=2)
+    assert out.num_tested.tolist() == [0, 0, 0]
+    assert out.acceptance != out.acceptance
+
+
 def test_a_text_continued_is_the_text_uninterrupted(pairs):
     """The offset is the place in the text, so that a seed says the same wherever generation was broken off."""
     model, target = pairs["llama, gpt2"]

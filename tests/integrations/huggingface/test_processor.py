@@ -197,6 +197,16 @@ def test_new_prompts_for_old_masks_are_refused(pairs):
         model.generate(others, **run)
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"method": "kl"}, {"alpha": 0.5, "method": "entropy"}, {"tol": 0.0}, {"temperature_t": -1.0}], ids=str
+)
+def test_wrong_values_are_found_when_it_is_made(pairs, wrong, monkeypatch):
+    monkeypatch.setenv("OPTSAMPLE_BACKEND", "triton")  # where the scores will be on a GPU
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        OptimalSamplingLogitsProcessor(pairs["llama, gpt2"][1], **wrong)
+    OptimalSamplingLogitsProcessor(pairs["llama, gpt2"][1], alpha=0.25)
+
+
 def test_a_sliding_window_takes_tokens_back():
     model, target = llama(seed=1), mistral(2)
     ids, _ = prompts((9,))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import gpt2, llama, train
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from optsample_triton.integrations.huggingface import generate, score
 
@@ -51,6 +51,9 @@ def test_stop_strings(worded):
     ids = torch.tensor([[3, 4]]).expand(30, -1)
     run = {"tokenizer": tokenizer(), "max_new_tokens": 12, "seed": torch.arange(30), "eos_token_id": -1}
     out = generate(*worded, ids, stop_strings=["four"], **run)
+    config = GenerationConfig(stop_strings=["four"], do_sample=True, pad_token_id=0)
+    assert torch.equal(generate(*worded, ids, generation_config=config, **run).tokens, out.tokens)
+    assert config.stop_strings == ["four"]  # the caller's own
     endless = generate(*worded, ids, stop_strings=None, **run)
     four = 3 + WORDS.index("four")
     for row in range(30):

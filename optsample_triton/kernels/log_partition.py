@@ -259,7 +259,7 @@ def _add_narrow(acc, u, v, d, keep, x, base, centre, up, down, scales):
 
 @triton.jit
 def narrow_moments(row, x, base, centre, up, down, H: tl.constexpr, PACKED: tl.constexpr, PROBS: tl.constexpr):
-    """What ``wide_moments`` gives (unit 1), then G(up), G(down), and whether the rows agree up to rounding.
+    """What ``wide_moments`` gives (unit 1), G(up), G(down), whether the rows agree up to rounding, and d's width.
 
     ``centre`` is that of d as it is, not relative to the references; so is the mean.
     """
@@ -284,8 +284,21 @@ def narrow_moments(row, x, base, centre, up, down, H: tl.constexpr, PACKED: tl.c
     offset = s1.to(tl.float64) * share
     gap_up = gap(up.to(tl.float64) * offset, tl.sum(acc[5], 0).to(tl.float64) * share)
     gap_down = gap(down.to(tl.float64) * offset, tl.sum(acc[6], 0).to(tl.float64) * share)
-    identical = tl.max(acc[8], 0) <= tl.min(acc[7], 0)
-    return log_mass, mean, variance, third, fourth, gap_up, gap_down, identical
+    width = tl.max(acc[8], 0) - tl.min(acc[7], 0)
+    return log_mass, mean, variance, third, fourth, gap_up, gap_down, width <= 0.0, width
+
+
+@triton.jit
+def close_slope(x, variance, third, fourth, width, otherwise):
+    """psi' = G(-x) - G(1 - x) of close rows, from the cumulants: of the two G it would be all rounding.
+
+    ``otherwise`` where the first cumulant that is left out, the fifth, is not lost beside the others.
+    """
+    y = 1.0 - x
+    even, odd = variance * (x - y), third * (x * x * x + y * y * y)
+    slope = 0.5 * even - odd / 6.0 + (fourth - 3.0 * variance * variance) * (x - y) * (x * x + y * y) / 24.0
+    left_out = width * fourth + 10.0 * variance * tl.abs(third)
+    return tl.where(left_out <= 2.0**-18 * variance, slope, otherwise)
 
 
 @triton.jit

@@ -9,10 +9,7 @@ answer on stdout says, for each call, which kernels it would compile, and what t
 from __future__ import annotations
 
 import json
-import os
 import sys
-
-assert os.environ.get("TRITON_INTERPRET", "0") != "1", "the interpreter compiles nothing"
 
 import torch
 import triton
@@ -27,7 +24,7 @@ from optsample_triton.kernels import api, token_logprob
 TARGET = GPUTarget("cuda", 90, 32)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 VOCAB = 131_089  # so that 15, 16 and 17 rows have 17, 16 and 15 programs each
-FEW, MANY = (2, 15, 16, 17, 100), (265, 272)
+FEW, MANY = (2, 8, 15, 16, 17), (265, 272)
 
 
 class Driver:
@@ -146,6 +143,8 @@ def batches() -> dict[str, object]:
 
 
 def main() -> None:
+    if backend.interpreter_on():
+        raise RuntimeError("TRITON_INTERPRET is 1, expected another process: the interpreter compiles nothing")
     driver.set_active(Driver())
     backend.choose = lambda device, dtype: ("triton", "as on a GPU")
     api._device = token_logprob._device = lambda device: ("cuda", 132)

@@ -27,7 +27,8 @@ def test_the_front_end_takes_every_launch():
     """Also those where a count of rows, tokens or programs is 1, which Triton makes a constant of."""
     answer = launches("compile")
     assert answer["errors"] == []
-    assert answer["kernels"] >= 60 and answer["calls"] == 60
+    assert answer["calls"] == 60
+    assert answer["kernels"] >= 60
 
 
 def test_a_batch_of_another_size_compiles_nothing():

@@ -32,6 +32,9 @@ def _patch_the_language_once() -> None:
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
     _patch_the_language_once()
+    from tests import device_arithmetic
+
+    device_arithmetic.install()
 
 # The interpreter computes with NumPy, which warns of overflow and NaN in lanes that a kernel masks later. A GPU does
 # not warn, and warnings are errors here.

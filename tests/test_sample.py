@@ -312,7 +312,8 @@ def test_interpolated_masses_are_within_their_bound(name, small_chunks, monkeypa
     expected = law.sum(-1)
     found = masses[:, :4].cpu() / masses.cpu().sum(-1, keepdim=True)
     apart = (found - expected).abs().sum(-1) / 2
-    assert bool((apart <= misplaced.cpu() + 2e-7).all()), (apart, misplaced)
+    rounding = 8 * 2.0**-24  # a node's weight is the product of eight rounded exps
+    assert bool((apart <= misplaced.cpu() + rounding).all()), (apart, misplaced)
     if name.startswith(("zipf, std 0.5", "zipf, std 1", "zipf, std 2", "bimodal", "same top", "masked")):
         assert bool((misplaced.cpu() <= 1e-6).all()), misplaced  # another sweep would be a waste
 

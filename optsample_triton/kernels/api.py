@@ -37,7 +37,7 @@ def _place(rows: Tensor) -> tuple[int, int, int]:
     """Where row i lies: at (i // inner) * outer + (i % inner) * stride."""
     if rows.dim() == 3:
         return rows.shape[1], rows.stride(0), rows.stride(1)
-    return 1 << 30, 0, rows.stride(0)
+    return 1 << 30, rows.stride(0), rows.stride(0)
 
 
 def _packed(*matrices: Tensor) -> bool:

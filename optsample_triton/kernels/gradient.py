@@ -14,7 +14,17 @@ import triton.language as tl
 from optsample_triton.kernels.evaluate import evaluate, reference_gap, rounded
 from optsample_triton.kernels.log_partition import LOG2E, first_maxima, weighted_excess
 from optsample_triton.kernels.own import own_moments
-from optsample_triton.kernels.solve import DISJOINT, ENTROPY, ESS_BALANCE, FIXED, INVALID, OK, _or_one, row_offset
+from optsample_triton.kernels.solve import (
+    DISJOINT,
+    ENTROPY,
+    ESS_BALANCE,
+    FIXED,
+    INVALID,
+    OK,
+    PER_CALL,
+    _or_one,
+    row_offset,
+)
 from optsample_triton.kernels.tiles import narrowed
 
 
@@ -42,7 +52,7 @@ def _load_or_zero(ptr, index):
         return tl.load(ptr + index).to(tl.float64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PER_CALL)
 def gradient_kernel(
     theta_ptr, t_ptr, alpha_ptr, status_ptr, partition_ptr, scale_theta_ptr, scale_t_ptr,
     grad_log_q_ptr, grad_alpha_ptr, grad_log_z_ptr,  # upstream, each or None

@@ -276,7 +276,7 @@ def _add_narrow(acc, u, v, d, keep, x, base, chord, centre, upper, lower, scales
 def narrow_moments(
     row, x, base, chord, centre, upper, lower, H: tl.constexpr, PACKED: tl.constexpr, PROBS: tl.constexpr
 ):  # fmt: skip
-    """What ``wide_moments`` gives (unit 1), then G(upper - x), G(lower - x), and whether the rows agree up to rounding.
+    """What ``wide_moments`` gives (unit 1), G(upper - x), G(lower - x), whether the rows agree to rounding, d's width.
 
     ``centre`` is that of d as it is, and ``chord`` the same relative to the references; the mean is as it is.
     """
@@ -301,8 +301,21 @@ def narrow_moments(
     offset = s1.to(tl.float64) * share
     gap_up = gap((upper - x).to(tl.float64) * offset, tl.sum(acc[5], 0).to(tl.float64) * share)
     gap_down = gap((lower - x).to(tl.float64) * offset, tl.sum(acc[6], 0).to(tl.float64) * share)
-    identical = tl.max(acc[8], 0) <= tl.min(acc[7], 0)
-    return log_mass, mean, variance, third, fourth, gap_up, gap_down, identical
+    width = tl.max(acc[8], 0) - tl.min(acc[7], 0)
+    return log_mass, mean, variance, third, fourth, gap_up, gap_down, width <= 0.0, width
+
+
+@triton.jit
+def close_slope(x, variance, third, fourth, width, otherwise):
+    """psi' = G(-x) - G(1 - x) of close rows, from the cumulants: of the two G it would be all rounding.
+
+    ``otherwise`` beyond the models, and where the first cumulant that is left out, the fifth, is not lost.
+    """
+    y = 1.0 - x
+    even, odd = variance * (x - y), third * (x * x * x + y * y * y)
+    slope = 0.5 * even - odd / 6.0 + (fourth - 3.0 * variance * variance) * (x - y) * (x * x + y * y) / 24.0
+    left_out = width * fourth + 10.0 * variance * tl.abs(third)
+    return tl.where((x >= 0.0) & (y >= 0.0) & (left_out <= 2.0**-18 * variance), slope, otherwise)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from optsample_triton.kernels.log_partition import tilted_top
 from optsample_triton.kernels.own import own_log_partitions
 from optsample_triton.kernels.random import ACCEPT, PLACE, RECOVER_PLACE, RECOVER_TOKEN, TOKEN, number, uniforms
 from optsample_triton.kernels.report import FAR
-from optsample_triton.kernels.solve import DISJOINT, INVALID, SUMS, nodes, open_row, solved
+from optsample_triton.kernels.solve import DISJOINT, INVALID, PER_CALL, SUMS, nodes, open_row, solved
 
 SLACK = tl.constexpr(1e-6)  # of a threshold, in nats
 
@@ -101,7 +101,10 @@ def logs_at(row, law, partitions, status, token, FILTER: tl.constexpr, DRAWN: tl
     return log_q + void, tl.minimum(u - own_theta, 0.0) + void, tl.minimum(v - own_t, 0.0) + void
 
 
-@triton.jit(do_not_specialize=["seed", "offset", "num_samples"])
+@triton.jit(
+    do_not_specialize=["seed", "offset", "seed_step", "offset_step", "mixed", "num_samples", *PER_CALL],
+    do_not_specialize_on_alignment=["splits"],
+)
 def sample_kernel(
     theta_ptr, t_ptr, given_ptr, scale_theta_ptr, scale_t_ptr, cooling_ptr, min_p_ptr,  # all but the first two or None
     seed_ptr, offset_ptr, seed: tl.int64, offset: tl.int64, seed_step, offset_step, mixed,
@@ -142,7 +145,10 @@ def sample_kernel(
             tl.store(log_t_ptr + at, log_t.to(tl.float32), mask=inside)
 
 
-@triton.jit(do_not_specialize=["seed", "offset"])
+@triton.jit(
+    do_not_specialize=["seed", "offset", "seed_step", "offset_step", "mixed", "positions", *PER_CALL],
+    do_not_specialize_on_alignment=["splits"],
+)
 def verify_kernel(
     theta_ptr, t_ptr, given_ptr, scale_theta_ptr, scale_t_ptr, cooling_ptr, min_p_ptr,  # all but the first two or None
     seed_ptr, offset_ptr, seed: tl.int64, offset: tl.int64, seed_step, offset_step, mixed, draft_ptr, length_ptr,

@@ -27,6 +27,8 @@ INVALID = tl.constexpr(3)
 NOT_CONVERGED = tl.constexpr(4)
 
 SUMS = tl.constexpr(11)
+# Numbers that change from call to call and teach the compiler nothing: no kernel is compiled anew for their values.
+PER_CALL = ("inner_theta", "inner_t", "max_iter")
 
 # What a row's next sweep is for.
 DONE = tl.constexpr(0)
@@ -334,7 +336,7 @@ def open_row(
     return theta_ptr, t_ptr, V, scale_theta, scale_t, ref_theta, ref_t, eps
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", *PER_CALL], do_not_specialize_on_alignment=["splits"])
 def solve_kernel(
     theta_ptr, t_ptr, given_ptr, scale_theta_ptr, scale_t_ptr,  # rows [N, V]; alpha and 1/temperature [N] or None
     alpha_ptr, log_z_ptr, status_ptr, sweeps_ptr, partition_ptr, figures_ptr, out_ptr,  # results; the last two or None

@@ -138,7 +138,7 @@ def _row_offset(index, inner, stride_outer, stride_inner):
     return (index // inner).to(tl.int64) * stride_outer + (index % inner).to(tl.int64) * stride_inner
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "inner", "ignore_index"])
 def logprob_kernel(
     logits_ptr, other_ptr, token_ptr, scale_ptr, other_scale_ptr,  # [outer, inner, V] twice, [N], 1/temperature [N]
     log_prob_ptr, entropy_ptr, partition_ptr,  # [N], or [2, N] where there is another model
@@ -175,7 +175,7 @@ def _store_tile(x, offs, token, scalars, grad_ptr, mask, ENTROPY: tl.constexpr):
     tl.store(grad_ptr + offs, narrowed(grad * scale, grad_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["inner", "ignore_index"])
 def logprob_gradient_kernel(
     logits_ptr, token_ptr, scale_ptr, log_prob_ptr, partition_ptr, entropy_ptr,  # [outer, inner, V], and [N] each
     up_ptr, turn_ptr,  # upstream of the log-probabilities and of the entropies [N]; with entropy_ptr or None
@@ -231,6 +231,12 @@ def _packed(*tensors: Tensor | None) -> bool:
     return True
 
 
+def _strides(rows: Tensor) -> tuple[int, int]:
+    """Of [outer, inner, V]; a dimension of one row has the other's, so that its length compiles nothing anew."""
+    outer, inner = rows.stride()[:2]
+    return (inner if rows.shape[0] == 1 else outer), (outer if rows.shape[1] == 1 else inner)
+
+
 def logprobs(
     logits: Tensor,
     other: Tensor | None,
@@ -248,11 +254,11 @@ def logprobs(
     partitions = torch.zeros(models, n, dtype=torch.float64, device=device)
     if n:
         shape = launch.logprob_shape(_device(device)[0], logits.dtype)
-        other_strides = (0, 0) if other is None else other.stride()[:2]
+        other_strides = (0, 0) if other is None else _strides(other)
         logprob_kernel[(models * n,)](
             logits, other, tokens, inverse_temperature, other_inverse_temperature,
             log_probs, entropies if entropy else None, partitions,
-            n, vocab, inner, *logits.stride()[:2], *other_strides, ignore_index,
+            n, vocab, inner, *_strides(logits), *other_strides, ignore_index,
             H=shape.half, CHUNK=shape.chunk, UNROLL=shape.unroll, PACKED=_packed(logits, other),
             num_warps=shape.num_warps, **shape.limit,
         )  # fmt: skip
@@ -278,6 +284,6 @@ def logprobs_backward(
         chunks = triton.cdiv(vocab, shape.chunk)
         logprob_gradient_kernel[(outer * inner * chunks,)](
             logits, tokens, inverse_temperature, log_probs, partitions, entropies, grad_log_probs, grad_entropies, out,
-            vocab, inner, *logits.stride()[:2], *out.stride()[:2], ignore_index, chunks,
+            vocab, inner, *_strides(logits), *_strides(out), ignore_index, chunks,
             BLOCK=2 * shape.half, CHUNK=shape.chunk, num_warps=shape.num_warps,
         )  # fmt: skip

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from optsample_triton.kernels.log_partition import close_slope, narrow_moments, tilted_top, wide_moments
+from optsample_triton.kernels.log_partition import gap_difference, narrow_moments, tilted_top, wide_moments
 
 NARROW = tl.constexpr(0.3)  # Chernoff information below which psi' is evaluated through G
 REACH = tl.constexpr(2.5)  # beyond this distance from 1/2 the models are no neighbours of q_x, and G would overflow
@@ -40,7 +40,8 @@ def evaluate(row, x, ends, H: tl.constexpr, PACKED: tl.constexpr, PROBS: tl.cons
         # A psi of that size, as beyond a finite mask outside of [0, 1], has digits enough, and G would overflow.
         near = tl.abs(psi) < PLAIN
         psi = tl.where(near, -x * to_theta - (1.0 - x) * to_t, psi)
-        slope = close_slope(x, variance, third, fourth, width, tl.where(near, to_t - to_theta, slope))
+        slope = tl.where(near, to_t - to_theta, slope)
+        slope = gap_difference(-x, 1.0 - x, variance, third, fourth, width, slope)
     else:
         log_mass, mean, variance, third, fourth = wide_moments(
             row, x, base, (chord * unit.to(tl.float64)).to(tl.float32), unit, H, PACKED, PROBS

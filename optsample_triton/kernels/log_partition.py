@@ -306,16 +306,21 @@ def narrow_moments(
 
 
 @triton.jit
-def close_slope(x, variance, third, fourth, width, otherwise):
-    """psi' = G(-x) - G(1 - x) of close rows, from the cumulants: of the two G it would be all rounding.
+def _cumulant_gap(s, variance, third, kurtosis):
+    return s * s * (0.5 * variance + s * (third / 6.0 + s * kurtosis / 24.0))
 
-    ``otherwise`` beyond the models, and where the first cumulant that is left out, the fifth, is not lost.
+
+@triton.jit
+def gap_difference(first, second, variance, third, fourth, width, otherwise):
+    """G(first) - G(second) of close rows, from d's central moments: of the sums for G it would be all rounding.
+
+    ``otherwise`` where the first cumulant that is left out, the fifth, is not lost beside the variance.
     """
-    y = 1.0 - x
-    even, odd = variance * (x - y), third * (x * x * x + y * y * y)
-    slope = 0.5 * even - odd / 6.0 + (fourth - 3.0 * variance * variance) * (x - y) * (x * x + y * y) / 24.0
-    left_out = width * fourth + 10.0 * variance * tl.abs(third)
-    return tl.where((x >= 0.0) & (y >= 0.0) & (left_out <= 2.0**-18 * variance), slope, otherwise)
+    kurtosis = fourth - 3.0 * variance * variance
+    series = _cumulant_gap(first, variance, third, kurtosis) - _cumulant_gap(second, variance, third, kurtosis)
+    reach = tl.abs(first * first * first * first * first) + tl.abs(second * second * second * second * second)
+    left_out = reach / 120.0 * (width * fourth + 10.0 * variance * tl.abs(third))
+    return tl.where(left_out <= 2.0**-29 * variance, series, otherwise)
 
 
 @triton.jit

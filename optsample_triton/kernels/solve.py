@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from optsample_triton.kernels.evaluate import NARROW, PLAIN, REACH, WILD, evaluate, reference_gap, rounded
-from optsample_triton.kernels.log_partition import chunk_nodes, first_maxima, narrow_moments, survey
+from optsample_triton.kernels.log_partition import chunk_nodes, first_maxima, gap_difference, narrow_moments, survey
 from optsample_triton.kernels.own import own_moments, probability_entropies
 from optsample_triton.kernels.report import store_figures, store_log_q, store_probability_figures
 from optsample_triton.kernels.root import interpolate, safeguarded_step
@@ -218,7 +218,10 @@ def balance_gap(row, x, slope, ends, H: tl.constexpr, PACKED: tl.constexpr, PROB
     moments = narrow_moments(
         row, x.to(tl.float32), base, chord.to(tl.float32), centre, upper, lower, H, PACKED, PROBS
     )  # fmt: skip
-    return moments[5] - moments[6] + 2.0 * slope
+    difference = gap_difference(
+        2.0 - 2.0 * x, -2.0 * x, moments[2], moments[3], moments[4], moments[8], moments[5] - moments[6]
+    )  # fmt: skip
+    return difference + 2.0 * slope
 
 
 @triton.jit

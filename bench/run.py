@@ -98,7 +98,8 @@ def _run_case(case: Case, device: torch.device, clock: Clock, budget: Budget) ->
             call = binders[result.who]()
             call()
             clock.synchronize()
-            extra[result.who] = None if result.who == "copy" else peak_extra_bytes(call, device)
+            counted = device.type == "cuda" and result.who != "copy"
+            extra[result.who] = peak_extra_bytes(call, device) if counted else None
             ready[result.who] = call
         except Exception as error:  # a rival that cannot run is a finding, not the end of the run
             if result.who in ("package", "copy"):

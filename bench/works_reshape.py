@@ -16,12 +16,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 import optsample_triton as ost
 from reference import truth
 
 from .cases import DTYPES
+from .timing import peak_extra_bytes
 
 LogProbs = Callable[[Tensor, Tensor], Tensor]
 GATE_ROWS = 8
@@ -99,24 +99,6 @@ def seconds(call: Callable[[], object], device: torch.device, repeats: int) -> f
     return statistics.median(times[1:])
 
 
-def peak_memory(call: Callable[[], object], device: torch.device) -> int:
-    """The most bytes held at once beyond what the call was given."""
-    call()
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        call()
-    held = peak = 0
-    for event in record.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
-
-
 def make_rows(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     generator = torch.Generator(device).manual_seed(0)
     logits = 3 * torch.randn(rows, vocab, generator=generator, device=device)
@@ -138,7 +120,7 @@ def main() -> None:
         for name, call in (PACKAGE | rivals()).items():
             ratio = error_ratio(forward(call, logits, tokens), logits, tokens)
             run = lambda call=call, step=step: step(call, logits, tokens)  # noqa: E731
-            time_taken, peak = seconds(run, device, arguments.repeats), peak_memory(run, device)
+            time_taken, peak = seconds(run, device, arguments.repeats), peak_extra_bytes(run, device)
             print(
                 f"{work:9}  {name:26}  {1e3 * time_taken:8.2f} ms  {peak / 1e6:8.2f} MB  error/tolerance {ratio:.2g}",
                 flush=True,

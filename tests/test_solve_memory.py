@@ -4,9 +4,9 @@ import mmap
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 import optsample_triton as ost
+from bench.timing import peak_extra_bytes
 from optsample_triton import Status, launch
 from reference import truth
 from tests import cases
@@ -263,18 +263,7 @@ def peak_memory(work, rows, vocab, device):
 
 
 def peak_of(work, a, b, device):
-    if device == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        work(a, b)
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        work(a, b)
-    held = peak = 0
-    for event in record.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
+    peak = peak_extra_bytes(lambda: work(a, b), torch.device(device))
     assert peak > 0
     return peak
 

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
-from torch.profiler import ProfilerActivity, profile
 
 import optsample_triton as ost
+from bench.timing import peak_extra_bytes
 from optsample_triton import backend as backends
 from reference import truth
 from tests import cases
@@ -493,19 +493,7 @@ def peak_memory(function, device):
     """The most bytes that a call holds at once beyond what it was given."""
     function()  # whatever is set up once
     gc.collect()  # the interpreter leaves cycles that hold tensors
-    if device == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        function()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        function()
-    held = peak = 0
-    for event in record.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
+    return peak_extra_bytes(function, torch.device(device))
 
 
 def test_memory(device, interpreted):

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from optsample_triton.kernels.log_partition import gap_difference, narrow_moments, tilted_top, wide_moments
+from optsample_triton.kernels.log_partition import narrow_moments, tilted_top, wide_moments
 
 NARROW = tl.constexpr(0.3)  # Chernoff information below which psi' is evaluated through G
 REACH = tl.constexpr(2.5)  # beyond this distance from 1/2 the models are no neighbours of q_x, and G would overflow
@@ -13,12 +13,12 @@ WILD = tl.constexpr(30.0)  # and beyond which no reference is known before a swe
 
 @triton.jit
 def evaluate(row, x, ends, H: tl.constexpr, PACKED: tl.constexpr, PROBS: tl.constexpr):
-    """One sweep at x: psi, psi', L', the cumulants of d, and whether the rows agree.
+    """One sweep at x: psi, psi', L', d's central moments, and its width, not above 0 where the rows agree.
 
     x is a float64 that float32 holds; far rows take any.
 
     ``ends`` is (A, B, psi_half, unit), A and B relative to the references. Narrow rows go through G, where A - B would
-    cancel; wide rows, and points far outside of [0, 1], do not need it and are not looked at for agreement.
+    cancel; wide rows, and points far outside of [0, 1], do not need it and have the width +inf.
     """
     A, B, psi_half, unit = ends
     x32 = x.to(tl.float32)
@@ -31,7 +31,7 @@ def evaluate(row, x, ends, H: tl.constexpr, PACKED: tl.constexpr, PROBS: tl.cons
     level = x * A + (1.0 - x) * B - base
     if (psi_half > -NARROW) & (tl.abs(x - 0.5) < REACH):
         apart = reference_gap(row)
-        log_mass, mean, variance, third, fourth, to_theta, to_t, identical, width = narrow_moments(
+        log_mass, mean, variance, third, fourth, to_theta, to_t, width = narrow_moments(
             row, x32, base.to(tl.float32), chord.to(tl.float32), (chord + apart).to(tl.float32), 1.0, 0.0,
             H, PACKED, PROBS,
         )  # fmt: skip
@@ -41,7 +41,6 @@ def evaluate(row, x, ends, H: tl.constexpr, PACKED: tl.constexpr, PROBS: tl.cons
         near = tl.abs(psi) < PLAIN
         psi = tl.where(near, -x * to_theta - (1.0 - x) * to_t, psi)
         slope = tl.where(near, to_t - to_theta, slope)
-        slope = gap_difference(-x, 1.0 - x, variance, third, fourth, width, slope)
     else:
         log_mass, mean, variance, third, fourth = wide_moments(
             row, x, base, (chord * unit.to(tl.float64)).to(tl.float32), unit, H, PACKED, PROBS
@@ -51,8 +50,8 @@ def evaluate(row, x, ends, H: tl.constexpr, PACKED: tl.constexpr, PROBS: tl.cons
         third, fourth = third * scale * scale * scale, fourth * scale * scale * scale * scale
         psi = log_mass - level
         slope = mean - chord
-        identical = psi != psi
-    return psi, slope, mean, variance, third, fourth, identical
+        width = tl.full([], float("inf"), tl.float32)
+    return psi, slope, mean, variance, third, fourth, width
 
 
 @triton.jit

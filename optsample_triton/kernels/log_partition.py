@@ -276,7 +276,7 @@ def _add_narrow(acc, u, v, d, keep, x, base, chord, centre, upper, lower, scales
 def narrow_moments(
     row, x, base, chord, centre, upper, lower, H: tl.constexpr, PACKED: tl.constexpr, PROBS: tl.constexpr
 ):  # fmt: skip
-    """What ``wide_moments`` gives (unit 1), G(upper - x), G(lower - x), whether the rows agree to rounding, d's width.
+    """What ``wide_moments`` gives (unit 1), G(upper - x), G(lower - x), and d's width less its rounding.
 
     ``centre`` is that of d as it is, and ``chord`` the same relative to the references; the mean is as it is.
     """
@@ -302,7 +302,7 @@ def narrow_moments(
     gap_up = gap((upper - x).to(tl.float64) * offset, tl.sum(acc[5], 0).to(tl.float64) * share)
     gap_down = gap((lower - x).to(tl.float64) * offset, tl.sum(acc[6], 0).to(tl.float64) * share)
     width = tl.max(acc[8], 0) - tl.min(acc[7], 0)
-    return log_mass, mean, variance, third, fourth, gap_up, gap_down, width <= 0.0, width
+    return log_mass, mean, variance, third, fourth, gap_up, gap_down, width
 
 
 @triton.jit

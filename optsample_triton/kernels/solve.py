@@ -168,7 +168,7 @@ def search(
         middle = rounded(0.5 * (bracket[0] + bracket[1]) if BISECTING else alpha)
         x = tl.where(task == STEP, middle, rounded(alpha))
         x = tl.where(task == END_THETA, nothing + 1.0, tl.where(task == END_T, nothing, x))
-        at, slope, mean, variance, third, fourth, identical = evaluate(row, x, (A, B, psi_half, unit), H, PACKED, PROBS)
+        at, slope, mean, variance, third, fourth, width = evaluate(row, x, (A, B, psi_half, unit), H, PACKED, PROBS)
         sweeps += 1
         low, high, value_low, slope_low, value_high, slope_high = bracket
         if task == END_THETA:
@@ -179,11 +179,12 @@ def search(
             value_low, value_high = nothing, -target
         elif task == PIN:
             psi, task = at, tl.full([], DONE, tl.int32)
-            if identical & (status == OK):
+            if (width <= 0.0) & (status == OK):
                 status = tl.full([], IDENTICAL, tl.int32)
                 alpha = nothing + 0.5 if METHOD == ENTROPY else alpha
         else:
             steps += 1
+            slope = gap_difference(-x, 1.0 - x, variance, third, fourth, width, slope)
             # L' itself, for probabilities: free of the rounding of A - B.
             residual = mean + reference_gap(row) if PROBS else slope
             if BISECTING:
@@ -198,7 +199,7 @@ def search(
                 low, high, value_low, slope_low, value_high, slope_high = moved
             precise = following
             alpha, psi = settle(x, following, at, slope, variance, third, fourth)
-            if identical:
+            if width <= 0.0:
                 alpha, psi, error = nothing + 0.5, nothing, nothing
                 status = tl.full([], IDENTICAL, tl.int32)
             if error.to(tl.float32) <= tol:
@@ -219,7 +220,7 @@ def balance_gap(row, x, slope, ends, H: tl.constexpr, PACKED: tl.constexpr, PROB
         row, x.to(tl.float32), base, chord.to(tl.float32), centre, upper, lower, H, PACKED, PROBS
     )  # fmt: skip
     difference = gap_difference(
-        2.0 - 2.0 * x, -2.0 * x, moments[2], moments[3], moments[4], moments[8], moments[5] - moments[6]
+        2.0 - 2.0 * x, -2.0 * x, moments[2], moments[3], moments[4], moments[7], moments[5] - moments[6]
     )  # fmt: skip
     return difference + 2.0 * slope
 
@@ -236,14 +237,17 @@ def balance_ess(row, ends, status, sweeps, tol, max_iter, H: tl.constexpr, PACKE
     while (status == OK) & ~(error <= tol) & (steps < max_iter):
         x = tl.floor(alpha * 8388608.0 + 0.5) / 8388608.0  # float32 then holds 1 - x and 2 - x as well
         difference, fall, turn = nothing, nothing, nothing
-        same = psi != psi
         at, slope, variance, third, fourth = nothing, nothing, nothing, nothing, nothing
+        width = tl.zeros([], tl.float32)
         for k in range(3):  # at 2 - x, -x and x itself
             point = tl.where(k == 0, 2.0 - x, tl.where(k == 1, -x, x))
             sign = tl.where(k == 0, 1.0, tl.where(k == 1, -1.0, 0.0))
             plain = tl.where(k == 2, psi_half, nothing - 1.0)
-            at, slope, mean, variance, third, fourth, same = evaluate(row, point, (A, B, plain, unit), H, PACKED, PROBS)
+            at, slope, mean, variance, third, fourth, width = evaluate(
+                row, point, (A, B, plain, unit), H, PACKED, PROBS
+            )
             difference, fall, turn = difference + sign * at, fall + sign * mean, turn - sign * variance
+        slope = gap_difference(-x, 1.0 - x, variance, third, fourth, width, slope)
         if (psi_half > -NARROW) & (tl.abs(difference) < PLAIN):
             difference = balance_gap(row, x, slope, ends, H, PACKED, PROBS)
         if PROBS:  # not renormalised: the ends of the chord do not count
@@ -251,7 +255,7 @@ def balance_ess(row, ends, status, sweeps, tol, max_iter, H: tl.constexpr, PACKE
         precise, _, bracket = safeguarded_step(x, unknown, -difference, fall, turn, nothing, bracket, True, tol)
         error = tl.where(difference == 0.0, 0.0, tl.abs(precise - x))
         alpha, psi = settle(x, precise, at, slope, variance, third, fourth)
-        if same:
+        if width <= 0.0:
             alpha, psi, error = nothing + 0.5, nothing, nothing
             status = tl.full([], IDENTICAL, tl.int32)
         sweeps += 3
@@ -377,7 +381,7 @@ def agreement(row, ends, alpha, status, H: tl.constexpr, PACKED: tl.constexpr, P
     half = 0.0 * alpha + 0.5
     same = alpha != alpha
     if (status == OK) & (ends[2] > -NARROW) & (tl.abs(alpha - half) >= REACH):
-        same = evaluate(row, half, ends, H, PACKED, PROBS)[6]
+        same = evaluate(row, half, ends, H, PACKED, PROBS)[6] <= 0.0
     return tl.where(same & (status == OK), IDENTICAL, status)
 
 

@@ -71,6 +71,8 @@ def solve(
     ([0.5, -0.0872], [0])
     """
     with sharded.together(group, logits_theta):
+        if vocab_size is not None:
+            check_count(vocab_size, "vocab_size")
         rows, shape, _ = prepare(
             logits_theta, logits_t, alpha, method, algorithm, temperature_theta, temperature_t,
             vocab_size if group is None else None, tol, max_iter, detach_alpha,

@@ -155,11 +155,11 @@ def _over_shards(
 ) -> Result | tuple[Result, Result]:  # fmt: skip
     """One collective per model."""
     results: list[Result] = []
+    models = 1 if logits_t is None else 2
     for model, scale in zip((logits, logits_t), scales, strict=True):
         if model is not None:
-            log_probs, entropies = sharded.token_logprobs(
-                model.reshape(-1, model.shape[-1]), tokens.reshape(-1).long(), scale, group, ignore_index, entropy
-            )
+            rows, of_rows = model.reshape(-1, model.shape[-1]), tokens.reshape(-1).long()
+            log_probs, entropies = sharded.token_logprobs(rows, of_rows, scale, group, ignore_index, entropy, models)
             log_probs = log_probs.reshape(tokens.shape)
             results.append(log_probs if entropies is None else (log_probs, entropies.reshape(tokens.shape)))
     return results[0] if logits_t is None else (results[0], results[1])

@@ -65,6 +65,8 @@ def sample(
         if num_samples is not None:
             check_count(num_samples, "num_samples")
             num_samples = int(num_samples)
+        if vocab_size is not None:
+            check_count(vocab_size, "vocab_size")
         rows, shape, _ = prepare(
             _detached(logits_theta), _detached(logits_t), _detached(alpha), method, "chernoff",
             _detached(temperature_theta), _detached(temperature_t), vocab_size if group is None else None, tol,

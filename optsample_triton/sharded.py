@@ -72,13 +72,17 @@ def _rows(
 
 
 def token_logprobs(
-    local: Tensor, tokens: Tensor, scale: Tensor | None, group: Any, ignore_index: int, entropy: bool
+    local: Tensor, tokens: Tensor, scale: Tensor | None, group: Any, ignore_index: int, entropy: bool, models: int
 ) -> tuple[Tensor, Tensor | None]:
     """log-probabilities and entropies [N] from logits [N, V_p]; the gradient is that of this process's logits.
 
+    ``models`` is how many such calls there are: where it differs, one process would wait for a call that never comes.
+
     Every process computes the same numbers, so none has to send gradients: each has what its own logits contribute.
     """
-    same = {"tokens": tokens, "temperature": scale, "ignore_index": ignore_index, "entropy": entropy}
+    same = {
+        "logits_t": models, "tokens": tokens, "temperature": scale, "ignore_index": ignore_index, "entropy": entropy,
+    }  # fmt: skip
     shard = Shard.of(local, group, None, same)
     kept = tokens != ignore_index
     inside = (tokens >= 0) & (tokens < shard.vocab)

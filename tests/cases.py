@@ -106,6 +106,17 @@ def replaced(row: Row, hidden: Callable[[int, Generator], Tensor], by: float) ->
     return lambda g: hide(g).nan_to_num(neginf=by)
 
 
+def lone(pair: PairMaker, theta: float, t: float) -> PairMaker:
+    """The pair with these logits for its first token."""
+
+    def make(g: Generator) -> Pair:
+        a, b = (x.clone() for x in pair(g))
+        a[0], b[0] = theta, t
+        return a, b
+
+    return make
+
+
 def banned(pair: PairMaker, hidden: Callable[[int, Generator], Tensor], by: float) -> PairMaker:
     """The pair with a large finite value in theta alone where hidden(V, generator) is True."""
 
@@ -322,6 +333,11 @@ CASES: list[Case] = [
     *_family("masked", REAL, 3, {
         "banned by -1e9, theta": banned(perturbed(normal(V), 0.5), first_part(0.02), -1e9),
         "banned by -3.4e38, t": swapped(banned(perturbed(normal(V), 0.5), first_part(0.02), -3.4e38)),
+    }),
+    # Rows whose cumulants say little of psi: all that differs is one token of next to no weight under q*.
+    *_family("one token", HARD, 3, {
+        "close but for one token": lone(perturbed(normal(V), 1e-4), -11.0, -91.0),
+        "close but for a ban": lone(perturbed(normal(V), 1e-4), 0.0, -1e9),
     }),
     *_family("one token", HARD, 3, {
         "one common token": [

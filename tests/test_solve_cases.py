@@ -12,7 +12,8 @@ from tests import cases
 from tests.tolerances import DIAGNOSTICS, assert_within
 
 # From 1e30 on the last digit of a float32 alpha moves all of q*: alpha and finite figures are what can be asked.
-ILL_POSED = ("huge 1e30", "huge 3e38")
+# Logits so large, or an alpha so close to 1 beside them, that alpha's last bit moves log q* by hundreds of nats.
+ILL_POSED = ("huge 1e30", "huge 3e38", "close but for a ban")
 WELL_POSED = [case for case in cases.CASES if case.name not in ILL_POSED]
 # float16 knows nothing beyond 65504, so huge rows become INVALID there, in the truth as well.
 SMALL = [case for case in cases.CASES if case.make()[0].shape[-1] <= 1000 and case.name not in ILL_POSED]
@@ -84,6 +85,21 @@ def test_every_case(case, algorithm, device, interpreted):
     assert_solution(solution, at_reported(solution, a.cpu(), b.cpu()), algorithm)
     if algorithm == "chernoff" and case.family != "huge":
         assert_solution(solution, expected, "at the exact alpha")
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.1])
+@pytest.mark.parametrize("models", ["theta", "t", "both"])
+def test_a_finite_mask_stays_finite_at_a_low_temperature(models, temperature, device):
+    """finfo.min / 0.5 is -inf in float32; the token is in the support all the same."""
+    a, b = (x[:2].clone() for x in cases.by_name("random std 1").logits(device=device))
+    for name, x in (("theta", a), ("t", b)):
+        if models in (name, "both"):
+            x[:, 3] = torch.finfo(x.dtype).min
+    found = ost.solve(a, b, temperature_theta=temperature, temperature_t=temperature, diagnostics=True)
+    expected = truth.solve(a.cpu().double() / temperature, b.cpu().double() / temperature)
+    assert found.status.tolist() == [0, 0]
+    assert_within(found.alpha, expected.alpha, "alpha")
+    assert_within(found.log_z, expected.log_z, "log_z")
 
 
 @pytest.mark.parametrize("algorithm", ["chernoff", "bisect"])

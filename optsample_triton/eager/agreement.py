@@ -34,7 +34,8 @@ def agree(local: Tensor, group: Any, same: Mapping[str, Any]) -> list[int]:
         raise ValueError(f"logits must have the same rows in all processes of group, but have {list(counts)} of them")
     if len(set(totals)) > 1:
         first, *others = _objects(sums, group)
-        process, name = next((k, name) for k, x in enumerate(others, 1) for name in x if x[name] != first[name])
+        differing = ((k, name) for k, x in enumerate(others, 1) for name in x if x[name] != first.get(name))
+        process, name = next(differing, (1, "the function called"))
         raise ValueError(f"{name} must be the same in all processes of group, but process {process} differs from 0")
     return list(sizes)
 

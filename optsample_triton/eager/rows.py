@@ -83,7 +83,12 @@ class Rows:
     def _scaled(self, values: Tensor, scale: Tensor | None) -> Tensor:
         if self.eps >= 0.0:
             return values.add(self.eps).log_()
-        return values if scale is None else values * scale[:, None].to(values.dtype)
+        if scale is None:
+            return values
+        scaled = values * scale[:, None].to(values.dtype)
+        # A finite mask stays finite at any temperature: only -inf takes a token out of the support.
+        overflown = torch.isneginf(scaled) & ~torch.isneginf(values)
+        return scaled.masked_fill_(overflown, 0.5 * torch.finfo(values.dtype).min)
 
     def raw(self, block: slice, chunk: slice) -> tuple[Tensor, Tensor]:
         """The inputs as they are, [R, C]."""

@@ -8,7 +8,7 @@ from optsample_triton.kernels.log_partition import narrow_moments, tilted_top, w
 NARROW = tl.constexpr(0.3)  # Chernoff information below which psi' is evaluated through G
 REACH = tl.constexpr(2.5)  # beyond this distance from 1/2 the models are no neighbours of q_x, and G would overflow
 PLAIN = tl.constexpr(1.0)  # |psi| from which its plain sum is as good as G
-WILD = tl.constexpr(30.0)  # and beyond which no reference is known before a sweep
+WILD = tl.constexpr(30.0)  # Chernoff information beyond which no reference is known before a sweep
 
 
 @triton.jit

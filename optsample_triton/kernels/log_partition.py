@@ -56,7 +56,8 @@ def _add_nodes(acc, a, b, keep, scale_theta, scale_t, ref_theta, ref_t, MASKED: 
         keep = keep & (spoilt | ((a != -float("inf")) & (b != -float("inf"))))
         x = tl.where(keep, x, -float("inf"))
         y = tl.where(keep, y, -float("inf"))
-        d = tl.where(keep, d, 0.0)
+        # A finite mask that its temperature takes to -inf has no weight; 0 * d must be 0.
+        d = tl.where(keep, tl.minimum(tl.maximum(d, -1e37), 1e37), 0.0)
     e = tl.exp2(x)
     f = tl.exp2(y)
     ef = e * f
@@ -314,13 +315,15 @@ def _cumulant_gap(s, variance, third, kurtosis):
 def gap_difference(first, second, variance, third, fourth, width, otherwise):
     """G(first) - G(second) of close rows, from d's central moments: of the sums for G it would be all rounding.
 
-    ``otherwise`` where the first cumulant that is left out, the fifth, is not lost beside the variance.
+    ``otherwise`` where the first cumulant that is left out, the fifth, is not lost beside the variance, or where d is
+    so wide that those after it would not fall.
     """
     kurtosis = fourth - 3.0 * variance * variance
     series = _cumulant_gap(first, variance, third, kurtosis) - _cumulant_gap(second, variance, third, kurtosis)
     reach = tl.abs(first * first * first * first * first) + tl.abs(second * second * second * second * second)
     left_out = reach / 120.0 * (width * fourth + 10.0 * variance * tl.abs(third))
-    return tl.where(left_out <= 2.0**-29 * variance, series, otherwise)
+    close = (variance > 0.0) & (width <= 1.0) & (left_out <= 2.0**-29 * variance)
+    return tl.where(close, series, otherwise)
 
 
 @triton.jit

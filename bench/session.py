@@ -112,7 +112,7 @@ def stages(out: Path, *, dry: bool, total: float = TOTAL_SECONDS, only: Sequence
             for check in ("memcheck", "racecheck")
         ),
         Stage("tests", 85),
-        Stage("compile-sweep", 60, (python, "-m", "bench.warm", "--shapes", *sweep) if not dry else (), no_gpu),
+        Stage("compile-sweep", 60, (python, "-m", "bench.tune", "--compile", *sweep) if not dry else (), no_gpu),
         Stage("sweep", 50, (python, "-m", "bench.tune", *sweep, "--budget", BUDGET, "--out", str(out / "launch.csv"))),
     ]
     names = [stage.name for stage in planned]

@@ -29,6 +29,7 @@ from bench import (
     table,
     timing,
     tune,
+    warm,
     works,
 )
 from optsample_triton import launch
@@ -640,7 +641,53 @@ def test_sweep_measures_agreeing_shapes_only(monkeypatch: pytest.MonkeyPatch, ca
     case = cases.Case("solve", 2, 512)
     found = tune.times(case, "cuda", [present, other, broken], timing.Clock(CPU), FAST)
     assert set(found) == {0, 1}
-    assert "alpha is off" in capsys.readouterr().err
+    assert "off by" in capsys.readouterr().err
     assert launch.SHAPES["cuda"][32] == present
     monkeypatch.undo()
     assert launch.SHAPES["cuda"] == table_before
+
+
+def test_sweep_starts_no_shape_after_its_time(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    shapes = [launch.Shape(half, 8192, 1, 4) for half in (512, 1024, 2048)]
+    case, clock = cases.Case("log_q", 2, 512), timing.Clock(CPU)
+    ticks = iter(range(9))
+    monkeypatch.setattr(tune.time, "monotonic", lambda: next(ticks))
+    assert set(tune.times(case, "cuda", shapes, clock, FAST, deadline=2)) == {0, 1}
+    assert "log_q/float32/2x512: 1 of 3 shapes were left out" in capsys.readouterr().out
+    assert tune.times(case, "cuda", shapes, clock, FAST, deadline=2) == {}
+
+
+def test_a_sweep_writes_every_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """All cases, and the works that follow the solver in the shape that did best; the times are given."""
+    out = tmp_path / "launch.csv"
+    monkeypatch.setattr(tune.backend, "interpreter_on", lambda: True)
+    monkeypatch.setattr(tune, "ranking", lambda ratios: [(0.5, 1), (1.0, 0)])
+    present = tune.candidates("interpreter", "float32")[0]
+    monkeypatch.setattr(tune, "times", lambda case, kind, shapes, *rest: dict.fromkeys(range(len(shapes)), 1e-3))
+    assert tune.main(["--out", str(out)]) == 0
+    lines = [line.split(",") for line in out.read_text(encoding="utf-8").splitlines()]
+    assert lines[0] == ["kind", "case", *launch.Shape._fields, "p50_us", "over_table"]
+    assert Counter(line[1] for line in lines[1:]) == {
+        f"{work}/{dtype}/2x3000": 2 for work in ("solve", *tune.FOLLOWERS) for dtype in ("bfloat16", "float32")
+    }
+    assert [int(line[2]) for line in lines[1:3]] == [present.half, present.half // 2]
+    assert "proposed: SHAPES['interpreter'][16]" in capsys.readouterr().out
+
+
+def test_every_kernel_of_the_grid_is_compiled_before(capsys: pytest.CaptureFixture[str]) -> None:
+    planned = warm.tasks()
+    assert {case.work for case, _ in planned} == set(works.WORKS)
+    kinds = {(c.work, c.dtype, c.V % 2, min(c.N, 2), launch.splits(c.N, c.V, 8192, 132) > 1) for c, _ in planned}
+    for case in cases.CUDA_CASES:
+        split = launch.splits(case.N, case.V, 8192, 132) > 1
+        assert (case.work, case.dtype, case.V % 2, min(case.N, 2), split) in kinds, case.name
+    sweep = tune.compile_tasks([4096])
+    assert (sweep[0][0].dtype, len({shape for _, shape in sweep})) == (
+        "bfloat16",
+        len(tune.candidates("cuda", "float32")),
+    )
+    # In a process of its own; what fails there is a line here.
+    assert warm.compile_all([(cases.Case("nothing", 2, 8), None)], 1) == 1
+    done = capsys.readouterr()
+    assert done.err == "nothing/float32/2x8: KeyError: 'nothing'\n"
+    assert done.out.startswith("0 of 1 calls compiled")

@@ -57,9 +57,11 @@ class Clock:
     def start(self, call: Call) -> Callable[[], tuple[float, float]]:
         """Flush the cache and make the call; what is returned gives its seconds and the host's, after a sync."""
         if self.device.type == "cuda":
-            # The flush keeps the GPU busy while the host launches, so that the host's time is not counted. Nothing but
-            # the call may stand between it and its events, which are made before it.
+            # The flush keeps the GPU busy while the host launches, so that the host's time is not counted. An event is
+            # made when it is first recorded, which would take time from the flush.
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            end.record()
             self._flush.mul_(-1.0)
             begin.record()
             begin_ns = time.perf_counter_ns()

@@ -124,7 +124,7 @@ def test_the_grid_is_whole() -> None:
     assert {f"solve/{dtype}/{N}x{V}" for dtype in ("bfloat16", "float32") for N in (1, 8, 64, 132, 1024, 4096)
             for V in (32000, 50257, 128256, 151936, 262144)} <= names  # fmt: skip
     # What a run has no time for is a rival's compilation rather than a goal, and a rare size rather than a work.
-    full = [cases.FULL == case.rivals for case in cases.CUDA_GOAL_CASES]
+    full = [case.rivals == cases.FULL for case in cases.CUDA_GOAL_CASES]
     assert full == sorted(full)
     first = cases.CUDA_GRID[: 4 * len(cases.GRID_WORKS)]
     assert {(case.N, case.V) for case in first} == {(4096, 50257), (4096, 151936)}

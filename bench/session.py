@@ -8,9 +8,9 @@ triton, no network; tools and packages that are not there are named in the summa
 
 One call has time for the tests that matter most. All of them, and a sweep worth its name, have calls of their own:
 
-    python -m bench.session --out build/figures --seconds 580 \\
+    python -m bench.session --out build/figures --seconds 560 \\
         --only doctor,driver,compile,benchmark,profiler,memcheck,racecheck
-    python -m bench.session --out build/tests --seconds 580 --only tests
+    python -m bench.session --out build/tests --seconds 560 --only tests
     python -m bench.session --out build/sweep --seconds 300 --only compile-sweep,sweep
 """
 
@@ -135,16 +135,16 @@ def _tests(python: str, seconds: float, *, dry: bool) -> Stage:
         # Neighbours share kernels: a worker that keeps to its part of the list compiles each of them once.
         workers = ("-n", str(max(1, (os.cpu_count() or 2) - 1)), "--dist", "worksteal")
     options = ("-o", "addopts=", "-o", "minversion=1", "-o", "filterwarnings=default", "-p", "no:cacheprovider")
-    chosen = (*test_files(every=seconds >= ALL_TESTS_SECONDS), "-k", "not eager")
+    chosen = (*files_of_tests(every=seconds >= ALL_TESTS_SECONDS), "-k", "not eager")
     if dry:
         chosen = ("tests/test_solve_sweeps.py", "-k", "triton and ordinary")
     return Stage("tests", seconds, (python, "-m", "pytest", "-v", "-rfE", "--tb=short", *options, *workers, *chosen))
 
 
-def test_files(*, every: bool) -> tuple[str, ...]:
+def files_of_tests(*, every: bool) -> tuple[str, ...]:
     """The files of tests that a device can break, the most telling ones first.
 
-    >>> test_files(every=False)
+    >>> files_of_tests(every=False)
     ('tests/test_device.py', 'tests/test_solve_sweeps.py')
     """
     names: tuple[str, ...] = FIRST_TESTS

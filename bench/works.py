@@ -66,6 +66,13 @@ class Rows:
         noise = torch.randn(self.a.shape, generator=generator, device=self.a.device)
         return noise.to(self.a.dtype)
 
+    def to(self, device: torch.device) -> Rows:
+        """The same rows, tokens and gradients on another device, whose own generator would make others."""
+        moved = Rows(self.case, self.a.to(device), self.b.to(device))
+        for name in ("pi_theta", "pi_t", "tokens", "upstream"):
+            vars(moved)[name] = getattr(self, name).to(device)
+        return moved
+
     @cached_property
     def gate(self) -> list[int]:
         """The rows that are judged."""

@@ -57,6 +57,16 @@ settings.register_profile("explore", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+@pytest.hookimpl(trylast=True)  # the report has been sent by then
+def pytest_runtest_logreport(report):
+    """After an illegal access every further call of a process fails: a worker that is lost makes room for another."""
+    if report.failed and "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
+
+
 @pytest.fixture(autouse=True)
 def switches_kept():
     """A test that leaves a switch set otherwise would fail those that come after it, and not itself."""

@@ -93,14 +93,15 @@ def test_rows(case, function, backend):
     assert_one_sentence(caught, name.format(theta="logits_theta", t="logits_t"))
 
 
-def test_numbers_of_numpy_are_numbers(backend):
+def test_numbers_of_numpy_are_numbers(device):
     """What comes out of arrays and configurations: np.float32 is no float, np.int64 no int."""
     numbers = {
         "alpha": np.float32(0.25), "temperature_theta": np.float32(0.5), "temperature_t": np.int64(2),
         "vocab_size": np.int64(4), "tol": np.float32(1e-4), "max_iter": np.int32(10),
     }  # fmt: skip
     plain = {name: number.item() for name, number in numbers.items()}
-    a, b = torch.linspace(0, 1, 15).reshape(3, 5), torch.linspace(1, 0, 15).reshape(3, 5).square()
+    a = torch.linspace(0, 1, 15, device=device).reshape(3, 5)
+    b = torch.linspace(1, 0, 15, device=device).reshape(3, 5).square()
     assert torch.equal(ost.solve(a, b, **numbers).log_z, ost.solve(a, b, **plain).log_z)
     drawn = ost.sample(a, b, seed=np.int64(7), offset=np.int32(2), num_samples=np.int64(2), min_p=np.float32(0.25))
     assert torch.equal(drawn.token, ost.sample(a, b, seed=7, offset=2, num_samples=2, min_p=0.25).token)
@@ -189,16 +190,17 @@ def test_out_dtype(backend):
     assert_one_sentence(caught, "out")
 
 
-def test_out_does_not_go_with_gradients(backend):
-    a = A.clone().requires_grad_()
+def test_out_does_not_go_with_gradients(device):
+    a, b, out = (x.to(device) for x in (A, B, torch.zeros(3, 5)))
+    tracked = a.clone().requires_grad_()
     with pytest.raises(ValueError, match="out") as caught:
-        ost.log_q(a, B, out=torch.zeros(3, 5))
+        ost.log_q(tracked, b, out=out)
     assert_one_sentence(caught, "out")
-    alpha = torch.full((3,), 0.5, requires_grad=True)
+    alpha = torch.full((3,), 0.5, device=device, requires_grad=True)
     with pytest.raises(ValueError, match="out"):
-        ost.log_q(A, B, alpha, out=torch.zeros(3, 5))
+        ost.log_q(a, b, alpha, out=out)
     with torch.no_grad():
-        ost.log_q(a, B, out=torch.zeros(3, 5))
+        ost.log_q(tracked, b, out=out)
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,8 @@ def test_streams_side_by_side(name):
     batches = [rows(torch.bfloat16, seed, 2 if not NATIVE else 5 + seed) for seed in range(4 if NATIVE else 2)]
     expected = [bits(WORKS[name](a, b)) for a, b in batches]
     streams = [torch.cuda.Stream() if NATIVE else None for _ in batches]
+    if NATIVE:
+        torch.cuda.synchronize()  # the rows were written on another stream
     found = []
     for _ in range(5 if NATIVE else 1):
         for (a, b), stream in zip(batches, streams, strict=True):

@@ -56,8 +56,7 @@ def _add_nodes(acc, a, b, keep, scale_theta, scale_t, ref_theta, ref_t, MASKED: 
         keep = keep & (spoilt | ((a != -float("inf")) & (b != -float("inf"))))
         x = tl.where(keep, x, -float("inf"))
         y = tl.where(keep, y, -float("inf"))
-        # A finite mask that its temperature takes to -inf has no weight; 0 * d must be 0.
-        d = tl.where(keep, tl.minimum(tl.maximum(d, -1e37), 1e37), 0.0)
+        d = tl.where(keep, d, 0.0)
     e = tl.exp2(x)
     f = tl.exp2(y)
     ef = e * f

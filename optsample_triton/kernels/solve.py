@@ -318,6 +318,8 @@ def solved(
         alpha, precise, psi, status, sweeps = balance_ess(
             row, ends, status, sweeps, tol, max_iter, H // 2, PACKED, PROBS
         )
+    # A finite mask that its temperature takes beyond float32 leaves no number for psi.
+    status = tl.where((status == OK) & (psi != psi), NOT_CONVERGED, status)
     return row, ends, alpha, precise, psi, status, sweeps
 
 

@@ -71,12 +71,6 @@ def _log_ratio(p, r):
 
 
 @triton.jit
-def _lowest(scale):
-    """The logit below which a low temperature would take a finite mask to -inf."""
-    return tl.where(scale > 1.0, -1.7e38 / scale, -float("inf"))
-
-
-@triton.jit
 def load_pair(row, start, H: tl.constexpr, PACKED: tl.constexpr, TAIL: tl.constexpr, PROBS: tl.constexpr):
     """a and b in nats relative to the row's references, d = a - b, and the masks of the common support, as halves.
 
@@ -90,10 +84,6 @@ def load_pair(row, start, H: tl.constexpr, PACKED: tl.constexpr, TAIL: tl.conste
     b0, b1 = as_logits(r0, eps, PROBS), as_logits(r1, eps, PROBS)
     common0 = (a0 != -float("inf")) & (b0 != -float("inf"))
     common1 = (a1 != -float("inf")) & (b1 != -float("inf"))
-    if not PROBS:
-        lowest_theta, lowest_t = _lowest(scale_theta), _lowest(scale_t)
-        a0, a1 = tl.maximum(a0, lowest_theta), tl.maximum(a1, lowest_theta)
-        b0, b1 = tl.maximum(b0, lowest_t), tl.maximum(b1, lowest_t)
     if TAIL:
         inside0, inside1 = inside_halves(theta_ptr, start, V, H)
         common0, common1 = common0 & inside0, common1 & inside1

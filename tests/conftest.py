@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,8 +34,11 @@ def _patch_the_language_once() -> None:
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
     _patch_the_language_once()
-    from tests import device_arithmetic
+    # By its path: an environment of the integrations may hold a package that is called tests.
+    sys.path.insert(0, str(Path(__file__).parent))
+    import device_arithmetic
 
+    sys.path.pop(0)
     device_arithmetic.install()
 
 # The interpreter computes with NumPy, which warns of overflow and NaN in lanes that a kernel masks later. A GPU does

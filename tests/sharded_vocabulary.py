@@ -131,6 +131,11 @@ def errors(part: slice, group) -> dict[str, str]:
         "seeds": lambda: ost.sample(theta, t, seed=torch.full((12,), rank), group=group),
         "temperature": lambda: ost.solve(theta, t, temperature_t=1.0 + last, group=group),
         "tokens": lambda: ost.token_logprobs(theta, tokens() if last else tokens().flip(0), group=group),
+        "models": lambda: ost.token_logprobs(theta, tokens(), logits_t=t if last else None, group=group),
+        "function": lambda: (
+            ost.solve(theta, t, group=group) if last else ost.token_logprobs(theta, tokens(), group=group)
+        ),
+        "length": lambda: ost.solve(theta, t, vocab_size=10.0, group=group),
     }.items():
         try:
             call()

@@ -1,4 +1,4 @@
-"""Every call compiles, and few kernels serve all batches, as Triton's own front end sees them without a GPU."""
+"""Triton's own front end takes the launches, without a GPU, and few kernels serve batches of all sizes."""
 
 import json
 import os

@@ -129,6 +129,9 @@ def test_what_is_wrong_is_said_by_all(found: list[dict], size: int) -> None:
         "seeds": "ValueError: seed must be the same in all processes of group, but process 1 differs from 0",
         "temperature": "ValueError: temperature_t must be the same in all processes",
         "tokens": "ValueError: tokens must be the same in all processes",
+        "models": "ValueError: logits_t must be the same in all processes",
+        "function": "ValueError: alpha must be the same in all processes",
+        "length": "TypeError: vocab_size must be an int of at least 1, but is float",
     }
     first, *others = (found[rank][size, "errors"] for rank in range(size))
     assert all(other == first for other in others)

@@ -22,7 +22,7 @@ def forward_entry(name: str, dtype: str, *, other: bool = False, entropy: bool =
     flags = {"H": shape.half, "CHUNK": shape.chunk, "UNROLL": shape.unroll, "PACKED": bits == 16}
     return Entry(
         name,
-        "optsample_triton.kernels.token_logprob:logprob_kernel",
+        "optsample_triton.kernels.logprob:logprob_kernel",
         pointers | numbers,
         {**{pointer: None for pointer in absent if pointer not in pointers}, **flags},
         (*pointers, *strides),
@@ -46,7 +46,7 @@ def backward_entry(name: str, dtype: str, *, entropy: bool = False, kind: str = 
     numbers = {"V": "i32", "inner": "i32", **strides, "ignore_index": "i32", "chunks": "i32"}
     return Entry(
         name,
-        "optsample_triton.kernels.token_logprob:logprob_gradient_kernel",
+        "optsample_triton.kernels.logprob:logprob_gradient_kernel",
         pointers | numbers,
         {
             **{pointer: None for pointer in absent if pointer not in pointers},

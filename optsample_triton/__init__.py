@@ -9,7 +9,7 @@ from types import ModuleType
 
 from optsample_triton import integrations, is_reshape
 from optsample_triton._version import __version__
-from optsample_triton.dropin import (
+from optsample_triton.api.dropin import (
     OptimalSamplingDistribution,
     effective_sample_size,
     entropy,
@@ -19,10 +19,10 @@ from optsample_triton.dropin import (
     solve_kl_symmetry,
     solve_kl_symmetry_batch,
 )
-from optsample_triton.functional import log_q, solve
+from optsample_triton.api.logprobs import linear_token_logprobs, token_logprobs
+from optsample_triton.api.sample import sample, verify
+from optsample_triton.api.solve import log_q, solve
 from optsample_triton.is_reshape import is_reshape_loss
-from optsample_triton.logprobs import linear_token_logprobs, token_logprobs
-from optsample_triton.sampling import sample, verify
 from optsample_triton.types import Diagnostics, Sample, Solution, Status, Verified
 
 __all__ = [

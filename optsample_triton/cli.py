@@ -15,8 +15,9 @@ from typing import NoReturn
 
 import torch
 
-from . import backend, functional
+from . import backend
 from ._version import __version__
+from .api.solve import solve
 
 # Looked up by metadata, never imported: a broken or slow import must not stop the doctor.
 _PACKAGES = ("torch", "triton", "numpy", "transformers", "vllm", "trl", "ray")
@@ -130,7 +131,7 @@ def _describe(device: torch.device) -> str:
 def _self_check(device: torch.device) -> float:
     """alpha* of the pair (0.7, 0.3), (0.3, 0.7): 0.5 by symmetry."""
     row = torch.tensor([0.7, 0.3], device=device).log()
-    return float(functional.solve(row[None], row.flip(0)[None]).alpha)
+    return float(solve(row[None], row.flip(0)[None]).alpha)
 
 
 def _advice(failures: Sequence[str], versions: dict[str, str | None]) -> str:

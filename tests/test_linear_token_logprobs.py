@@ -5,7 +5,7 @@ import torch
 from torch.autograd import gradcheck
 
 import optsample_triton as ost
-from optsample_triton.ops import linear_token_logprob
+from optsample_triton.ops import linear_logprob as linear_token_logprob
 from reference import truth
 from tests.test_token_logprobs import CHECKS, bits, peak_memory
 from tests.tolerances import assert_within

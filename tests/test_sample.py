@@ -10,7 +10,7 @@ from scipy import stats
 
 import optsample_triton as ost
 from optsample_triton import Status, launch
-from optsample_triton.eager import philox
+from optsample_triton.eager import random as philox
 from optsample_triton.eager.sample import pick
 from reference import truth
 from tests import cases

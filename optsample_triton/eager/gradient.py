@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from optsample_triton.eager.log_partition import (
+from optsample_triton.eager.moments import (
     TiltedMoments,
     own_moments,
     tilted_exponent,

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optsample_triton.eager.log_partition import NodeSums
+from optsample_triton.eager.moments import NodeSums
 
 H = 0.25  # the inner nodes 3/8 and 5/8 in s
 NEWTON_STEPS = 7  # inside the interpolant: a handful of flops per row

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from optsample_triton import launch
-from optsample_triton.eager import philox
-from optsample_triton.eager.log_partition import own_moments
-from optsample_triton.eager.mixture import Mixture, by_precision
+from optsample_triton.eager import random as philox
+from optsample_triton.eager.log_q import Mixture, by_precision
+from optsample_triton.eager.moments import own_moments
 from optsample_triton.eager.rows import Rows, outside_common_support
 from optsample_triton.eager.shards import Shard
 from optsample_triton.eager.solve import State

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from optsample_triton.eager.log_partition import (
+from optsample_triton.eager.moments import (
     TiltedMoments,
     node_sums,
     own_moments,

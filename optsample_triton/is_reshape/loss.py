@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from optsample_triton.arguments import check_choice
+from optsample_triton.api.arguments import check_choice
+from optsample_triton.api.logprobs import token_logprobs
 from optsample_triton.is_reshape import gamma as gammas
 from optsample_triton.is_reshape.kernels import check_kernel, reshaped_ratio
 from optsample_triton.is_reshape.ratios import (
@@ -20,7 +21,6 @@ from optsample_triton.is_reshape.ratios import (
     log_ratio,
     reward_like,
 )
-from optsample_triton.logprobs import token_logprobs
 
 REDUCTIONS, LEVELS, CHOICES = ("mean", "sum", "none"), ("token", "sequence"), ("auto", "exact")
 

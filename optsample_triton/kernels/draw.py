@@ -10,10 +10,10 @@ A ``law`` is (x, base, cooling, floor, far, own): weights are exp(cooling z), z 
 import triton
 import triton.language as tl
 
-from optsample_triton.kernels.log_partition import LOG2E, tilted
+from optsample_triton.kernels.moments import LOG2E, tilted
 from optsample_triton.kernels.root import _coefficients, _psi
+from optsample_triton.kernels.rows import load_pair
 from optsample_triton.kernels.solve import SUMS
-from optsample_triton.kernels.tiles import load_pair
 
 # Of the whole mass, how much interpolation may misplace: the law is this close to q_alpha in total variation.
 MISPLACED = tl.constexpr(1e-6)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from optsample_triton.kernels.log_partition import narrow_moments, tilted_top, wide_moments
+from optsample_triton.kernels.moments import narrow_moments, tilted_top, wide_moments
 
 NARROW = tl.constexpr(0.3)  # Chernoff information below which psi' is evaluated through G
 REACH = tl.constexpr(2.5)  # beyond this distance from 1/2 the models are no neighbours of q_x, and G would overflow

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 
 from optsample_triton.kernels.evaluate import evaluate, reference_gap, rounded
-from optsample_triton.kernels.log_partition import LOG2E, first_maxima, weighted_excess
-from optsample_triton.kernels.own import own_moments
+from optsample_triton.kernels.moments import LOG2E, first_maxima, weighted_excess
+from optsample_triton.kernels.rows import narrowed
+from optsample_triton.kernels.single import own_moments
 from optsample_triton.kernels.solve import (
     DISJOINT,
     ENTROPY,
@@ -25,7 +26,6 @@ from optsample_triton.kernels.solve import (
     _or_one,
     row_offset,
 )
-from optsample_triton.kernels.tiles import narrowed
 
 
 @triton.jit

@@ -3,12 +3,12 @@
 import triton
 import triton.language as tl
 
+from optsample_triton.kernels.diagnostics import FAR
 from optsample_triton.kernels.draw import MISPLACED, draw, interpolated_masses, kept_nodes, summed_masses
 from optsample_triton.kernels.evaluate import rounded
-from optsample_triton.kernels.log_partition import tilted_top
-from optsample_triton.kernels.own import own_log_partitions
+from optsample_triton.kernels.moments import tilted_top
 from optsample_triton.kernels.random import ACCEPT, PLACE, RECOVER_PLACE, RECOVER_TOKEN, TOKEN, number, uniforms
-from optsample_triton.kernels.report import FAR
+from optsample_triton.kernels.single import own_log_partitions
 from optsample_triton.kernels.solve import DISJOINT, ENTROPY, INVALID, PER_CALL, SUMS, nodes, open_row, solved
 
 SLACK = tl.constexpr(1e-6)  # of a threshold, in nats

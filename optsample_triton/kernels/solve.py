@@ -8,11 +8,11 @@ Scalars between the sweeps are float64.
 import triton
 import triton.language as tl
 
+from optsample_triton.kernels.diagnostics import store_figures, store_log_q, store_probability_figures
 from optsample_triton.kernels.evaluate import NARROW, PLAIN, REACH, WILD, evaluate, reference_gap, rounded
-from optsample_triton.kernels.log_partition import chunk_nodes, first_maxima, gap_difference, narrow_moments, survey
-from optsample_triton.kernels.own import own_moments, probability_entropies
-from optsample_triton.kernels.report import store_figures, store_log_q, store_probability_figures
+from optsample_triton.kernels.moments import chunk_nodes, first_maxima, gap_difference, narrow_moments, survey
 from optsample_triton.kernels.root import interpolate, safeguarded_step
+from optsample_triton.kernels.single import own_moments, probability_entropies
 
 KL_SYMMETRY = tl.constexpr(0)
 BISECT = tl.constexpr(1)

@@ -4,7 +4,7 @@ Rows arrive here as [N, V] or [outer, inner, V] with a contiguous last dimension
 synchronise with the host, so that they can be compiled (fullgraph) and captured in a CUDA graph.
 """
 
-from optsample_triton.ops import linear_token_logprob as linear_token_logprob  # importing a module defines its ops
+from optsample_triton.ops import linear_logprob as linear_logprob  # importing a module defines its ops
+from optsample_triton.ops import logprob as logprob
 from optsample_triton.ops import sample as sample
 from optsample_triton.ops import solve as solve
-from optsample_triton.ops import token_logprob as token_logprob

@@ -39,10 +39,10 @@ def row_count(rows: Tensor) -> int:
 def backend_of(rows: Tensor) -> Any:
     """The module with the chosen backend's functions, kernels.api or eager.api."""
     if backend.choose(rows.device, rows.dtype)[0] == "triton":
-        from optsample_triton.kernels import api as kernels
+        from optsample_triton.kernels import entry as kernels
 
         return kernels
-    from optsample_triton.eager import api as eager
+    from optsample_triton.eager import entry as eager
 
     return eager
 

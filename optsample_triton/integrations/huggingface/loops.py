@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from optsample_triton.functional import log_q, solve
+from optsample_triton.api.sample import sample, verify
+from optsample_triton.api.solve import log_q, solve
 from optsample_triton.integrations.huggingface.cached import CachedModel
 from optsample_triton.integrations.huggingface.pair import aligned
 from optsample_triton.integrations.huggingface.rows import Rows, Settings
-from optsample_triton.sampling import sample, verify
 from optsample_triton.types import Sample, Verified
 
 _RECORDS = ("log_q", "log_theta", "log_t", "alpha", "status")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from optsample_triton.functional import log_q
+from optsample_triton.api.solve import log_q
 from optsample_triton.integrations.huggingface.cached import CachedModel, can_rewind, check_model
 from optsample_triton.integrations.huggingface.pair import (
     check_ids,

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from optsample_triton.functional import log_q, solve
+from optsample_triton.api.logprobs import token_logprobs
+from optsample_triton.api.solve import log_q, solve
 from optsample_triton.integrations.huggingface.cached import CachedModel, input_device
 from optsample_triton.integrations.huggingface.pair import aligned, check_ids, vocabulary
-from optsample_triton.logprobs import token_logprobs
 from optsample_triton.types import Diagnostics
 
 

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from optsample_triton.functional import log_q, solve
+from optsample_triton.api.logprobs import token_logprobs
+from optsample_triton.api.solve import log_q, solve
 from optsample_triton.integrations.vllm.prompts import Prompt
 from optsample_triton.integrations.vllm.records import Record, Recorder, logger
 from optsample_triton.integrations.vllm.settings import Settings
 from optsample_triton.integrations.vllm.target import Target
-from optsample_triton.logprobs import token_logprobs
 from optsample_triton.types import Status
 
 

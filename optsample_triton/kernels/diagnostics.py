@@ -4,9 +4,9 @@ import triton
 import triton.language as tl
 
 from optsample_triton.kernels.evaluate import evaluate, rounded
-from optsample_triton.kernels.log_partition import LOG2E, tilted, tilted_top, wide_moments
-from optsample_triton.kernels.own import own_moments
-from optsample_triton.kernels.tiles import as_logits, load_pair, narrowed
+from optsample_triton.kernels.moments import LOG2E, tilted, tilted_top, wide_moments
+from optsample_triton.kernels.rows import as_logits, load_pair, narrowed
+from optsample_triton.kernels.single import own_moments
 
 DISJOINT = tl.constexpr(2)
 INVALID = tl.constexpr(3)

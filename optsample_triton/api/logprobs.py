@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import optsample_triton.ops  # noqa: F401 (defines torch.ops.optsample)
-from optsample_triton import sharded
-from optsample_triton.arguments import check_rows, inverse_temperature
+from optsample_triton.api import sharded
+from optsample_triton.api.arguments import check_rows, inverse_temperature
 
 Result = Tensor | tuple[Tensor, Tensor]
 

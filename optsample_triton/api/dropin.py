@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from optsample_triton.arguments import as_rows, check_effort, check_rows
+from optsample_triton.api.arguments import as_rows, check_effort, check_rows
 from optsample_triton.types import METHODS, Status
 
 EPS = 1e-10

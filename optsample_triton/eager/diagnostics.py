@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from optsample_triton.eager.log_partition import own_moments
-from optsample_triton.eager.mixture import Mixture, by_precision
+from optsample_triton.eager.log_q import Mixture, by_precision
+from optsample_triton.eager.moments import own_moments
 from optsample_triton.eager.rows import Rows, outside_common_support
 from optsample_triton.eager.solve import State
 from optsample_triton.types import FIGURES, Status

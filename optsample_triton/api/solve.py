@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import optsample_triton.ops  # noqa: F401 (defines torch.ops.optsample)
-from optsample_triton import sharded
-from optsample_triton.arguments import (
+from optsample_triton.api import sharded
+from optsample_triton.api.arguments import (
     as_rows,
     check_choice,
     check_count,

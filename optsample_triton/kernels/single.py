@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from optsample_triton.kernels.tiles import as_logits, inside_halves, load_halves
+from optsample_triton.kernels.rows import as_logits, inside_halves, load_halves
 
 
 @triton.jit

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optsample_triton import sharded
-from optsample_triton.arguments import INTEGERS, NUMBERS, check_choice, check_count, inverse_temperature, per_row
-from optsample_triton.functional import prepare
+from optsample_triton.api import sharded
+from optsample_triton.api.arguments import INTEGERS, NUMBERS, check_choice, check_count, inverse_temperature, per_row
+from optsample_triton.api.solve import prepare
 from optsample_triton.types import DRAFTS, Draws, Sample, Verified
 
 Number = int | Tensor

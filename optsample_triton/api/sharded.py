@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optsample_triton.eager import agreement, api
+from optsample_triton.eager import agreement, entry
 from optsample_triton.eager.rows import Rows
 from optsample_triton.eager.shards import Shard
 from optsample_triton.types import Draws, Options
@@ -37,7 +37,7 @@ def solve(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """alpha, log_z, status, sweeps [N] and figures [N, 9], the same in every process."""
     rows, alpha, options = _rows(prepared, group, vocab_size, {"diagnostics": diagnostics})
-    value, log_z, status, sweeps, _, figures = api.solve_on(rows, alpha, options, diagnostics, None)
+    value, log_z, status, sweeps, _, figures = entry.solve_on(rows, alpha, options, diagnostics, None)
     return value, log_z, status, sweeps, figures
 
 
@@ -50,7 +50,7 @@ def sample(
         "temperature": draws.cooling, "min_p": draws.min_p, "num_samples": num_samples,
     }  # fmt: skip
     rows, alpha, options = _rows(prepared, group, vocab_size, same)
-    return api.sample_on(rows, alpha, options, draws, num_samples)
+    return entry.sample_on(rows, alpha, options, draws, num_samples)
 
 
 def _rows(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from optsample_triton.eager import gradient, report
+from optsample_triton.eager import diagnostics as report
+from optsample_triton.eager import gradient
 from optsample_triton.eager import sample as sampling
 from optsample_triton.eager.rows import Rows
 from optsample_triton.eager.solve import State

@@ -15,9 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from optsample_triton import launch
-from optsample_triton.kernels.api import _device
-from optsample_triton.kernels.log_partition import LOG2E
-from optsample_triton.kernels.tiles import inside_halves, load_halves, narrowed
+from optsample_triton.kernels.entry import _device
+from optsample_triton.kernels.moments import LOG2E
+from optsample_triton.kernels.rows import inside_halves, load_halves, narrowed
 
 FLOOR = tl.constexpr(-1e4)  # nats: far below where exp underflows, and finite, so that 0 * FLOOR is 0
 HIGH = tl.constexpr(12.0)  # nats: means of z beyond it cost the entropy, from which they are subtracted, its digits

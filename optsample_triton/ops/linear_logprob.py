@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from optsample_triton.ops.library import implement, library, refuse_second_gradient, result_dtype
-from optsample_triton.ops.token_logprob import room_of
+from optsample_triton.ops.logprob import room_of
 
 BLOCK = 4096  # tokens whose product with the hidden states exists at once: a whole one would be a second [V, H]
 

@@ -14,7 +14,7 @@ A ``row`` is the tuple (theta_ptr, t_ptr, V, scale_theta, scale_t, ref_theta, re
 import triton
 import triton.language as tl
 
-from optsample_triton.kernels.tiles import as_logits, inside_halves, load_halves, load_pair
+from optsample_triton.kernels.rows import as_logits, inside_halves, load_halves, load_pair
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)

@@ -30,10 +30,10 @@ library.define(f"token_logprobs_backward_(Tensor(a!) logits, {_UPSTREAM}) -> ()"
 def room_of(rows: Tensor) -> Any:
     """The module with the chosen backend's functions."""
     if backend.choose(rows.device, rows.dtype)[0] == "triton":
-        from optsample_triton.kernels import token_logprob as kernels
+        from optsample_triton.kernels import logprob as kernels
 
         return kernels
-    from optsample_triton.eager import token_logprob as eager
+    from optsample_triton.eager import logprob as eager
 
     return eager
 

@@ -6,11 +6,15 @@ Three rules, each a table below. A test that a command line names with :: runs, 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Set as AbstractSet
+from typing import TypeVar
 
 import pytest
 
 from tests.cases import Case
+
+Item = TypeVar("Item")
 
 # 1. Of the rows of tests/cases.py: one case of each family, and what else has rows of every status or several chunks.
 CASES = {
@@ -27,10 +31,23 @@ COVERED = {
     "test_ops", "test_pipeline_run", "test_reference_precision", "test_reference_rows", "test_sample", "test_sharded",
     "test_solve_cases", "test_solve_memory", "test_token_logprobs", "test_verify",
 }  # fmt: skip
-BACKENDS = ("backend", "setting")  # the arguments that name a test's backend
 
-# 3. Deep as a whole, or with these values of their arguments: (file, test, what its id holds).
-DEEP: set[tuple[str, str, str]] = set()
+# 3. Tests that are deep as a whole, (), or where their id holds one of these.
+EVERYTHING = ()
+DEEP: dict[str, tuple[str, ...]] = {
+    # A kernel takes many seconds to compile, those that draw most of a minute: what is core is for one GPU.
+    "test_nothing_got_worse": ("sm_80", "sm_100", "gfx942", "fp32", "log_q", "diagnostics", "sample", "verify"),
+    "test_main_configurations": ("gfx942", "fp32", "entropy"),
+    "test_planted_regressions_of_the_solver_are_caught": EVERYTHING,
+    "test_the_check_fails_and_the_rest_of_the_file_stays": EVERYTHING,
+    "test_nothing_inexact_is_compiled_that_is_not_imitated": EVERYTHING,
+    "test_the_front_end_takes_every_launch": EVERYTHING,
+    # Without a GPU these say little that other tests do not.
+    "test_streams_side_by_side": ("bisect", "ess_balance", "diagnostics", "entropy"),
+    "test_a_graph_follows_its_inputs": ("bisect", "ess_balance", "diagnostics", "entropy"),
+    "test_a_batch_beyond_2_to_the_31": ("bisect",),
+    "test_a_session_runs_what_only_a_device_can_break": EVERYTHING,
+}
 
 
 def deep_items(items: Iterable[pytest.Item]) -> Iterator[pytest.Item]:
@@ -40,14 +57,14 @@ def deep_items(items: Iterable[pytest.Item]) -> Iterator[pytest.Item]:
         if isinstance(item, pytest.Function):
             functions[item.path.stem, item.originalname].append(item)
     for (file, name), several in functions.items():
-        kept = [item for item in several if not _is_named(file, name, item) and _is_of_core_rows(item)]
+        kept = [item for item in several if not _is_named(name, item) and _is_of_core_rows(item)]
         if file in COVERED:
-            kept = _cover(kept)
+            kept = cover(kept, _values)
         yield from (item for item in several if item not in kept)
 
 
-def _is_named(file: str, name: str, item: pytest.Function) -> bool:
-    return any((file, name) == deep[:2] and deep[2] in item.name for deep in DEEP)
+def _is_named(name: str, item: pytest.Function) -> bool:
+    return name in DEEP and (DEEP[name] == EVERYTHING or any(part in item.name for part in DEEP[name]))
 
 
 def _arguments(item: pytest.Function) -> dict[str, object]:
@@ -61,15 +78,19 @@ def _is_of_core_rows(item: pytest.Function) -> bool:
 def _values(item: pytest.Function) -> set[tuple[str, str, str]]:
     """(argument, value, backend) for each argument; a test without arguments has one of no name."""
     arguments = _arguments(item)
-    backend = next((str(arguments[name]) for name in BACKENDS if name in arguments), "")
+    backend = str(arguments.get("backend", ""))
     return {(name, repr(value), backend) for name, value in arguments.items()} or {("", "", "")}
 
 
-def _cover(items: list[pytest.Function]) -> list[pytest.Function]:
-    """Few of them that have all their values: again and again the first of those with the most new ones."""
-    kept, missing = [], set().union(*map(_values, items))
+def cover(items: list[Item], values: Callable[[Item], AbstractSet[object]]) -> list[Item]:
+    """Few of the items that have all their values: again and again the first of those with the most new ones.
+
+    >>> cover(["ab", "aB", "Ab", "AB"], set)
+    ['ab', 'AB']
+    """
+    kept, missing = [], set().union(*map(values, items))
     while missing:
-        best = max(items, key=lambda item: len(_values(item) & missing))
+        best = max(items, key=lambda item: len(values(item) & missing))
         kept.append(best)
-        missing -= _values(best)
+        missing -= values(best)
     return kept

@@ -256,7 +256,7 @@ def test_kill_9_of_a_writer_in_full_swing(tmp_path: Path) -> None:
                     write(broken, said)
                     os._exit(0)
                 os.close(said)
-                for _ in range(rng.randint(2, 20)):  # at least one batch is written, so that one writer comes to the end
+                for _ in range(rng.randint(2, 20)):  # one batch at least, so that a writer ends
                     os.read(heard, 1)
                 for _ in range(rng.randrange(20_000)):  # somewhere in the next one
                     pass

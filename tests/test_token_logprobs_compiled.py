@@ -16,21 +16,25 @@ SLOTS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["sm_90", "gfx942"])
-def reports(request):
-    entries = kernels_reshape.HIP if request.param == "gfx942" else kernels_reshape.CUDA
-    return {report.name: report for report in codegen.read(entries, [request.param], jobs=1)}
+def entries(target):
+    return {entry.name: entry for entry in (kernels_reshape.HIP if target == "gfx942" else kernels_reshape.CUDA)}
 
 
-def test_main_configurations(reports):
-    assert set(reports) == set(SLOTS)
-    for name, report in reports.items():
-        assert (report.stack, report.spills) == (0, 0), name
-        assert report.load_width == 16, name
-        assert report.exps_per_pair == 1, name
-        assert report.slots_per_pair <= SLOTS[name], name
-        assert not report.narrow_offsets, name
-        assert report.main is not None, name
-        assert (report.main.barriers, report.main.float64) == (0, 0), name
-        if "gradient" in name:
-            assert report.store_width == 16, name
+@pytest.mark.parametrize("name", SLOTS)
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_main_configurations(target, name):
+    (report,) = codegen.read([entries(target)[name]], [target], jobs=1)
+    assert (report.stack, report.spills) == (0, 0)
+    assert report.load_width == 16
+    assert report.exps_per_pair == 1
+    assert report.slots_per_pair <= SLOTS[name]
+    assert not report.narrow_offsets
+    assert report.main is not None
+    assert (report.main.barriers, report.main.float64) == (0, 0)
+    if "gradient" in name:
+        assert report.store_width == 16
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_every_configuration_has_its_budget(target):
+    assert set(entries(target)) == set(SLOTS)

@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -29,9 +30,8 @@ def run(argv: list[str]) -> None:
 
 
 def written(output: str) -> int:
-    """The bytes in the output's folder."""
-    folder = Path(output).parent
-    return sum(path.stat().st_size for path in folder.iterdir()) if folder.exists() else 0
+    """The bytes in the files of a run."""
+    return sum(path.stat().st_size for path in Path(output).parent.glob("*.jsonl"))
 
 
 def main(outputs: list[str], argv: list[str]) -> None:
@@ -50,9 +50,11 @@ def main(outputs: list[str], argv: list[str]) -> None:
                 run([*argv, "--output", output, "--resume"])
             ended = 0
             if output != outputs[0]:  # the first is not killed, and says how much a run writes
-                # Beyond what a run writes, so that one comes to its end; every fourth run is killed where it starts.
-                limit = before + rng.choice([0, *[rng.random() * (1.3 * written(outputs[0]) - before)] * 3])
+                # Now and then at the start; up to 1.3 of what a run writes, so that one comes to its end.
+                share = rng.random() if rng.random() < 0.75 else 0.0
+                limit = before + share * (1.3 * written(outputs[0]) - before)
                 while written(output) < limit and not ended:
+                    time.sleep(0.001)
                     ended, status = os.waitpid(child, os.WNOHANG)
                 for _ in range(rng.randrange(100_000)):  # anywhere between two writes
                     pass

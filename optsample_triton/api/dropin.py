@@ -1,6 +1,6 @@
-"""The functions of the documents under their own names, on probabilities, with their eps semantics.
+"""The functions of the documents under their own names, on probabilities, with their use of eps.
 
-A drop-in: change the import and nothing else. NumPy arrays work wherever the documents' NumPy listing takes them.
+Drop-ins: only the import changes. NumPy arrays work wherever the documents' NumPy listing takes them.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class OptimalSamplingDistribution:
 
     Args:
         tol: bound on the error of alpha.
-        max_iter: most steps; the solver needs one to three where the documents' bisection needs twenty.
-        eps: floor added to every probability before its logarithm.
+        max_iter: most steps. The solver needs one to three, the documents' bisection twenty.
+        eps: added to every probability before its logarithm is taken.
         method: "kl_symmetry", "ess_balance", "entropy" or "fixed" (with ``alpha``).
 
     >>> import torch
@@ -85,7 +85,15 @@ class OptimalSamplingDistribution:
 
 
 def optimal_sampling_distribution(pi_theta: Tensor, pi_t: Tensor, method: str = "kl_symmetry") -> tuple[Tensor, Tensor]:
-    """pi_theta, pi_t [..., V] -> q_star [..., V], alpha_star [...]."""
+    """pi_theta, pi_t [..., V] -> q_star [..., V], alpha_star [...].
+
+    Args:
+        method: "kl_symmetry", "ess_balance", "entropy", or "fixed", which is alpha = 0.5.
+
+    >>> q_star, alpha_star = optimal_sampling_distribution(torch.tensor([[0.7, 0.3]]), torch.tensor([[0.3, 0.7]]))
+    >>> round(alpha_star.item(), 4), [round(p, 4) for p in q_star[0].tolist()]
+    (0.5, [0.5, 0.5])
+    """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, but is {method!r}")
     check_rows(pi_theta, pi_t, "pi_theta", "pi_t")
@@ -97,7 +105,7 @@ def optimal_sampling_distribution(pi_theta: Tensor, pi_t: Tensor, method: str = 
 
 
 def solve_kl_symmetry(pi_theta: Any, pi_t: Any, tol: float = 1e-6, max_iter: int = 50) -> Any:
-    """alpha* [...] of probability rows [..., V]; NumPy in, NumPy out.
+    """alpha* [...] of probability rows [..., V]. NumPy in, NumPy out.
 
     >>> float(solve_kl_symmetry(np.array([0.9, 0.1]), np.array([0.1, 0.9])).round(4))
     0.5
@@ -110,14 +118,19 @@ def solve_kl_symmetry(pi_theta: Any, pi_t: Any, tol: float = 1e-6, max_iter: int
 
 
 def solve_kl_symmetry_batch(probs_theta: Tensor, probs_t: Tensor) -> Tensor:
-    """alpha* for every position of a batch of sequences: [B, S, V] -> [B, S]."""
+    """alpha* for every position of a batch of sequences: [B, S, V] -> [B, S].
+
+    >>> probs_theta = torch.tensor([0.7, 0.3]).expand(2, 3, 2)
+    >>> solve_kl_symmetry_batch(probs_theta, probs_theta.flip(-1)).shape
+    torch.Size([2, 3])
+    """
     check_rows(probs_theta, probs_t, "probs_theta", "probs_t")
     alpha: Tensor = _solve(probs_theta, probs_t, None, "kl_symmetry")[1]
     return alpha.reshape(probs_theta.shape[:-1])
 
 
 def geometric_mean(pi_theta: Any, pi_t: Any, alpha: Any, eps: float = EPS) -> Any:
-    """q_alpha [..., V]; alpha is a number or has any shape that fits the rows' leading one; NumPy in, NumPy out.
+    """q_alpha [..., V]. alpha is a number, or broadcasts to the rows' leading shape. NumPy in, NumPy out.
 
     >>> geometric_mean(torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1]), 1.0).tolist()
     [0.5, 0.5]

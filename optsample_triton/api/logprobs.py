@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens, from logits or hidden states: validation, documentation, one call each."""
+"""Log-probabilities of given tokens, from logits or from hidden states."""
 
 from __future__ import annotations
 
@@ -29,30 +29,30 @@ def token_logprobs(
 ) -> Result | tuple[Result, Result]:
     """log softmax(logits / temperature)[token] for every row, without a tensor of the logits' size.
 
-    One read of the logits forward; backward one read and one write, of the gradient. Beside the logits a call holds
-    O(N) memory, its backward the gradient, and with ``inplace_backward`` not even that.
+    The forward pass reads the logits once and needs O(N) extra memory. The backward pass reads them once more and
+    writes the gradient once, with ``inplace_backward`` over the logits themselves.
 
     Args:
         logits: [..., V], float32, bfloat16, float16 or float64; rows may be strided, as in ``logits[:, :-1]``.
         tokens: [...], integers.
-        temperature: positive float or [...]; a constant of the gradient. A row whose value in [...] is not positive
-            and finite gets NaN and no gradient: looking would wait for the device.
+        temperature: a positive float or [...]; a constant of the gradient. In a tensor, a row whose value is not
+            positive and finite gets NaN and no gradient, because checking would wait for the device.
         entropy: also return the rows' entropies, in nats and differentiable.
-        inplace_backward: write the gradient over the logits, which nobody may use after that; an operation that saved
-            them for its own backward (a tanh cap) raises. Not for leaf tensors, nor for two models in shared memory.
-        ignore_index: rows with this token are not read; log-probability, entropy and gradient are 0. Append it to
-            shifted labels instead of slicing the logits: the gradient of a slice is a copy.
-        logits_t, temperature_t: a second model's logits of the same shape, for both models' results from one launch.
-        group: a torch.distributed group whose processes hold parts of the vocabulary, in the order of their ranks, of
-            one column at least each. Tokens count over the whole of it; every process gets the same numbers, and the
-            gradient of its own logits. All other arguments must be equal.
+        inplace_backward: write the gradient over the logits. Do not read the logits afterwards; an operation that saved
+            them for its own backward pass (a tanh cap) raises. Not for leaf tensors or two models in shared memory.
+        ignore_index: rows with this token are not read; their log-probability, entropy and gradient are 0. Append it to
+            shifted labels instead of slicing the logits, because the gradient of a slice is a copy.
+        logits_t, temperature_t: a second model's logits of the same shape. One launch then serves both models.
+        group: a torch.distributed group whose processes hold shards of the vocabulary in the order of their ranks, each
+            of at least one column. Tokens are numbered over the whole vocabulary. Every process gets the same results
+            and the gradient of its own logits. All other arguments must be equal.
 
     Returns:
-        log-probabilities [...] in float32 (float64 for float64 logits); with ``entropy`` the pair (log-probabilities,
-        entropies); with ``logits_t`` the pair of what each model alone would give.
+        log-probabilities [...] in float32 (float64 for float64 logits). With ``entropy``: the pair (log-probabilities,
+        entropies). With ``logits_t``: a pair, what each model alone would give. Differentiable once.
 
-        A token whose logit is -inf has log-probability -inf. A row with NaN, +inf or nothing finite, and a token
-        outside the vocabulary, give NaN and no gradient. Neither disturbs other rows. Differentiable once.
+        A token whose logit is -inf has log-probability -inf. A row with NaN, +inf or no finite logit gives NaN and no
+        gradient, and so does a token outside the vocabulary. Other rows are not affected.
 
     >>> import torch
     >>> logits = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]]).log()
@@ -97,21 +97,21 @@ def linear_token_logprobs(
     ignore_index: int = -100,
     chunk_size: int = 1024,
 ) -> Result:
-    """token_logprobs(hidden @ weight.T + bias, tokens) with logits for ``chunk_size`` rows at a time only.
+    """token_logprobs(hidden @ weight.T + bias, tokens), with the logits of ``chunk_size`` rows at a time.
 
-    The backward pass makes them again, chunk by chunk, which costs one more matrix product. The extra memory is
-    chunk_size * V elements in either direction, beside the gradients themselves; in 16 bits the backward pass also
-    holds the weight's gradient in float32, in which the chunks are added up.
+    The backward pass computes the logits again, chunk by chunk, which costs one more matrix product. Both passes need
+    chunk_size * V elements beside the gradients. For a weight of 16 bits the backward pass also holds its gradient in
+    float32, to add up the chunks.
 
     Args:
         hidden: [..., H], float32, bfloat16, float16 or float64.
         weight: [V, H], the output embedding.
         tokens: [...], integers.
         bias: [V].
-        chunk_size: rows whose logits exist at once.
+        chunk_size: how many rows' logits exist at a time.
 
-    The other arguments, and the results, are those of ``token_logprobs``. Differentiable in hidden, weight and bias.
-    The logits are rounded to the dtype of ``hidden``, as an output layer rounds them.
+    The other arguments and the results are those of ``token_logprobs``. Differentiable in hidden, weight and bias.
+    The logits are rounded to the dtype of ``hidden``, as an output layer would do.
 
     >>> import torch
     >>> hidden, weight = torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0], [1.0]]).log1p()

@@ -118,9 +118,41 @@ def static_bounds(path: Path) -> Path:
     return save(figure, path)
 
 
+def idea(path: Path) -> Path:
+    """The README's picture: two models with q* between them, and the two KL divergences that are equal there."""
+    import torch
+
+    import optsample_triton as ost
+
+    blue, red = "#0072B2", "#D55E00"  # told apart by colour-blind eyes (Okabe and Ito)
+    x = torch.linspace(-5.6, 5.6, 201, dtype=torch.float64)
+    theta, t = -0.5 * ((x + 2.0) / 1.2) ** 2, -0.5 * ((x - 2.0) / 0.8) ** 2
+    pi_theta, pi_t, q_star = (
+        row.exp() / (x[1] - x[0]) for row in (theta.log_softmax(-1), t.log_softmax(-1), ost.log_q(theta, t))
+    )
+    figure, (left, right) = panels(9.0, 3.2, columns=2)
+    left.plot(x, pi_theta, color=blue, label="π_θ (policy)")
+    left.plot(x, pi_t, color=red, linestyle="dashed", label="π_t (target)")
+    left.plot(x, q_star, color="black", linewidth=1.0)
+    left.fill_between(x, q_star, color="0.75", label="q*")
+    left.set(
+        xlabel="possible outputs", ylabel="probability density", ylim=(0, 0.72), title="q* lies between the models"
+    )
+    left.legend(loc="upper left", ncols=3, columnspacing=1.0, handlelength=1.5)
+    alphas = torch.linspace(0.0, 1.0, 51, dtype=torch.float64)
+    rows = (theta.expand(51, -1), t.expand(51, -1))
+    curve, star = ost.solve(*rows, alpha=alphas, diagnostics=True), ost.solve(theta, t, diagnostics=True)
+    right.plot(alphas, curve.kl_theta, color=blue, label="KL(q_α ‖ π_θ)")
+    right.plot(alphas, curve.kl_t, color=red, linestyle="dashed", label="KL(q_α ‖ π_t)")
+    right.plot(star.alpha, star.kl_theta, "o", color="black", label=f"α* = {star.alpha:.2f}: both are equal")
+    right.set(xlabel="α (0 is π_t, 1 is π_θ)", ylabel="nats", ylim=(0, 8), title="α* makes it equally far from both")
+    right.legend(loc="upper center")
+    return save(figure, path)
+
+
 def draw(folder: Path = FIGURES) -> list[Path]:
     """Every figure that there are rows for."""
-    written = [static_bounds(folder / "bounds.svg")]
+    written = [idea(folder / "idea.svg"), static_bounds(folder / "bounds.svg")]
     if sweeps.PATH.exists():
         written.append(sweeps_per_family(sweeps.read(), folder / "sweeps.svg"))
     for device, rows in results.read_all().items():

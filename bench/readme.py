@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from . import gates, goals, results, roofline, table
 from .results import ROOT, Row
 
-READMES = {"en": ROOT / "README.md", "zh": ROOT / "README.zh-CN.md"}
+READMES = {"en": ROOT / "docs" / "performance.md"}
 BLOCK = re.compile(r"(<!-- bench: (\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 CHINESE = {
     "case": "用例",

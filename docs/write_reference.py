@@ -56,9 +56,9 @@ def definition(module: str, name: str) -> tuple[ast.stmt, str]:
             return node, text
         if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == name:
             return node, text
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and name in [alias.asname or alias.name for alias in node.names]:
-            return definition((node.module or "").removeprefix(PACKAGE).removeprefix("."), name)
+    for each in ast.walk(tree):
+        if isinstance(each, ast.ImportFrom) and name in [alias.asname or alias.name for alias in each.names]:
+            return definition((each.module or "").removeprefix(PACKAGE).removeprefix("."), name)
     raise ValueError(f"{module or PACKAGE} has no public name {name!r}")
 
 
@@ -91,18 +91,18 @@ def _field(node: ast.AnnAssign | ast.Assign, text: str) -> str:
 def markdown(docstring: str) -> str:
     """A docstring of this package as Markdown: one line per paragraph, arguments as a list, examples fenced."""
     parts = []
+    before = ""
     for block in re.split(r"\n\s*\n", inspect.cleandoc(docstring)):
         head, _, rest = block.partition("\n")
         if head in SECTIONS:
             parts.append(_section(SECTIONS[head], inspect.cleandoc(rest)))
         elif head.startswith(">>> "):
             parts.append(f"```pycon\n{block}\n```")
-        elif head.startswith("    "):
+        elif before.endswith("::"):
             parts.append(f"```py\n{textwrap.dedent(block)}\n```")
-        elif head == "::":
-            continue
-        else:
-            parts.append(_prose(re.sub(r"::$", ":", block)))
+        elif block != "::":
+            parts.append(_prose(re.sub(r"::$", ":", textwrap.dedent(block))))
+        before = block
     return "\n\n".join(parts)
 
 

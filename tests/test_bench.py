@@ -478,7 +478,7 @@ def test_figures_are_drawn_from_rows_alone(tmp_path: Path, monkeypatch: pytest.M
     gpu = [dataclasses.replace(row, kind="cuda", device="GPU") for row in grid]
     monkeypatch.setattr(results, "read_all", lambda: {"CPU": solve_rows(0.002), "GPU": gpu})
     drawn = plot.draw(tmp_path)
-    names = ["bounds", "sweeps", "ratio-cpu", "speed-up-gpu", "copy-share-gpu"]
+    names = ["idea", "bounds", "sweeps", "ratio-cpu", "speed-up-gpu", "copy-share-gpu"]
     # The rows of the CPU table carry this machine's name: only its kind is known here.
     assert [path.stem.split("-")[0] for path in drawn] == [name.split("-")[0] for name in names]
     for path in drawn:
@@ -488,7 +488,7 @@ def test_figures_are_drawn_from_rows_alone(tmp_path: Path, monkeypatch: pytest.M
     assert plot.draw(tmp_path)[0].read_bytes() == first
     monkeypatch.setattr(results, "read_all", lambda: {})
     monkeypatch.setattr(sweeps, "PATH", tmp_path / "none.csv")
-    assert [path.stem for path in plot.draw(tmp_path)] == ["bounds"]
+    assert [path.stem for path in plot.draw(tmp_path)] == ["idea", "bounds"]
 
 
 def test_sweeps_table_is_what_the_solver_says() -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from optsample_triton import launch
+from optsample_triton.numerics import Method
 
 BITS = {"bf16": 16, "fp16": 16, "fp32": 32}
 
@@ -97,8 +98,13 @@ class Entry:
         return name.endswith("_ptr")
 
 
-# The kernels' codes of the ways to alpha.
-BISECT, ESS_BALANCE, ENTROPY = 1, 2, 3
+def _defaults(kind: str, dtype: str) -> dict[str, Any]:
+    """The constexprs as the package launches with them, in the plainest case."""
+    shape = launch.SHAPES[kind][BITS[dtype]]
+    tile = {"H": shape.half, "BLOCK": 2 * shape.half, "CHUNK": shape.chunk, "UNROLL": shape.unroll}
+    drawing = {"TILE": launch.DRAW_TILE, "STEP": launch.DRAW_STEP[kind], "LANES": 32, "DRAWS": 1, "MODEL": 0}
+    flags = {"METHOD": Method.KL_SYMMETRY.value, "PROBS": False, "PACKED": BITS[dtype] == 16, "FILTER": False}
+    return {**tile, **drawing, **flags}
 
 
 def entries(kind: str) -> list[Entry]:
@@ -109,34 +115,34 @@ def entries(kind: str) -> list[Entry]:
         """read and written count the matrices [N, V] that the main loop reads and the kernel writes."""
         dtype = name.split(",")[0].rpartition(" ")[2]
         shape, size = launch.SHAPES[kind][BITS[dtype]], BITS[dtype] // 8
-        defaults = {
-            **{"METHOD": 0, "PROBS": False, "PACKED": size == 2, "H": shape.half, "BLOCK": 2 * shape.half},
-            **{"CHUNK": shape.chunk, "UNROLL": shape.unroll, "TILE": launch.DRAW_TILE, "STEP": launch.DRAW_STEP[kind]},
-            **{"LANES": 32, "DRAWS": 1, "FILTER": False, "MODEL": 0},
-        }
         return Entry(
-            name, f"optsample_triton.kernels.{kernel}", dtype, defaults=defaults, num_warps=shape.num_warps,
-            options=shape._replace(registers=limit).limit, tile=2 * shape.half, bytes_per_pair=read * size,
-            stored_per_pair=written * size, **rest,
-        )  # fmt: skip
+            name,
+            f"optsample_triton.kernels.{kernel}",
+            dtype,
+            defaults=_defaults(kind, dtype),
+            num_warps=shape.num_warps,
+            options=shape._replace(registers=limit).limit,
+            tile=2 * shape.half,
+            bytes_per_pair=read * size,
+            stored_per_pair=written * size,
+            **rest,
+        )
 
-    def solve(name: str, *present: str, method: int = 0, **rest: Any) -> Entry:
+    limit = launch.SHAPES[kind][16].registers
+
+    def solve(name: str, *present: str, **rest: Any) -> Entry:
         writes = "out_ptr" in present
-        rest = {"constexprs": {"METHOD": method}, "passes": step | (write if writes else {}), **rest}
-        registers = launch.SHAPES[kind][16].registers
-        return entry(name, "solve:solve_kernel", registers, 2, int(writes), present=present, **rest)
+        passes = rest.pop("passes", {**step, **(write if writes else {})})
+        return entry(name, "solve:solve_kernel", limit, 2, int(writes), present=present, passes=passes, **rest)
 
     def draw(name: str, *present: str, **flags: Any) -> Entry:
-        kernel = f"sample:{name.split()[0]}_kernel"
-        registers = launch.SHAPES[kind][16].registers
         flags = {"CHUNK": launch.DRAW_CHUNK, **flags}
-        return entry(name, kernel, registers, 2, present=present, constexprs=flags, passes=step)
+        kernel = f"sample:{name.split()[0]}_kernel"
+        return entry(name, kernel, limit, 2, present=present, constexprs=flags, passes=step)
 
-    def gradient(name: str, method: int = 0) -> Entry:
-        return entry(
-            name, "gradient:gradient_kernel", None, 2, 2, constexprs={"METHOD": method}, divisible=("V",),
-            main_loop="step", passes=write,
-        )  # fmt: skip
+    def gradient(name: str, **rest: Any) -> Entry:
+        kernel = "gradient:gradient_kernel"
+        return entry(name, kernel, None, 2, 2, divisible=("V",), main_loop="step", passes=write, **rest)
 
     def logprob(name: str, *present: str) -> Entry:
         return entry(name, "logprob:logprob_kernel", launch.LOGPROB_REGISTERS[kind], 1, present=present)
@@ -144,13 +150,14 @@ def entries(kind: str) -> list[Entry]:
     def logprob_gradient(name: str, *present: str) -> Entry:
         return entry(name, "logprob:logprob_gradient_kernel", None, 1, present=present)
 
+    bisect, ess_balance, entropy = ({"METHOD": m.value} for m in (Method.BISECT, Method.ESS_BALANCE, Method.ENTROPY))
     return [
         solve("solve bf16"),
         solve("solve fp16"),
         solve("solve fp32"),
         solve("solve bf16, unaligned", aligned=False),
-        solve("bisect bf16", method=BISECT),
-        solve("bisect fp32", method=BISECT),
+        solve("bisect bf16", constexprs=bisect),
+        solve("bisect fp32", constexprs=bisect),
         solve("log_q bf16", "out_ptr"),
         solve("log_q fp32", "out_ptr"),
         solve("diagnostics bf16", "figures_ptr"),
@@ -164,9 +171,9 @@ def entries(kind: str) -> list[Entry]:
         draw("sample bf16, filtered", "cooling_ptr", "min_p_ptr", FILTER=True),
         gradient("gradient bf16"),
         gradient("gradient fp32"),
-        solve("ess_balance bf16", method=ESS_BALANCE),
-        gradient("gradient bf16, ess_balance", ESS_BALANCE),
-        gradient("gradient bf16, entropy", ENTROPY),
+        solve("ess_balance bf16", constexprs=ess_balance),
+        gradient("gradient bf16, ess_balance", constexprs=ess_balance),
+        gradient("gradient bf16, entropy", constexprs=entropy),
         logprob("logprob bf16"),
         logprob("logprob fp32"),
         logprob("logprob bf16, both models, entropy", "other_ptr", "entropy_ptr"),

@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -49,14 +50,7 @@ def run(stage: Stage, seconds: float, environment: dict[str, str], log: Path) ->
     with log.open("a", encoding="utf-8") as file:
         file.write(f"\n== {stage.name}: {' '.join(command)}\n")
         file.flush()
-        child = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**environment, **stage.environment},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        child = start(command, {**environment, **stage.environment}, file)
         try:
             code = child.wait(timeout=seconds - grace)
             return f"{'ok' if code == 0 else f'exit code {code}'} after {time.monotonic() - begin:.0f} s"
@@ -64,6 +58,13 @@ def run(stage: Stage, seconds: float, environment: dict[str, str], log: Path) ->
             return f"cut after {seconds:.0f} s"
         finally:
             end(child, grace)
+
+
+def start(command: Sequence[str], environment: dict[str, str], log: IO[str]) -> subprocess.Popen[bytes]:
+    """A child in a process group of its own, so that `end` reaches all that it starts."""
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
 
 
 def end(child: subprocess.Popen[bytes], grace: float) -> None:

@@ -244,7 +244,7 @@ def test_passes_are_found_by_what_they_do() -> None:
     loops = [replace(machine.read_loops(code, "cuda")[0], index=index)
              for index, code in enumerate((sweep, step, write))]  # fmt: skip
     entry = replace(GOOD, passes={"step": "step", "write": "stores", "last": 7}, stored_per_pair=2)
-    passes = {each.role: each for each in report.find_passes(entry, loops, per_iteration=1.0)}
+    passes = {each.role: each for each in report.find_passes(entry, loops, TILE)}
     assert {role: (each.loop.index, each.pairs) for role, each in passes.items()} == {
         "main": (0, 4.0), "step": (1, 4.0), "write": (2, 4.0),
     }  # fmt: skip

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .entry import OPTIONAL, Entry
-from .machine import count_float64, is_nop, parse_amdgcn, parse_sass, read_loops
+from .machine import count_float64, parse_amdgcn, parse_sass, read_loops
 from .offsets import narrow_offsets
 from .report import Report, find_passes
 
@@ -129,7 +129,6 @@ def read_entry(entry: Entry, target: str, listing_folder: Path | None = None) ->
         (listing_folder / f"{stem}.s").write_text(listing)
 
     loops = read_loops(code, backend)
-    per_iteration = entry.tile / (lanes * entry.num_warps)
     return Report(
         name=entry.name,
         configuration=words,
@@ -139,12 +138,10 @@ def read_entry(entry: Entry, target: str, listing_folder: Path | None = None) ->
         stack=stack,
         spills=spills,
         shared=kernel.metadata.shared,
-        instructions=sum(not is_nop(instruction) for instruction in code),
         float64=count_float64(code),
         narrow_offsets=narrow_offsets(kernel.asm["ttir"]),
         loops=loops,
-        passes=find_passes(entry, loops, per_iteration),
-        per_iteration=per_iteration,
+        passes=find_passes(entry, loops, lanes * entry.num_warps),
     )
 
 

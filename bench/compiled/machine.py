@@ -27,7 +27,6 @@ class Loop:
     """One loop of the machine code; counts are per thread and pass, all blocks of the body included."""
 
     index: int
-    start: int  # position of the header in the listing
     innermost: bool
     slots: int  # instructions issued, NOPs excluded
     exps: int
@@ -139,7 +138,7 @@ def read_loops(code: Sequence[Instruction], backend: str) -> list[Loop]:
         instructions = [code[position] for position in body if not is_nop(code[position])]
         opcodes = Counter(instruction.opcode for instruction in instructions)
         innermost = not any(other < sets[index] for other in sets)
-        found.append(Loop(index, body[0], innermost, len(instructions), opcodes=dict(opcodes), **count(opcodes)))
+        found.append(Loop(index, innermost, len(instructions), opcodes=dict(opcodes), **count(opcodes)))
     return found
 
 

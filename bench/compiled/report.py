@@ -53,12 +53,10 @@ class Report:
     stack: int
     spills: int
     shared: int
-    instructions: int
     float64: int
     narrow_offsets: list[str]  # 32-bit products of a program id and an argument that reach an address
     loops: list[Loop]
     passes: list[Pass]  # the main one first, if there is one
-    per_iteration: float  # pairs per thread in one iteration of the source's loop
 
     @property
     def main(self) -> Pass | None:
@@ -90,8 +88,6 @@ def find_loop(loops: Sequence[Loop], choice: str | int, bytes_per_pair: int | No
     if choice == "exps":
         with_exps = [loop for loop in inner if loop.exps]
         return max(with_exps, key=lambda loop: (loop.exps, -loop.slots), default=None)
-    if choice == "longest":
-        return max(inner, key=lambda loop: loop.slots, default=None)
     if choice == "stores":
         storing = [loop for loop in inner if loop.stores and loop.loads]
         return max(storing, key=lambda loop: loop.store_bytes, default=None)
@@ -102,17 +98,17 @@ def find_loop(loops: Sequence[Loop], choice: str | int, bytes_per_pair: int | No
             if loop.exps and not loop.stores and loop.exps * (bytes_per_pair or 0) == loop.load_bytes
         ]
         return max(single, key=lambda loop: (min(loop.loads), loop.load_bytes, -loop.slots), default=None)
-    raise ValueError(f"main_loop is {choice!r}, expected 'exps', 'longest', 'step', 'stores' or an integer")
+    raise ValueError(f"main_loop is {choice!r}, expected 'exps', 'step', 'stores' or an integer")
 
 
-def find_passes(entry: Entry, loops: Sequence[Loop], per_iteration: float) -> list[Pass]:
-    """The main loop and the further ones that the entry names, with the pairs that one pass of each handles."""
+def find_passes(entry: Entry, loops: Sequence[Loop], threads: int) -> list[Pass]:
+    """The main loop and the further ones that the entry names, with the pairs that a thread handles in one pass."""
     found = []
     for role, choice in {"main": entry.main_loop, **entry.passes}.items():
         loop = find_loop(loops, choice, entry.bytes_per_pair)
         if loop is None:
             continue  # the comparison with committed rows misses it
-        pairs = per_iteration
+        pairs = entry.tile / threads
         if choice == "stores" and entry.stored_per_pair:
             pairs = loop.store_bytes / entry.stored_per_pair
         elif entry.bytes_per_pair and loop.load_bytes:

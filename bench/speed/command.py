@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         np.seterr(all="ignore")  # the interpreter's lanes overflow where a kernel masks them later
         every = INTERPRETED_CASES
     else:
-        every = select(device, quick=arguments.quick, name_part="")
+        every = select(device, quick=arguments.quick)
     cases = [case for case in every if arguments.filter in case.name]
     if not cases:
         return _refuse(f"--filter {arguments.filter!r} matches no case of: {', '.join(case.name for case in every)}.")

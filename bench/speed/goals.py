@@ -35,16 +35,14 @@ GOALS = (
 )
 
 
-def _time(who: str) -> Callable[[Of], float | None]:
+def _of(who: str, field: str, times: float = 1.0) -> Callable[[Of], float | None]:
+    """A field of one candidate's row; None where it was not measured."""
+
     def read(rows: Of) -> float | None:
-        row = rows.get(who)
-        return row.p50_ms * 1e3 if row and row.p50_ms is not None else None
+        value: float | None = getattr(rows.get(who), field, None)
+        return None if value is None else value * times
 
     return read
-
-
-def _over(who: str) -> Callable[[Of], float | None]:
-    return lambda rows: rows[who].over if who in rows else None
 
 
 def _times_the_copy(rows: Of) -> float | None:
@@ -57,21 +55,14 @@ def _extra_per_row(rows: Of) -> float | None:
     return None if package.extra_bytes is None else package.extra_bytes / package.N
 
 
-@dataclass(frozen=True)
-class Quantity:
-    """How a goal's quantity is read off a case's rows, and whether the goal is a floor or a ceiling."""
-
-    read: Callable[[Of], float | None]
-    floor: bool
-
-
-QUANTITIES = {
-    "over the reference": Quantity(_over("reference"), floor=True),
-    "over the reference, compiled and graphed": Quantity(_over("graphed"), floor=True),
-    "times the copy": Quantity(_times_the_copy, floor=False),
-    "time, us": Quantity(_time("package"), floor=False),
-    "graph replay, us": Quantity(_time("graph"), floor=False),
-    "extra bytes per row": Quantity(_extra_per_row, floor=False),
+# How a goal's quantity is read off a case's rows, and whether the goal is a floor.
+QUANTITIES: dict[str, tuple[Callable[[Of], float | None], bool]] = {
+    "over the reference": (_of("reference", "over"), True),
+    "over the reference, compiled and graphed": (_of("graphed", "over"), True),
+    "times the copy": (_times_the_copy, False),
+    "time, us": (_of("package", "p50_ms", 1e3), False),
+    "graph replay, us": (_of("graph", "p50_ms", 1e3), False),
+    "extra bytes per row": (_extra_per_row, False),
 }
 
 
@@ -81,12 +72,15 @@ class Reached:
     value: float
 
     @property
+    def is_floor(self) -> bool:
+        return QUANTITIES[self.goal.quantity][1]
+
+    @property
     def reached(self) -> bool:
-        floor = QUANTITIES[self.goal.quantity].floor
-        return self.value >= self.goal.limit if floor else self.value <= self.goal.limit
+        return self.value >= self.goal.limit if self.is_floor else self.value <= self.goal.limit
 
     def __str__(self) -> str:
-        sign = "at least" if QUANTITIES[self.goal.quantity].floor else "at most"
+        sign = "at least" if self.is_floor else "at most"
         verdict = "reached" if self.reached else "MISSED"
         return f"{self.goal.case}: {self.goal.quantity}: {self.value:.3g}, goal {sign} {self.goal.limit:g}: {verdict}"
 
@@ -96,7 +90,7 @@ def measured(rows: Sequence[Measurement], kind: str) -> list[Reached]:
     found = []
     for goal in GOALS:
         of_case = results.of(rows, goal.case)
-        value = QUANTITIES[goal.quantity].read(of_case) if goal.device == kind and "package" in of_case else None
+        value = QUANTITIES[goal.quantity][0](of_case) if goal.device == kind and "package" in of_case else None
         if value is not None:
             found.append(Reached(goal, value))
     return found

@@ -100,7 +100,7 @@ def gpu(language: str) -> str:
     for rows in _measured("cuda"):
         lines = []
         for each in goals.measured(rows, "cuda"):
-            sign = words("at least" if goals.QUANTITIES[each.goal.quantity].floor else "at most", language)
+            sign = words("at least" if each.is_floor else "at most", language)
             verdict = words("reached" if each.reached else "missed", language)
             goal = f"{each.goal.quantity}: {sign} {each.goal.limit:g}"
             package = results.of(rows, each.goal.case)["package"]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 import optsample_triton as ost
-from bench.timing import peak_extra_bytes
+from bench.speed.timing import peak_extra_bytes
 from optsample_triton import backend as backends
 from reference import truth
 from tests import cases

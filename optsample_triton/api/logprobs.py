@@ -11,6 +11,7 @@ from torch import Tensor
 import optsample_triton.ops  # noqa: F401 (defines torch.ops.optsample)
 from optsample_triton.api import sharded
 from optsample_triton.api.arguments import check_rows, inverse_temperature
+from optsample_triton.types import Model, Targets, TokenLogprobs
 
 Result = Tensor | tuple[Tensor, Tensor]
 
@@ -75,10 +76,16 @@ def token_logprobs(
             raise ValueError("inplace_backward does not go with group, since the logits are read twice")
     if group is not None:
         return _over_shards(logits, logits_t, tokens, (scale, scale_t), group, ignore_index, entropy)
-    log_probs, entropies, _ = torch.ops.optsample.token_logprobs(
-        _as_rows(logits), None if logits_t is None else _as_rows(logits_t), tokens.reshape(-1).long().contiguous(),
-        scale, scale_t, int(ignore_index), bool(entropy), bool(inplace_backward),
-    )  # fmt: skip
+    other = None if logits_t is None else _as_rows(logits_t)
+    found = torch.ops.optsample.token_logprobs(
+        *Model(_as_rows(logits), scale),
+        other,
+        scale_t,
+        *Targets(tokens.reshape(-1).long().contiguous(), int(ignore_index)),
+        bool(entropy),
+        bool(inplace_backward),
+    )
+    log_probs, entropies, _ = TokenLogprobs(*found)
     results: list[Result] = []
     for model in range(1 if logits_t is None else 2):
         values = [x[model].reshape(tokens.shape) for x in (log_probs, *((entropies,) if entropy else ()))]
@@ -140,9 +147,15 @@ def linear_token_logprobs(
         raise ValueError(f"chunk_size must be at least 1, but is {chunk_size}")
     scale = _scale(temperature, hidden, "temperature")
     log_probs, entropies, _ = torch.ops.optsample.linear_token_logprobs(
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, tokens.reshape(-1).long().contiguous(), scale,
-        int(ignore_index), bool(entropy), int(chunk_size),
-    )  # fmt: skip
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        tokens.reshape(-1).long().contiguous(),
+        scale,
+        int(ignore_index),
+        bool(entropy),
+        int(chunk_size),
+    )
     if entropy:
         return log_probs.reshape(tokens.shape), entropies.reshape(tokens.shape)
     result: Tensor = log_probs.reshape(tokens.shape)

@@ -84,8 +84,8 @@ def test_opcheck_of_backward(needed, backend, device):
     hidden, weight, bias = (x.detach() for x in (hidden, weight, bias))
     values = torch.ops.optsample.linear_token_logprobs(hidden, weight, bias, tokens, None, -100, True, 2)
     log_probs, entropies, partitions = values
-    upstream = log_probs, partitions, entropies, log_probs.clone(), entropies.clone(), -100, 2, needed
-    arguments = (hidden, weight, bias, tokens, None, *upstream)
+    found = log_probs, entropies, partitions, log_probs.clone(), entropies.clone()
+    arguments = (hidden, weight, bias, tokens, None, -100, True, 2, *found, needed)
     op = torch.ops.optsample.linear_token_logprobs_backward.default
     assert set(torch.library.opcheck(op, arguments, test_utils=CHECKS).values()) == {"SUCCESS"}
 

@@ -69,15 +69,17 @@ def test_opcheck_of_solve_out(setting):
 def test_opcheck_of_solve_backward(method, setting):
     device, dtype = setting
     a, b = rows((2, 9), device, dtype)
-    _, alpha, _, status, _, partitions, _ = torch.ops.optsample.solve(*op_arguments(a, b), 9, dtype)
+    _, alpha, _, status, _, saved, _ = torch.ops.optsample.solve(*op_arguments(a, b), 9, dtype)
     upstream = rows((2, 9), device, dtype, seed=1)[0], alpha.clone(), alpha.clone()
-    arguments = (a, b, alpha, status, partitions, None, None, *upstream, method)
+    problem = (a, b, alpha, None, None, method, "chernoff", 1e-6, 20, -1.0)
+    arguments = (*problem, status, saved, *upstream)
     result = torch.library.opcheck(torch.ops.optsample.solve_backward.default, arguments, test_utils=CHECKS)
     assert set(result.values()) == {"SUCCESS"}
 
 
 def draw_arguments(a, b, *, seeds=None, cooling=None):
-    return (a, b, None, None, None, "kl_symmetry", 1e-4, 20, 7, 3, seeds, None, seeds is None, cooling, cooling)
+    problem = (a, b, None, None, None, "kl_symmetry", "chernoff", 1e-4, 20, -1.0)
+    return (*problem, 7, 3, seeds, None, seeds is None, cooling, cooling)
 
 
 @pytest.mark.parametrize("variant", ["plain", "seeds", "filtered"])

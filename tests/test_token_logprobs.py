@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 import optsample_triton as ost
-from bench.timing import peak_extra_bytes
+from bench.speed.timing import peak_extra_bytes
 from optsample_triton import backend as backends
 from reference import truth
 from tests import cases
@@ -436,7 +436,7 @@ def test_opcheck(both, setting):
     a, b = (x.requires_grad_() for x in op_rows(*setting))
     tokens = torch.tensor([3, -100], device=a.device)
     scale = torch.tensor([0.5, 2.0], device=a.device, dtype=a.dtype)
-    arguments = (a, b if both else None, tokens, scale, None, -100, both, False)
+    arguments = (a, scale, b if both else None, None, tokens, -100, both, False)
     result = torch.library.opcheck(torch.ops.optsample.token_logprobs.default, arguments, test_utils=CHECKS)
     assert set(result.values()) == {"SUCCESS"}
 
@@ -446,9 +446,9 @@ def test_opcheck_of_backward(name, setting):
     a, _ = op_rows(*setting)
     tokens = torch.tensor([3, -100], device=a.device)
     log_probs, entropies, partitions = torch.ops.optsample.token_logprobs(
-        a, None, tokens, None, None, -100, True, False
+        a, None, None, None, tokens, -100, True, False
     )
-    arguments = (a, tokens, None, log_probs[0], partitions[0], entropies[0], log_probs[0], entropies[0], -100)
+    arguments = (a, None, tokens, -100, log_probs[0], entropies[0], partitions[0], log_probs[0], entropies[0])
     result = torch.library.opcheck(getattr(torch.ops.optsample, name).default, arguments, test_utils=CHECKS)
     assert set(result.values()) == {"SUCCESS"}
 

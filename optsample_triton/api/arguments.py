@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from optsample_triton.ops.library import result_dtype
-from optsample_triton.types import INPUT_DTYPES
+from optsample_triton.types import ALGORITHMS, INPUT_DTYPES, METHODS, Options, Problem, result_dtype
 
 LARGEST = 1e37  # of a number that float32 has to hold, and its inverse
 INTEGERS = (int, np.integer)
@@ -36,6 +35,45 @@ def check_rows(theta: Tensor, t: Tensor, name_theta: str, name_t: str) -> None:
         raise TypeError(f"{name_t} must have the dtype of {name_theta}, {theta.dtype}, but has {t.dtype}")
     if t.device != theta.device:
         raise ValueError(f"{name_t} must be on the device of {name_theta}, {theta.device}, but is on {t.device}")
+
+
+def as_options(method: str, algorithm: str, alpha: float | Tensor | None, tol: float, max_iter: int) -> Options:
+    """How to solve, checked; a given alpha implies method "fixed"."""
+    check_choice(method, METHODS, "method")
+    check_choice(algorithm, ALGORITHMS, "algorithm")
+    if alpha is not None and method not in ("kl_symmetry", "fixed"):
+        raise ValueError(f'alpha goes with method="fixed" only, but method is {method!r}')
+    if alpha is None and method == "fixed":
+        raise ValueError('method="fixed" needs alpha, but alpha is None')
+    check_effort(tol, max_iter)
+    return Options("fixed" if alpha is not None else method, algorithm, float(tol), int(max_iter))
+
+
+def as_problem(
+    theta: Tensor,
+    t: Tensor,
+    options: Options,
+    *,
+    alpha: float | Tensor | None,
+    temperatures: tuple[float | Tensor, float | Tensor],
+    vocab_size: int | None,
+) -> Problem:
+    """Checked rows in the ops' form, cut to ``vocab_size``; temperatures are theta's and t's."""
+    check_rows(theta, t, "logits_theta", "logits_t")
+    if vocab_size is not None:
+        check_count(vocab_size, "vocab_size")
+        if vocab_size > theta.shape[-1]:
+            raise ValueError(
+                f"vocab_size must be between 1 and the rows' length {theta.shape[-1]}, but is {vocab_size}"
+            )
+    return Problem(
+        as_rows(theta)[..., :vocab_size],
+        as_rows(t)[..., :vocab_size],
+        None if alpha is None else per_row(alpha, theta, "alpha"),
+        inverse_temperature(temperatures[0], theta, "temperature_theta"),
+        inverse_temperature(temperatures[1], theta, "temperature_t"),
+        options,
+    )
 
 
 def as_rows(rows: Tensor) -> Tensor:

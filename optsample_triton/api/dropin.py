@@ -1,6 +1,6 @@
-"""The functions of the documents under their own names, on probabilities, with their eps semantics.
+"""The functions of the documents under their own names, on probabilities, with their use of eps.
 
-A drop-in: change the import and nothing else. NumPy arrays work wherever the documents' NumPy listing takes them.
+Drop-ins: only the import changes. NumPy arrays work wherever the documents' NumPy listing takes them.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from optsample_triton.api.arguments import as_rows, check_effort, check_rows
-from optsample_triton.types import METHODS, Status
+import optsample_triton.ops  # noqa: F401 (defines torch.ops.optsample)
+from optsample_triton.api.arguments import as_rows, check_choice, check_effort, check_rows
+from optsample_triton.numerics import Status
+from optsample_triton.types import METHODS, Diagnostics, Options, Problem, Solved, result_dtype
 
 EPS = 1e-10
+_LISTED = Options(max_iter=50, eps=EPS)  # the documents' defaults
 
 
 class OptimalSamplingDistribution:
@@ -23,8 +26,8 @@ class OptimalSamplingDistribution:
 
     Args:
         tol: bound on the error of alpha.
-        max_iter: most steps; the solver needs one to three where the documents' bisection needs twenty.
-        eps: floor added to every probability before its logarithm.
+        max_iter: most steps. The solver needs one to three, the documents' bisection twenty.
+        eps: added to every probability before its logarithm is taken.
         method: "kl_symmetry", "ess_balance", "entropy" or "fixed" (with ``alpha``).
 
     >>> import torch
@@ -42,8 +45,7 @@ class OptimalSamplingDistribution:
         method: str = "kl_symmetry",
         alpha: float = 0.5,
     ) -> None:
-        if method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, but is {method!r}")
+        check_choice(method, METHODS, "method")
         if not math.isfinite(alpha):
             raise ValueError(f"alpha must be finite, but is {alpha}")
         _check_options(tol, max_iter, eps)
@@ -59,13 +61,12 @@ class OptimalSamplingDistribution:
         batch = pi_theta.shape[:-1]
         fixed = None
         if self.method == "fixed":
-            fixed = torch.full((batch.numel(),), self.alpha, device=pi_theta.device, dtype=_row_dtype(pi_theta))
-        log_q, alpha, _, status, _, _, figures = _solve(
-            pi_theta, pi_t, fixed, self.method, self.tol, self.max_iter, self.eps, diagnostics=True, write=True
-        )
-        columns = [column.reshape(batch) for column in figures.unbind(-1)]
-        kl_theta, kl_t, ess_theta, ess_t, entropy_theta, entropy_t, entropy_q, _, _ = columns
-        alpha = alpha.reshape(batch)
+            fixed = torch.full((batch.numel(),), self.alpha, device=pi_theta.device, dtype=result_dtype(pi_theta.dtype))
+        options = Options(self.method, tol=self.tol, max_iter=self.max_iter, eps=self.eps)
+        log_q, solved = _solve(pi_theta, pi_t, options, fixed, diagnostics=True, write=True)
+        columns = (column.reshape(batch) for column in (*solved.diagnostics.unbind(-1), solved.sweeps))
+        found = Diagnostics(*columns)
+        alpha, kl_theta, kl_t = solved.alpha.reshape(batch), found.kl_theta, found.kl_t
         kl_diff = (kl_theta - kl_t).abs()
         info = {
             "alpha": alpha,
@@ -73,31 +74,40 @@ class OptimalSamplingDistribution:
             "kl_t": kl_t,
             "kl_diff": kl_diff,
             "kl_symmetry_error": kl_diff / (kl_theta + kl_t + self.eps),
-            "ess_theta": ess_theta,
-            "ess_t": ess_t,
-            "ess_ratio": ess_theta / (ess_t + self.eps),
-            "entropy_theta": entropy_theta,
-            "entropy_t": entropy_t,
-            "entropy_q": entropy_q,
-            "converged": (status != Status.NOT_CONVERGED).all(),
+            "ess_theta": found.ess_theta,
+            "ess_t": found.ess_t,
+            "ess_ratio": found.ess_theta / (found.ess_t + self.eps),
+            "entropy_theta": found.entropy_theta,
+            "entropy_t": found.entropy_t,
+            "entropy_q": found.entropy_q,
+            "converged": (solved.status != Status.NOT_CONVERGED).all(),
         }
         return _q_of(log_q, pi_theta), alpha, info
 
 
 def optimal_sampling_distribution(pi_theta: Tensor, pi_t: Tensor, method: str = "kl_symmetry") -> tuple[Tensor, Tensor]:
-    """pi_theta, pi_t [..., V] -> q_star [..., V], alpha_star [...]."""
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, but is {method!r}")
+    """pi_theta, pi_t [..., V] -> q_star [..., V], alpha_star [...].
+
+    Args:
+        method: "kl_symmetry", "ess_balance", "entropy", or "fixed", which is alpha = 0.5.
+
+    >>> q_star, alpha_star = optimal_sampling_distribution(torch.tensor([[0.7, 0.3]]), torch.tensor([[0.3, 0.7]]))
+    >>> round(alpha_star.item(), 4), [round(p, 4) for p in q_star[0].tolist()]
+    (0.5, [0.5, 0.5])
+    """
+    check_choice(method, METHODS, "method")
     check_rows(pi_theta, pi_t, "pi_theta", "pi_t")
     fixed = None
     if method == "fixed":
-        fixed = torch.full((pi_theta.shape[:-1].numel(),), 0.5, device=pi_theta.device, dtype=_row_dtype(pi_theta))
-    log_q, alpha, *_ = _solve(pi_theta, pi_t, fixed, method, write=True)
-    return _q_of(log_q, pi_theta), alpha.reshape(pi_theta.shape[:-1])
+        fixed = torch.full(
+            (pi_theta.shape[:-1].numel(),), 0.5, device=pi_theta.device, dtype=result_dtype(pi_theta.dtype)
+        )
+    log_q, solved = _solve(pi_theta, pi_t, _LISTED._replace(method=method), fixed, write=True)
+    return _q_of(log_q, pi_theta), solved.alpha.reshape(pi_theta.shape[:-1])
 
 
 def solve_kl_symmetry(pi_theta: Any, pi_t: Any, tol: float = 1e-6, max_iter: int = 50) -> Any:
-    """alpha* [...] of probability rows [..., V]; NumPy in, NumPy out.
+    """alpha* [...] of probability rows [..., V]. NumPy in, NumPy out.
 
     >>> float(solve_kl_symmetry(np.array([0.9, 0.1]), np.array([0.1, 0.9])).round(4))
     0.5
@@ -105,19 +115,23 @@ def solve_kl_symmetry(pi_theta: Any, pi_t: Any, tol: float = 1e-6, max_iter: int
     if isinstance(pi_theta, np.ndarray):
         return solve_kl_symmetry(_tensor(pi_theta), _tensor(pi_t, "pi_t"), tol, max_iter).numpy()[()]
     check_rows(pi_theta, pi_t, "pi_theta", "pi_t")
-    alpha = _solve(pi_theta, pi_t, None, "kl_symmetry", tol, max_iter)[1]
-    return alpha.reshape(pi_theta.shape[:-1])
+    _, solved = _solve(pi_theta, pi_t, _LISTED._replace(tol=tol, max_iter=max_iter))
+    return solved.alpha.reshape(pi_theta.shape[:-1])
 
 
 def solve_kl_symmetry_batch(probs_theta: Tensor, probs_t: Tensor) -> Tensor:
-    """alpha* for every position of a batch of sequences: [B, S, V] -> [B, S]."""
+    """alpha* for every position of a batch of sequences: [B, S, V] -> [B, S].
+
+    >>> probs_theta = torch.tensor([0.7, 0.3]).expand(2, 3, 2)
+    >>> solve_kl_symmetry_batch(probs_theta, probs_theta.flip(-1)).shape
+    torch.Size([2, 3])
+    """
     check_rows(probs_theta, probs_t, "probs_theta", "probs_t")
-    alpha: Tensor = _solve(probs_theta, probs_t, None, "kl_symmetry")[1]
-    return alpha.reshape(probs_theta.shape[:-1])
+    return _solve(probs_theta, probs_t, _LISTED)[1].alpha.reshape(probs_theta.shape[:-1])
 
 
 def geometric_mean(pi_theta: Any, pi_t: Any, alpha: Any, eps: float = EPS) -> Any:
-    """q_alpha [..., V]; alpha is a number or has any shape that fits the rows' leading one; NumPy in, NumPy out.
+    """q_alpha [..., V]. alpha is a number, or broadcasts to the rows' leading shape. NumPy in, NumPy out.
 
     >>> geometric_mean(torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1]), 1.0).tolist()
     [0.5, 0.5]
@@ -127,14 +141,14 @@ def geometric_mean(pi_theta: Any, pi_t: Any, alpha: Any, eps: float = EPS) -> An
         return geometric_mean(_tensor(pi_theta), _tensor(pi_t, "pi_t"), alpha, eps).numpy()
     check_rows(pi_theta, pi_t, "pi_theta", "pi_t")
     batch = pi_theta.shape[:-1]
-    alpha = torch.as_tensor(alpha, device=pi_theta.device, dtype=_row_dtype(pi_theta))
+    alpha = torch.as_tensor(alpha, device=pi_theta.device, dtype=result_dtype(pi_theta.dtype))
     if alpha.dim() == pi_theta.dim() and alpha.shape[-1] == 1:  # [..., 1], as the listing also takes it
         alpha = alpha.squeeze(-1)
     try:
         alpha = alpha.expand(batch)
     except RuntimeError:
         raise ValueError(f"alpha must fit the rows' shape {list(batch)}, but has {list(alpha.shape)}") from None
-    log_q = _solve(pi_theta, pi_t, alpha.reshape(-1), "fixed", eps=eps, write=True)[0]
+    log_q, _ = _solve(pi_theta, pi_t, _LISTED._replace(method="fixed", eps=eps), alpha.reshape(-1), write=True)
     return _q_of(log_q, pi_theta)
 
 
@@ -182,31 +196,26 @@ def _check_options(tol: float, max_iter: int, eps: float) -> None:
 def _solve(
     pi_theta: Tensor,
     pi_t: Tensor,
-    alpha: Tensor | None,
-    method: str,
-    tol: float = 1e-6,
-    max_iter: int = 50,
-    eps: float = EPS,
+    options: Options,
+    alpha: Tensor | None = None,
     *,
     diagnostics: bool = False,
     write: bool = False,
-) -> Any:
-    """The op on probability rows. The listings are not differentiated: their gradient would end at the bisection."""
-    _check_options(tol, max_iter, eps)
-    theta, t = as_rows(pi_theta.detach()), as_rows(pi_t.detach())
-    return torch.ops.optsample.solve(
-        theta, t, alpha, None, None, method, "chernoff", tol, max_iter, eps, True, diagnostics,
-        pi_theta.shape[-1] if write else 0, _row_dtype(pi_theta),
-    )  # fmt: skip
+) -> tuple[Tensor, Solved]:
+    """The op on probability rows: log q* [N, V] if it is to be written, and the solved rows.
+
+    The listings are not differentiated: their gradient would end at the bisection.
+    """
+    _check_options(options.tol, options.max_iter, options.eps)
+    problem = Problem(as_rows(pi_theta.detach()), as_rows(pi_t.detach()), alpha, options=options)
+    width = pi_theta.shape[-1] if write else 0
+    log_q, *fields = torch.ops.optsample.solve(*problem.flat(), True, diagnostics, width, result_dtype(pi_theta.dtype))
+    return log_q, Solved(*fields)
 
 
 def _q_of(log_q: Tensor, like: Tensor) -> Tensor:
     """q in the rows' shape and dtype; the logarithm is float32 at least, or 16 bits of it would be percents of q."""
     return log_q.exp_().reshape(like.shape).to(like.dtype)
-
-
-def _row_dtype(rows: Tensor) -> torch.dtype:
-    return torch.float64 if rows.dtype == torch.float64 else torch.float32
 
 
 def _tensor(array: Any, name: str = "") -> Tensor:

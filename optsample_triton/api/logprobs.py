@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens, from logits or hidden states: validation, documentation, one call each."""
+"""Log-probabilities of given tokens, from logits or from hidden states."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 import optsample_triton.ops  # noqa: F401 (defines torch.ops.optsample)
 from optsample_triton.api import sharded
 from optsample_triton.api.arguments import check_rows, inverse_temperature
+from optsample_triton.types import Model, Targets, TokenLogprobs
 
 Result = Tensor | tuple[Tensor, Tensor]
 
@@ -29,30 +30,30 @@ def token_logprobs(
 ) -> Result | tuple[Result, Result]:
     """log softmax(logits / temperature)[token] for every row, without a tensor of the logits' size.
 
-    One read of the logits forward; backward one read and one write, of the gradient. Beside the logits a call holds
-    O(N) memory, its backward the gradient, and with ``inplace_backward`` not even that.
+    The forward pass reads the logits once and needs O(N) extra memory. The backward pass reads them once more and
+    writes the gradient once, with ``inplace_backward`` over the logits themselves.
 
     Args:
         logits: [..., V], float32, bfloat16, float16 or float64; rows may be strided, as in ``logits[:, :-1]``.
         tokens: [...], integers.
-        temperature: positive float or [...]; a constant of the gradient. A row whose value in [...] is not positive
-            and finite gets NaN and no gradient: looking would wait for the device.
+        temperature: a positive float or [...]; a constant of the gradient. In a tensor, a row whose value is not
+            positive and finite gets NaN and no gradient, because checking would wait for the device.
         entropy: also return the rows' entropies, in nats and differentiable.
-        inplace_backward: write the gradient over the logits, which nobody may use after that; an operation that saved
-            them for its own backward (a tanh cap) raises. Not for leaf tensors, nor for two models in shared memory.
-        ignore_index: rows with this token are not read; log-probability, entropy and gradient are 0. Append it to
-            shifted labels instead of slicing the logits: the gradient of a slice is a copy.
-        logits_t, temperature_t: a second model's logits of the same shape, for both models' results from one launch.
-        group: a torch.distributed group whose processes hold parts of the vocabulary, in the order of their ranks, of
-            one column at least each. Tokens count over the whole of it; every process gets the same numbers, and the
-            gradient of its own logits. All other arguments must be equal.
+        inplace_backward: write the gradient over the logits. Do not read the logits afterwards; an operation that saved
+            them for its own backward pass (a tanh cap) raises. Not for leaf tensors or two models in shared memory.
+        ignore_index: rows with this token are not read; their log-probability, entropy and gradient are 0. Append it to
+            shifted labels instead of slicing the logits, because the gradient of a slice is a copy.
+        logits_t, temperature_t: a second model's logits of the same shape. One launch then serves both models.
+        group: a torch.distributed group whose processes hold shards of the vocabulary in the order of their ranks, each
+            of at least one column. Tokens are numbered over the whole vocabulary. Every process gets the same results
+            and the gradient of its own logits. All other arguments must be equal.
 
     Returns:
-        log-probabilities [...] in float32 (float64 for float64 logits); with ``entropy`` the pair (log-probabilities,
-        entropies); with ``logits_t`` the pair of what each model alone would give.
+        log-probabilities [...] in float32 (float64 for float64 logits). With ``entropy``: the pair (log-probabilities,
+        entropies). With ``logits_t``: a pair, what each model alone would give. Differentiable once.
 
-        A token whose logit is -inf has log-probability -inf. A row with NaN, +inf or nothing finite, and a token
-        outside the vocabulary, give NaN and no gradient. Neither disturbs other rows. Differentiable once.
+        A token whose logit is -inf has log-probability -inf. A row with NaN, +inf or no finite logit gives NaN and no
+        gradient, and so does a token outside the vocabulary. Other rows are not affected.
 
     >>> import torch
     >>> logits = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]]).log()
@@ -75,10 +76,16 @@ def token_logprobs(
             raise ValueError("inplace_backward does not go with group, since the logits are read twice")
     if group is not None:
         return _over_shards(logits, logits_t, tokens, (scale, scale_t), group, ignore_index, entropy)
-    log_probs, entropies, _ = torch.ops.optsample.token_logprobs(
-        _as_rows(logits), None if logits_t is None else _as_rows(logits_t), tokens.reshape(-1).long().contiguous(),
-        scale, scale_t, int(ignore_index), bool(entropy), bool(inplace_backward),
-    )  # fmt: skip
+    other = None if logits_t is None else _as_rows(logits_t)
+    found = torch.ops.optsample.token_logprobs(
+        *Model(_as_rows(logits), scale),
+        other,
+        scale_t,
+        *Targets(tokens.reshape(-1).long().contiguous(), int(ignore_index)),
+        bool(entropy),
+        bool(inplace_backward),
+    )
+    log_probs, entropies, _ = TokenLogprobs(*found)
     results: list[Result] = []
     for model in range(1 if logits_t is None else 2):
         values = [x[model].reshape(tokens.shape) for x in (log_probs, *((entropies,) if entropy else ()))]
@@ -97,21 +104,21 @@ def linear_token_logprobs(
     ignore_index: int = -100,
     chunk_size: int = 1024,
 ) -> Result:
-    """token_logprobs(hidden @ weight.T + bias, tokens) with logits for ``chunk_size`` rows at a time only.
+    """token_logprobs(hidden @ weight.T + bias, tokens), with the logits of ``chunk_size`` rows at a time.
 
-    The backward pass makes them again, chunk by chunk, which costs one more matrix product. The extra memory is
-    chunk_size * V elements in either direction, beside the gradients themselves; in 16 bits the backward pass also
-    holds the weight's gradient in float32, in which the chunks are added up.
+    The backward pass computes the logits again, chunk by chunk, which costs one more matrix product. Both passes need
+    chunk_size * V elements beside the gradients. For a weight of 16 bits the backward pass also holds its gradient in
+    float32, to add up the chunks.
 
     Args:
         hidden: [..., H], float32, bfloat16, float16 or float64.
         weight: [V, H], the output embedding.
         tokens: [...], integers.
         bias: [V].
-        chunk_size: rows whose logits exist at once.
+        chunk_size: how many rows' logits exist at a time.
 
-    The other arguments, and the results, are those of ``token_logprobs``. Differentiable in hidden, weight and bias.
-    The logits are rounded to the dtype of ``hidden``, as an output layer rounds them.
+    The other arguments and the results are those of ``token_logprobs``. Differentiable in hidden, weight and bias.
+    The logits are rounded to the dtype of ``hidden``, as an output layer would do.
 
     >>> import torch
     >>> hidden, weight = torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0], [1.0]]).log1p()
@@ -140,9 +147,15 @@ def linear_token_logprobs(
         raise ValueError(f"chunk_size must be at least 1, but is {chunk_size}")
     scale = _scale(temperature, hidden, "temperature")
     log_probs, entropies, _ = torch.ops.optsample.linear_token_logprobs(
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, tokens.reshape(-1).long().contiguous(), scale,
-        int(ignore_index), bool(entropy), int(chunk_size),
-    )  # fmt: skip
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        tokens.reshape(-1).long().contiguous(),
+        scale,
+        int(ignore_index),
+        bool(entropy),
+        int(chunk_size),
+    )
     if entropy:
         return log_probs.reshape(tokens.shape), entropies.reshape(tokens.shape)
     result: Tensor = log_probs.reshape(tokens.shape)

@@ -1,4 +1,4 @@
-"""Tokens drawn from q*, with their log-probabilities, and drafts verified against it: no [N, V] tensor is made."""
+"""Draw tokens from q* with their log-probabilities, and verify drafts against it. No [N, V] tensor is made."""
 
 from __future__ import annotations
 
@@ -9,9 +9,17 @@ import torch
 from torch import Tensor
 
 from optsample_triton.api import sharded
-from optsample_triton.api.arguments import INTEGERS, NUMBERS, check_choice, check_count, inverse_temperature, per_row
-from optsample_triton.api.solve import prepare
-from optsample_triton.types import DRAFTS, Draws, Sample, Verified
+from optsample_triton.api.arguments import (
+    INTEGERS,
+    NUMBERS,
+    as_options,
+    as_problem,
+    check_choice,
+    check_count,
+    inverse_temperature,
+    per_row,
+)
+from optsample_triton.types import DRAFTS, Drafts, Draws, Sample, Verified
 
 Number = int | Tensor
 
@@ -34,24 +42,25 @@ def sample(
     max_iter: int = 20,
     group: Any = None,
 ) -> Sample:
-    """Draw from q_alpha of every row: the token, its log-probability, and its log-probabilities under both models.
+    """Draw a token from q_alpha of every row; return it with its log-probabilities under q_alpha and both models.
 
-    alpha is frozen before the draw, and that alpha is the one reported: the law and log_q are exact for it.
+    alpha is fixed before the draw and reported. The draw and log_q are exact for that alpha.
 
     Args:
         logits_theta, logits_t: [..., V], as for ``solve``.
-        seed: an int, a tensor, or a torch.Generator that one is taken from. Same seed and offset, same token. A tensor
-            [...] is used as it is for each row, whatever the batch; one number for all rows (an int, a 0-d tensor, a
-            generator's) is mixed with the row's index. A captured graph replays an int; it follows a tensor.
-        offset: an int or a tensor [...], for instance the position that is sampled: another offset, other tokens.
-        num_samples: how many tokens to draw from each row; the results are then [..., num_samples].
-        temperature, min_p: q_alpha^(1/temperature), without the tokens below min_p times its peak; floats or [...].
-            log_q is that law's; log_theta and log_t are of the models' whole laws.
-        method, alpha, temperature_theta, temperature_t, vocab_size, max_iter: as for ``solve``; alpha=1 draws from
-            pi_theta and alpha=0 from pi_t, on the tokens that both models allow. For a model's whole law give its
-            logits twice.
+        seed: an int, a tensor of ints, or a torch.Generator that a seed is taken from. The same seed and offset give
+            the same token. A tensor [...] has one seed per row, so a row's token does not depend on its batch. One
+            number for all rows (an int, a 0-d tensor, a generator's) is mixed with the row's index. A captured CUDA
+            graph replays an int; a tensor is read anew at every replay.
+        offset: an int or a tensor [...], for instance the position that is sampled. Another offset gives other tokens.
+        num_samples: how many tokens to draw from each row. The results are then [..., num_samples].
+        temperature, min_p: floats or [...]. Draw from q_alpha^(1/temperature) without the tokens below min_p times its
+            peak. log_q belongs to that distribution; log_theta and log_t belong to the unfiltered models.
+        method, alpha, temperature_theta, temperature_t, vocab_size, max_iter: as for ``solve``. alpha=1 draws from
+            pi_theta and alpha=0 from pi_t, on the tokens that both models allow. To draw from one model on all its
+            tokens, pass its logits twice.
         tol: bound on the error of alpha.
-        group: as for ``solve``: every process draws the same tokens, which count over the whole vocabulary.
+        group: as for ``solve``. Every process draws the same tokens, numbered over the whole vocabulary.
 
     >>> import torch
     >>> logits_theta, logits_t = torch.randn(2, 3, 1000, generator=torch.Generator().manual_seed(0)).unbind(0)
@@ -67,22 +76,26 @@ def sample(
             num_samples = int(num_samples)
         if vocab_size is not None:
             check_count(vocab_size, "vocab_size")
-        rows, shape, _ = prepare(
-            _detached(logits_theta), _detached(logits_t), _detached(alpha), method, "chernoff",
-            _detached(temperature_theta), _detached(temperature_t), vocab_size if group is None else None, tol,
-            max_iter, True,
-        )  # fmt: skip
-        numbers = _numbers(seed, offset, shape, logits_theta.device)
-        filters = _filters(_detached(temperature), _detached(min_p), logits_theta)
+        logits_theta, logits_t, alpha = _detached(logits_theta), _detached(logits_t), _detached(alpha)
+        problem = as_problem(
+            logits_theta,
+            logits_t,
+            as_options(method, "chernoff", alpha, tol, max_iter),
+            alpha=alpha,
+            temperatures=(_detached(temperature_theta), _detached(temperature_t)),
+            vocab_size=vocab_size if group is None else None,
+        )
+        batch = logits_theta.shape[:-1]
+        draws = _draws(seed, offset, _filters(temperature, min_p, logits_theta), batch, logits_theta.device)
     if group is None:
-        drawn = torch.ops.optsample.sample(*_solver(rows), *numbers, *filters, num_samples or 1)
+        drawn = Sample(*torch.ops.optsample.sample(*problem.flat(), *draws, num_samples or 1))
     else:
-        drawn = sharded.sample(rows, group, vocab_size, Draws(*(*numbers, *filters)), num_samples or 1)
-    token, log_q, log_theta, log_t, found, status = drawn
-    whole = shape if num_samples is None else (*shape, num_samples)
-    found, status = (x.reshape(shape) if num_samples is None else x.reshape(*shape, 1) for x in (found, status))
-    token, log_q, log_theta, log_t = (x.reshape(whole) for x in (token, log_q, log_theta, log_t))
-    return Sample(token, log_q, log_theta, log_t, found.expand(whole), status.expand(whole))
+        drawn = sharded.sample(problem, group, vocab_size, draws, num_samples or 1)
+    whole = batch if num_samples is None else (*batch, num_samples)
+    each = batch if num_samples is None else (*batch, 1)
+    token, log_q, log_theta, log_t = (x.reshape(whole) for x in drawn[:4])
+    found, status = (x.reshape(each).expand(whole) for x in (drawn.alpha, drawn.status))
+    return Sample(token, log_q, log_theta, log_t, found, status)
 
 
 def verify(
@@ -104,22 +117,22 @@ def verify(
     tol: float = 1e-4,
     max_iter: int = 20,
 ) -> Verified:
-    """Speculative sampling of q*: keep a prefix of the drafts and draw one more token, so that all are q*'s exactly.
+    """Speculative sampling: keep a prefix of the drafts and draw one more token. The output follows q* exactly.
 
-    Draft k is kept with probability min(1, q/p), p being the draft model's whole law at ``temperature_theta`` or
-    ``temperature_t``. The first refused position draws from max(0, q - p) instead, and the position behind the last
-    draft draws from q.
+    Draft k is kept with probability min(1, q/p), where p is the draft model at ``temperature_theta`` or
+    ``temperature_t``, on all its tokens. The first refused position draws from max(0, q - p) instead. If none is
+    refused, the position after the last draft draws from q.
 
     Args:
-        draft_tokens: [..., K] integers, K = 0 included, drawn from p: ``sample(logits_theta, logits_theta, alpha=1.0)``
-            does so, masked tokens of the other model included. One outside the vocabulary, or with p = 0, is refused.
-        logits_theta, logits_t: [..., K + 1, V]: both models' logits at the drafts' positions and the one behind them.
+        draft_tokens: [..., K] integers drawn from p, as ``sample(logits_theta, logits_theta, alpha=1.0)`` does; K may
+            be 0. A draft outside the vocabulary, or with p = 0, is refused.
+        logits_theta, logits_t: [..., K + 1, V], both models' logits at the drafts' positions and at the one after.
         draft: which model made the drafts, "theta" or "t".
-        draft_lengths: [...] how many of the K drafts each sequence has, all by default; beyond 0 ... K they are
-            clamped. A list is copied to the device. What stands behind a sequence's drafts, in draft_tokens and in the
-            logits, does not matter.
-        seed, offset: as for ``sample``, a tensor being [...], one entry for each sequence; position k takes
-            offset + k. The numbers are others than those of ``sample``, so that drafts may have the same seed.
+        draft_lengths: [...], how many of the K drafts each sequence has; by default all. A tensor's values are clamped
+            to 0 ... K; a list is checked and copied to the device. What draft_tokens and the logits hold after a
+            sequence's drafts does not matter.
+        seed, offset: as for ``sample``, where a tensor is [...] with one entry per sequence. Position k uses
+            offset + k. The random streams are separate from those of ``sample``, so drafts may have the same seed.
 
     The other arguments are those of ``sample``; tensors among them are [..., K + 1].
 
@@ -134,28 +147,36 @@ def verify(
     if not isinstance(draft_tokens, Tensor):
         raise TypeError(f"draft_tokens must be a torch.Tensor, but is {type(draft_tokens).__name__}")
     _check_integers(draft_tokens, "draft_tokens")
-    rows, shape, whole = prepare(
-        _detached(logits_theta), _detached(logits_t), _detached(alpha), method, "chernoff",
-        _detached(temperature_theta), _detached(temperature_t), vocab_size, tol, max_iter, True,
-    )  # fmt: skip
+    logits_theta, logits_t, alpha = _detached(logits_theta), _detached(logits_t), _detached(alpha)
+    problem = as_problem(
+        logits_theta,
+        logits_t,
+        as_options(method, "chernoff", alpha, tol, max_iter),
+        alpha=alpha,
+        temperatures=(_detached(temperature_theta), _detached(temperature_t)),
+        vocab_size=vocab_size,
+    )
+    positions = logits_theta.shape[:-1]
     expected = (*draft_tokens.shape[:-1], draft_tokens.shape[-1] + 1) if draft_tokens.dim() else None
-    if tuple(shape) != expected:
+    if tuple(positions) != expected:
         raise ValueError(
-            f"logits_theta must have shape [..., K + 1, V] for draft_tokens [..., K], but they have {list(whole)} and "
-            f"{list(draft_tokens.shape)}"
+            "logits_theta must have shape [..., K + 1, V] for draft_tokens [..., K], but they have "
+            f"{list(logits_theta.shape)} and {list(draft_tokens.shape)}"
         )
     if draft_tokens.device != logits_theta.device:
         raise ValueError(
             f"draft_tokens must be on the logits' device {logits_theta.device}, but is on {draft_tokens.device}"
         )
     batch, most = draft_tokens.shape[:-1], draft_tokens.shape[-1]
-    drafts = draft_tokens.reshape(batch.numel(), most).long()
-    tokens, num_accepted, *rest = torch.ops.optsample.verify(
-        *_solver(rows), *_numbers(seed, offset, batch, logits_theta.device),
-        *_filters(_detached(temperature), _detached(min_p), logits_theta), drafts,
-        _lengths(draft_lengths, batch, most, logits_theta.device), DRAFTS.index(draft),
-    )  # fmt: skip
-    return Verified(tokens.reshape(shape), num_accepted.reshape(batch), *(x.reshape(shape) for x in rest))
+    draws = _draws(seed, offset, _filters(temperature, min_p, logits_theta), batch, logits_theta.device)
+    drafts = Drafts(
+        draft_tokens.reshape(batch.numel(), most).long(),
+        _lengths(draft_lengths, batch, most, logits_theta.device),
+        DRAFTS.index(draft),
+    )
+    found = Verified(*torch.ops.optsample.verify(*problem.flat(), *draws, *drafts))
+    shapes = {"num_accepted": batch}  # all others are of every position
+    return Verified(**{name: x.reshape(shapes.get(name, positions)) for name, x in found._asdict().items()})
 
 
 def _detached(value: Any) -> Any:
@@ -163,16 +184,13 @@ def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-def _solver(rows: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The ops' first arguments out of the solving op's."""
-    *inputs, method, _, tol, max_iter, _, _ = rows
-    return *inputs, method, tol, max_iter
-
-
-def _numbers(
-    seed: Number | torch.Generator, offset: Number, batch: torch.Size, device: torch.device
-) -> tuple[Any, ...]:
-    """seed, offset, seeds, offsets, mixed, as ``Draws`` has them."""
+def _draws(
+    seed: Number | torch.Generator,
+    offset: Number,
+    filters: tuple[Tensor | None, Tensor | None],
+    batch: torch.Size,
+    device: torch.device,
+) -> Draws:
     if isinstance(seed, torch.Generator):
         drawn = torch.randint(2**63 - 1, (), generator=seed, device=seed.device)
         # Reading a CPU generator's number waits for no device; a GPU's own generator goes into graphs.
@@ -180,7 +198,7 @@ def _numbers(
     mixed = not isinstance(seed, Tensor) or seed.dim() == 0
     seed, seeds = _number(seed, batch, device, "seed")
     offset, offsets = _number(offset, batch, device, "offset")
-    return seed, offset, seeds, offsets, mixed
+    return Draws(seed, offset, seeds, offsets, mixed, *filters)
 
 
 def _number(value: Number, batch: torch.Size, device: torch.device, name: str) -> tuple[int, Tensor | None]:
@@ -205,15 +223,15 @@ def _check_integers(value: Tensor, name: str) -> None:
 
 
 def _filters(temperature: float | Tensor, min_p: float | Tensor, theta: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """1 / temperature and min_p, [N] each, or None for both where neither does anything."""
+    """1 / temperature and min_p, [N] each, or None for both if both are no-ops."""
+    temperature, min_p = _detached(temperature), _detached(min_p)
     if not isinstance(min_p, Tensor) and not (isinstance(min_p, NUMBERS) and 0.0 <= min_p <= 1.0):
         raise ValueError(f"min_p must be between 0 and 1, but is {min_p!r}")
-    cooling = inverse_temperature(temperature, theta, "temperature")
-    if cooling is None and not isinstance(min_p, Tensor) and min_p == 0.0:
+    inverse = inverse_temperature(temperature, theta, "temperature")
+    if inverse is None and not isinstance(min_p, Tensor) and min_p == 0.0:
         return None, None
-    return per_row(1.0, theta, "temperature") if cooling is None else cooling, per_row(min_p, theta, "min_p").clamp(
-        0, 1
-    )
+    threshold = per_row(min_p, theta, "min_p").clamp(0, 1)
+    return per_row(1.0, theta, "temperature") if inverse is None else inverse, threshold
 
 
 def _lengths(lengths: Tensor | Sequence[int] | None, batch: torch.Size, most: int, device: torch.device) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from optsample_triton.eager import agreement, entry
 from optsample_triton.eager.rows import Rows
 from optsample_triton.eager.shards import Shard
-from optsample_triton.types import Draws, Options
+from optsample_triton.types import Draws, Problem, Sample, Solved, result_dtype
 
 
 @contextmanager
@@ -32,43 +32,41 @@ def together(group: Any, logits: Any) -> Iterator[None]:
         raise
 
 
-def solve(
-    prepared: tuple[Any, ...], group: Any, vocab_size: int | None, diagnostics: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """alpha, log_z, status, sweeps [N] and figures [N, 9], the same in every process."""
-    rows, alpha, options = _rows(prepared, group, vocab_size, {"diagnostics": diagnostics})
-    value, log_z, status, sweeps, _, figures = entry.solve_on(rows, alpha, options, diagnostics, None)
-    return value, log_z, status, sweeps, figures
+def solve(problem: Problem, group: Any, vocab_size: int | None, diagnostics: bool) -> Solved:
+    """The solved rows, the same in every process."""
+    return entry.solve_on(_rows(problem, group, vocab_size, {"diagnostics": diagnostics}), problem, diagnostics, None)
 
 
-def sample(
-    prepared: tuple[Any, ...], group: Any, vocab_size: int | None, draws: Draws, num_samples: int
-) -> tuple[Tensor, ...]:
+def sample(problem: Problem, group: Any, vocab_size: int | None, draws: Draws, num_samples: int) -> Sample:
     """token, log_q, log_theta, log_t [N, num_samples], alpha, status [N]; tokens count over the whole vocabulary."""
     same = {
-        "seed": (draws.seed, draws.seeds, draws.mixed), "offset": (draws.offset, draws.offsets),
-        "temperature": draws.cooling, "min_p": draws.min_p, "num_samples": num_samples,
-    }  # fmt: skip
-    rows, alpha, options = _rows(prepared, group, vocab_size, same)
-    return entry.sample_on(rows, alpha, options, draws, num_samples)
+        "seed": (draws.seed, draws.seeds, draws.mixed),
+        "offset": (draws.offset, draws.offsets),
+        "temperature": draws.inverse_temperature,
+        "min_p": draws.min_p,
+        "num_samples": num_samples,
+    }
+    return entry.sample_on(_rows(problem, group, vocab_size, same), problem, draws, num_samples)
 
 
-def _rows(
-    prepared: tuple[Any, ...], group: Any, vocab_size: int | None, same: Mapping[str, Any]
-) -> tuple[Rows, Tensor | None, Options]:
-    """The op's arguments as the eager path takes them, with what the other processes hold."""
-    theta, t, alpha, scale_theta, scale_t, method, algorithm, tol, max_iter, eps, _ = prepared
-    theta, t = (x.detach().reshape(-1, x.shape[-1]) for x in (theta, t))
+def _rows(problem: Problem, group: Any, vocab_size: int | None, same: Mapping[str, Any]) -> Rows:
+    """The rows as the eager path takes them, with what the other processes hold; all must agree on ``same``."""
+    theta, t = (x.detach().reshape(-1, x.shape[-1]) for x in (problem.theta, problem.t))
+    options = problem.options
     law = {
-        "alpha": alpha, "temperature_theta": scale_theta, "temperature_t": scale_t, "method": method,
-        "algorithm": algorithm, "tol": tol, "max_iter": max_iter,
-    }  # fmt: skip
+        "alpha": problem.alpha,
+        "temperature_theta": problem.inverse_temperature_theta,
+        "temperature_t": problem.inverse_temperature_t,
+        "method": options.method,
+        "algorithm": options.algorithm,
+        "tol": options.tol,
+        "max_iter": options.max_iter,
+    }
     shard = Shard.of(theta, group, vocab_size, {**law, **same})
     theta, t = theta[:, : shard.size], t[:, : shard.size]
     if not shard.size:  # nothing but padding: tokens that neither model has
         theta, t = theta.new_full((2, theta.shape[0], 1), -torch.inf).unbind(0)
-    rows = Rows(theta, t, scale_theta, scale_t, shard=shard)
-    return rows, None if alpha is None else alpha.detach(), Options(method, algorithm, tol, max_iter, eps)
+    return Rows(theta, t, problem.inverse_temperature_theta, problem.inverse_temperature_t, options.eps, shard=shard)
 
 
 def token_logprobs(
@@ -93,7 +91,7 @@ def token_logprobs(
     height, height_of_token = (_logit(local, index, scale) for index in (best, place))
     empty = torch.isneginf(height.detach())
     log_prob, entropies, _ = torch.ops.optsample.token_logprobs(
-        local[None], None, torch.where(kept & ~empty, best, -1), scale, None, -1, entropy, False
+        local[None], scale, None, None, torch.where(kept & ~empty, best, -1), -1, entropy, False
     )
     partition = torch.where(empty, -torch.inf, height - log_prob[0].double())
     mean = partition - entropies[0].double() if entropy else torch.zeros_like(partition)
@@ -115,8 +113,7 @@ def token_logprobs(
     spread = whole - first
     spread = torch.where(inside, spread, spread.detach())
     values = [torch.where(lawful, x, torch.nan).masked_fill(~kept, 0.0) for x in (result, spread)]
-    dtype = torch.float64 if local.dtype == torch.float64 else torch.float32
-    log_probs, entropies = (x.to(dtype) for x in values)
+    log_probs, entropies = (x.to(result_dtype(local.dtype)) for x in values)
     return log_probs, entropies if entropy else None
 
 

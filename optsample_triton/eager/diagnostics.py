@@ -9,7 +9,7 @@ from optsample_triton.eager.log_q import Mixture, by_precision
 from optsample_triton.eager.moments import own_moments
 from optsample_triton.eager.rows import Rows, outside_common_support
 from optsample_triton.eager.solve import State
-from optsample_triton.types import FIGURES, Status
+from optsample_triton.types import DIAGNOSTIC_COUNT, Status
 
 
 def entropy_alpha(rows: Rows) -> Tensor:
@@ -33,7 +33,7 @@ def _probability_entropies(rows: Rows) -> Tensor:
 def figures(rows: Rows, state: State) -> Tensor:
     """The fields of ``Diagnostics`` without the sweeps, [N, 9] float64."""
     own = own_moments(rows)
-    values = torch.empty(rows.count, FIGURES, dtype=torch.float64, device=rows.theta.device)
+    values = torch.empty(rows.count, DIAGNOSTIC_COUNT, dtype=torch.float64, device=rows.theta.device)
     for index, dtype in by_precision(rows, state):
         values[index] = _mixture_figures(rows.select(index), state.part(index), own[index], dtype)
     # Where logits differ beyond the floats' range: infinitely far apart, and nothing in common.
@@ -114,11 +114,11 @@ def probability_figures(rows: Rows, state: State) -> Tensor:
     eps = rows.eps
     dtype, x = rows.working_dtype, state.alpha
     log_norm = state.psi + x * state.log_partition_theta + (1.0 - x) * state.log_partition_t
-    sums = torch.zeros(FIGURES, rows.count, dtype=torch.float64, device=rows.theta.device)
+    sums = torch.zeros(DIAGNOSTIC_COUNT, rows.count, dtype=torch.float64, device=rows.theta.device)
     for block in rows.blocks():
         col = block, None
         weight, other, norm = x[col].to(dtype), (1.0 - x[col]).to(dtype), log_norm[col].to(dtype)
-        part = weight.new_empty(FIGURES, weight.shape[0])
+        part = weight.new_empty(DIAGNOSTIC_COUNT, weight.shape[0])
         for chunk in rows.chunks():
             a, b = rows.read(block, chunk, dtype)  # log(p + eps)
             theta, t = (p.to(dtype) for p in rows.raw(block, chunk))

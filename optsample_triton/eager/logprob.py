@@ -5,34 +5,25 @@ The work stays in cache and the extra memory is O(N).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from optsample_triton.eager.rows import Rows
+from optsample_triton.types import Model, Targets, TokenLogprobs
 
 FLOOR = -1e4  # nats: far below where exp underflows, and finite, so that 0 * FLOOR is 0
 
 
-def logprobs(
-    logits: Tensor,
-    other: Tensor | None,
-    tokens: Tensor,
-    inverse_temperature: Tensor | None,
-    other_inverse_temperature: Tensor | None,
-    ignore_index: int,
-    entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """log-probabilities [M, N], entropies [M or 0, N] and log-partitions [M, N] (float64); M is 1 or 2."""
-    kept = tokens != ignore_index
-    models = [(logits, inverse_temperature)]
-    if other is not None:
-        models.append((other, other_inverse_temperature))
-    results = [_model(rows, tokens, kept, scale, entropy=entropy) for rows, scale in models]
+def token_logprobs(models: Sequence[Model], targets: Targets, entropy: bool) -> TokenLogprobs:
+    kept = targets.tokens != targets.ignore_index
+    results = [
+        _model(model.logits, targets.tokens, kept, model.inverse_temperature, entropy=entropy) for model in models
+    ]
     log_probs, partitions, entropies = (torch.stack(values) for values in zip(*results, strict=True))
-    dtype = _working_dtype(logits)
-    return log_probs.to(dtype), entropies.to(dtype) if entropy else entropies[:0].to(dtype), partitions
+    dtype = _working_dtype(models[0].logits)
+    return TokenLogprobs(log_probs.to(dtype), entropies.to(dtype) if entropy else None, partitions)
 
 
 def _model(

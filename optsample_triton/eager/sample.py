@@ -35,14 +35,14 @@ class Law:
     @staticmethod
     def of(mixture: Mixture, draws: Draws, index: Tensor) -> Law:
         rows, dtype = mixture.rows, mixture.weight.dtype
-        if draws.cooling is None or draws.min_p is None:
+        if draws.inverse_temperature is None or draws.min_p is None:
             return Law(mixture, torch.zeros_like(mixture.weight), None, None)
         top = torch.full_like(mixture.weight, -torch.inf)
         for block in rows.blocks():
             for chunk in rows.chunks():
                 top[block] = torch.maximum(top[block], mixture.log_q(block, chunk).amax(-1))
         top = rows.largest(top)
-        return Law(mixture, top, draws.cooling[index].to(dtype), _floor(draws.min_p[index]).to(dtype))
+        return Law(mixture, top, draws.inverse_temperature[index].to(dtype), _floor(draws.min_p[index]).to(dtype))
 
     def part(self, index: Tensor) -> Law:
         """The same of some of the rows, by a rising index."""
@@ -211,22 +211,26 @@ def _floor(min_p: Tensor) -> Tensor:
 
 def _filtered(log_q: Tensor, top: Tensor, draws: Draws, *, drawn: bool) -> Tensor:
     """Log-weights [N, S] of tokens from their log q_alpha; those that were drawn have passed the threshold."""
-    if draws.cooling is None or draws.min_p is None:
+    if draws.inverse_temperature is None or draws.min_p is None:
         return log_q
-    log_q = (log_q - top[:, None]).clamp(max=0.0) * draws.cooling[:, None]
+    log_q = (log_q - top[:, None]).clamp(max=0.0) * draws.inverse_temperature[:, None]
     return log_q if drawn else log_q.masked_fill(log_q < _floor(draws.min_p)[:, None], -torch.inf)
 
 
 def _cut(draws: Draws) -> Tensor | None:
     """Rows whose temperature would blow float32's rounding up, or whose threshold would cut by it."""
-    return None if draws.cooling is None or draws.min_p is None else (draws.cooling != 1.0) | (draws.min_p > 0.0)
+    return (
+        None
+        if draws.inverse_temperature is None or draws.min_p is None
+        else (draws.inverse_temperature != 1.0) | (draws.min_p > 0.0)
+    )
 
 
 def judge(state: State, draws: Draws) -> None:
     """Rows with an alpha, a temperature or a threshold that means nothing are INVALID."""
     sound = torch.isfinite(state.alpha)
-    if draws.cooling is not None and draws.min_p is not None:
-        sound &= torch.isfinite(draws.cooling) & (draws.cooling > 0) & (draws.min_p >= 0)
+    if draws.inverse_temperature is not None and draws.min_p is not None:
+        sound &= torch.isfinite(draws.inverse_temperature) & (draws.inverse_temperature > 0) & (draws.min_p >= 0)
     broken = ~sound
     state.status[broken] = int(Status.INVALID)
     state.alpha[broken] = torch.nan

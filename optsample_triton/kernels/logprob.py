@@ -9,6 +9,8 @@ that holds a finite one, whichever is larger: other logits may exceed it by 60 n
 the rare row where one does is read again with its true maximum.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -18,6 +20,7 @@ from optsample_triton import launch
 from optsample_triton.kernels.entry import _device
 from optsample_triton.kernels.moments import LOG2E
 from optsample_triton.kernels.rows import inside_halves, load_halves, narrowed
+from optsample_triton.types import Model, Targets, TokenLogprobs
 
 FLOOR = tl.constexpr(-1e4)  # nats: far below where exp underflows, and finite, so that 0 * FLOOR is 0
 HIGH = tl.constexpr(12.0)  # nats: means of z beyond it cost the entropy, from which they are subtracted, its digits
@@ -237,32 +240,25 @@ def _strides(rows: Tensor) -> tuple[int, int]:
     return (inner if rows.shape[0] == 1 else outer), (outer if rows.shape[1] == 1 else inner)
 
 
-def logprobs(
-    logits: Tensor,
-    other: Tensor | None,
-    tokens: Tensor,
-    inverse_temperature: Tensor | None,
-    other_inverse_temperature: Tensor | None,
-    ignore_index: int,
-    entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """log-probabilities [M, N], entropies [M or 0, N] (float32) and log-partitions [M, N] (float64); M is 1 or 2."""
-    (outer, inner, vocab), device = logits.shape, logits.device
-    n, models = outer * inner, 1 if other is None else 2
-    log_probs = torch.zeros(models, n, dtype=torch.float32, device=device)  # ignored rows keep the 0
-    entropies = torch.zeros(models if entropy else 0, n, dtype=torch.float32, device=device)
-    partitions = torch.zeros(models, n, dtype=torch.float64, device=device)
+def token_logprobs(models: Sequence[Model], targets: Targets, entropy: bool) -> TokenLogprobs:
+    """log-probabilities [M, N], entropies [M, N] (float32) and log-partitions [M, N] (float64); M is 1 or 2."""
+    model, other = models[0], models[-1]
+    (outer, inner, vocab), device = model.logits.shape, model.logits.device
+    n, count = outer * inner, len(models)
+    log_probs = torch.zeros(count, n, dtype=torch.float32, device=device)  # ignored rows keep the 0
+    entropies = torch.zeros(count, n, dtype=torch.float32, device=device) if entropy else None
+    partitions = torch.zeros(count, n, dtype=torch.float64, device=device)
     if n:
-        shape = launch.logprob_shape(_device(device)[0], logits.dtype)
-        other_strides = (0, 0) if other is None else _strides(other)
-        logprob_kernel[(models * n,)](
-            logits, other, tokens, inverse_temperature, other_inverse_temperature,
-            log_probs, entropies if entropy else None, partitions,
-            n, vocab, inner, *_strides(logits), *other_strides, ignore_index,
-            H=shape.half, CHUNK=shape.chunk, UNROLL=shape.unroll, PACKED=_packed(logits, other),
+        shape = launch.logprob_shape(_device(device)[0], model.logits.dtype)
+        second, strides = ((None, None), (0, 0)) if count == 1 else (other, _strides(other.logits))
+        logprob_kernel[(count * n,)](
+            model.logits, second[0], targets.tokens, model.inverse_temperature, second[1],
+            log_probs, entropies, partitions,
+            n, vocab, inner, *_strides(model.logits), *strides, targets.ignore_index,
+            H=shape.half, CHUNK=shape.chunk, UNROLL=shape.unroll, PACKED=_packed(model.logits, other.logits),
             num_warps=shape.num_warps, **shape.limit,
         )  # fmt: skip
-    return log_probs, entropies, partitions
+    return TokenLogprobs(log_probs, entropies, partitions)
 
 
 def logprobs_backward(

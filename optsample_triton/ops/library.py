@@ -1,8 +1,7 @@
-"""What all ops share: the library that they are defined in, and the choice of a backend."""
+"""What all ops share: the library that they are defined in, their common arguments, and the choice of a backend."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +10,21 @@ from torch import Tensor
 
 from optsample_triton import backend
 
+# The schema of ``Problem`` and of ``Draws``, field by field: torch's schemas know no structures.
+PROBLEM = (
+    "Tensor theta, Tensor t, Tensor? alpha, Tensor? inverse_temperature_theta, Tensor? inverse_temperature_t, "
+    "str method, str algorithm, float tol, int max_iter, float eps"
+)
+DRAWS = (
+    "SymInt seed, SymInt offset, Tensor? seeds, Tensor? offsets, bool mixed, Tensor? inverse_temperature, Tensor? min_p"
+)
+
 library = torch.library.Library("optsample", "DEF")
 implementations: dict[str, Callable[..., Any]] = {}
 
 
 def implement(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """The op's implementation for all devices that it knows, and what the compiler is told of its outputs."""
+    """Register the op's implementation for all devices, and the fake one that tells the compiler its outputs."""
     implementations[name] = function
     for key in ("CPU", "CUDA"):
         library.impl(name, function, key)
@@ -24,7 +32,7 @@ def implement(name: str, function: Callable[..., Any], fake: Callable[..., Any])
 
 
 def refuse_second_gradient(name: str, of: str) -> None:
-    """The op ``name``, which computes gradients, says so instead of passing for a constant."""
+    """Make the op ``name``, which computes gradients, raise when it is differentiated, and not pass for a constant."""
 
     def refuse(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(f"the gradient of {of} has no gradient of its own, but one was asked for")
@@ -32,12 +40,8 @@ def refuse_second_gradient(name: str, of: str) -> None:
     torch.library.register_autograd(f"optsample::{name}", refuse)
 
 
-def row_count(rows: Tensor) -> int:
-    return math.prod(rows.shape[:-1])
-
-
 def backend_of(rows: Tensor) -> Any:
-    """The module with the chosen backend's functions, kernels.api or eager.api."""
+    """The chosen backend's entry module: kernels.entry or eager.entry."""
     if backend.choose(rows.device, rows.dtype)[0] == "triton":
         from optsample_triton.kernels import entry as kernels
 
@@ -45,7 +49,3 @@ def backend_of(rows: Tensor) -> Any:
     from optsample_triton.eager import entry as eager
 
     return eager
-
-
-def result_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

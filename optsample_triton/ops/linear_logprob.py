@@ -7,90 +7,83 @@ exists in either direction. hidden is [N, H], weight [V, H], bias [V], everythin
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from optsample_triton.ops.library import implement, library, refuse_second_gradient, result_dtype
-from optsample_triton.ops.logprob import room_of
+from optsample_triton.ops.library import backend_of, implement, library, refuse_second_gradient
+from optsample_triton.types import Model, Targets, TokenLogprobs, result_dtype
 
 BLOCK = 4096  # tokens whose product with the hidden states exists at once: a whole one would be a second [V, H]
 
-_INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor tokens, Tensor? inverse_temperature"
-# log-probabilities [N], entropies [N or 0], log-partitions [N]
-library.define(
-    f"linear_token_logprobs({_INPUTS}, int ignore_index, bool entropy, int chunk) -> (Tensor, Tensor, Tensor)"
+_INPUTS = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor tokens, Tensor? inverse_temperature, "
+    "int ignore_index, bool entropy, int chunk"
 )
+# The fields of TokenLogprobs of one model; entropies [0] where they were not asked for
+library.define(f"linear_token_logprobs({_INPUTS}) -> (Tensor, Tensor, Tensor)")
 # gradients in hidden, weight and bias, each [0] where it is not needed
 library.define(
-    f"linear_token_logprobs_backward({_INPUTS}, Tensor log_probs, Tensor partitions, Tensor? entropies, "
-    "Tensor grad_log_probs, Tensor? grad_entropies, int ignore_index, int chunk, bool[3] needed) "
-    "-> (Tensor, Tensor, Tensor)"
+    f"linear_token_logprobs_backward({_INPUTS}, Tensor log_probs, Tensor entropies, Tensor log_partitions, "
+    "Tensor grad_log_probs, Tensor grad_entropies, bool[3] needed) -> (Tensor, Tensor, Tensor)"
 )
 
 
-def _chunked_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk: int) -> Iterator[tuple[slice, Tensor]]:
-    """Rows and their logits [1, R, V], each in the same memory as those before."""
-    n = hidden.shape[0]
-    room = hidden.new_empty(min(chunk, n), weight.shape[0])
-    for start in range(0, n, chunk):
-        rows = slice(start, min(start + chunk, n))
-        logits = torch.mm(hidden[rows], weight.t(), out=room[: rows.stop - rows.start])
-        yield rows, (logits if bias is None else logits.add_(bias))[None]
+class _Head(NamedTuple):
+    """The arguments of both directions."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    tokens: Tensor
+    inverse_temperature: Tensor | None
+    ignore_index: int
+    entropy: bool
+    chunk: int
+
+    def pieces(self) -> Iterator[tuple[slice, Model, Targets]]:
+        """Rows, their logits [1, R, V] and their targets; all logits in the same memory, one after another."""
+        n = self.hidden.shape[0]
+        room = self.hidden.new_empty(min(self.chunk, n), self.weight.shape[0])
+        for start in range(0, n, self.chunk):
+            rows = slice(start, min(start + self.chunk, n))
+            logits = torch.mm(self.hidden[rows], self.weight.t(), out=room[: rows.stop - rows.start])
+            if self.bias is not None:
+                logits = logits.add_(self.bias)
+            scale = None if self.inverse_temperature is None else self.inverse_temperature[rows]
+            yield rows, Model(logits[None], scale), Targets(self.tokens[rows], self.ignore_index)
 
 
-def _part(x: Tensor | None, rows: slice) -> Tensor | None:
-    return None if x is None else x[rows]
+def _linear_token_logprobs(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    head = _Head(*args)
+    n, dtype = head.hidden.shape[0], result_dtype(head.hidden.dtype)
+    log_probs = head.hidden.new_empty(n, dtype=dtype)
+    entropies = head.hidden.new_empty(n if head.entropy else 0, dtype=dtype)
+    log_partitions = head.hidden.new_empty(n, dtype=torch.float64)
+    for rows, model, targets in head.pieces():
+        found: TokenLogprobs = backend_of(head.hidden).token_logprobs([model], targets, head.entropy)
+        log_probs[rows], log_partitions[rows] = found.log_probs[0], found.log_partitions[0]
+        if found.entropies is not None:
+            entropies[rows] = found.entropies[0]
+    return log_probs, entropies, log_partitions
 
 
-def _linear_token_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    tokens: Tensor,
-    scale: Tensor | None,
-    ignore_index: int,
-    entropy: bool,
-    chunk: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    n, dtype = hidden.shape[0], result_dtype(hidden.dtype)
-    log_probs = hidden.new_empty(n, dtype=dtype)
-    entropies = hidden.new_empty(n if entropy else 0, dtype=dtype)
-    partitions = hidden.new_empty(n, dtype=torch.float64)
-    for rows, logits in _chunked_logits(hidden, weight, bias, chunk):
-        found = room_of(hidden).logprobs(logits, None, tokens[rows], _part(scale, rows), None, ignore_index, entropy)
-        log_probs[rows], partitions[rows] = found[0][0], found[2][0]
-        if entropy:
-            entropies[rows] = found[1][0]
-    return log_probs, entropies, partitions
-
-
-def _linear_token_logprobs_backward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    tokens: Tensor,
-    scale: Tensor | None,
-    log_probs: Tensor,
-    partitions: Tensor,
-    entropies: Tensor | None,
-    grad_log_probs: Tensor,
-    grad_entropies: Tensor | None,
-    ignore_index: int,
-    chunk: int,
-    needed: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+def _linear_token_logprobs_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *inputs, log_probs, entropies, log_partitions, grad_log_probs, grad_entropies, needed = args
+    head = _Head(*inputs)
+    hidden, weight = head.hidden, head.weight
     wide = result_dtype(hidden.dtype)  # many chunks are added up
     grad_hidden = torch.empty_like(hidden) if needed[0] else hidden.new_empty(0)
     grad_weight = torch.zeros_like(weight, dtype=wide) if needed[1] else hidden.new_empty(0)
     grad_bias = weight.new_zeros(weight.shape[0], dtype=wide) if needed[2] else hidden.new_empty(0)
-    for rows, logits in _chunked_logits(hidden, weight, bias, chunk):
-        room_of(hidden).logprobs_backward(
-            logits, tokens[rows], _part(scale, rows), log_probs[rows], partitions[rows], _part(entropies, rows),
-            grad_log_probs[rows], _part(grad_entropies, rows), ignore_index, logits,
-        )  # fmt: skip
-        slope = logits[0]
+    for rows, model, targets in head.pieces():
+        entropy, grad_entropy = (x[rows] if head.entropy else None for x in (entropies, grad_entropies))
+        found = TokenLogprobs(log_probs[rows], entropy, log_partitions[rows])
+        backend_of(hidden).token_logprobs_backward(
+            model, targets, found, grad_log_probs[rows], grad_entropy, model.logits
+        )
+        slope = model.logits[0]
         if needed[0]:
             torch.mm(slope, weight, out=grad_hidden[rows])
         if needed[1]:
@@ -123,17 +116,16 @@ implement("linear_token_logprobs_backward", _linear_token_logprobs_backward, _fa
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, tokens, scale, ctx.ignore_index, ctx.entropy, ctx.chunk = inputs
-    ctx.save_for_backward(hidden, weight, bias, tokens, scale, *output)
+    *tensors, ctx.ignore_index, ctx.entropy, ctx.chunk = inputs
+    ctx.save_for_backward(*tensors, *output)
 
 
 def _differentiate(ctx: Any, grad_log_probs: Tensor, grad_entropies: Tensor, _: Tensor) -> tuple[Any, ...]:
-    hidden, weight, bias, tokens, scale, log_probs, entropies, partitions = ctx.saved_tensors
+    *tensors, log_probs, entropies, log_partitions = ctx.saved_tensors
     needed = [bool(x) for x in ctx.needs_input_grad[:3]]
     grads = torch.ops.optsample.linear_token_logprobs_backward(
-        hidden, weight, bias, tokens, scale, log_probs, partitions, entropies if ctx.entropy else None,
-        grad_log_probs.contiguous(), grad_entropies.contiguous() if ctx.entropy else None, ctx.ignore_index, ctx.chunk,
-        needed,
+        *tensors, ctx.ignore_index, ctx.entropy, ctx.chunk, log_probs, entropies, log_partitions,
+        grad_log_probs.contiguous(), grad_entropies.contiguous(), needed,
     )  # fmt: skip
     return *(grad if asked else None for grad, asked in zip(grads, needed, strict=True)), *(None,) * 5
 

@@ -11,49 +11,69 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optsample_triton import backend
-from optsample_triton.ops.library import implement, library, refuse_second_gradient, result_dtype
+from optsample_triton.ops.library import backend_of, implement, library, refuse_second_gradient
+from optsample_triton.types import Model, Targets, TokenLogprobs, result_dtype
 
-# log-probabilities [M, N], entropies [M or 0, N], log-partitions [M, N]; M = 2 where there is another model
+# The fields of TokenLogprobs for M models; M = 2 where there is another one
 library.define(
-    "token_logprobs(Tensor logits, Tensor? other, Tensor tokens, Tensor? inverse_temperature, "
-    "Tensor? other_inverse_temperature, int ignore_index, bool entropy, bool inplace) -> (Tensor, Tensor, Tensor)"
+    "token_logprobs(Tensor logits, Tensor? inverse_temperature, Tensor? other, Tensor? other_inverse_temperature, "
+    "Tensor tokens, int ignore_index, bool entropy, bool inplace) -> (Tensor, Tensor, Tensor)"
 )
-_UPSTREAM = (
-    "Tensor tokens, Tensor? inverse_temperature, Tensor log_probs, Tensor partitions, Tensor? entropies, "
-    "Tensor grad_log_probs, Tensor? grad_entropies, int ignore_index"
+# Of one model: its rows, what the forward found, and the gradients in the log-probabilities and in the entropies
+_BACKWARD = (
+    "Tensor? inverse_temperature, Tensor tokens, int ignore_index, Tensor log_probs, Tensor? entropies, "
+    "Tensor log_partitions, Tensor grad_log_probs, Tensor? grad_entropies"
 )
-library.define(f"token_logprobs_backward(Tensor logits, {_UPSTREAM}) -> Tensor")
-library.define(f"token_logprobs_backward_(Tensor(a!) logits, {_UPSTREAM}) -> ()")
+library.define(f"token_logprobs_backward(Tensor logits, {_BACKWARD}) -> Tensor")
+library.define(f"token_logprobs_backward_(Tensor(a!) logits, {_BACKWARD}) -> ()")
 
 
-def room_of(rows: Tensor) -> Any:
-    """The module with the chosen backend's functions."""
-    if backend.choose(rows.device, rows.dtype)[0] == "triton":
-        from optsample_triton.kernels import logprob as kernels
+def _token_logprobs(
+    logits: Tensor,
+    inverse_temperature: Tensor | None,
+    other: Tensor | None,
+    other_inverse_temperature: Tensor | None,
+    tokens: Tensor,
+    ignore_index: int,
+    entropy: bool,
+    inplace: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    models = [Model(logits, inverse_temperature)]
+    if other is not None:
+        models.append(Model(other, other_inverse_temperature))
+    found = backend_of(logits).token_logprobs(models, Targets(tokens, ignore_index), entropy)
+    entropies = found.log_probs.new_empty(0, tokens.shape[0]) if found.entropies is None else found.entropies
+    return found.log_probs, entropies, found.log_partitions
 
-        return kernels
-    from optsample_triton.eager import logprob as eager
 
-    return eager
-
-
-def _token_logprobs(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    result: tuple[Tensor, Tensor, Tensor] = room_of(logits).logprobs(logits, *args[:-1])
-    return result
+def _backward_into(
+    out: Tensor,
+    logits: Tensor,
+    inverse_temperature: Tensor | None,
+    tokens: Tensor,
+    ignore_index: int,
+    log_probs: Tensor,
+    entropies: Tensor | None,
+    log_partitions: Tensor,
+    grad_log_probs: Tensor,
+    grad_entropies: Tensor | None,
+) -> None:
+    model, targets = Model(logits, inverse_temperature), Targets(tokens, ignore_index)
+    found = TokenLogprobs(log_probs, entropies, log_partitions)
+    backend_of(logits).token_logprobs_backward(model, targets, found, grad_log_probs, grad_entropies, out)
 
 
 def _token_logprobs_backward(logits: Tensor, *args: Any) -> Tensor:
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    room_of(logits).logprobs_backward(logits, *args, out)
+    _backward_into(out, logits, *args)
     return out
 
 
 def _token_logprobs_backward_(logits: Tensor, *args: Any) -> None:
-    room_of(logits).logprobs_backward(logits, *args, logits)
+    _backward_into(logits, logits, *args)
 
 
-def _fake(logits: Tensor, other: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(logits: Tensor, _: Tensor | None, other: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     n, models = logits.shape[0] * logits.shape[1], 1 if other is None else 2
     dtype = result_dtype(logits.dtype)
     return (
@@ -77,27 +97,37 @@ implement("token_logprobs_backward_", _token_logprobs_backward_, _fake_backward_
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, other, tokens, scale, other_scale, ctx.ignore_index, ctx.entropy, ctx.inplace = inputs
-    ctx.save_for_backward(logits, other, tokens, scale, other_scale, *output)
+    *tensors, ctx.ignore_index, ctx.entropy, ctx.inplace = inputs
+    ctx.save_for_backward(*tensors, *output)
 
 
 def _differentiate(ctx: Any, grad_log_probs: Tensor, grad_entropies: Tensor, _: Tensor) -> tuple[Any, ...]:
-    logits, other, tokens, scale, other_scale, log_probs, entropies, partitions = ctx.saved_tensors
-    grads: list[Tensor | None] = [None, None]
-    for model, (rows, factor) in enumerate(((logits, scale), (other, other_scale))):
-        if rows is None or not ctx.needs_input_grad[model]:
+    logits, inverse_temperature, other, other_inverse_temperature, tokens, *found = ctx.saved_tensors
+    log_probs, entropies, log_partitions = found
+    grads: list[Tensor | None] = []
+    models = Model(logits, inverse_temperature), Model(other, other_inverse_temperature)
+    for index, model in enumerate(models):
+        grads.append(None)
+        if not ctx.needs_input_grad[2 * index]:
             continue
-        entropy, grad_entropy = (entropies[model], grad_entropies[model]) if ctx.entropy else (None, None)
-        upstream = grad_log_probs[model].contiguous(), None if grad_entropy is None else grad_entropy.contiguous()
-        arguments = (rows, tokens, factor, log_probs[model], partitions[model], entropy, *upstream, ctx.ignore_index)
+        arguments = (
+            *model,
+            tokens,
+            ctx.ignore_index,
+            log_probs[index],
+            entropies[index] if ctx.entropy else None,
+            log_partitions[index],
+            grad_log_probs[index].contiguous(),
+            grad_entropies[index].contiguous() if ctx.entropy else None,
+        )
         if ctx.inplace:
             torch.ops.optsample.token_logprobs_backward_(*arguments)
             # Whoever else saved the logits must learn that they are gone.
-            torch.autograd.graph.increment_version(rows)
-            grads[model] = rows.detach()
+            torch.autograd.graph.increment_version(model.logits)
+            grads[index] = model.logits.detach()
         else:
-            grads[model] = torch.ops.optsample.token_logprobs_backward(*arguments)
-    return (*grads, None, None, None, None, None, None)
+            grads[index] = torch.ops.optsample.token_logprobs_backward(*arguments)
+    return grads[0], None, grads[1], None, None, None, None, None
 
 
 torch.library.register_autograd("optsample::token_logprobs", _differentiate, setup_context=_setup_context)

@@ -7,66 +7,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optsample_triton.ops.library import backend_of, implement, library, result_dtype, row_count
-from optsample_triton.types import Draws, Options
+from optsample_triton.ops.library import DRAWS, PROBLEM, backend_of, implement, library
+from optsample_triton.types import Decided, Drafts, Draws, Problem, Sample, Verified, result_dtype, row_count
 
-_INPUTS = (
-    "Tensor theta, Tensor t, Tensor? alpha, Tensor? inverse_temperature_theta, Tensor? inverse_temperature_t, "
-    "str method, float tol, int max_iter, SymInt seed, SymInt offset, Tensor? seeds, Tensor? offsets, bool mixed, "
-    "Tensor? cooling, Tensor? min_p"
-)
-# token, log_q, log_theta, log_t [N, num_samples], alpha, status [N]
-library.define(f"sample({_INPUTS}, SymInt num_samples) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
-# tokens [B, K + 1], num_accepted [B], log_q, log_theta, log_t, alpha, status [B, K + 1]
+# The fields of Sample: token, log_q, log_theta, log_t [N, num_samples], alpha, status [N]
+library.define(f"sample({PROBLEM}, {DRAWS}, SymInt num_samples) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+# The fields of Verified: num_accepted [B], the others [B, K + 1]
 library.define(
-    f"verify({_INPUTS}, Tensor drafts, Tensor lengths, int model) "
+    f"verify({PROBLEM}, {DRAWS}, Tensor drafts, Tensor lengths, int model) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
-def _sample(
-    theta: Tensor,
-    t: Tensor,
-    alpha: Tensor | None,
-    inverse_temperature_theta: Tensor | None,
-    inverse_temperature_t: Tensor | None,
-    method: str,
-    tol: float,
-    max_iter: int,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    *numbers, num_samples = rest
-    options = Options(method, tol=tol, max_iter=max_iter)
-    result: tuple[Tensor, ...] = backend_of(theta).sample(
-        theta, t, alpha, inverse_temperature_theta, inverse_temperature_t, options, Draws(*numbers), num_samples
-    )
-    return result
+def _sample(*args: Any) -> tuple[Tensor, ...]:
+    problem, rest = Problem.from_flat(args)
+    draws, (num_samples,) = Draws.from_flat(rest)
+    drawn: Sample = backend_of(problem.theta).sample(problem, draws, num_samples)
+    return tuple(drawn)
 
 
-def _verify(
-    theta: Tensor,
-    t: Tensor,
-    alpha: Tensor | None,
-    inverse_temperature_theta: Tensor | None,
-    inverse_temperature_t: Tensor | None,
-    method: str,
-    tol: float,
-    max_iter: int,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    *numbers, drafts, lengths, model = rest
-    options = Options(method, tol=tol, max_iter=max_iter)
-    token, *logs, accepted, alpha, status = backend_of(theta).verify(
-        theta, t, alpha, inverse_temperature_theta, inverse_temperature_t, options, Draws(*numbers), drafts, lengths,
-        model,
-    )  # fmt: skip
-    # Every row has found its token as if it were reached; a sequence ends with its first token that is no draft.
+def _verify(*args: Any) -> tuple[Tensor, ...]:
+    problem, rest = Problem.from_flat(args)
+    draws, drafts = Draws.from_flat(rest)
+    return tuple(_until_refused(backend_of(problem.theta).verify(problem, draws, Drafts(*drafts)), *drafts[:1]))
+
+
+def _until_refused(decided: Decided, drafts: Tensor) -> Verified:
+    """A sequence ends with its first token that is no accepted draft; behind it stand -1 and 0."""
     batch, positions = drafts.shape[0], drafts.shape[1] + 1
-    num_accepted = accepted.view(batch, positions).long().cumprod(-1).sum(-1)
-    ended = torch.arange(positions, device=theta.device) > num_accepted[:, None]
-    tokens = token.view(batch, positions).masked_fill(ended, -1)
-    log_q, log_theta, log_t = (x.view(batch, positions).masked_fill(ended, 0.0) for x in logs)
-    return tokens, num_accepted, log_q, log_theta, log_t, alpha.view(batch, positions), status.view(batch, positions)
+    token, log_q, log_theta, log_t, accepted, alpha, status = (x.view(batch, positions) for x in decided)
+    num_accepted = accepted.long().cumprod(-1).sum(-1)
+    ended = torch.arange(positions, device=drafts.device) > num_accepted[:, None]
+    log_q, log_theta, log_t = (x.masked_fill(ended, 0.0) for x in (log_q, log_theta, log_t))
+    return Verified(token.masked_fill(ended, -1), num_accepted, log_q, log_theta, log_t, alpha, status)
 
 
 def _fake_sample(theta: Tensor, *args: Any) -> tuple[Tensor, ...]:

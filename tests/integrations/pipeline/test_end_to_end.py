@@ -1,4 +1,4 @@
-"""From nothing on a CPU: models trained here, samples drawn by runs that are killed, the report, what README says."""
+"""From nothing on a CPU: models trained here, samples drawn by runs that are killed, the report, what the pages say."""
 
 import json
 import os
@@ -112,3 +112,17 @@ def test_readme_walk_through_runs_as_written(trained: Path, tmp_path: Path) -> N
     subprocess.run(["sh", "-e", "-c", commands], cwd=tmp_path, env=environment, check=True)
     check_schemas(tmp_path / "data", "generated")
     assert (tmp_path / "analysis" / "report.html").exists()
+
+
+def test_python_example_of_the_reference(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    fences = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    (code,) = [fence for fence in fences if "optsample_triton.pipeline" in fence]
+    for name in ("policy", "target", "prompts.jsonl"):
+        (tmp_path / name).symlink_to(trained / name)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(code, "docs/reference.md", "exec"), names)
+    assert names["summary"].samples == 20
+    assert names["report"].html.exists()
+    check_schemas(tmp_path / "data", "from_python")

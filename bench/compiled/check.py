@@ -1,19 +1,22 @@
-"""The static gates: freshly compiled figures against the committed ones, and against absolute budgets.
+"""Compiled kernels checked: fresh counts against the committed ones, and against absolute budgets.
 
-bench/results/codegen.csv holds what `python -m bench.codegen --csv` wrote. The committed figures are compared under
-the Triton version that they were read with; under another one the absolute budgets are what remains.
+bench/results/codegen.csv holds what `python -m bench.codegen --csv` wrote. Fresh counts are compared with it under the
+Triton version that it was written with; under any other version the absolute budgets remain.
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-COMMITTED = Path(__file__).resolve().parent / "results" / "codegen.csv"
+from bench.paths import RESULTS
 
-# column -> how much more than the committed figure is no regression: an absolute and a relative part.
+from .report import Counts
+
+COMMITTED = RESULTS / "codegen.csv"
+
+# column -> how much more than committed is no regression: an absolute and a relative part.
 MARGINS: dict[str, tuple[float, float]] = {
     "registers": (8, 0.0),
     "stack": (0, 0.0),
@@ -31,25 +34,32 @@ EXPS = 2.0
 # Kernels whose main loop is not the solver's first sweep.
 OTHER_LOOPS = ("dropin", "gradient")
 
-Row = Mapping[str, Any]
-
 
 def read_rows(path: Path = COMMITTED) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def key(row: Row) -> tuple[str, str, str]:
+def write_rows(fresh: Sequence[Counts], path: Path, kept: Iterable[Counts] = ()) -> None:
+    """Write the rows; before them those of `kept` that belong to other kernels or targets."""
+    read_anew = {key(row)[:2] for row in fresh}
+    rows = [*(row for row in kept if key(row)[:2] not in read_anew), *fresh]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def key(row: Counts) -> tuple[str, str, str]:
     return row["kernel"], row["target"], row["pass"]
 
 
-def label(row: Row) -> str:
+def label(row: Counts) -> str:
     return f"{row['kernel']} on {row['target']}, {row['pass']} loop"
 
 
-def regressions(fresh: Iterable[Row], committed: Sequence[Row]) -> list[str]:
-    """One sentence for each figure that is worse than committed by more than its margin, and for each lost loop."""
-    fresh = list(fresh)
+def regressions(fresh: Sequence[Counts], committed: Sequence[Counts]) -> list[str]:
+    """One sentence for each count that is worse than committed by more than its margin, and for each lost loop."""
     known = {key(row): row for row in committed}
     found = []
     for row in fresh:
@@ -72,8 +82,8 @@ def regressions(fresh: Iterable[Row], committed: Sequence[Row]) -> list[str]:
     return found + [f"{label(row)}: the loop is gone" for row in lost]
 
 
-def over_budget(fresh: Iterable[Row]) -> list[str]:
-    """One sentence for each figure beyond what holds under any Triton version."""
+def over_budget(fresh: Iterable[Counts]) -> list[str]:
+    """One sentence for each count beyond what holds under any Triton version."""
     found = []
     for row in fresh:
         for column in ("stack", "spills"):
@@ -94,7 +104,7 @@ def over_budget(fresh: Iterable[Row]) -> list[str]:
     return found
 
 
-def check(fresh: Sequence[Row], committed: Sequence[Row]) -> list[str]:
+def check(fresh: Sequence[Counts], committed: Sequence[Counts]) -> list[str]:
     """All that is wrong: budgets always, regressions where both were compiled by one version of Triton."""
     versions = {row["triton"] for row in committed}
     comparable = [row for row in fresh if row["triton"] in versions]

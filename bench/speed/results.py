@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-FOLDER = ROOT / "bench" / "results"
+from bench.paths import RESULTS, ROOT
+
 # Files in the folder that hold something else.
 OTHERS = ("codegen.csv", "pipeline.csv", "sweeps.csv")
 
 
 @dataclass(frozen=True)
-class Row:
+class Measurement:
     """One line of bench/results/<device>.csv; None, an empty field, was not measured.
 
     who is "package", "graph" (its CUDA-graph replay), "copy", "reference", "compiled", "graphed" or a peer's name.
@@ -35,7 +35,7 @@ class Row:
     dtype: str
     who: str
     version: str
-    status: str  # "ok", "FAILED" the gate, "not run"
+    status: str  # "ok", "FAILED" its check, "not run"
     note: str
     error_over_tolerance: float | None
     calls: int | None
@@ -61,20 +61,20 @@ class Row:
     python: str
 
 
-NAMES = [field.name for field in fields(Row)]
-_KINDS = {field.name: str(field.type) for field in fields(Row)}
+NAMES = [field.name for field in fields(Measurement)]
+_KINDS = {field.name: str(field.type) for field in fields(Measurement)}
 
 
-def to_fields(row: Row) -> dict[str, str]:
+def to_fields(row: Measurement) -> dict[str, str]:
     """As text; floats to four digits."""
     return {name: _text(getattr(row, name)) for name in NAMES}
 
 
-def from_fields(values: dict[str, str]) -> Row:
-    return Row(**{name: _value(values[name], _KINDS[name]) for name in NAMES})
+def from_fields(values: dict[str, str]) -> Measurement:
+    return Measurement(**{name: _value(values[name], _KINDS[name]) for name in NAMES})
 
 
-def read(path: Path) -> list[Row]:
+def read(path: Path) -> list[Measurement]:
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         if reader.fieldnames != NAMES:
@@ -82,14 +82,14 @@ def read(path: Path) -> list[Row]:
         return [from_fields(values) for values in reader]
 
 
-def read_all(folder: Path = FOLDER) -> dict[str, list[Row]]:
+def read_all(folder: Path = RESULTS) -> dict[str, list[Measurement]]:
     """The rows of every device, by the device's name."""
     files = [path for path in sorted(folder.glob("*.csv")) if path.name not in OTHERS]
     tables = [rows for rows in map(read, files) if rows]
     return {rows[0].device: rows for rows in tables}
 
 
-def save(rows: Sequence[Row], path: Path) -> None:
+def save(rows: Sequence[Measurement], path: Path) -> None:
     """Write the rows; rows of other cases that the file already holds stay."""
     measured = {row.case for row in rows}
     kept = [row for row in read(path) if row.case not in measured] if path.exists() else []
@@ -102,7 +102,7 @@ def save(rows: Sequence[Row], path: Path) -> None:
     os.replace(partial, path)
 
 
-def of(rows: Iterable[Row], case: str) -> dict[str, Row]:
+def of(rows: Iterable[Measurement], case: str) -> dict[str, Measurement]:
     """The rows of one case by who."""
     return {row.who: row for row in rows if row.case == case}
 
@@ -121,7 +121,7 @@ def device_name(device: torch.device) -> str:
 
 def file_of(device: torch.device) -> Path:
     """Where a device's rows are kept."""
-    return FOLDER / f"{slug(device_name(device))}.csv"
+    return RESULTS / f"{slug(device_name(device))}.csv"
 
 
 def slug(name: str) -> str:

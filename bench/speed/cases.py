@@ -1,13 +1,13 @@
-"""What is measured, as data: one case per line, the goals, and the logits that a case runs on."""
+"""What is timed, as data: one case per line."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 # Whom a case is timed against, besides a copy of the same bytes: everyone, all that need no compilation of half a
 # minute, the reference as listed, or no one.
@@ -19,7 +19,7 @@ ALONE: tuple[str, ...] = ()
 
 @dataclass(frozen=True)
 class Case:
-    """`work` names a row of bench.works.WORKS."""
+    """`work` is a key of bench.speed.works.WORKS."""
 
     work: str
     N: int
@@ -35,16 +35,6 @@ class Case:
     def matrix_bytes(self) -> int:
         """Bytes of one [N, V] matrix of the case's dtype."""
         return self.N * self.V * DTYPES[self.dtype].itemsize
-
-
-@dataclass(frozen=True)
-class Goal:
-    """A limit on one figure of one case: a key of bench.goals.FIGURES, and whether it is a floor or a ceiling."""
-
-    case: str
-    figure: str
-    limit: float
-    device: str = "cuda"
 
 
 VOCABULARIES = (32_000, 50_257, 128_256, 151_936, 262_144)
@@ -69,7 +59,7 @@ CPU_CASES = (
     Case("token_logprobs_backward", 16, 50_257),
 )
 
-# The cases that the goals are about come first: a run that is out of time has had them. Those against compiled rivals,
+# The cases of the goals (goals.py) come first: a run that is out of time has had them. Those against compiled rivals,
 # which take half a minute each to compile, are the last of them.
 CUDA_GOAL_CASES = (
     *(Case("solve", 1, V, "bfloat16") for V in (50_257, 151_936)),
@@ -97,40 +87,11 @@ CUDA_GRID = tuple(
 _GOAL_NAMES = {case.name for case in CUDA_GOAL_CASES}
 CUDA_CASES = (*CUDA_GOAL_CASES, *(case for case in CUDA_GRID if case.name not in _GOAL_NAMES))
 
-GOALS = (
-    Goal("solve/float32/64x50257", "over the reference", 12.0, "cpu"),
-    *(Goal(f"solve/bfloat16/4096x{V}", "times the copy", 1.25) for V in (50_257, 151_936)),
-    *(Goal(f"sample/bfloat16/4096x{V}", "times the copy", 1.3) for V in (50_257, 151_936)),
-    *(Goal(f"log_q/bfloat16/4096x{V}", "times the copy", 1.4) for V in (50_257, 151_936)),
-    Goal("solve/bfloat16/1x50257", "graph replay, us", 12.0),
-    Goal("solve/bfloat16/1x151936", "graph replay, us", 16.0),
-    Goal("bisect/bfloat16/132x50257", "time, us", 100.0),
-    *(Goal(f"solve/bfloat16/{N}x50257", "over the reference", 100.0) for N in (132, 4096)),
-    *(Goal(f"solve/bfloat16/{N}x50257", "over the reference, compiled and graphed", 20.0) for N in (132, 4096)),
-    Goal("solve/bfloat16/4096x50257", "extra bytes per row", 256.0),
-)
-
 # Every work once, small enough for a test run; the interpreter, which pays per operation, gets them smaller still.
 QUICK_WORKS = (*GRID_WORKS, "dropin")
 QUICK_CASES = tuple(Case(work, 4, 8192, rivals=FULL) for work in QUICK_WORKS)
 INTERPRETED_CASES = tuple(Case(work, 2, 2048) for work in QUICK_WORKS)
 
 
-def select(device: torch.device, *, quick: bool, name_part: str) -> tuple[Case, ...]:
-    """The cases of a device whose name contains `name_part`."""
-    cases = QUICK_CASES if quick else CUDA_CASES if device.type == "cuda" else CPU_CASES
-    return tuple(case for case in cases if name_part in case.name)
-
-
-def make_logits(case: Case, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Two models that mostly agree, both [N, V]: shared Zipf rows, perturbed with std 1 for each model."""
-    generator = torch.Generator(device).manual_seed(case.N * 1_000_003 + case.V)
-    ranks = torch.rand(case.N, case.V, generator=generator, device=device).mul_(case.V).add_(1)
-    shared = ranks.log_().mul_(-1.1)
-    dtype = DTYPES[case.dtype]
-
-    def perturbed() -> Tensor:
-        noise = torch.randn(case.N, case.V, generator=generator, device=device)
-        return noise.add_(shared).to(dtype)
-
-    return perturbed(), perturbed()
+def select(device: torch.device, *, quick: bool) -> tuple[Case, ...]:
+    return QUICK_CASES if quick else CUDA_CASES if device.type == "cuda" else CPU_CASES

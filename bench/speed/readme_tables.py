@@ -1,17 +1,25 @@
-"""The READMEs' tables, generated from bench/results: never typed by hand. `python -m bench.plot` writes them.
+"""The documents' tables, generated from bench/results: never typed by hand. `python -m bench.plot` writes them.
 
-Each table stands between <!-- bench: NAME --> and <!-- /bench -->.
+Each table stands between <!-- bench: NAME --> and <!-- /bench --> in one of TARGETS.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from . import gates, goals, results, roofline, table
-from .results import ROOT, Row
+from bench import tables
+from bench.compiled import check
+from bench.paths import ROOT
 
-READMES = {"en": ROOT / "README.md", "zh": ROOT / "README.zh-CN.md"}
+from . import goals, results, table
+from .cases import SHORT
+from .expected import bound_of, expectations
+from .results import Measurement
+
+# The documents that hold tables, and their language.
+TARGETS = {ROOT / "docs" / "performance.md": "en"}
 BLOCK = re.compile(r"(<!-- bench: (\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 CHINESE = {
     "case": "用例",
@@ -54,11 +62,10 @@ def words(text: str, language: str) -> str:
 
 
 def markdown(heading: Sequence[str], lines: Sequence[Sequence[str]], language: str) -> str:
-    rows = [[words(cell, language) for cell in heading], ["---", *["---:"] * (len(heading) - 1)], *lines]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return tables.markdown([words(cell, language) for cell in heading], lines)
 
 
-def origin(row: Row, language: str) -> str:
+def origin(row: Measurement, language: str) -> str:
     """Where a table's rows come from, in one line."""
     threads = f", {row.threads} {words('threads', language)}" if row.kind == "cpu" else ""
     commit = words("commit", language)
@@ -79,7 +86,7 @@ def cpu(language: str) -> str:
                         _case(row),
                         f"{table.milliseconds(reference.p50_ms)} ms",
                         f"{table.milliseconds(row.p50_ms)} ms",
-                        f"{table.figure(reference.over)}×",
+                        f"{table.number(reference.over)}×",
                     ]
                 )
         heading = ("case", "reference", "this package", "speed-up")
@@ -93,14 +100,14 @@ def gpu(language: str) -> str:
     for rows in _measured("cuda"):
         lines = []
         for each in goals.measured(rows, "cuda"):
-            sign = words("at least" if goals.FIGURES[each.goal.figure].floor else "at most", language)
+            sign = words("at least" if each.is_floor else "at most", language)
             verdict = words("reached" if each.reached else "missed", language)
-            goal = f"{each.goal.figure}: {sign} {each.goal.limit:g}"
+            goal = f"{each.goal.quantity}: {sign} {each.goal.limit:g}"
             package = results.of(rows, each.goal.case)["package"]
-            limit = roofline.bound_of(package)
+            limit = bound_of(package)
             least = "-" if limit is None else f"{table.milliseconds(limit.seconds * 1e3)} ms"
             time = f"{table.milliseconds(package.p50_ms)} ms"
-            lines.append([f"`{each.goal.case}`", goal, table.figure(each.value), verdict, time, least])
+            lines.append([f"`{each.goal.case}`", goal, table.number(each.value), verdict, time, least])
         heading = ("case", "goal", "measured", "reached", "time", "bound")
         blocks.append(origin(rows[0], language) + "\n\n" + markdown(heading, lines, language))
     if not blocks:
@@ -110,22 +117,21 @@ def gpu(language: str) -> str:
 
 def bounds(language: str) -> str:
     """The least time on each device, with what sets it."""
-    found = roofline.expectations()
-    devices = list(dict.fromkeys(device for _, device, _ in found))
+    found = expectations()
+    devices = list(next(iter(found.values())))
     heading = ["work", *(("" if device.measured else "~") + device.name for device in devices)]
     lines = []
-    for case in dict.fromkeys(case for case, _, _ in found):
-        of_case = {device: bound for each, device, bound in found if each == case}
+    for case, of_case in found.items():
         cells = [
             f"{of_case[device].seconds * 1e6:,.0f} µs ({words(of_case[device].limit, language)})" for device in devices
         ]
-        lines.append([f"`{case.work}` {roofline.SHORT[case.dtype]} {case.N:,} × {case.V:,}", *cells])
+        lines.append([f"`{case.work}` {SHORT[case.dtype]} {case.N:,} × {case.V:,}", *cells])
     return markdown(heading, lines, language)
 
 
 def kernels(language: str) -> str:
     """What was read off the compiled kernels' main loops."""
-    rows = [row for row in gates.read_rows() if row["pass"] == "main" and row["kernel"] in KERNELS]
+    rows = [row for row in check.read_rows() if row["pass"] == "main" and row["kernel"] in KERNELS]
     lines = [
         [
             f"{row['kernel']}, {row['target']}",
@@ -154,14 +160,14 @@ def filled(text: str, language: str) -> str:
     return BLOCK.sub(block, text)
 
 
-def write() -> None:
-    for language, path in READMES.items():
+def write(targets: Mapping[Path, str] = TARGETS) -> None:
+    for path, language in targets.items():
         path.write_text(filled(path.read_text(encoding="utf-8"), language), encoding="utf-8")
 
 
-def _measured(kind: str) -> list[list[Row]]:
+def _measured(kind: str) -> list[list[Measurement]]:
     return [rows for rows in results.read_all().values() if rows[0].kind == kind]
 
 
-def _case(row: Row) -> str:
-    return f"`{row.work}` {roofline.SHORT[row.dtype]} {row.N:,} × {row.V:,}"
+def _case(row: Measurement) -> str:
+    return f"`{row.work}` {SHORT[row.dtype]} {row.N:,} × {row.V:,}"

@@ -1,6 +1,6 @@
 """Compile what will be timed, in several processes, so that the timed run finds it in Triton's cache.
 
-`python -m bench.warm` takes the benchmark's kernels, `python -m bench.tune --compile` those of the launch sweep.
+`python -m bench.gpu.warm` takes the benchmark's kernels, `python -m bench.gpu.tune --compile` the launch sweep's.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from collections.abc import Sequence
 
 import torch
 
+from bench.speed.cases import DTYPES, Case
+from bench.speed.inputs import Inputs
+from bench.speed.works import WORKS
 from optsample_triton import launch
-
-from .cases import DTYPES, Case, make_logits
-from .works import WORKS, Rows
 
 # Triton compiles anew for rows of another alignment, for a single row, and for a count of programs per row that is 1.
 LENGTHS = (16_384, 16_385)
@@ -49,7 +49,7 @@ def call_once(task: Task) -> str:
     present = table[bits]
     try:
         table[bits] = shape or present
-        WORKS[case.work].package(Rows(case, *make_logits(case, torch.device("cuda"))))()
+        WORKS[case.work].package(Inputs.of(case, torch.device("cuda")))()
         torch.cuda.synchronize()
     except Exception as error:  # a kernel that does not compile is a finding, and the others are still wanted
         return f"{case.name}{f': {shape}' if shape else ''}: {type(error).__name__}: {error}".splitlines()[0]
@@ -78,11 +78,11 @@ def processes() -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.warm", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.warm", description=__doc__)
     parser.add_argument("--parts", type=int, default=processes(), help="processes")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        print("bench.warm: torch sees no GPU here, and there is nothing to compile without one.", file=sys.stderr)
+        print("bench.gpu.warm: torch sees no GPU here, and there is nothing to compile without one.", file=sys.stderr)
         return 2
     return 1 if compile_all(tasks(), arguments.parts) else 0
 

@@ -1,4 +1,4 @@
-"""How often the solver reads a row, by family of rows (tests/cases.py): `python -m bench.sweeps` writes the table.
+"""How often the solver reads a row, by family of rows (tests/cases.py): `python -m bench.speed.sweeps` writes it.
 
 The count does not depend on the machine's speed. It is taken on the GPU where there is one, else on the eager path;
 the table says on which.
@@ -16,10 +16,9 @@ from pathlib import Path
 import torch
 
 import optsample_triton as ost
+from bench.paths import RESULTS
 
-from .results import FOLDER
-
-PATH = FOLDER / "sweeps.csv"
+PATH = RESULTS / "sweeps.csv"
 
 
 @dataclass(frozen=True)
@@ -75,12 +74,13 @@ def read(path: Path = PATH) -> list[Family]:
         ]
 
 
-def main() -> None:
+def main() -> int:
     families = count()
     write(families)
     for family in families:
         print(f"{family.family:<24} {family.rows:>4} rows  {family.mean:5.2f} sweeps, {family.most} at most")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""One case from gate to figures."""
+"""One case, from its check to its times."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ import torch
 from optsample_triton import backend
 from optsample_triton._version import __version__
 
-from . import results, rivals
-from .cases import DTYPES, Case, make_logits
+from . import listed, peers, results
+from .cases import DTYPES, Case
+from .inputs import Inputs
+from .results import Measurement
 from .timing import Budget, Call, Clock, Quantiles, captured, copy_of, measure, peak_extra_bytes
-from .works import WORKS, Rows
+from .works import WORKS
 
 # Above this many rows a launch takes much longer than its overhead, and a graph would show nothing.
 GRAPH_ROWS = 132
@@ -38,7 +40,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one case gave; a case that did not pass its gate has no times, one that did not fit no error either."""
+    """What one case gave; a case that failed its check has no times, one that did not fit has no error either."""
 
     case: Case
     backend: str
@@ -60,13 +62,13 @@ def run_case(case: Case, device: torch.device, clock: Clock, budget: Budget) -> 
 
 def _run_case(case: Case, device: torch.device, clock: Clock, budget: Budget) -> Outcome:
     work = WORKS[case.work]
-    rows = Rows(case, *make_logits(case, device))
+    inputs = Inputs.of(case, device)
     moved = work.moved_bytes(case)
     chosen, _ = backend.choose(device, DTYPES[case.dtype])
     if backend.interpreter_on() and chosen == "triton":
         chosen = "triton, interpreted"
-    package = work.package(rows)
-    error_ratio = work.error_ratio(rows, package())
+    package = work.package(inputs)
+    error_ratio = work.error_ratio(inputs, package())
     asked = [Result(case, "package", moved), Result(case, "copy", moved)]
     if not error_ratio <= 1.0:
         return Outcome(case, chosen, error_ratio, (asked[0],))
@@ -77,23 +79,23 @@ def _run_case(case: Case, device: torch.device, clock: Clock, budget: Budget) ->
         binders["graph"] = lambda: captured(package)
     if "reference" in case.rivals:
         asked.append(Result(case, "reference", moved))
-        binders["reference"] = lambda: work.reference(rows)
+        binders["reference"] = lambda: work.reference(inputs)
     finish = work.finish
     if device.type == "cuda" and finish is not None and "compiled" in case.rivals:
         asked += [Result(case, "compiled", moved), Result(case, "graphed", moved)]
-        compiled = functools.cache(lambda: rivals.compiled(rows, finish))
+        compiled = functools.cache(lambda: listed.compiled(inputs, finish))
         binders["compiled"] = compiled
         binders["graphed"] = lambda: captured(compiled())
-    for peer in rivals.PEERS:
+    for peer in peers.PEERS:
         if case.work in peer.works and "peers" in case.rivals:
             asked.append(Result(case, peer.name, peer.moved_bytes(case), peer.version))
-            binders[peer.name] = functools.partial(peer.bind, rows)
+            binders[peer.name] = functools.partial(peer.bind, inputs)
 
     ready: dict[str, Call] = {}
     extra: dict[str, int | None] = {}
     for index, result in enumerate(asked):
         try:
-            if result.who in {peer.name for peer in rivals.PEERS} and not result.version:
+            if result.who in {peer.name for peer in peers.PEERS} and not result.version:
                 raise ModuleNotFoundError("not installed")
             call = binders[result.who]()
             call()
@@ -124,7 +126,7 @@ def reason(error: Exception) -> str:
     return f"{kind}{first}"[:160]
 
 
-def rows_of(outcomes: Sequence[Outcome], device: torch.device) -> list[results.Row]:
+def rows_of(outcomes: Sequence[Outcome], device: torch.device) -> list[Measurement]:
     """Outcomes as rows of a result file."""
     date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
     commit, name = results.current_commit(), results.device_name(device)
@@ -136,7 +138,7 @@ def rows_of(outcomes: Sequence[Outcome], device: torch.device) -> list[results.R
             status = "FAILED" if outcome.failed else "ok" if result.times else "not run"
             times = result.times
             rows.append(
-                results.Row(
+                Measurement(
                     case=outcome.case.name,
                     work=outcome.case.work,
                     N=outcome.case.N,
@@ -165,8 +167,8 @@ def rows_of(outcomes: Sequence[Outcome], device: torch.device) -> list[results.R
                     commit=commit,
                     optsample_triton=__version__,
                     torch=torch.__version__,
-                    triton=rivals.installed_version("triton"),
-                    numpy=rivals.installed_version("numpy"),
+                    triton=peers.installed_version("triton"),
+                    numpy=peers.installed_version("numpy"),
                     python=platform.python_version(),
                 )
             )

@@ -1,4 +1,4 @@
-"""A sweep over launch shapes that proposes lines for optsample_triton/launch.py: `python -m bench.tune`.
+"""A sweep over launch shapes that proposes lines for optsample_triton/launch.py: `python -m bench.gpu.tune`.
 
 Every candidate solves the same rows in one run, in rotated order, and must agree with the table's own shape. A
 candidate's score is the geometric mean, over the cases, of its time in units of the table's shape. The best ones are
@@ -22,12 +22,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.speed.cases import DTYPES, Case
+from bench.speed.inputs import Inputs
+from bench.speed.judges import ALPHA_TOLERANCE, LOG_Q_TOLERANCE, worst
+from bench.speed.timing import GPU_BUDGET, QUICK_BUDGET, Budget, Call, Clock, measure
+from bench.speed.works import WORKS
 from optsample_triton import backend, launch
 
 from . import warm
-from .cases import DTYPES, Case, make_logits
-from .timing import GPU_BUDGET, QUICK_BUDGET, Budget, Call, Clock, measure
-from .works import ALPHA_TOLERANCE, LOG_Q_TOLERANCE, WORKS, Rows, worst
 
 CASES = tuple((N, V) for N in (4096, 132, 1) for V in (50_257, 151_936))
 INTERPRETED_CASES = ((2, 3000),)
@@ -61,15 +63,15 @@ def times(
 
     Nor is a shape tried for the first time after `deadline`, in seconds of time.monotonic().
     """
-    rows = Rows(case, *make_logits(case, clock.device))
+    inputs = Inputs.of(case, clock.device)
     bits = 8 * DTYPES[case.dtype].itemsize
     present = launch.SHAPES[kind][bits]
-    work = WORKS[case.work].package(rows)
+    work = WORKS[case.work].package(inputs)
 
     def judged(result: Any) -> tuple[torch.Tensor, torch.Tensor | float]:
         if hasattr(result, "alpha"):
             return result.alpha.double(), ALPHA_TOLERANCE
-        log_q = result[rows.gate].double()
+        log_q = result[inputs.judged].double()
         return log_q, LOG_Q_TOLERANCE + torch.finfo(result.dtype).eps * log_q.abs()
 
     def in_shape(shape: launch.Shape) -> Call:
@@ -150,7 +152,7 @@ class Table:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.tune", description=__doc__)
     parser.add_argument("--out", type=Path, metavar="FILE.csv", help="write every time to this file")
     parser.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS", help="try no shape after this")
     parser.add_argument("--rows", type=int, metavar="N", help="only cases of so many rows")
@@ -159,7 +161,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     interpreted = backend.interpreter_on()
     if not torch.cuda.is_available() and (arguments.compile or not interpreted):
         print(
-            "bench.tune: torch sees no GPU here; with TRITON_INTERPRET=1 the sweep can be tried out.", file=sys.stderr
+            "bench.gpu.tune: torch sees no GPU here; with TRITON_INTERPRET=1 the sweep can be tried out.",
+            file=sys.stderr,
         )
         return 2
     batches = sorted({N for N, _ in CASES}) if arguments.rows is None else [arguments.rows]

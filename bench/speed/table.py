@@ -6,26 +6,29 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from bench.compiled import check
+from bench.tables import aligned
 from optsample_triton import backend
 
-from . import gates, results, roofline
-from .cases import Case
-from .results import Row
+from . import results
+from .cases import SHORT, Case
+from .expected import bound_of, expectations
+from .results import Measurement
 
-COLUMNS: dict[str, Callable[[Row, dict[str, Row]], str]] = {
+COLUMNS: dict[str, Callable[[Measurement, dict[str, Measurement]], str]] = {
     "work": lambda row, case: row.work,
     "dtype": lambda row, case: row.dtype,
     "rows x vocabulary": lambda row, case: f"{row.N} x {row.V:,}",
-    "checked": lambda row, case: f"{row.status} {figure(row.error_over_tolerance)}".removesuffix(" -"),
+    "checked": lambda row, case: f"{row.status} {number(row.error_over_tolerance)}".removesuffix(" -"),
     "p20": lambda row, case: milliseconds(row.p20_ms),
     "p50": lambda row, case: milliseconds(row.p50_ms),
     "p80": lambda row, case: milliseconds(row.p80_ms),
     "graph": lambda row, case: milliseconds(case["graph"].p50_ms) if "graph" in case else "-",
     "bound": lambda row, case: bound(row),
     "reference": lambda row, case: milliseconds(case["reference"].p50_ms) if "reference" in case else "-",
-    "ratio": lambda row, case: f"{figure(case['reference'].over)}x" if "reference" in case else "-",
+    "ratio": lambda row, case: f"{number(case['reference'].over)}x" if "reference" in case else "-",
     "bytes": lambda row, case: size(row.moved_bytes or 0),
-    "GB/s": lambda row, case: figure(row.gb_per_s),
+    "GB/s": lambda row, case: number(row.gb_per_s),
     "of copy": lambda row, case: f"{row.of_copy:.0%}" if row.of_copy else "-",
     "memory": lambda row, case: "-" if row.extra_bytes is None else size(row.extra_bytes),
 }
@@ -56,20 +59,7 @@ def heading(device: torch.device) -> str:
     return f"optsample_triton on {place}; torch {torch.__version__}\nbackend: {name}, since {why}"
 
 
-def aligned(cells: Sequence[Sequence[str]], left: int) -> str:
-    """Rows of cells under a heading: the first `left` columns to the left, the others to the right."""
-    widths = [max(len(row[index]) for row in cells) for index in range(len(cells[0]))]
-
-    def line(row: Sequence[str]) -> str:
-        return "  ".join(
-            cell.ljust(width) if index < left else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-
-    return "\n".join([line(cells[0]), "  ".join("-" * width for width in widths), *map(line, cells[1:])])
-
-
-def render(rows: Sequence[Row]) -> str:
+def render(rows: Sequence[Measurement]) -> str:
     """One line per case; columns in which nothing was measured are left out."""
     lines = []
     for row in rows:
@@ -77,43 +67,45 @@ def render(rows: Sequence[Row]) -> str:
             of_case = results.of(rows, row.case)
             lines.append([column(row, of_case) for column in COLUMNS.values()])
     kept = [index for index in range(len(COLUMNS)) if any(line[index] != "-" for line in lines)]
-    return aligned([[line[index] for index in kept] for line in [list(COLUMNS), *lines]], left=3)
+    return aligned(
+        [list(COLUMNS)[index] for index in kept], [[line[index] for index in kept] for line in lines], left=3
+    )
 
 
-def render_rivals(rows: Sequence[Row]) -> str:
+def render_rivals(rows: Sequence[Measurement]) -> str:
     """The candidates besides package, copy and eager reference, each with its version or why it did not run."""
     lines = []
     for row in rows:
         if row.who not in ("package", "copy", "reference", "graph"):
             who = f"{row.who} ({row.version})" if row.version else row.who
             share = f"{row.of_copy:.0%}" if row.of_copy else "-"
-            over = f"{figure(row.over)}x" if row.over else row.note
+            over = f"{number(row.over)}x" if row.over else row.note
             lines.append([row.case, who, milliseconds(row.p50_ms), share, over])
     if not lines:
         return ""
-    return aligned([["case", "timed in the same run", "p50", "of copy", "over the package"], *lines], left=2)
+    return aligned(("case", "timed in the same run", "p50", "of copy", "over the package"), lines, left=2)
 
 
 def render_expectations() -> str:
     """The static bounds: work by device, with what limits it."""
-    found = roofline.expectations()
-    devices = list(dict.fromkeys(device for _, device, _ in found))
-    cells = [["at least, microseconds", *(f"{'' if device.measured else '~'}{device.name}" for device in devices)]]
-    for case in dict.fromkeys(case for case, _, _ in found):
-        bounds = {device: limit for each, device, limit in found if each == case}
-        cells.append([case_words(case), *(f"{bounds[device].seconds * 1e6:,.0f} {bounds[device].limit}"
-                                          for device in devices)])  # fmt: skip
-    versions = ", ".join(sorted({row["triton"] for row in gates.read_rows()}))
-    return EXPECTATION.format(triton=versions) + "\n\n" + aligned(cells, left=1)
+    found = expectations()
+    devices = list(next(iter(found.values())))
+    heading = ["at least, microseconds", *(f"{'' if device.measured else '~'}{device.name}" for device in devices)]
+    lines = [
+        [case_words(case), *(f"{bounds[device].seconds * 1e6:,.0f} {bounds[device].limit}" for device in devices)]
+        for case, bounds in found.items()
+    ]
+    versions = ", ".join(sorted({row["triton"] for row in check.read_rows()}))
+    return EXPECTATION.format(triton=versions) + "\n\n" + aligned(heading, lines, left=1)
 
 
 def case_words(case: Case) -> str:
-    return f"{case.work}, {roofline.SHORT[case.dtype]}, {case.N} x {case.V:,}"
+    return f"{case.work}, {SHORT[case.dtype]}, {case.N} x {case.V:,}"
 
 
-def bound(row: Row) -> str:
+def bound(row: Measurement) -> str:
     """The bound of a row's device in milliseconds and what sets it: not measured."""
-    limit = roofline.bound_of(row)
+    limit = bound_of(row)
     return "-" if limit is None else f"{milliseconds(limit.seconds * 1e3)} {limit.limit}"
 
 
@@ -121,9 +113,9 @@ def milliseconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def figure(value: float | None) -> str:
+def number(value: float | None) -> str:
     """
-    >>> figure(92.41), figure(1234.5), figure(None)
+    >>> number(92.41), number(1234.5), number(None)
     ('92.4', '1,234', '-')
     """
     if value is None:

@@ -24,6 +24,12 @@ CASES = {
     "V=1", "V=17", "huge 1e4", "denormal logits", "every status", "empty batch",
 }  # fmt: skip
 
+# These tests go through methods, dtypes and temperatures rather than rows: fewer cases are enough.
+FEW_CASES = {"random std 3", "same top 0.999", "masked, theta", "one common token", "V=17", "every status"}
+WITH_FEW_CASES = {
+    "test_half_precision_is_exact_for_the_rounded_rows", "test_other_methods", "test_alpha_per_row", "test_temperatures",
+}  # fmt: skip
+
 # 2. In these files a test runs, on each backend, with each value of each of its arguments once or more. That covers
 # every dtype, layout, method and option; what is deep is their combinations.
 COVERED = {
@@ -37,16 +43,26 @@ EVERYTHING = ()
 DEEP: dict[str, tuple[str, ...]] = {
     # A kernel takes many seconds to compile, those that draw most of a minute: what is core is for one GPU.
     "test_nothing_got_worse": ("sm_80", "sm_100", "gfx942", "fp32", "log_q", "diagnostics", "sample", "verify"),
-    "test_main_configurations": ("gfx942", "fp32", "entropy"),
+    "test_main_configurations": ("gfx942",),
     "test_planted_regressions_of_the_solver_are_caught": EVERYTHING,
     "test_the_check_fails_and_the_rest_of_the_file_stays": EVERYTHING,
     "test_nothing_inexact_is_compiled_that_is_not_imitated": EVERYTHING,
     "test_the_front_end_takes_every_launch": EVERYTHING,
     # Without a GPU these say little that other tests do not.
-    "test_streams_side_by_side": ("bisect", "ess_balance", "diagnostics", "entropy"),
+    "test_streams_side_by_side": ("bisect", "ess_balance", "diagnostics", "entropy", "verify", "dropin"),
     "test_a_graph_follows_its_inputs": ("bisect", "ess_balance", "diagnostics", "entropy"),
-    "test_a_batch_beyond_2_to_the_31": ("bisect",),
+    "test_a_batch_beyond_2_to_the_31": EVERYTHING,  # test_offsets_beyond_2_to_the_31 is core
     "test_a_session_runs_what_only_a_device_can_break": EVERYTHING,
+    # Long or many rows, which the interpreter takes seconds for.
+    "test_half_precision_of_whole_vocabularies": EVERYTHING,
+    "test_the_law_of_whole_vocabularies": ("V=151936",),
+    "test_the_law_over_several_chunks": ("zipf", "random", "near-delta"),
+    "test_ill_posed_cases": ("huge 1e30", "bisect"),
+    "test_balanced_alpha_beside_a_ban": ("-1000.0", "3.4e+38"),
+    "test_realistic_rows_take_at_most_1_7_sweeps": ("triton",),
+    "test_adversarial_rows_take_at_most_5_sweeps": ("triton",),
+    # A run of all of bench.theory.
+    "test_quick_run_writes_everything": EVERYTHING,
 }
 
 
@@ -57,7 +73,7 @@ def deep_items(items: Iterable[pytest.Item]) -> Iterator[pytest.Item]:
         if isinstance(item, pytest.Function):
             functions[item.path.stem, item.originalname].append(item)
     for (file, name), several in functions.items():
-        kept = [item for item in several if not _is_named(name, item) and _is_of_core_rows(item)]
+        kept = [item for item in several if not _is_named(name, item) and _is_of_core_rows(name, item)]
         if file in COVERED:
             kept = cover(kept, _values)
         yield from (item for item in several if item not in kept)
@@ -71,8 +87,9 @@ def _arguments(item: pytest.Function) -> dict[str, object]:
     return item.callspec.params if hasattr(item, "callspec") else {}
 
 
-def _is_of_core_rows(item: pytest.Function) -> bool:
-    return all(value.name in CASES for value in _arguments(item).values() if isinstance(value, Case))
+def _is_of_core_rows(name: str, item: pytest.Function) -> bool:
+    chosen = FEW_CASES if name in WITH_FEW_CASES else CASES
+    return all(value.name in chosen for value in _arguments(item).values() if isinstance(value, Case))
 
 
 def _values(item: pytest.Function) -> set[tuple[str, str, str]]:

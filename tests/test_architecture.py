@@ -35,14 +35,18 @@ ROOMS = {
     "": f"{PUBLIC} _version integrations pipeline",  # the package itself, optsample_triton/__init__.py
 }
 # The same for what stands beside the package; "ost" is what users import.
-PUBLIC_AND_MACHINE = "ost types api is_reshape pipeline _version backend launch"
+USED = "ost types api is_reshape pipeline _version backend launch reference tests"  # of the tests: cases.py, the rows
+SHARED = "bench.paths bench.charts bench.tables"
 BESIDE = {
     "reference": "",
-    "bench": f"{PUBLIC_AND_MACHINE} reference tests bench.compiled bench.speed bench.gpu bench.theory",  # the commands
-    "bench.compiled": f"{PUBLIC_AND_MACHINE} numerics kernels bench",
-    "bench.speed": f"{PUBLIC_AND_MACHINE} reference tests bench bench.compiled",  # of the tests: cases.py, the rows
-    "bench.theory": f"{PUBLIC_AND_MACHINE} reference tests bench bench.speed",
-    "bench.gpu": f"{PUBLIC_AND_MACHINE} reference bench bench.compiled bench.speed",
+    "bench.paths": "",
+    "bench.charts": "bench.paths",
+    "bench.tables": "bench.paths",
+    "bench.theory": f"{USED} {SHARED}",
+    "bench.compiled": f"{USED} {SHARED} numerics kernels",
+    "bench.speed": f"{USED} {SHARED} bench.compiled",
+    "bench.gpu": f"{USED} {SHARED} bench.compiled bench.speed",
+    "bench": f"{USED} {SHARED} bench.theory bench.compiled bench.speed bench.gpu",  # the commands
 }
 # What is imported in functions only, and nothing else is: the rest stands at the top of its file.
 LAZY = {

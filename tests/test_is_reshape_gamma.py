@@ -249,7 +249,7 @@ def test_nan_is_passed_on(n):
     for gamma in (is_reshape.gamma_star(log_w), is_reshape.gamma_exact(log_w), is_reshape.moments(log_w).sigma_sq):
         assert math.isnan(gamma.item())
     for function in (is_reshape.diagnose, is_reshape.robust_gamma):
-        with pytest.raises(ValueError, match=rf"^log_w must hold numbers where it counts, but 1 of {n} are NaN$"):
+        with pytest.raises(ValueError, match=rf"^log_w must not be NaN where it counts, but 1 of {n} are NaN$"):
             function(log_w)
     kept = ~log_w.isnan()
     assert is_reshape.gamma_exact(log_w, mask=kept).item() == is_reshape.gamma_exact(log_w[kept]).item()

@@ -10,8 +10,8 @@ from torch.autograd import gradcheck
 
 import optsample_triton as ost
 from optsample_triton import is_reshape
-from optsample_triton.is_reshape.kernels import NAMES
 from optsample_triton.is_reshape.ratios import LOG_RATIO_BOUND
+from optsample_triton.is_reshape.reshaping import NAMES
 from reference import localized_kernels, truth
 from tests.tolerances import assert_within
 from tests.waits import NeverWaits

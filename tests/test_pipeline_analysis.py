@@ -158,11 +158,11 @@ def test_nothing_but_nulls(tmp_path: Path) -> None:
     assert [criterion.met for criterion in report.criteria] == [None] * 3
 
 
-def test_lines_that_are_no_records_are_left_out(records: list[dict], tmp_path: Path) -> None:
+def test_lines_that_are_not_records_are_skipped(records: list[dict], tmp_path: Path) -> None:
     tail = b'{"id": 3}\n[1]\n{"torn": '
     report = analyze(written(tmp_path, records[:10], tail), tmp_path / "analysis")
     assert (report.tally.samples, report.tally.skipped) == (10, 3)
-    assert "3 lines were no records" in report.markdown.read_text()
+    assert "3 lines were not records" in report.markdown.read_text()
 
 
 def test_a_record_counts_whole_or_not_at_all(records: list[dict], tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_going_on_needs_the_same_configuration(tmp_path: Path) -> None:
 def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
     write(tmp_path, stop=2)
     before = contents(tmp_path)
-    with pytest.raises(PipelineError, match="--resume to go on"):
+    with pytest.raises(PipelineError, match="--resume to continue"):
         write(tmp_path, resume=False)
     assert contents(tmp_path) == before
     with Journal(tmp_path / "journal", paths(tmp_path), {"seed": 3}, overwrite=True) as journal:
@@ -135,7 +135,7 @@ def test_another_runs_file_does_not_stay_beside_this_ones(resume: bool, tmp_path
     """Diagnostics of a run that is overwritten by one without would pass for its own."""
     stale = tmp_path / "stale.jsonl"
     stale.write_text("old\n")
-    with pytest.raises(PipelineError, match=r"stale\.jsonl is there, but nothing in .*journal tells of it"):
+    with pytest.raises(PipelineError, match=r"stale\.jsonl is there, but not in .*journal"):
         Journal(tmp_path / "journal", paths(tmp_path), HEADER, resume=resume, stale=[stale])
     assert stale.read_text() == "old\n"
     Journal(tmp_path / "journal", paths(tmp_path), HEADER, overwrite=True, stale=[stale]).close()
@@ -203,7 +203,7 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_lost(unbroken: dict[str, byt
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(unbroken["journal"]) - 10, before[1]))
-        with pytest.raises(PipelineError, match=r"cannot write .*; what is committed is safe, go on with --resume"):
+        with pytest.raises(PipelineError, match=r"cannot write .*; what is committed is safe, continue with --resume"):
             write(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from optsample_triton.pipeline import PipelineError
+from optsample_triton.pipeline.dataset import Reject, read
 from optsample_triton.pipeline.prompts import Prompt, adapt, choose
-from optsample_triton.pipeline.rows import Reject, read
 
 SHAREGPT = [
     {"from": "system", "value": "Be brief."},

@@ -223,7 +223,7 @@ def test_repeated_prompts_are_samples_of_their_own(run: Runner) -> None:
 
 
 def test_logits_that_are_no_law_reject_their_sample_alone(run: Runner) -> None:
-    """An embedding of NaN: whoever reads the word gives no law; the others are drawn as ever."""
+    """An embedding of NaN: rows that read this word get no q*; the others are drawn as usual."""
     tokenizer = make_tokenizer()
     broken = make_model(len(tokenizer), seed=2)
     word = tokenizer.convert_tokens_to_ids("careful")
@@ -283,7 +283,7 @@ def test_wrong_arguments_and_missing_things_are_one_sentence(run: Runner, capsys
         (["--alpha", "0.5"], "alpha_method fixed"),
         (["--alpha-method", "fixed"], "alpha_method fixed"),
         (["--batch-size", "0"], "batch_size must be"),
-        (["--max-new-tokens", "64"], "no room for a prompt"),
+        (["--max-new-tokens", "64"], "no space for a prompt"),
         (["--prompt-field", "nothing"], "'question', 'answer'"),
         (["--dataset", "nobody/nothing"], "'nobody/nothing' could not be loaded"),
         (["--device", "cuda:7"], "cuda:7"),

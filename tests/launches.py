@@ -111,8 +111,10 @@ def compiled_calls() -> dict[str, object]:
     triton.knobs.runtime.jit_cache_hook = launches
     calls = 0
     for dtype, n, vocab, offset in (
-        ("bf16", 1, 1, 0), ("fp16", 300, 4096, 0), ("fp32", 3, 50_257, 1),
-    ):  # fmt: skip
+        ("bf16", 1, 1, 0),
+        ("fp16", 300, 4096, 0),
+        ("fp32", 3, 50_257, 1),
+    ):
         for work in works(*rows((n, vocab), DTYPES[dtype], offset), n).values():
             work()
             calls += 1

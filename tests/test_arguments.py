@@ -46,7 +46,7 @@ OPTIONS = {
     "max_iter is a string": (TypeError, "max_iter", {"max_iter": "20"}),
     "alpha beyond float32": (ValueError, "alpha", {"alpha": 1e38}),
     "temperature beyond float32": (ValueError, "temperature_t", {"temperature_t": 1e38}),
-}  # fmt: skip
+}
 
 # name: (error, the argument that the message names, the two rows); {t} is the second argument's name
 ROWS = {
@@ -96,9 +96,13 @@ def test_rows(case, function, backend):
 def test_numbers_of_numpy_are_numbers(device):
     """What comes out of arrays and configurations: np.float32 is no float, np.int64 no int."""
     numbers = {
-        "alpha": np.float32(0.25), "temperature_theta": np.float32(0.5), "temperature_t": np.int64(2),
-        "vocab_size": np.int64(4), "tol": np.float32(1e-4), "max_iter": np.int32(10),
-    }  # fmt: skip
+        "alpha": np.float32(0.25),
+        "temperature_theta": np.float32(0.5),
+        "temperature_t": np.int64(2),
+        "vocab_size": np.int64(4),
+        "tol": np.float32(1e-4),
+        "max_iter": np.int32(10),
+    }
     plain = {name: number.item() for name, number in numbers.items()}
     a = torch.linspace(0, 1, 15, device=device).reshape(3, 5)
     b = torch.linspace(1, 0, 15, device=device).reshape(3, 5).square()

@@ -13,13 +13,29 @@ from tests.tolerances import TOLERANCES
 
 MARGIN = TOLERANCES["dropin_margin", torch.float32].atol
 NAMES = [
-    "OptimalSamplingDistribution", "effective_sample_size", "entropy", "geometric_mean", "kl_divergence",
-    "optimal_sampling_distribution", "solve_kl_symmetry", "solve_kl_symmetry_batch",
-]  # fmt: skip
+    "OptimalSamplingDistribution",
+    "effective_sample_size",
+    "entropy",
+    "geometric_mean",
+    "kl_divergence",
+    "optimal_sampling_distribution",
+    "solve_kl_symmetry",
+    "solve_kl_symmetry_batch",
+]
 INFO = [
-    "alpha", "kl_theta", "kl_t", "kl_diff", "kl_symmetry_error", "ess_theta", "ess_t", "ess_ratio",
-    "entropy_theta", "entropy_t", "entropy_q", "converged",
-]  # fmt: skip
+    "alpha",
+    "kl_theta",
+    "kl_t",
+    "kl_diff",
+    "kl_symmetry_error",
+    "ess_theta",
+    "ess_t",
+    "ess_ratio",
+    "entropy_theta",
+    "entropy_t",
+    "entropy_q",
+    "converged",
+]
 METHODS = ["kl_symmetry", "ess_balance", "entropy", "fixed"]
 
 

@@ -151,10 +151,12 @@ def test_no_switch_at_small_gamma():
     """One formula: 1e-30, 1e-13 and 0 give the same loss and gradient."""
     log_pi, log_mu, reward, _ = samples(dtype=torch.float32)
     values = [
-        (ost.is_reshape_loss(log_pi, log_mu, reward, gamma=gamma)[0], gradient(
-            lambda x, g=gamma: ost.is_reshape_loss(x, log_mu, reward, gamma=g)[0], log_pi))
+        (
+            ost.is_reshape_loss(log_pi, log_mu, reward, gamma=gamma)[0],
+            gradient(lambda x, g=gamma: ost.is_reshape_loss(x, log_mu, reward, gamma=g)[0], log_pi),
+        )
         for gamma in (0.0, 1e-30, 1e-13)
-    ]  # fmt: skip
+    ]
     for loss, slope in values[1:]:
         torch.testing.assert_close(loss, values[0][0])
         torch.testing.assert_close(slope, values[0][1])
@@ -186,8 +188,12 @@ def test_a_mask_that_selects_nothing(gamma, level):
     assert loss.item() == 0.0
     assert bool((gradient(lambda x: ost.is_reshape_loss(x, log_mu, 1.0, **options)[0], log_pi) == 0).all())
     assert {name: value.item() for name, value in metrics.items()} == {
-        "gamma": 0.5 if gamma == 0.5 else 1.0, "ess": 0.0, "ess_ratio": 0.0, "sigma_sq": 0.0, "max_weight": 0.0,
-    }  # fmt: skip
+        "gamma": 0.5 if gamma == 0.5 else 1.0,
+        "ess": 0.0,
+        "ess_ratio": 0.0,
+        "sigma_sq": 0.0,
+        "max_weight": 0.0,
+    }
     empty, _ = ost.is_reshape_loss(log_pi[:0], log_mu[:0], 1.0, gamma=gamma, level=level)
     assert empty.item() == 0.0
 
@@ -241,8 +247,10 @@ def test_gamma_is_always_a_constant():
         _, metrics = ost.is_reshape_loss(log_pi, log_mu, reward, gamma=gamma, mask=mask)
         fixed = metrics["gamma"].item()
         assert 0 < fixed < 1
-        slopes = [gradient(lambda x, g=g: ost.is_reshape_loss(x, log_mu, reward, gamma=g, mask=mask)[0], log_pi)
-                  for g in (gamma, fixed)]  # fmt: skip
+        slopes = [
+            gradient(lambda x, g=g: ost.is_reshape_loss(x, log_mu, reward, gamma=g, mask=mask)[0], log_pi)
+            for g in (gamma, fixed)
+        ]
         torch.testing.assert_close(*slopes)
     trainable = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
     loss, _ = ost.is_reshape_loss(log_pi.requires_grad_(), log_mu, reward, gamma=trainable)
@@ -270,12 +278,16 @@ def test_gamma_per_token():
 def test_gammas_per_token_are_the_documents():
     log_r, _, advantage, _ = samples()
     for found, expected in (
-        (is_reshape.gamma_from_correctness(log_r, advantage, 0.2, 0.8, 0.5),
-         localized_kernels.gamma_from_correctness(log_r, advantage, 0.2, 0.8, 0.5)),
+        (
+            is_reshape.gamma_from_correctness(log_r, advantage, 0.2, 0.8, 0.5),
+            localized_kernels.gamma_from_correctness(log_r, advantage, 0.2, 0.8, 0.5),
+        ),
         (is_reshape.gamma_from_magnitude(advantage, 3.0), localized_kernels.gamma_from_magnitude(advantage, 3.0)),
-        (is_reshape.gamma_combined(log_r, advantage, 2.0, 0.3),
-         localized_kernels.gamma_combined(log_r, advantage, 2.0, 0.3)),
-    ):  # fmt: skip
+        (
+            is_reshape.gamma_combined(log_r, advantage, 2.0, 0.3),
+            localized_kernels.gamma_combined(log_r, advantage, 2.0, 0.3),
+        ),
+    ):
         torch.testing.assert_close(found, expected)
     leaf = log_r.clone().requires_grad_()
     assert not is_reshape.gamma_combined(leaf, advantage).requires_grad
@@ -356,9 +368,14 @@ def test_from_logits(backend, device):
 
 @pytest.mark.parametrize(
     ("dtype", "gamma", "reward"),
-    [(torch.float32, 6e-39, 1.0), (torch.float32, 1e-36, 1000.0), (torch.float32, 1e-13, 1e6),
-     (torch.float64, 1e-320, 1.0), (torch.float64, 1e-22, 1e6)],
-)  # fmt: skip
+    [
+        (torch.float32, 6e-39, 1.0),
+        (torch.float32, 1e-36, 1000.0),
+        (torch.float32, 1e-13, 1e6),
+        (torch.float64, 1e-320, 1.0),
+        (torch.float64, 1e-22, 1e6),
+    ],
+)
 def test_a_tiny_gamma_is_likelihood(dtype, gamma, reward):
     """f = log r and g = 1 to rounding, up to the largest ratios, and never an infinity of upstream/gamma."""
     log_r = torch.tensor([8.8, 0.1, -1e6, 1e6, 0.0], dtype=dtype, requires_grad=True)

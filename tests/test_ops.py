@@ -13,11 +13,25 @@ from tests.waits import NeverWaits
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 GRADED = [
-    "random std 1", "random std 8", "zipf, std 1", "zipf, std 4", "sharp against soft", "bimodal, unequal",
-    "near-delta 0.99, uniform", "tops differ 0.9999", "same top 0.9999", "same top 0.999999",
-    "nearly identical 1e-1", "nearly identical 1e-3", "nearly identical zipf 1e-3", "masked, theta", "masked, both",
-    "V=2", "V=17", "every status",
-]  # fmt: skip
+    "random std 1",
+    "random std 8",
+    "zipf, std 1",
+    "zipf, std 4",
+    "sharp against soft",
+    "bimodal, unequal",
+    "near-delta 0.99, uniform",
+    "tops differ 0.9999",
+    "same top 0.9999",
+    "same top 0.999999",
+    "nearly identical 1e-1",
+    "nearly identical 1e-3",
+    "nearly identical zipf 1e-3",
+    "masked, theta",
+    "masked, both",
+    "V=2",
+    "V=17",
+    "every status",
+]
 
 
 def rows(shape, device, dtype=torch.float32, seed=0):
@@ -308,9 +322,13 @@ def test_alpha_gradient_of_other_methods(name, method, device, interpreted, monk
 
 
 OPTIONS = [
-    {}, {"detach_alpha": True}, {"alpha": 1.5}, {"temperature_t": 0.6},
-    {"method": "ess_balance", "temperature_theta": 1.4}, {"method": "entropy", "temperature_t": 0.6},
-]  # fmt: skip
+    {},
+    {"detach_alpha": True},
+    {"alpha": 1.5},
+    {"temperature_t": 0.6},
+    {"method": "ess_balance", "temperature_theta": 1.4},
+    {"method": "entropy", "temperature_t": 0.6},
+]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

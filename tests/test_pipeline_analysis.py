@@ -27,23 +27,42 @@ def record(number: int, rng: np.random.Generator, *, exact: bool = True, tokens:
     ess = rng.uniform(0.3, 1.0, n)
     kl = rng.exponential(0.2, n)
     made = {
-        "kl_theta": kl, "kl_t": kl + rng.normal(0, 0.03, n), "ess_theta": ess,
-        "ess_t": ess * np.exp(rng.normal(0, 0.15, n)), "overlap_theta": rng.uniform(0.5, 1, n),
+        "kl_theta": kl,
+        "kl_t": kl + rng.normal(0, 0.03, n),
+        "ess_theta": ess,
+        "ess_t": ess * np.exp(rng.normal(0, 0.15, n)),
+        "overlap_theta": rng.uniform(0.5, 1, n),
         "overlap_t": rng.uniform(0.5, 1, n),
-    }  # fmt: skip
+    }
     log_q = -rng.exponential(1.0, n)
     log_theta, log_t = log_q + rng.normal(-0.1, 0.4, n), log_q + rng.normal(-0.1, 0.4, n)
     return {
-        "id": f"{number:032x}", "line": number, "prompt_id": f"{number:032x}", "row": number, "repeat": 0,
+        "id": f"{number:032x}",
+        "line": number,
+        "prompt_id": f"{number:032x}",
+        "row": number,
+        "repeat": 0,
         "answer": None,
-        "finish_reason": "stop" if number % 3 else "length", "num_tokens": n, "mean_alpha": alpha.mean(),
-        "kl_theta": made["kl_theta"].sum(), "kl_t": made["kl_t"].sum(), "ess_theta": made["ess_theta"].mean(),
-        "ess_t": made["ess_t"].mean(), "ess_ratio": made["ess_theta"].mean() / made["ess_t"].mean(),
-        "log_w_theta": (log_theta - log_q).sum(), "log_w_t": (log_t - log_q).sum(),
-        "num_tested": 5 if exact else None, "num_accepted": 4 if exact else None, "tokens": [7] * n, "status": [0] * n,
-        "alpha": alpha.tolist(), "log_theta": log_theta.tolist(), "log_t": log_t.tolist(), "log_q": log_q.tolist(),
+        "finish_reason": "stop" if number % 3 else "length",
+        "num_tokens": n,
+        "mean_alpha": alpha.mean(),
+        "kl_theta": made["kl_theta"].sum(),
+        "kl_t": made["kl_t"].sum(),
+        "ess_theta": made["ess_theta"].mean(),
+        "ess_t": made["ess_t"].mean(),
+        "ess_ratio": made["ess_theta"].mean() / made["ess_t"].mean(),
+        "log_w_theta": (log_theta - log_q).sum(),
+        "log_w_t": (log_t - log_q).sum(),
+        "num_tested": 5 if exact else None,
+        "num_accepted": 4 if exact else None,
+        "tokens": [7] * n,
+        "status": [0] * n,
+        "alpha": alpha.tolist(),
+        "log_theta": log_theta.tolist(),
+        "log_t": log_t.tolist(),
+        "log_q": log_q.tolist(),
         **{f"token_{name}": made[name].tolist() if exact else None for name in EXACT},
-    }  # fmt: skip
+    }
 
 
 def written(folder: Path, records: list[dict], tail: bytes = b"") -> Path:

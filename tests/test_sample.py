@@ -19,9 +19,18 @@ from tests.tolerances import assert_within
 
 ALL = [case for case in cases.CASES if case.name not in ("huge 1e30", "huge 3e38")]
 KINDS = [
-    "zipf, std 1", "random std 8", "tops differ 0.9999", "same top 0.999", "masked, theta", "masked, 20 tokens left",
-    "identical", "nearly disjoint, gap 30", "every status", "V=1", "V=17",
-]  # fmt: skip
+    "zipf, std 1",
+    "random std 8",
+    "tops differ 0.9999",
+    "same top 0.999",
+    "masked, theta",
+    "masked, 20 tokens left",
+    "identical",
+    "nearly disjoint, gap 30",
+    "every status",
+    "V=1",
+    "V=17",
+]
 
 
 def ids(case):
@@ -214,13 +223,21 @@ def test_the_law_over_several_chunks(name, small_chunks, device, interpreted):
 @pytest.mark.parametrize(
     "options",
     [
-        {"alpha": 0.0}, {"alpha": 1.0}, {"alpha": 0.4}, {"alpha": 1.5}, {"method": "ess_balance"},
-        {"method": "entropy"}, {"temperature": 0.7}, {"temperature": 3.0}, {"min_p": 0.05},
+        {"alpha": 0.0},
+        {"alpha": 1.0},
+        {"alpha": 0.4},
+        {"alpha": 1.5},
+        {"method": "ess_balance"},
+        {"method": "entropy"},
+        {"temperature": 0.7},
+        {"temperature": 3.0},
+        {"min_p": 0.05},
         {"temperature": 0.5, "min_p": 0.2},
-        {"temperature_theta": 0.5, "temperature_t": 2.0}, {"vocab_size": 700},
+        {"temperature_theta": 0.5, "temperature_t": 2.0},
+        {"vocab_size": 700},
     ],
     ids=str,
-)  # fmt: skip
+)
 @pytest.mark.parametrize("name", ["zipf, std 2", "masked, theta"])
 def test_the_law_with_options(name, options, small_chunks, device, interpreted):
     a, b = (x[:1] for x in cases.by_name(name).logits(device=device))
@@ -242,9 +259,12 @@ def test_temperature_and_min_p_per_row(backend, device):
     drawn = ost.sample(a, b, seed=4, temperature=temperature.to(device), min_p=min_p.to(device), num_samples=8)
     for k in range(3):
         law = truth.sample_law(
-            a[k : k + 1].cpu(), b[k : k + 1].cpu(), alpha=drawn.alpha[k : k + 1, 0].cpu(),
-            temperature=float(temperature[k]), min_p=float(min_p[k]),
-        )  # fmt: skip
+            a[k : k + 1].cpu(),
+            b[k : k + 1].cpu(),
+            alpha=drawn.alpha[k : k + 1, 0].cpu(),
+            temperature=float(temperature[k]),
+            min_p=float(min_p[k]),
+        )
         assert_within(drawn.log_q[k : k + 1], at(law.log(), drawn.token[k : k + 1].cpu()), "log_q")
     assert bool((drawn.token[1] == truth.log_q(a[1].cpu(), b[1].cpu()).argmax()).all())
 

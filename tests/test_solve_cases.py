@@ -20,11 +20,24 @@ SMALL = [case for case in cases.CASES if case.make()[0].shape[-1] <= 1000 and ca
 SENSIBLE = [
     cases.by_name(name)
     for name in (
-        "random std 1", "random std 8", "zipf, std 1", "zipf, std 4", "sharp against soft", "bimodal, unequal",
-        "near-delta 0.99, uniform", "tops differ 0.99", "same top 0.999", "identical, shifted",
-        "nearly identical 1e-3", "masked, theta", "one common token", "V=1", "V=17", "every status",
+        "random std 1",
+        "random std 8",
+        "zipf, std 1",
+        "zipf, std 4",
+        "sharp against soft",
+        "bimodal, unequal",
+        "near-delta 0.99, uniform",
+        "tops differ 0.99",
+        "same top 0.999",
+        "identical, shifted",
+        "nearly identical 1e-3",
+        "masked, theta",
+        "one common token",
+        "V=1",
+        "V=17",
+        "every status",
     )
-]  # fmt: skip
+]
 
 
 def ids(case):

@@ -19,11 +19,27 @@ from tests.waits import NeverWaits
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 NAMES = [
-    "random std 1", "random std 8", "zipf, std 4", "random, shifted by 50 and -70", "near-delta 0.9999, uniform",
-    "same top 0.999999", "nearly disjoint, gap 1000", "masked, theta", "masked, 20 tokens left", "one common token",
-    "V=1", "V=2", "V=17", "huge 1e4", "huge shift 1e4", "huge 1e30", "huge 3e38", "denormal logits",
-    "invalid among good rows", "every status",
-]  # fmt: skip
+    "random std 1",
+    "random std 8",
+    "zipf, std 4",
+    "random, shifted by 50 and -70",
+    "near-delta 0.9999, uniform",
+    "same top 0.999999",
+    "nearly disjoint, gap 1000",
+    "masked, theta",
+    "masked, 20 tokens left",
+    "one common token",
+    "V=1",
+    "V=2",
+    "V=17",
+    "huge 1e4",
+    "huge shift 1e4",
+    "huge 1e30",
+    "huge 3e38",
+    "denormal logits",
+    "invalid among good rows",
+    "every status",
+]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -123,8 +139,10 @@ def test_a_later_maximum_far_above_the_first(device):
     logits[3] -= 1000.0  # and a first half without anything
     logits[3, :17000] = -torch.inf
     tokens = torch.tensor([0, 19000, 17000, 18000], device=device)
-    found, expected = (f(x, t, entropy=True) for f, x, t in (
-        (ost.token_logprobs, logits, tokens), (truth.token_logprobs, logits.cpu(), tokens.cpu())))  # fmt: skip
+    found, expected = (
+        f(x, t, entropy=True)
+        for f, x, t in ((ost.token_logprobs, logits, tokens), (truth.token_logprobs, logits.cpu(), tokens.cpu()))
+    )
     for actual, right, quantity in zip(found, expected, ("log_prob", "entropy"), strict=True):
         assert_within(actual, right, quantity)
 
@@ -217,8 +235,13 @@ def test_no_gradient_arrives_where_none_was_sent(device):
     """Rows of upstream 0 are only written, entropy upstream included."""
     logits = torch.randn(3, 1100, generator=torch.Generator().manual_seed(0)).to(device)
     tokens, weights = tokens_of(logits), torch.tensor([1.0, 0.0, 0.0], device=device)
-    slope = gradient(lambda x: sum((v * w).sum() for v, w in zip(
-        ost.token_logprobs(x, tokens, entropy=True), (weights, weights.flip(0)), strict=True)), logits)  # fmt: skip
+    slope = gradient(
+        lambda x: sum(
+            (v * w).sum()
+            for v, w in zip(ost.token_logprobs(x, tokens, entropy=True), (weights, weights.flip(0)), strict=True)
+        ),
+        logits,
+    )
     assert [int(row.count_nonzero()) > 0 for row in slope] == [True, False, True]
 
 
@@ -540,13 +563,18 @@ WRONG = {
     "logits_t of another dtype": (TypeError, "logits_t", (LOGITS, TOKENS), {"logits_t": LOGITS.bfloat16()}),
     "ignore_index": (ValueError, "ignore_index", (LOGITS, TOKENS), {"ignore_index": 2**31}),
     "leaf in place": (
-        ValueError, "inplace_backward", (torch.zeros(3, 5, requires_grad=True), TOKENS), {"inplace_backward": True}
-    ),
-    "one row for all in place": (
-        ValueError, "inplace_backward", ((torch.zeros(5, requires_grad=True) * 1).expand(3, 5), TOKENS),
+        ValueError,
+        "inplace_backward",
+        (torch.zeros(3, 5, requires_grad=True), TOKENS),
         {"inplace_backward": True},
     ),
-}  # fmt: skip
+    "one row for all in place": (
+        ValueError,
+        "inplace_backward",
+        ((torch.zeros(5, requires_grad=True) * 1).expand(3, 5), TOKENS),
+        {"inplace_backward": True},
+    ),
+}
 
 
 @pytest.mark.parametrize("case", WRONG)

@@ -361,7 +361,7 @@ ROWS, DRAFTS = torch.zeros(2, 3, 5), torch.zeros(2, 2, dtype=torch.int64)
         (DRAFTS, ROWS, {"draft_lengths": torch.ones(2)}, "draft_lengths must hold integers"),
         (DRAFTS, ROWS, {"seed": torch.zeros(2, 3).long()}, r"seed must be an int or have shape \[2\]"),
     ],
-)  # fmt: skip
+)
 def test_wrong_arguments(tokens, rows, options, message):
     with pytest.raises((TypeError, ValueError), match=message):
         ost.verify(tokens, rows, rows, **{"seed": 0, **options})

@@ -23,9 +23,15 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
 def job(folder: Path, models: dict[str, str], name: str, **more) -> Job:
     rows = [*questions(20), {"question": ""}, *questions(20)]
     return Job(
-        model_theta=models["policy"], model_t=models["target"], max_new_tokens=24, batch_size=4, save_diagnostics=True,
-        dataset=write_rows(folder / "rows.jsonl", rows), output=str(folder / name / "out.jsonl"), **more,
-    )  # fmt: skip
+        model_theta=models["policy"],
+        model_t=models["target"],
+        max_new_tokens=24,
+        batch_size=4,
+        save_diagnostics=True,
+        dataset=write_rows(folder / "rows.jsonl", rows),
+        output=str(folder / name / "out.jsonl"),
+        **more,
+    )
 
 
 @pytest.fixture(scope="module")

@@ -25,10 +25,23 @@ def test_kill_9_at_random_moments(tmp_path: Path, models: dict[str, str]) -> Non
     """Dozens of kills anywhere from the start to the end; every file, the journal too, ends as if there were none."""
     rows = [*questions(12), {"question": ""}, *questions(12), {"question": "so " * 90}]
     argv = [
-        "generate", "--model-theta", models["policy"], "--model-t", models["target"], "--max-new-tokens", "6",
-        "--dataset", write_rows(tmp_path / "rows.jsonl", rows), "--batch-size", "4",
-        "--save-diagnostics", "--samples-per-prompt", "3", "--num-samples", "40",
-    ]  # fmt: skip
+        "generate",
+        "--model-theta",
+        models["policy"],
+        "--model-t",
+        models["target"],
+        "--max-new-tokens",
+        "6",
+        "--dataset",
+        write_rows(tmp_path / "rows.jsonl", rows),
+        "--batch-size",
+        "4",
+        "--save-diagnostics",
+        "--samples-per-prompt",
+        "3",
+        "--num-samples",
+        "40",
+    ]
     outputs = [str(tmp_path / f"run{k}" / "out.jsonl") for k in range(12)]
     command = [sys.executable, str(Path(__file__).with_name("killing.py")), *outputs, "--", *argv]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -67,10 +80,26 @@ def test_from_nothing_to_a_report(trained: Path, monkeypatch: pytest.MonkeyPatch
 
     def command(name: str, *more: str) -> list[str]:
         return [
-            "generate", "--model_theta", "policy", "--model_t", "target", "--dataset", "prompts.jsonl",
-            "--output", f"{name}/out.jsonl", "--alpha_method", "kl_symmetry", "--num_samples", "200",
-            "--max-new-tokens", "12", "--batch-size", "8", "--save_diagnostics", *more,
-        ]  # fmt: skip
+            "generate",
+            "--model_theta",
+            "policy",
+            "--model_t",
+            "target",
+            "--dataset",
+            "prompts.jsonl",
+            "--output",
+            f"{name}/out.jsonl",
+            "--alpha_method",
+            "kl_symmetry",
+            "--num_samples",
+            "200",
+            "--max-new-tokens",
+            "12",
+            "--batch-size",
+            "8",
+            "--save_diagnostics",
+            *more,
+        ]
 
     assert cli.main(command("whole")) == 0
     journal, rng = trained / "broken" / "out.journal.jsonl", random.Random(1)

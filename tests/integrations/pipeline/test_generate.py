@@ -44,9 +44,19 @@ class Runner:
     def __call__(self, name: str = "out", *more: str, code: int = 0, dataset: str | None = None) -> Path:
         out = self.folder / name
         argv = [
-            "generate", "--model-theta", self.models["policy"], "--dataset", dataset or self.dataset,
-            "--output", str(out / "out.jsonl"), "--max-new-tokens", "6", "--batch-size", "4", *more,
-        ]  # fmt: skip
+            "generate",
+            "--model-theta",
+            self.models["policy"],
+            "--dataset",
+            dataset or self.dataset,
+            "--output",
+            str(out / "out.jsonl"),
+            "--max-new-tokens",
+            "6",
+            "--batch-size",
+            "4",
+            *more,
+        ]
         if "--model-t" not in more and "--target-system-prompt" not in more:
             argv += ["--model-t", self.models["target"]]
         assert cli.main(argv) == code
@@ -146,9 +156,17 @@ def test_trl_and_datasets_read_the_files(run: Runner) -> None:
     assert figures[3]["alpha"] == lines(out / "out.diagnostics.jsonl")[3]["alpha"]
     tokenizer = make_tokenizer(chat=True)
     config = SFTConfig(
-        output_dir=str(run.folder / "sft"), max_steps=1, per_device_train_batch_size=4, report_to="none", use_cpu=True,
-        save_strategy="no", bf16=False, max_length=48, disable_tqdm=True, logging_steps=1,
-    )  # fmt: skip
+        output_dir=str(run.folder / "sft"),
+        max_steps=1,
+        per_device_train_batch_size=4,
+        report_to="none",
+        use_cpu=True,
+        save_strategy="no",
+        bf16=False,
+        max_length=48,
+        disable_tqdm=True,
+        logging_steps=1,
+    )
     model = AutoModelForCausalLM.from_pretrained(run.models["policy"])
     trainer = SFTTrainer(model, args=config, train_dataset=chat, processing_class=tokenizer)
     assert math.isfinite(trainer.train().training_loss)
@@ -306,13 +324,26 @@ def test_a_full_disk_ends_with_a_sentence(run: Runner) -> None:
     whole = contents(run("whole", "--save-diagnostics"))
     out = run.folder / "full"
     command = [
-        sys.executable, "-c",
+        sys.executable,
+        "-c",
         "import resource, sys; from optsample_triton import cli\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(whole['out.diagnostics.jsonl']) // 2}, -1))\n"
         "sys.exit(cli.main(sys.argv[1:]))",
-        "generate", "--model-theta", run.models["policy"], "--model-t", run.models["target"], "--dataset", run.dataset,
-        "--output", str(out / "out.jsonl"), "--max-new-tokens", "6", "--batch-size", "4", "--save-diagnostics",
-    ]  # fmt: skip
+        "generate",
+        "--model-theta",
+        run.models["policy"],
+        "--model-t",
+        run.models["target"],
+        "--dataset",
+        run.dataset,
+        "--output",
+        str(out / "out.jsonl"),
+        "--max-new-tokens",
+        "6",
+        "--batch-size",
+        "4",
+        "--save-diagnostics",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OPTSAMPLE_BACKEND": "auto"})
     assert done.returncode == 1
     assert "cannot write" in done.stderr.splitlines()[-1]
@@ -339,10 +370,21 @@ def test_a_terminal_gets_a_bar(run: Runner) -> None:
     main, other = pty.openpty()
     fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
     command = [
-        sys.executable, "-c", "import sys; from optsample_triton import cli; sys.exit(cli.main(sys.argv[1:]))",
-        "generate", "--model-theta", run.models["policy"], "--model-t", run.models["target"], "--dataset", run.dataset,
-        "--output", str(run.folder / "bar" / "out.jsonl"), "--max-new-tokens", "4",
-    ]  # fmt: skip
+        sys.executable,
+        "-c",
+        "import sys; from optsample_triton import cli; sys.exit(cli.main(sys.argv[1:]))",
+        "generate",
+        "--model-theta",
+        run.models["policy"],
+        "--model-t",
+        run.models["target"],
+        "--dataset",
+        run.dataset,
+        "--output",
+        str(run.folder / "bar" / "out.jsonl"),
+        "--max-new-tokens",
+        "4",
+    ]
     process = subprocess.Popen(command, stderr=other, stdout=subprocess.DEVNULL)
     os.close(other)
     shown = b""

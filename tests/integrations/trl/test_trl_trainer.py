@@ -30,9 +30,17 @@ def folder(tmp_path_factory):
     tokenizer.save_pretrained(path)
     torch.manual_seed(0)
     configuration = LlamaConfig(
-        vocab_size=len(WORDS), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, eos_token_id=1, bos_token_id=1,
-    )  # fmt: skip
+        vocab_size=len(WORDS),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=1,
+    )
     LlamaForCausalLM(configuration).save_pretrained(path)
     return path
 
@@ -46,15 +54,31 @@ def trained(folder, tmp_path, kind, own=None, **options):
     torch.set_num_threads(1)
     torch.manual_seed(0)
     arguments = GRPOConfig(
-        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", save_strategy="no", max_steps=2,
-        per_device_train_batch_size=4, num_generations=4, num_iterations=2, max_completion_length=6, optim="sgd",
-        learning_rate=1.0, logging_steps=1, disable_tqdm=True, seed=0, **options,
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+        max_steps=2,
+        per_device_train_batch_size=4,
+        num_generations=4,
+        num_iterations=2,
+        max_completion_length=6,
+        optim="sgd",
+        learning_rate=1.0,
+        logging_steps=1,
+        disable_tqdm=True,
+        seed=0,
+        **options,
+    )
     extra = {} if own is None else {"is_reshape": own}
     trainer = kind(
-        model=str(folder), reward_funcs=many_a, args=arguments,
-        train_dataset=Dataset.from_dict({"prompt": ["a b c", "d e", "f", "g h i j"]}), **extra,
-    )  # fmt: skip
+        model=str(folder),
+        reward_funcs=many_a,
+        args=arguments,
+        train_dataset=Dataset.from_dict({"prompt": ["a b c", "d e", "f", "g h i j"]}),
+        **extra,
+    )
     trainer.train()
     return {name: value.detach().clone() for name, value in trainer.model.named_parameters()}, trainer
 
@@ -74,10 +98,16 @@ def start(folder):
 
 @pytest.mark.parametrize(
     "options",
-    [{"loss_type": "grpo"}, {"loss_type": "bnpo"}, {"loss_type": "dr_grpo"}, {"loss_type": "dapo"},
-     {"loss_type": "grpo", "beta": 0.1}, {"loss_type": "bnpo", "beta": 0.1, "use_bias_correction_kl": False}],
+    [
+        {"loss_type": "grpo"},
+        {"loss_type": "bnpo"},
+        {"loss_type": "dr_grpo"},
+        {"loss_type": "dapo"},
+        {"loss_type": "grpo", "beta": 0.1},
+        {"loss_type": "bnpo", "beta": 0.1, "use_bias_correction_kl": False},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_gamma_1_is_grpo_without_its_clip(options, folder, tmp_path):
     ours, trainer = trained(folder, tmp_path, ISReshapeGRPOTrainer, {"gamma": 1.0}, **options)
     theirs, _ = trained(folder, tmp_path, GRPOTrainer, epsilon=0.9999, epsilon_high=1e6, **options)

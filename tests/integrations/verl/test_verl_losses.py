@@ -22,9 +22,12 @@ MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean",
 
 def config(loss_mode, **options):
     return ActorConfig(
-        strategy="fsdp", rollout_n=4, ppo_micro_batch_size_per_gpu=2, policy_loss=PolicyLossConfig(loss_mode=loss_mode),
+        strategy="fsdp",
+        rollout_n=4,
+        ppo_micro_batch_size_per_gpu=2,
+        policy_loss=PolicyLossConfig(loss_mode=loss_mode),
         **options,
-    )  # fmt: skip
+    )
 
 
 def batch():
@@ -44,9 +47,12 @@ def run(loss_mode, agg_mode="token-mean", weights=None, **options):
     given = batch()
     log_prob = given.pop("log_prob").requires_grad_()
     loss, metrics = get_policy_loss_fn(loss_mode)(
-        **given, log_prob=log_prob, loss_agg_mode=agg_mode, config=config(loss_mode, **options),
+        **given,
+        log_prob=log_prob,
+        loss_agg_mode=agg_mode,
+        config=config(loss_mode, **options),
         rollout_is_weights=weights,
-    )  # fmt: skip
+    )
     return loss, torch.autograd.grad(loss, log_prob)[0], metrics
 
 

@@ -22,7 +22,7 @@ def samples():
     return 3 * log_pi - 400, log_mu - 400, reward, mask
 
 
-def figures(part: slice, group) -> list[float]:
+def results(part: slice, group) -> list[float]:
     """Everything that is summed over a group, from one process's shard."""
     log_pi, log_mu, reward, mask = (x[part] for x in samples())
     loss, metrics = is_reshape.is_reshape_loss(log_pi, log_mu, reward, mask=mask, group=group, reduction="sum")
@@ -42,13 +42,13 @@ def run(rank: int, store: str, results) -> None:
     for size, cuts in CUTS.items():
         group = dist.new_group(list(range(size)))
         if rank < size:
-            found[size] = figures(slice(cuts[rank], cuts[rank + 1]), group)
+            found[size] = results(slice(cuts[rank], cuts[rank + 1]), group)
     results.put((rank, found))
     dist.destroy_process_group()
 
 
 def main(store: str) -> None:
-    """Prints a JSON list: for each rank the figures by size of the group."""
+    """Print a JSON list: for each rank, the results by size of the group."""
     # Forked before torch starts a thread: one import serves all four.
     context = multiprocessing.get_context("fork")
     results = context.Queue()

@@ -94,7 +94,7 @@ def test_rows(case, function, backend):
 
 
 def test_numbers_of_numpy_are_numbers(device):
-    """What comes out of arrays and configurations: np.float32 is no float, np.int64 no int."""
+    """Numbers from arrays and configurations: np.float32 is not a float, np.int64 is not an int."""
     numbers = {
         "alpha": np.float32(0.25),
         "temperature_theta": np.float32(0.5),
@@ -169,7 +169,7 @@ def test_out(case, backend):
 
 
 def test_out_that_no_matrix_views(backend):
-    """[B, S, V] whose leading dimensions cannot be merged: a copy would not be the caller's tensor."""
+    """[B, S, V] whose leading dimensions cannot be merged: the result would go into a copy."""
     a, b = torch.zeros(2, 3, 5), torch.ones(2, 3, 5)
     out = torch.full((3, 2, 5), torch.nan).transpose(0, 1)
     with pytest.raises(ValueError, match="out") as caught:

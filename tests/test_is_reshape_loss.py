@@ -71,7 +71,7 @@ def test_against_truth(gamma, kernel, dtype):
 @pytest.mark.parametrize("kernel", NAMES)
 @pytest.mark.parametrize("gamma", [0.0, 1e-12, 0.3, 1.0])
 def test_the_gradient_is_the_theorys(gamma, kernel):
-    """-A g(r)/n to 1e-9, at r = 1 and near a kernel's kink or edge too, against closed forms and autograd of f."""
+    """-A g(r)/n to 1e-9 against closed forms and autograd of f, also at r = 1 and near a kernel's kink or edge."""
     log_pi, log_mu, reward, _ = samples((40,))
     log_mu[:3] = log_pi[:3]
     log_mu[3:6] = log_pi[3:6] - math.log(1.7)  # r = 1 + width
@@ -102,7 +102,7 @@ def test_gradcheck(kernel):
     st.sampled_from(NAMES), st.floats(0, 1), st.floats(0.05, 5), st.lists(st.floats(-30, 30), min_size=1, max_size=8)
 )
 def test_properties(kernel, gamma, width, log_r):
-    """f(1) = 0, f rises where g > 0, f at most r - 1 plus rounding for the powers, and the closed form is the slope."""
+    """f(1) = 0; f rises where g > 0; powers are at most r - 1 plus rounding; the closed form is the slope."""
     log_r = torch.tensor(log_r, dtype=torch.float64)
     f = is_reshape.reshaped_ratio(log_r, gamma, kernel, width)
     g = is_reshape.gradient_weight(log_r, gamma, kernel, width)
@@ -137,7 +137,7 @@ def test_gamma_1_is_importance_weighted_rl():
 
 @pytest.mark.parametrize("kernel", NAMES)
 def test_on_policy_every_member_is_reinforce(kernel):
-    """log_pi given as log_mu too: the ratio's denominator is a constant, and the gradient must not cancel."""
+    """log_pi passed as log_mu too: the ratio's denominator is a constant, so the gradient must not cancel."""
     log_pi, _, reward, _ = samples()
     for gamma in ("auto", "exact", 0.0, 0.5, 1.0):
         slope = gradient(lambda x, g=gamma: ost.is_reshape_loss(x, x, reward, gamma=g, kernel=kernel)[0], log_pi)
@@ -205,7 +205,7 @@ def test_a_mask_that_selects_nothing(gamma, level):
 @pytest.mark.parametrize("kernel", NAMES)
 @pytest.mark.parametrize("gamma", ["auto", "exact", 0.0, 0.3, 1.0])
 def test_far_ratios_are_finite(gamma, kernel, dtype):
-    """Overflowing weights and tokens of probability 0 under one of the two: finite losses, gradients and metrics."""
+    """Overflowing weights, and tokens of probability 0 under one model: finite losses, gradients and metrics."""
     log_pi = torch.tensor([-1.0, 0.0, -1e5, -torch.inf, -3.0, -2.0], dtype=dtype)
     log_mu = torch.tensor([-1.5, -1e5, 0.0, -2.0, -torch.inf, -700.0], dtype=dtype)
     for reward in (1.0, -2.0):
@@ -334,7 +334,7 @@ def test_compiled_whole(gamma):
 
 
 def test_from_logits(backend, device):
-    """The coefficient meets (softmax - onehot) in one write, in place or not; what is ignored is masked."""
+    """coefficient * (softmax - onehot) is written once, in place or not; ignored tokens are masked."""
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 3, 1100, generator=g).to(device)
     tokens, reward = (
@@ -377,7 +377,7 @@ def test_from_logits(backend, device):
     ],
 )
 def test_a_tiny_gamma_is_likelihood(dtype, gamma, reward):
-    """f = log r and g = 1 to rounding, up to the largest ratios, and never an infinity of upstream/gamma."""
+    """f = log r and g = 1 up to rounding and the largest ratios; dividing by gamma never gives infinity."""
     log_r = torch.tensor([8.8, 0.1, -1e6, 1e6, 0.0], dtype=dtype, requires_grad=True)
     value = is_reshape.reshaped_ratio(log_r, gamma)
     torch.testing.assert_close(value.detach(), log_r.detach(), rtol=2 * torch.finfo(dtype).eps, atol=0.0)
@@ -389,7 +389,7 @@ def test_a_tiny_gamma_is_likelihood(dtype, gamma, reward):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("kernel", is_reshape.KERNELS)
 def test_a_token_that_neither_model_has(kernel, dtype):
-    """log r = 0 of probabilities that are both 0: the value of r = 1 and no gradient; under one model alone, held."""
+    """Probability 0 under both models: the value of r = 1 and no gradient; under one model only: the bound."""
     log_pi = torch.tensor([-math.inf, -math.inf, -1.0, -2.0], dtype=dtype)
     log_mu = torch.tensor([-math.inf, -1.0, -math.inf, -2.0], dtype=dtype)
     for gamma in (0.0, 0.5, 1.0, "auto", "exact"):
@@ -405,7 +405,7 @@ def test_a_token_that_neither_model_has(kernel, dtype):
 
 @pytest.mark.parametrize("kernel", [name for name in is_reshape.KERNELS if name != "power"])
 def test_a_tensor_of_widths(kernel):
-    """Each row has its own; what is no width is held in the range instead of giving NaN."""
+    """Each row has its own width; an invalid one is clamped to the allowed range instead of giving NaN."""
     g = torch.Generator().manual_seed(0)
     log_pi, log_mu = torch.randn(2, 3, 7, generator=g)
     widths = torch.tensor([[0.5], [1.0], [2.0]], dtype=torch.float64)

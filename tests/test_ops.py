@@ -45,7 +45,7 @@ def op_arguments(a, b, *, alpha=None, temperatures=(None, None), method="kl_symm
 
 @pytest.fixture(params=["eager float32", "eager float64", "triton float32"])
 def setting(request, monkeypatch):
-    """device and dtype, with the backend chosen: float64 is the eager path's alone."""
+    """device and dtype, with the backend chosen: only the eager path supports float64."""
     name, dtype = request.param.split()
     monkeypatch.setenv("OPTSAMPLE_BACKEND", name)
     native = torch.cuda.is_available() and not backend.interpreter_on()
@@ -233,7 +233,7 @@ def test_gradcheck_with_temperatures(name, eager):
 @pytest.mark.parametrize("method", ["kl_symmetry", "ess_balance", "entropy"])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_gradcheck_with_masks_and_padding(name, method, eager):
-    """The masked entries and the padding are constants; what depends on them has no gradient."""
+    """Masked entries and padding are constants and have no gradient."""
     mask_theta = torch.tensor([[0, 1, 0, 0, 0, 0, 0], [1, 0, 0, 0, 1, 0, 0]]).bool()
     mask_t = torch.tensor([[0, 0, 0, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0]]).bool()
 
@@ -462,7 +462,7 @@ def test_the_watch_for_synchronisation_works():
 
 
 def test_graph_capture(monkeypatch):
-    """A captured solve follows its inputs; on a CPU two calls in a row must agree with new inputs just as well."""
+    """A captured solve follows its inputs. On a CPU, two calls in a row must follow new inputs too."""
     monkeypatch.setenv("OPTSAMPLE_BACKEND", "triton")
     device = "cpu" if backend.interpreter_on() else "cuda"
     a, b = rows((2, 9), device)

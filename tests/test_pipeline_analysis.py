@@ -1,4 +1,4 @@
-"""optsample analyze: measured values against the same from whole arrays, bounded memory, two documents that agree."""
+"""optsample analyze: its values against those from whole arrays, bounded memory, two documents that agree."""
 
 import importlib.util
 import json
@@ -21,7 +21,7 @@ FIGURES = ["alpha", "positions", "ess-ratio", "kl-symmetry", "weight-tails", "ac
 
 
 def record(number: int, rng: np.random.Generator, *, exact: bool = True, tokens: int | None = None) -> dict:
-    """A line as generate writes it, with figures that lie in and out of the bands."""
+    """A line as generate writes it, with values inside and outside the bands."""
     n = int(rng.integers(1, 30)) if tokens is None else tokens
     alpha = rng.beta(8, 8, n)
     ess = rng.uniform(0.3, 1.0, n)
@@ -154,8 +154,8 @@ def test_one_sample_of_one_token(tmp_path: Path) -> None:
     assert report.tally.tokens == 1
 
 
-def test_figures_without_a_value(tmp_path: Path) -> None:
-    """generate writes null where a figure has no value, for instance where no token is allowed by both models."""
+def test_diagnostics_without_a_value(tmp_path: Path) -> None:
+    """generate writes null for a value that does not exist, for instance if no token is allowed by both models."""
     rng = np.random.default_rng(3)
     records = [record(k, rng, tokens=3) for k in range(6)]
     for name in ("alpha", "token_ess_theta", "token_kl_t"):
@@ -185,7 +185,7 @@ def test_lines_that_are_not_records_are_skipped(records: list[dict], tmp_path: P
 
 
 def test_a_record_counts_whole_or_not_at_all(records: list[dict], tmp_path: Path) -> None:
-    """Lines that are records but for one thing, as another program or a damaged disk may leave them."""
+    """Lines with a single fault, as another program or a damaged disk may leave them."""
     names = ["finish_reason", "status", "log_q", "token_kl_t", "ess_ratio", "num_tested", "num_tokens", "line"]
     bad = [{name: value for name, value in records[5].items() if name != missing} for missing in names]
     odd = (
@@ -212,7 +212,7 @@ def test_a_record_counts_whole_or_not_at_all(records: list[dict], tmp_path: Path
 
 
 def test_models_that_are_infinitely_far_apart_miss_the_criteria(tmp_path: Path) -> None:
-    """generate writes null for an infinite KL; a position without a balance is not one that has it."""
+    """generate writes null for an infinite KL; such a position does not meet the criterion."""
     rng = np.random.default_rng(5)
     records = [record(k, rng, tokens=4) for k in range(10)]
     for r in records:
@@ -263,7 +263,7 @@ def test_memory_does_not_grow_with_the_file(records: list[dict], tmp_path: Path)
 
 
 def test_a_reservoir_is_a_fair_part() -> None:
-    """Every place of the stream is kept as often as any other."""
+    """Every place of the stream is equally likely to be kept."""
     stream = np.arange(1000.0)[:, None]
     counts = np.zeros(1000)
     for seed in range(300):

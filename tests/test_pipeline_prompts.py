@@ -1,4 +1,4 @@
-"""Datasets as people have them: which columns are the prompt, and bad rows that stop nothing."""
+"""Datasets of the usual formats: which columns are the prompt, and bad rows, which do not stop a run."""
 
 import gzip
 import json
@@ -218,7 +218,7 @@ def test_a_return_inside_a_field_costs_its_record_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["cut.jsonl.gz", "changed.csv.gz", "deep.json"])
 def test_a_dataset_that_ends_in_the_middle_is_said(name: str, tmp_path: Path) -> None:
-    """Rows before the damage come; then one sentence rather than another library's exception."""
+    """Rows before the damage are read; then comes one sentence and not another library's exception."""
     path = tmp_path / name
     whole = gzip.compress(b"".join(b'{"prompt": "%d"}\n' % (k * k) for k in range(9000)))
     if "deep" in name:
@@ -235,7 +235,7 @@ def test_a_dataset_that_ends_in_the_middle_is_said(name: str, tmp_path: Path) ->
 
 
 def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
-    """The memory of a process is a file whose first page gives an error, for anybody."""
+    """/proc/self/mem is a file whose first page cannot be read by anyone."""
     path = tmp_path / "a.jsonl"
     path.symlink_to("/proc/self/mem")
     with pytest.raises(PipelineError, match=r"cannot be read further: .*Input/output error"):

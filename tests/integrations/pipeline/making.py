@@ -1,4 +1,4 @@
-"""Models, a tokeniser and datasets made from nothing: a language of sums, at which the target is better."""
+"""Models, a tokeniser and datasets made from nothing: a language of sums, which the target knows better."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def make_model(vocab: int, seed: int, positions: int = 64, scale: float = 0.2) -
 
 
 def text(generator: torch.Generator, right: float) -> str:
-    """A sum; with probability 1 - right its result is one off or two."""
+    """A sum; with probability 1 - right its result may be off by up to two."""
     a, b = torch.randint(LARGEST + 1, (2,), generator=generator).tolist()
     result = a + b
     if float(torch.rand((), generator=generator)) > right:

@@ -1,4 +1,4 @@
-"""optsample generate --ray on a cluster of this machine: the same files, also when a worker is killed in the middle."""
+"""optsample generate --ray on a cluster of this machine: the same files, even if a worker is killed in the middle."""
 
 import os
 import pickle
@@ -16,7 +16,7 @@ from optsample_triton.pipeline import Job, PipelineError, generate
 from optsample_triton.pipeline.cluster import Worker, Workers, workers_for
 from optsample_triton.pipeline.records import Request
 
-ray = pytest.importorskip("ray")  # a requirement of this folder: where it is missing, that is the finding
+ray = pytest.importorskip("ray")  # a requirement of this folder; the skip reports that it is missing
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
 
 
@@ -88,7 +88,7 @@ def test_a_run_resumes_in_a_cluster(tmp_path: Path, models: dict[str, str], clus
 
 
 def test_what_a_worker_cannot_do_comes_back_as_a_sentence(tmp_path: Path, models: dict[str, str]) -> None:
-    """Damaged weights are found where they are loaded, in the worker."""
+    """Damaged weights are found when the worker loads them."""
     broken = tmp_path / "broken"
     shutil.copytree(models["target"], broken)
     (broken / "model.safetensors").write_bytes(b"short")

@@ -50,7 +50,7 @@ def many_a(completions, **kwargs):
 
 
 def trained(folder, tmp_path, kind, own=None, **options):
-    """Parameters after two optimiser steps, and the trainer. num_iterations = 2: the second has ratios beside 1."""
+    """Parameters after two optimiser steps, and the trainer; the second step has ratios other than 1."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     arguments = GRPOConfig(
@@ -130,7 +130,7 @@ def test_sech2_is_trls_sapo(folder, tmp_path):
 
 
 def test_gamma_star_trains(folder, tmp_path):
-    """The default: gamma from the batch, 1 where the policy has not moved and below it after that."""
+    """The default: gamma comes from the batch; it is 1 before the policy moves and smaller afterwards."""
     ours, trainer = trained(folder, tmp_path, ISReshapeGRPOTrainer, {"rho_min": 0.99}, gradient_accumulation_steps=2)
     assert all(bool(value.isfinite().all()) for value in ours.values())
     assert distance(ours, start(folder)) > 1e-2

@@ -1,4 +1,4 @@
-"""The losses in the real verl: found by name, with its aggregation and configuration, through its ppo_loss."""
+"""The losses in the real verl: by name, with verl's aggregation and configuration, through its ppo_loss."""
 
 import math
 import os
@@ -103,7 +103,7 @@ def test_rollout_weights_multiply():
 
 
 def test_through_ppo_loss():
-    """verl's own entry: padded log-probabilities of a batch without padding, entropy and KL terms off."""
+    """verl's own entry point: padded log-probabilities of a batch without padding, entropy and KL terms off."""
     given = batch()
     lengths = given["response_mask"].sum(-1)
     prompts = torch.full((4,), 2)

@@ -9,8 +9,8 @@ Every function works elementwise on tensors. `width` is the kernel's own paramet
 or the half-width of the hard indicator.
 
 Corrections to the document, each shown in the tests: its table at r = 3 is kept as printed beside the right
-one; g is 1 at r = 1 but has its peak at r > 1; r K(r - 1) is bounded for the kernels here, which K -> 0 alone
-does not imply; the hard indicator is the limit p -> infinity of (1 - |x/h|^p)_+ and not of the Epanechnikov
+one; g is 1 at r = 1 but higher at its peak, at r > 1; r K(r - 1) is bounded for the kernels here, which K -> 0
+alone does not imply; the hard indicator is the limit p -> infinity of (1 - |x/h|^p)_+ and not of the Epanechnikov
 kernel; the symmetric indicator is not PPO's clip; SAPO's temperature tau is the width 2/tau.
 """
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from optsample_triton.api.logprobs import token_logprobs
 from optsample_triton.api.solve import log_q, solve
-from optsample_triton.integrations.vllm.prompts import Prompt
+from optsample_triton.integrations.vllm.prompts import TargetPrompt
 from optsample_triton.integrations.vllm.records import DIAGNOSTICS, Record, Recorder, logger
 from optsample_triton.integrations.vllm.settings import Settings
 from optsample_triton.integrations.vllm.target import Target, Texts
@@ -25,7 +25,7 @@ class MixedRequest:
 
     method: str
     alpha: float | None
-    prompt: Prompt
+    prompt: TargetPrompt
     record: Record | None
     params: Any  # the engine's SamplingParams
 

@@ -17,7 +17,7 @@ from optsample_triton.integrations.huggingface.cached import can_rewind
 from optsample_triton.integrations.huggingface.pair import shared_entries
 from optsample_triton.integrations.vllm.mixer import Mixer
 from optsample_triton.integrations.vllm.persistent_batch import PersistentBatch
-from optsample_triton.integrations.vllm.prompts import Prompts
+from optsample_triton.integrations.vllm.prompts import TargetPrompts
 from optsample_triton.integrations.vllm.records import Record, Recorder
 from optsample_triton.integrations.vllm.settings import RequestOptions, Settings
 from optsample_triton.integrations.vllm.slots import Slots
@@ -75,7 +75,7 @@ class OptimalSampling(LogitsProcessor, LogitsProcessorV2):
         model = model.requires_grad_(False).eval().to(device)
         target = Target(model, cache_tokens=settings.cache_tokens, prefill_chunk=settings.prefill_chunk)
         shared = shared_entries([served.get_vocab_size(), target.vocab], settings.vocab_size)
-        self._prompts = Prompts(settings, served, shared)
+        self._prompts = TargetPrompts(settings, served, shared)
         # Every rank of a tensor-parallel group samples, so every rank mixes. Every rank also keeps records, since they
         # show when a request ends: the ranks must form the same target batches, or the last bits of q* would differ.
         # Only the first rank writes them.

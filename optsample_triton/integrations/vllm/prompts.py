@@ -13,7 +13,7 @@ from optsample_triton.integrations.vllm.records import logger
 from optsample_triton.integrations.vllm.settings import RequestOptions, Settings
 
 
-class Prompt(NamedTuple):
+class TargetPrompt(NamedTuple):
     """How the target's prompt is made from the served one."""
 
     own: tuple[int, ...] | None = None  # replaces the served prompt
@@ -35,8 +35,8 @@ class Prompt(NamedTuple):
         return [*served[:start], *self.before, *served[start:], *self.after]
 
 
-class Prompts:
-    """Makes a request's ``Prompt``, with the target's tokeniser; ``model_config`` is the engine's."""
+class TargetPrompts:
+    """Makes a request's ``TargetPrompt``, with the target's tokeniser; ``model_config`` is the engine's."""
 
     def __init__(self, settings: Settings, model_config: Any, shared: int):
         self._tokenizer = _load(settings.target, settings.model_kwargs)
@@ -49,22 +49,22 @@ class Prompts:
         # Entries beyond the shared ones are never drawn, so they may differ.
         check_tokenizers(*(None if one is None else _entries(one, shared) for one in (served, self._tokenizer)))
         self._tokenizer = self._tokenizer or served
-        self._usual = Prompt()
+        self._usual = TargetPrompt()
         if settings.target_prompt_template is not None:
             if self._tokenizer is None:
                 raise ValueError("target_prompt_template needs a tokeniser, but neither model's directory has one")
             before, after = settings.target_prompt_template.split("{prompt}")
-            self._usual = Prompt(None, self._encode(before), self._encode(after), self._tokenizer.bos_token_id)
+            self._usual = TargetPrompt(None, self._encode(before), self._encode(after), self._tokenizer.bos_token_id)
 
-    def of(self, options: RequestOptions) -> Prompt:
+    def of(self, options: RequestOptions) -> TargetPrompt:
         """The request's prompt for the target; empty, which no target can read, if a text cannot be tokenised."""
         if options.target_prompt is None:
             return self._usual
         if not isinstance(options.target_prompt, str):
-            return Prompt(options.target_prompt)
+            return TargetPrompt(options.target_prompt)
         if self._tokenizer is None:
-            return Prompt(())
-        return Prompt(tuple(self._tokenizer(options.target_prompt).input_ids))
+            return TargetPrompt(())
+        return TargetPrompt(tuple(self._tokenizer(options.target_prompt).input_ids))
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer(text, add_special_tokens=False).input_ids)

@@ -9,7 +9,7 @@ from engines import checkpoints, greedy, some_prompts, tokenizer
 from transformers import AutoModelForCausalLM
 
 from optsample_triton.integrations.vllm import Settings, read_records
-from optsample_triton.integrations.vllm.prompts import Prompts
+from optsample_triton.integrations.vllm.prompts import TargetPrompts
 from optsample_triton.integrations.vllm.settings import RequestOptions
 
 
@@ -76,7 +76,7 @@ def test_a_tokeniser_with_code_of_its_own(tmp_path, trusted):
     own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "tokenization_own.Own"]}}
     path.write_text(json.dumps({**json.loads(path.read_text()), **own}))
     settings = Settings(str(tmp_path), model_kwargs={} if trusted is None else {"trust_remote_code": trusted})
-    prompts = Prompts(settings, SimpleNamespace(skip_tokenizer_init=True), 259)
+    prompts = TargetPrompts(settings, SimpleNamespace(skip_tokenizer_init=True), 259)
     assert prompts.of(RequestOptions(target_prompt="look")).own == (tuple(words("look").input_ids) if trusted else ())
 
 

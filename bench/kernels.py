@@ -13,13 +13,19 @@ from . import kernels_reshape
 from .codegen import Entry
 
 POINTERS = (
-    "alpha_ptr", "log_z_ptr", "status_ptr", "sweeps_ptr", "partition_ptr", "partial_ptr", "arrived_ptr",
+    "alpha_ptr", "log_z_ptr", "status_ptr", "sweeps_ptr", "saved_ptr", "chunk_sums_ptr", "arrived_ptr",
 )  # fmt: skip
-OPTIONAL = ("given_ptr", "scale_theta_ptr", "scale_t_ptr", "figures_ptr", "out_ptr")
+OPTIONAL = (
+    "given_alpha_ptr",
+    "inverse_temperature_theta_ptr",
+    "inverse_temperature_t_ptr",
+    "diagnostics_ptr",
+    "out_ptr",
+)
 KINDS = {
-    "alpha_ptr": "*fp32", "log_z_ptr": "*fp32", "status_ptr": "*u8", "sweeps_ptr": "*i32", "partition_ptr": "*fp64",
-    "partial_ptr": "*fp32", "arrived_ptr": "*i32", "figures_ptr": "*fp32", "given_ptr": "*fp32",
-    "scale_theta_ptr": "*fp32", "scale_t_ptr": "*fp32",
+    "alpha_ptr": "*fp32", "log_z_ptr": "*fp32", "status_ptr": "*u8", "sweeps_ptr": "*i32", "saved_ptr": "*fp64",
+    "chunk_sums_ptr": "*fp32", "arrived_ptr": "*i32", "diagnostics_ptr": "*fp32", "given_alpha_ptr": "*fp32",
+    "inverse_temperature_theta_ptr": "*fp32", "inverse_temperature_t_ptr": "*fp32",
 }  # fmt: skip
 PLACES = dict.fromkeys(("inner_theta", "outer_theta", "stride_theta", "inner_t", "outer_t", "stride_t"), "i32")
 NUMBERS = {
@@ -87,12 +93,14 @@ def draw_entry(
     pointers = {
         "theta_ptr": f"*{dtype}", "t_ptr": f"*{dtype}", "token_ptr": "*i64", "log_q_ptr": "*fp32",
         "log_theta_ptr": "*fp32", "log_t_ptr": "*fp32", "alpha_ptr": "*fp32", "status_ptr": "*u8",
-        "partial_ptr": "*fp32", "arrived_ptr": "*i32",
+        "chunk_sums_ptr": "*fp32", "arrived_ptr": "*i32",
     }  # fmt: skip
-    filters = ("cooling_ptr", "min_p_ptr")
+    filters = ("inverse_temperature_ptr", "min_p_ptr")
     if filtered:
         pointers |= dict.fromkeys(filters, "*fp32")
-    absent = dict.fromkeys(("given_ptr", "scale_theta_ptr", "scale_t_ptr", "seed_ptr", "offset_ptr"))
+    absent = dict.fromkeys(
+        ("given_alpha_ptr", "inverse_temperature_theta_ptr", "inverse_temperature_t_ptr", "seed_ptr", "offset_ptr")
+    )
     absent |= {} if filtered else dict.fromkeys(filters)
     flags = {
         "METHOD": 0, "PACKED": bits == 16, "H": shape.half, "CHUNK": shape.chunk, "UNROLL": shape.unroll,
@@ -125,11 +133,13 @@ def gradient_entry(name: str, dtype: str, method: int = 0, *, kind: str = "cuda"
     shape = launch.SHAPES[kind][bits]
     pointers = {
         "theta_ptr": f"*{dtype}", "t_ptr": f"*{dtype}", "alpha_ptr": "*fp32", "status_ptr": "*u8",
-        "partition_ptr": "*fp64", "grad_log_q_ptr": f"*{dtype}", "grad_theta_ptr": f"*{dtype}",
-        "grad_t_ptr": f"*{dtype}", "grad_given_ptr": "*fp32",
+        "saved_ptr": "*fp64", "upstream_log_q_ptr": f"*{dtype}", "grad_theta_ptr": f"*{dtype}",
+        "grad_t_ptr": f"*{dtype}", "grad_alpha_ptr": "*fp32",
     }  # fmt: skip
-    numbers = {"V": "i32", **PLACES, "stride_grad": "i32"}
-    absent = dict.fromkeys(("scale_theta_ptr", "scale_t_ptr", "grad_alpha_ptr", "grad_log_z_ptr"))
+    numbers = {"V": "i32", **PLACES, "stride_upstream": "i32"}
+    absent = dict.fromkeys(
+        ("inverse_temperature_theta_ptr", "inverse_temperature_t_ptr", "upstream_alpha_ptr", "upstream_log_z_ptr")
+    )
     flags = {"METHOD": method, "PACKED": bits == 16, "H": shape.half}
     return Entry(
         name,
@@ -148,7 +158,7 @@ def gradient_entry(name: str, dtype: str, method: int = 0, *, kind: str = "cuda"
 
 def entries(kind: str) -> list[Entry]:
     """The main configurations on a kind of device ("cuda" or "hip")."""
-    figures, out = ("figures_ptr",), ("out_ptr",)
+    figures, out = ("diagnostics_ptr",), ("out_ptr",)
     bf16, fp32 = "bf16", "fp32"
     return [
         solve_entry("solve bf16", bf16, kind=kind),

@@ -13,10 +13,10 @@ def forward_entry(name: str, dtype: str, *, other: bool = False, entropy: bool =
     """logprob_kernel on aligned rows of a dtype ("bf16", "fp16", "fp32")."""
     bits = 32 if dtype == "fp32" else 16
     shape = launch.SHAPES[kind][bits]._replace(registers=launch.LOGPROB_REGISTERS[kind])
-    pointers = {"logits_ptr": f"*{dtype}", "token_ptr": "*i64", "log_prob_ptr": "*fp32", "partition_ptr": "*fp64"}
+    pointers = {"logits_ptr": f"*{dtype}", "token_ptr": "*i64", "log_prob_ptr": "*fp32", "log_partition_ptr": "*fp64"}
     pointers |= {"other_ptr": f"*{dtype}"} if other else {}
     pointers |= {"entropy_ptr": "*fp32"} if entropy else {}
-    absent = ("other_ptr", "entropy_ptr", "scale_ptr", "other_scale_ptr")
+    absent = ("other_ptr", "entropy_ptr", "inverse_temperature_ptr", "other_inverse_temperature_ptr")
     strides = dict.fromkeys(("stride_outer", "stride_inner", "other_stride_outer", "other_stride_inner"), "i64")
     numbers = {"N": "i32", "V": "i32", "inner": "i32", **strides, "ignore_index": "i32"}
     flags = {"H": shape.half, "CHUNK": shape.chunk, "UNROLL": shape.unroll, "PACKED": bits == 16}
@@ -38,10 +38,10 @@ def backward_entry(name: str, dtype: str, *, entropy: bool = False, kind: str = 
     bits = 32 if dtype == "fp32" else 16
     shape = launch.SHAPES[kind][bits]
     pointers = {"logits_ptr": f"*{dtype}", "token_ptr": "*i64", "log_prob_ptr": "*fp32"}
-    pointers |= {"partition_ptr": "*fp64", "up_ptr": "*fp32"}
-    pointers |= {"entropy_ptr": "*fp32", "turn_ptr": "*fp32"} if entropy else {}
+    pointers |= {"log_partition_ptr": "*fp64", "upstream_log_prob_ptr": "*fp32"}
+    pointers |= {"entropy_ptr": "*fp32", "upstream_entropy_ptr": "*fp32"} if entropy else {}
     pointers |= {"grad_ptr": f"*{dtype}"}
-    absent = ("scale_ptr", "entropy_ptr", "turn_ptr")
+    absent = ("inverse_temperature_ptr", "entropy_ptr", "upstream_entropy_ptr")
     strides = dict.fromkeys(("stride_outer", "stride_inner", "grad_stride_outer", "grad_stride_inner"), "i64")
     numbers = {"V": "i32", "inner": "i32", **strides, "ignore_index": "i32", "chunks": "i32"}
     return Entry(

@@ -59,7 +59,7 @@ class DraftLaw(NamedTuple):
     """The law of a model's drafts, which is taken off."""
 
     model: int  # 0 for theta, 1 for t
-    log_partition: Tensor  # [N]: its own, on the scale of the weights
+    log_partition: Tensor  # [N]: its own, less log_mass as of the weights
 
     def part(self, index: Tensor) -> DraftLaw:
         return DraftLaw(self.model, self.log_partition[index])

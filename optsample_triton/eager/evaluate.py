@@ -71,10 +71,10 @@ def settle(state: State, at: Evaluation, alpha: Tensor, dtype: torch.dtype) -> N
     """Take alpha, as it will be reported, with psi(alpha) by Taylor from x. Identical rows end here, at 1/2."""
     state.alpha_unrounded, alpha = alpha, alpha.to(dtype).double()
     move, moments = alpha - at.x, at.moments
-    bend = move * (moments.variance / 2.0 + move * moments.third / 6.0)
+    higher_orders = move * (moments.variance / 2.0 + move * moments.third / 6.0)
     # At a corner the series has no meaning, and the tangent's error is as small beside psi as the move.
     smooth = move.square() * (moments.variance + move.square() * moments.fourth) <= 1.0
-    psi = at.psi + move * (at.slope + torch.where(smooth, bend, 0.0))
+    psi = at.psi + move * (at.slope + torch.where(smooth, higher_orders, 0.0))
     identical = moments.identical
     state.alpha = torch.where(identical, 0.5, alpha)
     state.psi = torch.where(identical, 0.0, psi)

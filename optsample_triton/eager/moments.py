@@ -209,8 +209,8 @@ def _merged(shard: Shard, total: _Sums) -> _Sums:
     largest, owner = top.max(0)
     at_top = at_top[owner, torch.arange(len(owner), device=owner.device)]
     # A shard without common support has summed nothing, and its maximum is -inf.
-    scale = torch.where(torch.isneginf(top), 0.0, (top - largest).exp())
-    return _Sums((sums * scale[..., None]).sum(0), largest, at_top, lowest.amin(0), highest.amax(0))
+    factor = torch.where(torch.isneginf(top), 0.0, (top - largest).exp())
+    return _Sums((sums * factor[..., None]).sum(0), largest, at_top, lowest.amin(0), highest.amax(0))
 
 
 def _moments(total: _Sums, x: Tensor, centre: Tensor, points: Tensor | None) -> TiltedMoments:

@@ -144,11 +144,11 @@ def _merged(shard: Shard, read: _Sums, least: float) -> _Sums:
     common = common.masked_fill(torch.isneginf(common), 0.0)
     below = torch.where(empty[:, None], 0.0, references - common)  # [P, 2, N], at most 0
     nodes = sums.new_tensor(NODES)[:, None]
-    scale = (nodes * below[:, :1] + (1.0 - nodes) * below[:, 1:]).exp()  # [P, 5, N]
+    factor = (nodes * below[:, :1] + (1.0 - nodes) * below[:, 1:]).exp()  # [P, 5, N]
     shift = (0.125 * (below[:, 0] - below[:, 1]))[:, None]  # of d, in the sums' units
     at_half = slice(HALF, HALF + 1)
     second = second + shift * (2.0 * first[:, HALF_INNER, None] + shift * mass[:, at_half])
     first = first + shift * mass[:, INNER]
-    merged = torch.cat([scale * mass, scale[:, INNER] * first, scale[:, at_half] * second], 1).sum(0)
+    merged = torch.cat([factor * mass, factor[:, INNER] * first, factor[:, at_half] * second], 1).sum(0)
     merged = merged.masked_fill(lost.any(0), torch.nan)
-    return _Sums(merged, (scale[:, HALF] * top).amax(0), Pair(*common))
+    return _Sums(merged, (factor[:, HALF] * top).amax(0), Pair(*common))

@@ -77,8 +77,8 @@ def _merged(shard: Shard, sums: _Sums) -> _Sums:
     top, mass, first = shard.gathered(torch.stack(sums)).unbind(1)
     largest = top.amax(0)
     move = torch.where(torch.isneginf(top), 0.0, top - largest)
-    scale = torch.where(torch.isneginf(top), 0.0, move.exp())
-    return _Sums(largest, (scale * mass).sum(0), (scale * (first + move * mass)).sum(0))
+    factor = torch.where(torch.isneginf(top), 0.0, move.exp())
+    return _Sums(largest, (factor * mass).sum(0), (factor * (first + move * mass)).sum(0))
 
 
 def probability_entropies(rows: Rows) -> Entropies:

@@ -104,9 +104,9 @@ def _ends(rows: Rows, nodes: NodeSums, finite: Tensor) -> _Ends:
     if special.numel():
         ends.status[special] = _survey(rows.select(special))
         ends.sweeps[special] += 1
-        wild = special[ends.status[special] == Status.OK]
-        if wild.numel():  # weights between the nodes underflow, or logits lie beyond the references
-            _read_ends(rows.select(wild), ends, wild)
+        valid = special[ends.status[special] == Status.OK]
+        if valid.numel():  # weights between the nodes underflow, or logits lie beyond the references
+            _read_ends(rows.select(valid), ends, valid)
     return ends
 
 
@@ -230,7 +230,8 @@ def _bisect_plain(rows: Rows, state: State, index: Tensor) -> None:
     target = -part.chord if rows.from_probabilities else torch.zeros_like(x)
     part.bracket = part.bracket.halved(x, at.slope < target)
     part.error = part.bracket.width
-    part.alpha = part.bracket.middle.to(rows.working_dtype).double()
+    part.alpha_unrounded = part.bracket.middle
+    part.alpha = part.alpha_unrounded.to(rows.working_dtype).double()
     part.psi = part.centred_log_norm = at.psi + (part.alpha - x) * at.slope
     part.sweeps += 1
     state.put(index, part)

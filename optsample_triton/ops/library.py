@@ -32,7 +32,7 @@ def implement(name: str, function: Callable[..., Any], fake: Callable[..., Any])
 
 
 def refuse_second_gradient(name: str, of: str) -> None:
-    """Make the op ``name``, which computes gradients, raise when it is differentiated: it is no constant."""
+    """Make the op ``name``, which computes gradients, raise when it is differentiated, not act as a constant."""
 
     def refuse(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(f"the gradient of {of} cannot be differentiated again")

@@ -124,10 +124,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _differentiate(ctx: Any, grad_log_probs: Tensor, grad_entropies: Tensor, _: Tensor) -> tuple[Any, ...]:
     *tensors, log_probs, entropies, log_partitions = ctx.saved_tensors
     needed = [bool(x) for x in ctx.needs_input_grad[:3]]
+    found = TokenLogprobs(log_probs, entropies, log_partitions)
+    upstream = grad_log_probs.contiguous(), grad_entropies.contiguous()
     grads = torch.ops.optsample.linear_token_logprobs_backward(
-        *tensors, ctx.ignore_index, ctx.entropy, ctx.chunk, log_probs, entropies, log_partitions,
-        grad_log_probs.contiguous(), grad_entropies.contiguous(), needed,
-    )  # fmt: skip
+        *tensors, ctx.ignore_index, ctx.entropy, ctx.chunk, *found, *upstream, needed
+    )
     return *(grad if asked else None for grad, asked in zip(grads, needed, strict=True)), *(None,) * 5
 
 

@@ -150,7 +150,7 @@ def _add_narrow(acc, pair, at, reference_theta, reference_t):
     excess_lower = tl.where(pair.common, weighted_excess(w, to_lower, down * delta), 0.0)
     # d is known up to the rounding of its two entries: some constant may lie within all those bounds.
     size = tl.maximum(tl.abs(pair.u + reference_theta), tl.abs(pair.v + reference_t))
-    doubt = EPSILON * tl.maximum(size, 1.0)
+    doubt = tl.maximum(size, 1.0) * EPSILON
     return NarrowSums(
         powers=_add_powers(acc.powers, w, delta),
         excess_upper=acc.excess_upper + excess_upper,

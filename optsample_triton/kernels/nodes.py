@@ -259,13 +259,13 @@ def interpolant_start(row, total, PROBS: tl.constexpr):
     chord = A - B
     mean_half = total.first_half / total.mass_half
     at_nodes = Nodes(
-        psi_low=tl.log(total.mass_low) - NODE_LOW * A - NODE_HIGH * B,
+        psi_low=tl.log(total.mass_low) - A * NODE_LOW - B * NODE_HIGH,
         psi_half=tl.log(total.mass_half) - 0.5 * A - 0.5 * B,
-        psi_high=tl.log(total.mass_high) - NODE_HIGH * A - NODE_LOW * B,
-        slope_low=NATS_PER_POWER * (total.first_low / total.mass_low) - chord,
-        slope_half=NATS_PER_POWER * mean_half - chord,
-        slope_high=NATS_PER_POWER * (total.first_high / total.mass_high) - chord,
-        curvature=NATS_PER_POWER * NATS_PER_POWER * (total.second_half / total.mass_half - mean_half * mean_half),
+        psi_high=tl.log(total.mass_high) - A * NODE_HIGH - B * NODE_LOW,
+        slope_low=total.first_low / total.mass_low * NATS_PER_POWER - chord,
+        slope_half=mean_half * NATS_PER_POWER - chord,
+        slope_high=total.first_high / total.mass_high * NATS_PER_POWER - chord,
+        curvature=(total.second_half / total.mass_half - mean_half * mean_half) * (NATS_PER_POWER * NATS_PER_POWER),
     )
     target = tl.zeros([], tl.float64)
     if PROBS:  # rows that are not renormalised: their root condition is L' = 0, not L' = A - B

@@ -236,7 +236,7 @@ def _search_start(row, total, index, request, tile, METHOD: tl.constexpr, NORMAL
         # logits lie far beyond the first ones.
         status, size = survey(row, tile)
         sweeps += 1
-        shrink = LARGEST / tl.maximum(size, LARGEST)
+        shrink = tl.full([], LARGEST, tl.float32) / tl.maximum(size, LARGEST)
         reference_theta, reference_t = 0.0 * shrink, 0.0 * shrink
         alpha, low, high, A, B, psi_half = _blank()
         task = tl.where(status == OK, FIND_A, DONE)
@@ -400,7 +400,7 @@ def _finish(row, ends, root, index, results, tile):
     store_saved(results.saved_ptr, index, saved)
     solution = Root(alpha, root.precise, psi, status, root.sweeps)
     if results.diagnostics_ptr is not None:
-        diagnostics_ptr = results.diagnostics_ptr + DIAGNOSTICS * index
+        diagnostics_ptr = results.diagnostics_ptr + index * DIAGNOSTICS
         if tile.PROBS:
             store_probability_diagnostics(row, ends, solution, diagnostics_ptr, tile)
         else:
@@ -413,10 +413,10 @@ def _finish(row, ends, root, index, results, tile):
 @triton.jit
 def store_saved(ptr, index, saved):
     for k in tl.static_range(SAVED):
-        tl.store(ptr + SAVED * index + k, saved[k])
+        tl.store(ptr + index * SAVED + k, saved[k])
 
 
 @triton.jit
 def load_saved(ptr, index):
-    at = ptr + SAVED * index
+    at = ptr + index * SAVED
     return Saved(tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3))

@@ -21,7 +21,7 @@ from optsample_triton.kernels.moments import tilted
 from optsample_triton.kernels.nodes import SUMS, load_sums
 from optsample_triton.kernels.records import Nodes
 from optsample_triton.kernels.root import polynomial, psi_of
-from optsample_triton.kernels.rows import load_pair
+from optsample_triton.kernels.rows import load_pair, relative
 
 # Of the whole mass, how much interpolation may misplace: the law is this close to q_alpha in total variation.
 MISPLACED = tl.constexpr(1e-6)
@@ -132,11 +132,11 @@ def block_masses(row, law, start, COUNT: tl.constexpr, SIZE: tl.constexpr, drawi
     for k in tl.range(0, SIZE, WIDTH):
         offs_v = start[:, None, None] + k + blocks
         mask_v = offs_v < row.V
-        a = tl.load(row.theta_ptr + offs_v, mask=mask_v, other=-float("inf")).to(tl.float32)
-        b = tl.load(row.t_ptr + offs_v, mask=mask_v, other=-float("inf")).to(tl.float32)
+        a = tl.load(row.theta.ptr + offs_v, mask=mask_v, other=-float("inf")).to(tl.float32)
+        b = tl.load(row.t.ptr + offs_v, mask=mask_v, other=-float("inf")).to(tl.float32)
         keep = (a != -float("inf")) & (b != -float("inf"))
-        u = tl.where(keep, (a - row.reference_theta) * row.inverse_temperature_theta, 0.0)
-        v = tl.where(keep, (b - row.reference_t) * row.inverse_temperature_t, 0.0)
+        u = tl.where(keep, relative(a, row.theta), 0.0)
+        v = tl.where(keep, relative(b, row.t), 0.0)
         masses += law_weights(u, v, keep, law, drawing.FILTER, MODEL)
     return tl.sum(masses.to(tl.float64), 2)
 

@@ -164,8 +164,8 @@ def _add_narrow(acc, pair, at, reference_theta, reference_t):
 def narrow_moments(row, at, tile):
     """``NarrowMoments`` at ``at``, an ``Expansion``: the mean is as it is, not relative to the references."""
     H: tl.constexpr = tile.H
-    reference_theta = row.reference_theta * row.inverse_temperature_theta
-    reference_t = row.reference_t * row.inverse_temperature_t
+    reference_theta = row.theta.reference * row.theta.inverse_temperature
+    reference_t = row.t.reference * row.t.inverse_temperature
     zero = tl.zeros([H], tl.float32)
     powers = PowerSums(zero, zero, zero, zero, zero)
     acc = NarrowSums(powers, zero, zero, zero + float("inf"), zero - float("inf"))

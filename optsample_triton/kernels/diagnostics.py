@@ -45,8 +45,8 @@ def store_diagnostics(row, ends, root, ptr, tile):
     """The diagnostics of q_alpha; the KLs and ESS in closed form from G or from psi."""
     x, psi, status = root.alpha, root.psi, root.status
     A, B = ends.A, ends.B
-    own_theta, entropy_theta = own_moments(row, tile, 0)
-    own_t, entropy_t = own_moments(row, tile, 1)
+    own_theta, entropy_theta = own_moments(row, row.theta, tile)
+    own_t, entropy_t = own_moments(row, row.t, tile)
     nothing = 0.0 * entropy_theta
     kl_theta, kl_t, log_ess_theta, log_ess_t = nothing, nothing, nothing, nothing
     entropy_q, overlap_theta, overlap_t = entropy_theta, nothing + 1.0, nothing
@@ -127,10 +127,10 @@ def store_probability_diagnostics(row, ends, root, ptr, tile):
     acc = ProbabilitySums(zero, zero, zero, zero, zero, zero, zero, zero, zero)
     for start in tl.range(0, row.V, BLOCK):
         inside = start + offs < row.V
-        p = tl.load(row.theta_ptr + start + offs, mask=inside, other=1.0).to(tl.float32)
-        r = tl.load(row.t_ptr + start + offs, mask=inside, other=1.0).to(tl.float32)
+        p = tl.load(row.theta.ptr + start + offs, mask=inside, other=1.0).to(tl.float32)
+        r = tl.load(row.t.ptr + start + offs, mask=inside, other=1.0).to(tl.float32)
         a, b = tl.log(p + eps), tl.log(r + eps)
-        z = x32 * (a - row.reference_theta) + (1.0 - x32) * (b - row.reference_t) - base
+        z = x32 * (a - row.theta.reference) + (1.0 - x32) * (b - row.t.reference) - base
         q = tl.where(inside, tl.exp2(z * LOG2E), 0.0)
         p, r = tl.where(inside, p, 0.0), tl.where(inside, r, 0.0)
         acc = _add_probabilities(acc, p, r, a, b, q, eps)

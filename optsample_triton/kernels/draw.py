@@ -21,7 +21,7 @@ from optsample_triton.kernels.moments import tilted
 from optsample_triton.kernels.nodes import SUMS, load_sums
 from optsample_triton.kernels.records import Nodes
 from optsample_triton.kernels.root import polynomial, psi_of
-from optsample_triton.kernels.rows import load_pair
+from optsample_triton.kernels.rows import load_pair, relative
 
 # Of the whole mass, how much interpolation may misplace: the law is this close to q_alpha in total variation.
 MISPLACED = tl.constexpr(1e-6)
@@ -78,14 +78,14 @@ def interpolated_masses(chunk_sums_ptr, chunks, x, base, LANES: tl.constexpr):
     sums = load_sums(chunk_sums_ptr + lanes * SUMS, lanes < chunks)
     log_t, log_theta = tl.log(sums.mass_t), tl.log(sums.mass_theta)
     chord = log_theta - log_t
-    mean_low = NATS_PER_POWER * sums.first_low / sums.mass_low
-    mean_half = NATS_PER_POWER * sums.first_half / sums.mass_half
-    mean_high = NATS_PER_POWER * sums.first_high / sums.mass_high
-    square = NATS_PER_POWER * NATS_PER_POWER * sums.second_half / sums.mass_half
+    mean_low = sums.first_low * NATS_PER_POWER / sums.mass_low
+    mean_half = sums.first_half * NATS_PER_POWER / sums.mass_half
+    mean_high = sums.first_high * NATS_PER_POWER / sums.mass_high
+    square = sums.second_half * (NATS_PER_POWER * NATS_PER_POWER) / sums.mass_half
     nodes = Nodes(
-        psi_low=tl.log(sums.mass_low) - NODE_LOW * chord - log_t,
+        psi_low=tl.log(sums.mass_low) - chord * NODE_LOW - log_t,
         psi_half=tl.log(sums.mass_half) - 0.5 * chord - log_t,
-        psi_high=tl.log(sums.mass_high) - NODE_HIGH * chord - log_t,
+        psi_high=tl.log(sums.mass_high) - chord * NODE_HIGH - log_t,
         slope_low=mean_low - chord,
         slope_half=mean_half - chord,
         slope_high=mean_high - chord,
@@ -96,8 +96,8 @@ def interpolated_masses(chunk_sums_ptr, chunks, x, base, LANES: tl.constexpr):
     value, _, _ = psi_of(g, s)
     beyond = s * s - 0.0625
     shape = tl.abs(1.0 - s * s) * s * s * beyond * beyond
-    neglected_odd = NEGLECTED_ODD * (tl.abs(g.g5) + tl.abs(g.g6)) * tl.abs(s)
-    neglected = shape * (neglected_odd + NEGLECTED_EVEN * tl.abs(g.g6))
+    neglected_odd = (tl.abs(g.g5) + tl.abs(g.g6)) * NEGLECTED_ODD * tl.abs(s)
+    neglected = shape * (neglected_odd + tl.abs(g.g6) * NEGLECTED_EVEN)
     empty = (sums.mass_t == 0.0) & (sums.mass_half == 0.0) & (sums.mass_theta == 0.0)
     masses = tl.where(empty, 0.0, tl.exp(value + x * chord + log_t - base))
     return masses, tl.sum(tl.where(empty, 0.0, masses * neglected), 0)
@@ -132,11 +132,11 @@ def block_masses(row, law, start, COUNT: tl.constexpr, SIZE: tl.constexpr, drawi
     for k in tl.range(0, SIZE, WIDTH):
         offs_v = start[:, None, None] + k + blocks
         mask_v = offs_v < row.V
-        a = tl.load(row.theta_ptr + offs_v, mask=mask_v, other=-float("inf")).to(tl.float32)
-        b = tl.load(row.t_ptr + offs_v, mask=mask_v, other=-float("inf")).to(tl.float32)
+        a = tl.load(row.theta.ptr + offs_v, mask=mask_v, other=-float("inf")).to(tl.float32)
+        b = tl.load(row.t.ptr + offs_v, mask=mask_v, other=-float("inf")).to(tl.float32)
         keep = (a != -float("inf")) & (b != -float("inf"))
-        u = tl.where(keep, (a - row.reference_theta) * row.inverse_temperature_theta, 0.0)
-        v = tl.where(keep, (b - row.reference_t) * row.inverse_temperature_t, 0.0)
+        u = tl.where(keep, relative(a, row.theta), 0.0)
+        v = tl.where(keep, relative(b, row.t), 0.0)
         masses += law_weights(u, v, keep, law, drawing.FILTER, MODEL)
     return tl.sum(masses.to(tl.float64), 2)
 

@@ -14,13 +14,28 @@ import triton.language as tl
 from optsample_triton.kernels.constants import DISJOINT, ENTROPY, ESS_BALANCE, FIXED, INVALID, LOG2E, OK
 from optsample_triton.kernels.evaluate import evaluate, rounded
 from optsample_triton.kernels.moments import weighted_excess
-from optsample_triton.kernels.records import Batch, Ends, Gaps, LossSlopes, Own, Place, Tile, Tilt, Tokens
+from optsample_triton.kernels.records import (
+    Batch,
+    Ends,
+    Evaluation,
+    Gaps,
+    GradientRows,
+    LossSlopes,
+    Matrix,
+    Own,
+    Place,
+    Row,
+    Tile,
+    Tilt,
+    Tokens,
+)
 from optsample_triton.kernels.rows import (
     first_maxima,
-    locate_row,
+    locate,
     narrowed,
     reference_gap,
-    references_in_nats,
+    reference_in_nats,
+    relative,
     with_references,
 )
 from optsample_triton.kernels.single import own_moments
@@ -34,13 +49,13 @@ def _load_tokens(row, start, disjoint, BLOCK: tl.constexpr):
     """``Tokens`` start .. start + BLOCK, contiguous."""
     offs = start + tl.arange(0, BLOCK)
     inside = offs < row.V
-    a = tl.load(row.theta_ptr + offs, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(row.t_ptr + offs, mask=inside, other=0.0).to(tl.float32)
+    a = tl.load(row.theta.ptr + offs, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(row.t.ptr + offs, mask=inside, other=0.0).to(tl.float32)
     support_theta, support_t = inside & (a != -float("inf")), inside & (b != -float("inf"))
     support = support_theta & (support_t | disjoint)
-    u = tl.where(support_theta, (a - row.reference_theta) * row.inverse_temperature_theta, 0.0)
-    v = tl.where(support_t & (disjoint == 0), (b - row.reference_t) * row.inverse_temperature_t, 0.0)
-    d = a * row.inverse_temperature_theta - b * row.inverse_temperature_t
+    u = tl.where(support_theta, relative(a, row.theta), 0.0)
+    v = tl.where(support_t & (disjoint == 0), relative(b, row.t), 0.0)
+    d = a * row.theta.inverse_temperature - b * row.t.inverse_temperature
     return Tokens(u, v, tl.where(support & (disjoint == 0), d, 0.0), support, support_theta, support_t)
 
 
@@ -55,13 +70,13 @@ def _load_or_zero(ptr, index):
 @triton.jit
 def _open_solved_row(batch, index, saved_ptr, disjoint, tile):
     """The row as it was solved, and its ``Ends``."""
-    row = locate_row(batch, index)
+    row = Row(locate(batch.theta, index), locate(batch.t, index), batch.V, batch.eps)
     reference_theta, reference_t = first_maxima(row, tile)
     saved = load_saved(saved_ptr, index)
     usable = (saved.psi_half > UNKNOWN) & (disjoint == 0)
     row = with_references(row, tl.where(usable, reference_theta, 0.0), tl.where(usable, reference_t, 0.0))
-    nats_theta, nats_t = references_in_nats(row)
-    A, B = saved.log_partition_theta - nats_theta, saved.log_partition_t - nats_t
+    A = saved.log_partition_theta - reference_in_nats(row.theta)
+    B = saved.log_partition_t - reference_in_nats(row.t)
     return row, Ends(A, B, saved.psi_half, tl.full([], 1.0, tl.float32))
 
 
@@ -106,32 +121,22 @@ def gradient_kernel(
     H: tl.constexpr,
 ):
     index = tl.program_id(0).to(tl.int64)
-    zero = tl.zeros([], tl.float32)
-    batch = Batch(
-        theta_ptr,
-        t_ptr,
-        inverse_temperature_theta_ptr,
-        inverse_temperature_t_ptr,
-        Place(inner_theta, outer_theta, stride_theta),
-        Place(inner_t, outer_t, stride_t),
-        V,
-        zero,
-    )
+    theta = Matrix(theta_ptr, inverse_temperature_theta_ptr, Place(inner_theta, outer_theta, stride_theta))
+    t = Matrix(t_ptr, inverse_temperature_t_ptr, Place(inner_t, outer_t, stride_t))
+    batch = Batch(theta, t, V, 0.0)
     BLOCK: tl.constexpr = 2 * H
     tile: tl.constexpr = Tile(H, PACKED, False)
-    few: tl.constexpr = Tile(H // 4, PACKED, False)
     status = tl.load(status_ptr + index).to(tl.int32)
     disjoint, invalid = status == DISJOINT, status == INVALID
     row, ends = _open_solved_row(batch, index, saved_ptr, disjoint, tile)
     x = tl.load(alpha_ptr + index).to(tl.float64)
     nothing = tl.zeros([], tl.float64)
-    psi, slope, mean, variance = nothing, nothing, nothing, nothing + 1.0
+    at = Evaluation(nothing, nothing, nothing, nothing + 1.0, nothing, nothing, tl.zeros([], tl.float32))
     if (disjoint == 0) & (invalid == 0):
         at = evaluate(row, x, ends, tile)
-        psi, slope, mean, variance = at.psi, at.slope, at.mean, at.variance
-    base = (x * ends.A + (1.0 - x) * ends.B + psi).to(tl.float32)
+    base = (x * ends.A + (1.0 - x) * ends.B + at.psi).to(tl.float32)
     # E[d] in two parts: of close rows d minus the first is exact, and the second is as small as they are close.
-    mean += reference_gap(row)
+    mean = at.mean + reference_gap(row)
     coarse = mean.to(tl.float32)
     fine = (mean - coarse.to(tl.float64)).to(tl.float32)
     if upstream_log_q_ptr is not None:
@@ -139,10 +144,11 @@ def gradient_kernel(
     total, through_log_q = _sums_of_upstream(row, upstream_log_q_ptr, coarse, fine, disjoint, BLOCK)
     upstream_log_z = _load_or_zero(upstream_log_z_ptr, index)
     grad_x = _load_or_zero(upstream_alpha_ptr, index) + through_log_q
-    grad_x += upstream_log_z * slope
-    rate, gap_upper, gap_lower = variance, nothing, nothing
+    grad_x += upstream_log_z * at.slope
+    rate, gap_upper, gap_lower = at.variance, nothing, nothing
     if (METHOD == ESS_BALANCE) & (status == OK):
-        rate, gap_upper, gap_lower = _balance_gaps(row, x, psi, slope, ends, few)
+        few: tl.constexpr = Tile(H // 4, PACKED, False)
+        rate, gap_upper, gap_lower = _balance_gaps(row, x, at, ends, few)
     own_theta, own_t = Own(nothing, nothing, nothing), Own(nothing, nothing, nothing)
     if METHOD == ENTROPY:
         own_theta, own_t = _own_of_both(row, x, tile)
@@ -156,42 +162,34 @@ def gradient_kernel(
     s = (2.0 * load_saved(saved_ptr, index).alpha - 1.0).to(tl.float32)
     tilt = Tilt(x.to(tl.float32), base, coarse, fine, s, disjoint, invalid)
     loss = LossSlopes(upstream_log_q_ptr, total, upstream_log_z.to(tl.float32), condition.to(tl.float32))
-    relative = mean - reference_gap(row)
-    gaps = Gaps(
-        theta=(-(1.0 - x) * slope - psi).to(tl.float32),
-        t=(x * slope - psi).to(tl.float32),
+    gaps = _gaps(x, at, mean - reference_gap(row), base, ends, gap_upper, gap_lower)
+    grads = GradientRows(grad_theta_ptr + index * V, grad_t_ptr + index * V)
+    _store_gradients(row, tilt, gaps, loss, own_theta, own_t, grads, METHOD, BLOCK)
+
+
+@triton.jit
+def _gaps(x, at, mean, base, ends, gap_upper, gap_lower):
+    return Gaps(
+        theta=(-(1.0 - x) * at.slope - at.psi).to(tl.float32),
+        t=(x * at.slope - at.psi).to(tl.float32),
         upper=gap_upper.to(tl.float32),
         lower=gap_lower.to(tl.float32),
         L_theta=ends.A.to(tl.float32),
         L_t=ends.B.to(tl.float32),
-        L_upper=(base.to(tl.float64) + (2.0 - 2.0 * x) * relative + gap_upper).to(tl.float32),
-        L_lower=(base.to(tl.float64) - 2.0 * x * relative + gap_lower).to(tl.float32),
+        L_upper=(base.to(tl.float64) + (2.0 - 2.0 * x) * mean + gap_upper).to(tl.float32),
+        L_lower=(base.to(tl.float64) - 2.0 * x * mean + gap_lower).to(tl.float32),
     )
-    grad_theta_ptr += index * V
-    grad_t_ptr += index * V
-    for start in tl.range(0, V, BLOCK):
-        tokens = _load_tokens(row, start, disjoint, BLOCK)
-        offs = start + tl.arange(0, BLOCK)
-        part_theta, part_t = _gradients(tokens, offs, tilt, gaps, loss, own_theta, own_t, METHOD)
-        # On overflow the gradient is 0, not NaN.
-        both = part_theta + part_t
-        usable = (invalid == 0) & (both - both == 0.0)
-        part_theta = tl.where(usable, part_theta * row.inverse_temperature_theta, 0.0)
-        part_t = tl.where(usable, part_t * row.inverse_temperature_t, 0.0)
-        inside = offs < V
-        tl.store(grad_theta_ptr + offs, narrowed(part_theta, grad_theta_ptr.dtype.element_ty), mask=inside)
-        tl.store(grad_t_ptr + offs, narrowed(part_t, grad_t_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _balance_gaps(row, x, psi, slope, ends, tile):
+def _balance_gaps(row, x, here, ends, tile):
     """d/dx of psi(2 - x) - psi(-x), and G(2 - 2x) and G(-2x) about q_x."""
     nothing = tl.zeros([], tl.float64)
     rate, upper, lower = nothing, nothing, nothing
     for k in range(2):
         point = tl.where(k == 0, rounded(2.0 - x), -x)
         at = evaluate(row, point, ends, tile)
-        gap = at.psi - psi - (point - x) * slope
+        gap = at.psi - here.psi - (point - x) * here.slope
         rate += tl.where(k == 0, -at.mean, at.mean)
         upper, lower = tl.where(k == 0, gap, upper), tl.where(k == 1, gap, lower)
     return rate, upper, lower
@@ -199,8 +197,8 @@ def _balance_gaps(row, x, psi, slope, ends, tile):
 
 @triton.jit
 def _own_of_both(row, x, tile):
-    at_theta, entropy_theta = own_moments(row, tile, 0)
-    at_t, entropy_t = own_moments(row, tile, 1)
+    at_theta, entropy_theta = own_moments(row, row.theta, tile)
+    at_t, entropy_t = own_moments(row, row.t, tile)
     both = entropy_theta + entropy_t
     return Own(at_theta, entropy_theta, (1.0 - x) / both), Own(at_t, entropy_t, -x / both)
 
@@ -257,3 +255,19 @@ def _gradients(tokens, offs, tilt, gaps, loss, own_theta, own_t, METHOD: tl.cons
         part_theta += tl.where(loss.condition == 0.0, 0.0, loss.condition * slope_theta)
         part_t += tl.where(loss.condition == 0.0, 0.0, loss.condition * slope_t)
     return part_theta, part_t
+
+
+@triton.jit
+def _store_gradients(row, tilt, gaps, loss, own_theta, own_t, grads, METHOD: tl.constexpr, BLOCK: tl.constexpr):
+    for start in tl.range(0, row.V, BLOCK):
+        tokens = _load_tokens(row, start, tilt.disjoint, BLOCK)
+        offs = start + tl.arange(0, BLOCK)
+        part_theta, part_t = _gradients(tokens, offs, tilt, gaps, loss, own_theta, own_t, METHOD)
+        # On overflow the gradient is 0, not NaN.
+        both = part_theta + part_t
+        usable = (tilt.invalid == 0) & (both - both == 0.0)
+        part_theta = tl.where(usable, part_theta * row.theta.inverse_temperature, 0.0)
+        part_t = tl.where(usable, part_t * row.t.inverse_temperature, 0.0)
+        inside = offs < row.V
+        tl.store(grads.theta_ptr + offs, narrowed(part_theta, grads.theta_ptr.dtype.element_ty), mask=inside)
+        tl.store(grads.t_ptr + offs, narrowed(part_t, grads.t_ptr.dtype.element_ty), mask=inside)

@@ -5,18 +5,18 @@ import triton.language as tl
 
 from optsample_triton.kernels.constants import DISJOINT, FAR, INVALID
 from optsample_triton.kernels.moments import tilted_top, wide_moments
-from optsample_triton.kernels.rows import as_logits, narrowed
+from optsample_triton.kernels.rows import as_logits, narrowed, relative
 
 
 @triton.jit
 def _log_q_tile(row, start, x, log_mass, disjoint, far, inside, tile):
     """log q* of a contiguous tile, -inf where q* has no mass."""
     offs = start + tl.arange(0, 2 * tile.H)
-    a = as_logits(tl.load(row.theta_ptr + offs, mask=inside, other=0.0).to(tl.float32), row.eps, tile.PROBS)
-    b = as_logits(tl.load(row.t_ptr + offs, mask=inside, other=0.0).to(tl.float32), row.eps, tile.PROBS)
+    a = as_logits(tl.load(row.theta.ptr + offs, mask=inside, other=0.0).to(tl.float32), row.eps, tile.PROBS)
+    b = as_logits(tl.load(row.t.ptr + offs, mask=inside, other=0.0).to(tl.float32), row.eps, tile.PROBS)
     keep = (a != -float("inf")) & ((b != -float("inf")) | disjoint)
-    u = tl.where(keep, (a - row.reference_theta) * row.inverse_temperature_theta, 0.0)
-    v = tl.where(keep & (disjoint == 0), (b - row.reference_t) * row.inverse_temperature_t, 0.0)
+    u = tl.where(keep, relative(a, row.theta), 0.0)
+    v = tl.where(keep & (disjoint == 0), relative(b, row.t), 0.0)
     if far:
         wide = x * u.to(tl.float64) + (1.0 - x) * v.to(tl.float64) - log_mass
         value = wide.to(tl.float32)

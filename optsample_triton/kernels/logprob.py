@@ -13,8 +13,17 @@ import triton
 import triton.language as tl
 
 from optsample_triton.kernels.constants import LOG2E, LOWEST
-from optsample_triton.kernels.records import LogprobResults, LogprobSlopes, ModelRow, Place, Tile
-from optsample_triton.kernels.rows import entry_or_one, inside_halves, load_halves, narrowed, row_offset
+from optsample_triton.kernels.records import LogprobResults, LogprobSlopes, Matrix, ModelRow, Place, Tile
+from optsample_triton.kernels.rows import (
+    entry_or_one,
+    inside_halves,
+    load_halves,
+    locate,
+    narrowed,
+    relative,
+    row_offset,
+    with_reference,
+)
 
 HIGH = tl.constexpr(12.0)  # nats: means of z beyond it cost the entropy, from which they are subtracted, its digits
 
@@ -50,8 +59,8 @@ def true_maximum(ptr, V, tile):
 
 
 @triton.jit
-def _add_half(mass, first, x, reference, inverse_temperature, ENTROPY: tl.constexpr):
-    z = (x - reference) * inverse_temperature
+def _add_half(mass, first, x, row, ENTROPY: tl.constexpr):
+    z = relative(x, row)
     e = tl.exp2(z * LOG2E)
     if ENTROPY:
         first += e * tl.maximum(z, LOWEST)
@@ -59,27 +68,27 @@ def _add_half(mass, first, x, reference, inverse_temperature, ENTROPY: tl.conste
 
 
 @triton.jit
-def row_sums(row, reference, tile, CHUNK: tl.constexpr, UNROLL: tl.constexpr, ENTROPY: tl.constexpr):
+def row_sums(row, V, tile, CHUNK: tl.constexpr, UNROLL: tl.constexpr, ENTROPY: tl.constexpr):
     """sum exp(z) and, for the entropy, sum exp(z) z.
 
     Chunks are merged in float64: beside a confident row's 1 a float32 sum of the whole row would lose its other tokens.
     """
     H: tl.constexpr = tile.H
     mass, first = tl.zeros([], tl.float64), tl.zeros([], tl.float64)
-    for start in tl.range(0, row.V, CHUNK):
-        stop = tl.minimum(start + CHUNK, row.V)
+    for start in tl.range(0, V, CHUNK):
+        stop = tl.minimum(start + CHUNK, V)
         full = start + (stop - start) // (2 * H) * (2 * H)
         part, moment = tl.zeros([H], tl.float32), tl.zeros([H], tl.float32)
         for at in tl.range(start, full, 2 * H, loop_unroll_factor=UNROLL):
-            x0, x1 = load_halves(row.ptr, at, row.V, tile, False)
-            part, moment = _add_half(part, moment, x0, reference, row.inverse_temperature, ENTROPY)
-            part, moment = _add_half(part, moment, x1, reference, row.inverse_temperature, ENTROPY)
+            x0, x1 = load_halves(row.ptr, at, V, tile, False)
+            part, moment = _add_half(part, moment, x0, row, ENTROPY)
+            part, moment = _add_half(part, moment, x1, row, ENTROPY)
         if full < stop:
-            x0, x1 = load_halves(row.ptr, full, row.V, tile, True)
-            inside0, inside1 = inside_halves(row.ptr, full, row.V, tile)
+            x0, x1 = load_halves(row.ptr, full, V, tile, True)
+            inside0, inside1 = inside_halves(row.ptr, full, V, tile)
             x0, x1 = tl.where(inside0, x0, -float("inf")), tl.where(inside1, x1, -float("inf"))
-            part, moment = _add_half(part, moment, x0, reference, row.inverse_temperature, ENTROPY)
-            part, moment = _add_half(part, moment, x1, reference, row.inverse_temperature, ENTROPY)
+            part, moment = _add_half(part, moment, x0, row, ENTROPY)
+            part, moment = _add_half(part, moment, x1, row, ENTROPY)
         mass += tl.sum(part, 0).to(tl.float64)
         if ENTROPY:
             first += tl.sum(moment, 0).to(tl.float64)
@@ -87,22 +96,22 @@ def row_sums(row, reference, tile, CHUNK: tl.constexpr, UNROLL: tl.constexpr, EN
 
 
 @triton.jit
-def row_logprob(row, token, slot, results, tile, CHUNK: tl.constexpr, UNROLL: tl.constexpr):
+def row_logprob(row, V, token, slot, results, tile, CHUNK: tl.constexpr, UNROLL: tl.constexpr):
     """One row: its token's log-probability, its entropy where asked for, and its log-partition.
 
     NaN for a row that holds NaN, +inf or nothing finite, and for a token outside the vocabulary.
     """
     ENTROPY: tl.constexpr = results.entropy_ptr is not None
-    inside = (token >= 0) & (token < row.V)
+    inside = (token >= 0) & (token < V)
     logit = tl.load(row.ptr + token, mask=inside, other=float("nan")).to(tl.float32)
-    reference = first_maximum(row.ptr, row.V, tile)
+    reference = first_maximum(row.ptr, V, tile)
     reference = tl.where((logit > reference) & (logit < float("inf")), logit, reference)
     mass, first = tl.zeros([], tl.float64), tl.zeros([], tl.float64)
     sweeps = 0
     while sweeps < 2:
         if sweeps == 1:
-            reference = true_maximum(row.ptr, row.V, tile)
-        mass, first = row_sums(row, reference, tile, CHUNK, UNROLL, ENTROPY)
+            reference = true_maximum(row.ptr, V, tile)
+        mass, first = row_sums(with_reference(row, reference), V, tile, CHUNK, UNROLL, ENTROPY)
         done = (mass < float("inf")) & (first <= mass * HIGH)
         sweeps += tl.where(done, 2, 1)
     nan = mass * float("nan")
@@ -146,18 +155,17 @@ def logprob_kernel(
     token = tl.load(token_ptr + index)
     if token != ignore_index:
         if slot < N:
-            ptr = logits_ptr + row_offset(index, Place(inner, stride_outer, stride_inner))
-            row = ModelRow(ptr, V, entry_or_one(inverse_temperature_ptr, index))
-            row_logprob(row, token, slot, results, tile, CHUNK, UNROLL)
+            matrix = Matrix(logits_ptr, inverse_temperature_ptr, Place(inner, stride_outer, stride_inner))
+            row_logprob(locate(matrix, index), V, token, slot, results, tile, CHUNK, UNROLL)
         elif other_ptr is not None:
-            ptr = other_ptr + row_offset(index, Place(inner, other_stride_outer, other_stride_inner))
-            row = ModelRow(ptr, V, entry_or_one(other_inverse_temperature_ptr, index))
-            row_logprob(row, token, slot, results, tile, CHUNK, UNROLL)
+            place = Place(inner, other_stride_outer, other_stride_inner)
+            matrix = Matrix(other_ptr, other_inverse_temperature_ptr, place)
+            row_logprob(locate(matrix, index), V, token, slot, results, tile, CHUNK, UNROLL)
 
 
 @triton.jit
 def _store_tile(x, offs, mask, row, slopes, grad_ptr, ENTROPY: tl.constexpr):
-    log_p = (x - slopes.top) * row.inverse_temperature - slopes.rest
+    log_p = relative(x, row) - slopes.rest
     p = tl.exp2(log_p * LOG2E)
     per_p = slopes.log_prob
     if ENTROPY:
@@ -197,7 +205,7 @@ def logprob_gradient_kernel(
     logits_ptr += row_offset(index, Place(inner, stride_outer, stride_inner))
     grad_ptr += row_offset(index, Place(inner, grad_stride_outer, grad_stride_inner))
     token, log_partition = tl.load(token_ptr + index), tl.load(log_partition_ptr + index)
-    row = ModelRow(logits_ptr, V, entry_or_one(inverse_temperature_ptr, index))
+    inverse_temperature = entry_or_one(inverse_temperature_ptr, index)
     upstream_log_prob = tl.load(upstream_log_prob_ptr + index).to(tl.float32)
     upstream_entropy, entropy = upstream_log_prob, upstream_log_prob
     zero = upstream_log_prob == 0.0
@@ -212,15 +220,16 @@ def logprob_gradient_kernel(
         tl.store(grad_ptr + full + lanes, tl.zeros([BLOCK], grad_ptr.dtype.element_ty), mask=full + lanes < stop)
     else:
         # The log-partition in two parts, the first in the logits' own units: x - top is then exact where it matters.
-        top = (log_partition / row.inverse_temperature).to(tl.float32)
-        rest = (log_partition - top.to(tl.float64) * row.inverse_temperature).to(tl.float32)
+        top = (log_partition / inverse_temperature).to(tl.float32)
+        rest = (log_partition - top.to(tl.float64) * inverse_temperature).to(tl.float32)
+        row = ModelRow(logits_ptr, inverse_temperature, top)
         # Of a confident row's token 1 - p is all that is left: to its digits.
         log_prob = tl.load(log_prob_ptr + index).to(tl.float64)
         p = tl.exp(log_prob)
         at_token = ((1.0 - p) * upstream_log_prob).to(tl.float32)
         if ENTROPY:
             at_token -= (p * (tl.maximum(log_prob, LOWEST) + entropy) * upstream_entropy).to(tl.float32)
-        slopes = LogprobSlopes(token, top, rest, entropy, upstream_log_prob, upstream_entropy, at_token)
+        slopes = LogprobSlopes(token, rest, entropy, upstream_log_prob, upstream_entropy, at_token)
         for at in tl.range(start, full, BLOCK):
             x = tl.load(logits_ptr + at + lanes).to(tl.float32)
             _store_tile(x, at + lanes, None, row, slopes, grad_ptr, ENTROPY)

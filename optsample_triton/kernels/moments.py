@@ -150,7 +150,7 @@ def _add_narrow(acc, pair, at, reference_theta, reference_t):
     excess_lower = tl.where(pair.common, weighted_excess(w, to_lower, down * delta), 0.0)
     # d is known up to the rounding of its two entries: some constant may lie within all those bounds.
     size = tl.maximum(tl.abs(pair.u + reference_theta), tl.abs(pair.v + reference_t))
-    doubt = EPSILON * tl.maximum(size, 1.0)
+    doubt = tl.maximum(size, 1.0) * EPSILON
     return NarrowSums(
         powers=_add_powers(acc.powers, w, delta),
         excess_upper=acc.excess_upper + excess_upper,
@@ -164,8 +164,8 @@ def _add_narrow(acc, pair, at, reference_theta, reference_t):
 def narrow_moments(row, at, tile):
     """``NarrowMoments`` at ``at``, an ``Expansion``: the mean is as it is, not relative to the references."""
     H: tl.constexpr = tile.H
-    reference_theta = row.reference_theta * row.inverse_temperature_theta
-    reference_t = row.reference_t * row.inverse_temperature_t
+    reference_theta = row.theta.reference * row.theta.inverse_temperature
+    reference_t = row.t.reference * row.t.inverse_temperature
     zero = tl.zeros([H], tl.float32)
     powers = PowerSums(zero, zero, zero, zero, zero)
     acc = NarrowSums(powers, zero, zero, zero + float("inf"), zero - float("inf"))

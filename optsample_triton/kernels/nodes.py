@@ -8,33 +8,32 @@ import triton
 import triton.language as tl
 
 from optsample_triton.kernels.constants import DISJOINT, INVALID, LOG2E, NATS_PER_POWER, NODE_HIGH, NODE_LOW, OK
-from optsample_triton.kernels.records import Ends, Nodes, NodeSums, Row, Survey
+from optsample_triton.kernels.records import Ends, ModelRow, Nodes, NodeSums, Row, Survey
 from optsample_triton.kernels.root import interpolate
-from optsample_triton.kernels.rows import as_logits, inside_halves, load_halves, load_logits, open_row, reference_gap
+from optsample_triton.kernels.rows import (
+    as_logits,
+    inside_halves,
+    load_halves,
+    load_logits,
+    open_row,
+    reference_gap,
+    relative,
+)
 
 SUMS = tl.constexpr(len(NodeSums._fields))
 
 
 @triton.jit
-def _in_eighths(row):
-    """The row with temperatures that make the eighth root of a weight a power of two: exp2 of a logit."""
-    return Row(
-        row.theta_ptr,
-        row.t_ptr,
-        row.V,
-        row.inverse_temperature_theta * (LOG2E / 8.0),
-        row.inverse_temperature_t * (LOG2E / 8.0),
-        row.reference_theta,
-        row.reference_t,
-        row.eps,
-    )
+def _in_powers(model):
+    """The model with a temperature that makes the eighth root of a weight a power of two: exp2 of a logit."""
+    return ModelRow(model.ptr, model.inverse_temperature * (LOG2E / 8.0), model.reference)
 
 
 @triton.jit
 def _add_nodes(acc, row, a, b, keep, MASKED: tl.constexpr):
     """Add one half tile [H]: e and f are the eighth roots of the two weights."""
-    x = (a - row.reference_theta) * row.inverse_temperature_theta
-    y = (b - row.reference_t) * row.inverse_temperature_t
+    x = relative(a, row.theta)
+    y = relative(b, row.t)
     d = x - y
     if MASKED:
         # A NaN or +inf stays in, whatever stands opposite, and spoils the sums: the row is INVALID.
@@ -76,7 +75,7 @@ def chunk_nodes(row, start, stop, tile, UNROLL: tl.constexpr, MASKED: tl.constex
     Without MASKED a -inf or NaN shows as a non-finite first moment, for no extra work.
     """
     H: tl.constexpr = tile.H
-    row = _in_eighths(row)
+    row = Row(_in_powers(row.theta), _in_powers(row.t), row.V, row.eps)
     zero = tl.zeros([H], tl.float32)
     everything = zero == 0.0
     masked = tl.full([], 1.0 if MASKED else 0.0, tl.float32)
@@ -88,22 +87,27 @@ def chunk_nodes(row, start, stop, tile, UNROLL: tl.constexpr, MASKED: tl.constex
         acc = _add_nodes(acc, row, a1, b1, everything, MASKED)
     if full < stop:
         a0, a1, b0, b1 = load_logits(row, full, tile, True)
-        inside0, inside1 = inside_halves(row.theta_ptr, full, row.V, tile)
+        inside0, inside1 = inside_halves(row.theta.ptr, full, row.V, tile)
         acc = _add_nodes(acc, row, a0, b0, inside0, True)
         acc = _add_nodes(acc, row, a1, b1, inside1, True)
         least = tl.minimum(tl.where(inside0, tl.minimum(a0, b0), 0.0), tl.where(inside1, tl.minimum(a1, b1), 0.0))
         masked = tl.where(tl.min(least, 0) == -float("inf"), 1.0, masked)
+    return _over_lanes(acc, masked)
+
+
+@triton.jit
+def _over_lanes(sums, masked):
     return NodeSums(
-        mass_t=tl.sum(acc.mass_t, 0),
-        mass_low=tl.sum(acc.mass_low, 0),
-        mass_half=tl.sum(acc.mass_half, 0),
-        mass_high=tl.sum(acc.mass_high, 0),
-        mass_theta=tl.sum(acc.mass_theta, 0),
-        first_low=tl.sum(acc.first_low, 0),
-        first_half=tl.sum(acc.first_half, 0),
-        first_high=tl.sum(acc.first_high, 0),
-        second_half=tl.sum(acc.second_half, 0),
-        top=tl.max(acc.top, 0),
+        mass_t=tl.sum(sums.mass_t, 0),
+        mass_low=tl.sum(sums.mass_low, 0),
+        mass_half=tl.sum(sums.mass_half, 0),
+        mass_high=tl.sum(sums.mass_high, 0),
+        mass_theta=tl.sum(sums.mass_theta, 0),
+        first_low=tl.sum(sums.first_low, 0),
+        first_half=tl.sum(sums.first_half, 0),
+        first_high=tl.sum(sums.first_high, 0),
+        second_half=tl.sum(sums.second_half, 0),
+        top=tl.max(sums.top, 0),
         masked=masked,
     )
 
@@ -216,19 +220,7 @@ def kept_nodes(chunk_sums_ptr, chunks, LANES: tl.constexpr):
     """The row's ``NodeSums`` from those that ``nodes`` kept of its chunks, in float64."""
     lanes = tl.arange(0, LANES)
     sums = load_sums(chunk_sums_ptr + lanes * SUMS, lanes < chunks)
-    return NodeSums(
-        mass_t=tl.sum(sums.mass_t, 0),
-        mass_low=tl.sum(sums.mass_low, 0),
-        mass_half=tl.sum(sums.mass_half, 0),
-        mass_high=tl.sum(sums.mass_high, 0),
-        mass_theta=tl.sum(sums.mass_theta, 0),
-        first_low=tl.sum(sums.first_low, 0),
-        first_half=tl.sum(sums.first_half, 0),
-        first_high=tl.sum(sums.first_high, 0),
-        second_half=tl.sum(sums.second_half, 0),
-        top=tl.max(sums.top, 0),
-        masked=tl.sum(sums.masked, 0),
-    )
+    return _over_lanes(sums, tl.sum(sums.masked, 0))
 
 
 @triton.jit
@@ -259,13 +251,13 @@ def interpolant_start(row, total, PROBS: tl.constexpr):
     chord = A - B
     mean_half = total.first_half / total.mass_half
     at_nodes = Nodes(
-        psi_low=tl.log(total.mass_low) - NODE_LOW * A - NODE_HIGH * B,
+        psi_low=tl.log(total.mass_low) - A * NODE_LOW - B * NODE_HIGH,
         psi_half=tl.log(total.mass_half) - 0.5 * A - 0.5 * B,
-        psi_high=tl.log(total.mass_high) - NODE_HIGH * A - NODE_LOW * B,
-        slope_low=NATS_PER_POWER * (total.first_low / total.mass_low) - chord,
-        slope_half=NATS_PER_POWER * mean_half - chord,
-        slope_high=NATS_PER_POWER * (total.first_high / total.mass_high) - chord,
-        curvature=NATS_PER_POWER * NATS_PER_POWER * (total.second_half / total.mass_half - mean_half * mean_half),
+        psi_high=tl.log(total.mass_high) - A * NODE_HIGH - B * NODE_LOW,
+        slope_low=total.first_low / total.mass_low * NATS_PER_POWER - chord,
+        slope_half=mean_half * NATS_PER_POWER - chord,
+        slope_high=total.first_high / total.mass_high * NATS_PER_POWER - chord,
+        curvature=(total.second_half / total.mass_half - mean_half * mean_half) * (NATS_PER_POWER * NATS_PER_POWER),
     )
     target = tl.zeros([], tl.float64)
     if PROBS:  # rows that are not renormalised: their root condition is L' = 0, not L' = A - B
@@ -300,13 +292,13 @@ def survey(row, tile):
     zero = tl.zeros([tile.H], tl.int32)
     acc = Survey(zero, zero, zero, zero, tl.zeros([tile.H], tl.float32))
     for start in tl.range(0, row.V, 2 * tile.H):
-        a0, a1 = load_halves(row.theta_ptr, start, row.V, tile, True)
-        b0, b1 = load_halves(row.t_ptr, start, row.V, tile, True)
-        inside0, inside1 = inside_halves(row.theta_ptr, start, row.V, tile)
-        a0 = as_logits(a0, row.eps, tile.PROBS) * row.inverse_temperature_theta
-        a1 = as_logits(a1, row.eps, tile.PROBS) * row.inverse_temperature_theta
-        b0 = as_logits(b0, row.eps, tile.PROBS) * row.inverse_temperature_t
-        b1 = as_logits(b1, row.eps, tile.PROBS) * row.inverse_temperature_t
+        a0, a1 = load_halves(row.theta.ptr, start, row.V, tile, True)
+        b0, b1 = load_halves(row.t.ptr, start, row.V, tile, True)
+        inside0, inside1 = inside_halves(row.theta.ptr, start, row.V, tile)
+        a0 = as_logits(a0, row.eps, tile.PROBS) * row.theta.inverse_temperature
+        a1 = as_logits(a1, row.eps, tile.PROBS) * row.theta.inverse_temperature
+        b0 = as_logits(b0, row.eps, tile.PROBS) * row.t.inverse_temperature
+        b1 = as_logits(b1, row.eps, tile.PROBS) * row.t.inverse_temperature
         acc = _add_survey(_add_survey(acc, a0, b0, inside0), a1, b1, inside1)
     spoilt = tl.max(acc.spoilt, 0)
     some_theta, some_t, some_common = tl.max(acc.some_theta, 0), tl.max(acc.some_t, 0), tl.max(acc.some_common, 0)

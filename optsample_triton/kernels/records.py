@@ -30,29 +30,37 @@ class Place(NamedTuple):
     stride: tl.tensor
 
 
+class Matrix(NamedTuple):
+    """One model's rows [N, V]."""
+
+    ptr: tl.tensor
+    inverse_temperature_ptr: tl.tensor  # [N], or None for 1
+    place: Place
+
+
 class Batch(NamedTuple):
     """The rows of both models, as a kernel was launched with them."""
 
-    theta_ptr: tl.tensor
-    t_ptr: tl.tensor
-    inverse_temperature_theta_ptr: tl.tensor  # or None
-    inverse_temperature_t_ptr: tl.tensor  # or None
-    place_theta: Place
-    place_t: Place
+    theta: Matrix
+    t: Matrix
     V: tl.tensor
     eps: tl.tensor
 
 
-class Row(NamedTuple):
-    """One row of both models. A reference is a logit that is taken off before the temperature is applied."""
+class ModelRow(NamedTuple):
+    """One row of one model. The reference is a logit that is taken off before the temperature is applied."""
 
-    theta_ptr: tl.tensor
-    t_ptr: tl.tensor
+    ptr: tl.tensor
+    inverse_temperature: tl.tensor
+    reference: tl.tensor
+
+
+class Row(NamedTuple):
+    """One row of both models."""
+
+    theta: ModelRow
+    t: ModelRow
     V: tl.tensor
-    inverse_temperature_theta: tl.tensor
-    inverse_temperature_t: tl.tensor
-    reference_theta: tl.tensor
-    reference_t: tl.tensor
     eps: tl.tensor
 
 
@@ -352,6 +360,13 @@ class LossSlopes(NamedTuple):
     condition: tl.tensor  # in F, the root's condition
 
 
+class GradientRows(NamedTuple):
+    """Where a row's gradients are stored."""
+
+    theta_ptr: tl.tensor
+    t_ptr: tl.tensor
+
+
 # Drawing.
 
 
@@ -455,14 +470,6 @@ class Drawn(NamedTuple):
 # Log-probabilities of tokens.
 
 
-class ModelRow(NamedTuple):
-    """One row of one model."""
-
-    ptr: tl.tensor
-    V: tl.tensor
-    inverse_temperature: tl.tensor
-
-
 class LogprobResults(NamedTuple):
     log_prob_ptr: tl.tensor
     entropy_ptr: tl.tensor  # or None
@@ -473,8 +480,7 @@ class LogprobSlopes(NamedTuple):
     """What a row's gradient is made of."""
 
     token: tl.tensor
-    top: tl.tensor  # the log-partition in two parts
-    rest: tl.tensor
+    rest: tl.tensor  # of the log-partition, beyond the row's reference
     entropy_of_row: tl.tensor
     log_prob: tl.tensor  # upstream of the log-probability
     entropy: tl.tensor  # upstream of the entropy

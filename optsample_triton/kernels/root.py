@@ -70,7 +70,7 @@ def interpolate(nodes, target, top_share):
 
     ``top_share`` is the largest weight at 1/2, of their sum.
     """
-    noise = EPSILON * (NOISE_ALWAYS + NOISE_OF_TOP * top_share)
+    noise = (top_share * NOISE_OF_TOP + NOISE_ALWAYS) * EPSILON
     g = polynomial(nodes)
     # A node's sign brackets the root only where it stands clear of rounding.
     clear = 4.0 * noise
@@ -97,10 +97,10 @@ def interpolate(nodes, target, top_share):
     edge = 1.0 - s * s
     shape_odd = s * s * beyond * (edge * (3.0 * beyond + 4.0 * s * s) - 2.0 * s * s * beyond)
     shape_even = s * beyond * (edge * (2.0 * beyond + 4.0 * s * s) - 2.0 * s * s * beyond)
-    neglected_odd = NEGLECTED_ODD * (tl.abs(g.g5) + tl.abs(g.g6)) * tl.abs(shape_odd)
-    truncation = neglected_odd + NEGLECTED_EVEN * tl.abs(g.g6 * shape_even)
+    neglected_odd = (tl.abs(g.g5) + tl.abs(g.g6)) * NEGLECTED_ODD * tl.abs(shape_odd)
+    truncation = neglected_odd + tl.abs(g.g6 * shape_even) * NEGLECTED_EVEN
     variance = nodes.curvature
-    error = 0.5 * truncation / curvature * tl.maximum(SD_SHARE * tl.sqrt(tl.maximum(variance, 0.0)), 1.0)
+    error = 0.5 * truncation / curvature * tl.maximum(tl.sqrt(tl.maximum(variance, 0.0)) * SD_SHARE, 1.0)
     error += noise / variance
     trusted = (error == error) & (curvature > 0) & (variance > 0)
     error = tl.where(trusted, error, float("inf"))

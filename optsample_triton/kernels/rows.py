@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from optsample_triton.kernels.constants import DISJOINT
-from optsample_triton.kernels.records import Pair, Row
+from optsample_triton.kernels.records import ModelRow, Pair, Row
 
 
 @triton.jit
@@ -31,55 +31,37 @@ def entry_or_one(ptr, index):
 
 
 @triton.jit
-def locate_row(batch, index):
-    """Row ``index`` with references 0."""
-    theta_ptr = batch.theta_ptr + row_offset(index, batch.place_theta)
-    t_ptr = batch.t_ptr + row_offset(index, batch.place_t)
-    inverse_temperature_theta = entry_or_one(batch.inverse_temperature_theta_ptr, index)
-    inverse_temperature_t = entry_or_one(batch.inverse_temperature_t_ptr, index)
-    zero = tl.zeros([], tl.float32)
-    return Row(theta_ptr, t_ptr, batch.V, inverse_temperature_theta, inverse_temperature_t, zero, zero, batch.eps)
+def locate(matrix, index):
+    """Row ``index`` of one model with reference 0."""
+    ptr = matrix.ptr + row_offset(index, matrix.place)
+    return ModelRow(ptr, entry_or_one(matrix.inverse_temperature_ptr, index), tl.zeros([], tl.float32))
 
 
 @triton.jit
 def open_row(batch, index, tile):
-    """Row ``index`` with references from its first tokens."""
-    row = locate_row(batch, index)
+    """Row ``index`` of both models with references from its first tokens."""
+    row = Row(locate(batch.theta, index), locate(batch.t, index), batch.V, batch.eps)
     reference_theta, reference_t = first_maxima(row, tile)
     return with_references(row, reference_theta, reference_t)
 
 
 @triton.jit
+def with_reference(model, reference):
+    return ModelRow(model.ptr, model.inverse_temperature, reference)
+
+
+@triton.jit
 def with_references(row, reference_theta, reference_t):
-    return Row(
-        row.theta_ptr,
-        row.t_ptr,
-        row.V,
-        row.inverse_temperature_theta,
-        row.inverse_temperature_t,
-        reference_theta,
-        reference_t,
-        row.eps,
-    )
+    return Row(with_reference(row.theta, reference_theta), with_reference(row.t, reference_t), row.V, row.eps)
 
 
 @triton.jit
 def shared_row(row, status):
     """The row as q_alpha reads it: where the supports are disjoint q* = pi_theta, which is theta against itself."""
-    t_ptr, inverse_temperature_t, reference_t = row.t_ptr, row.inverse_temperature_t, row.reference_t
+    t = row.t
     if status == DISJOINT:
-        t_ptr = row.theta_ptr
-        inverse_temperature_t, reference_t = row.inverse_temperature_theta, row.reference_theta
-    return Row(
-        row.theta_ptr,
-        t_ptr,
-        row.V,
-        row.inverse_temperature_theta,
-        inverse_temperature_t,
-        row.reference_theta,
-        reference_t,
-        row.eps,
-    )
+        t = row.theta
+    return Row(row.theta, t, row.V, row.eps)
 
 
 @triton.jit
@@ -136,10 +118,16 @@ def as_logits(x, eps, PROBS: tl.constexpr):
 
 
 @triton.jit
+def relative(x, model):
+    """Logits relative to the model's reference, with its temperature applied: in nats."""
+    return (x - model.reference) * model.inverse_temperature
+
+
+@triton.jit
 def load_logits(row, start, tile, TAIL: tl.constexpr):
     """A tile of both rows as halves a0, a1, b0, b1: untouched, or log(p + eps) of probabilities."""
-    a0, a1 = load_halves(row.theta_ptr, start, row.V, tile, TAIL)
-    b0, b1 = load_halves(row.t_ptr, start, row.V, tile, TAIL)
+    a0, a1 = load_halves(row.theta.ptr, start, row.V, tile, TAIL)
+    b0, b1 = load_halves(row.t.ptr, start, row.V, tile, TAIL)
     a0, a1 = as_logits(a0, row.eps, tile.PROBS), as_logits(a1, row.eps, tile.PROBS)
     b0, b1 = as_logits(b0, row.eps, tile.PROBS), as_logits(b1, row.eps, tile.PROBS)
     return a0, a1, b0, b1
@@ -160,24 +148,24 @@ def load_pair(row, start, tile, TAIL: tl.constexpr):
     Outside the common support, and beyond V, the values are 0 and ``common`` is False. d is not taken from u and v: of
     close logits a - b is exact.
     """
-    p0, p1 = load_halves(row.theta_ptr, start, row.V, tile, TAIL)
-    r0, r1 = load_halves(row.t_ptr, start, row.V, tile, TAIL)
+    p0, p1 = load_halves(row.theta.ptr, start, row.V, tile, TAIL)
+    r0, r1 = load_halves(row.t.ptr, start, row.V, tile, TAIL)
     a0, a1 = as_logits(p0, row.eps, tile.PROBS), as_logits(p1, row.eps, tile.PROBS)
     b0, b1 = as_logits(r0, row.eps, tile.PROBS), as_logits(r1, row.eps, tile.PROBS)
     common0 = (a0 != -float("inf")) & (b0 != -float("inf"))
     common1 = (a1 != -float("inf")) & (b1 != -float("inf"))
     if TAIL:
-        inside0, inside1 = inside_halves(row.theta_ptr, start, row.V, tile)
+        inside0, inside1 = inside_halves(row.theta.ptr, start, row.V, tile)
         common0, common1 = common0 & inside0, common1 & inside1
-    u0 = tl.where(common0, (a0 - row.reference_theta) * row.inverse_temperature_theta, 0.0)
-    u1 = tl.where(common1, (a1 - row.reference_theta) * row.inverse_temperature_theta, 0.0)
-    v0 = tl.where(common0, (b0 - row.reference_t) * row.inverse_temperature_t, 0.0)
-    v1 = tl.where(common1, (b1 - row.reference_t) * row.inverse_temperature_t, 0.0)
+    u0 = tl.where(common0, relative(a0, row.theta), 0.0)
+    u1 = tl.where(common1, relative(a1, row.theta), 0.0)
+    v0 = tl.where(common0, relative(b0, row.t), 0.0)
+    v1 = tl.where(common1, relative(b1, row.t), 0.0)
     if tile.PROBS:
         d0, d1 = _log_ratio(p0 + row.eps, r0 + row.eps), _log_ratio(p1 + row.eps, r1 + row.eps)
     else:
-        d0 = a0 * row.inverse_temperature_theta - b0 * row.inverse_temperature_t
-        d1 = a1 * row.inverse_temperature_theta - b1 * row.inverse_temperature_t
+        d0 = a0 * row.theta.inverse_temperature - b0 * row.t.inverse_temperature
+        d1 = a1 * row.theta.inverse_temperature - b1 * row.t.inverse_temperature
     d0, d1 = tl.where(common0, d0, 0.0), tl.where(common1, d1, 0.0)
     return Pair(u0, v0, d0, common0), Pair(u1, v1, d1, common1)
 
@@ -199,9 +187,9 @@ def first_maxima(row, tile):
     top_t = -float("inf")
     start = 0
     while (start < row.V) & ((top_theta == -float("inf")) | (top_t == -float("inf"))):
-        a0, a1 = load_halves(row.theta_ptr, start, row.V, tile, True)
-        b0, b1 = load_halves(row.t_ptr, start, row.V, tile, True)
-        inside0, inside1 = inside_halves(row.theta_ptr, start, row.V, tile)
+        a0, a1 = load_halves(row.theta.ptr, start, row.V, tile, True)
+        b0, b1 = load_halves(row.t.ptr, start, row.V, tile, True)
+        inside0, inside1 = inside_halves(row.theta.ptr, start, row.V, tile)
         common0 = inside0 & (a0 != -float("inf")) & (b0 != -float("inf"))
         common1 = inside1 & (a1 != -float("inf")) & (b1 != -float("inf"))
         low = -float("inf")
@@ -214,15 +202,12 @@ def first_maxima(row, tile):
 
 
 @triton.jit
-def references_in_nats(row):
-    """Both references with their temperatures applied, in float64."""
-    theta = row.reference_theta.to(tl.float64) * row.inverse_temperature_theta.to(tl.float64)
-    t = row.reference_t.to(tl.float64) * row.inverse_temperature_t.to(tl.float64)
-    return theta, t
+def reference_in_nats(model):
+    """A model's reference with its temperature applied, in float64."""
+    return model.reference.to(tl.float64) * model.inverse_temperature.to(tl.float64)
 
 
 @triton.jit
 def reference_gap(row):
     """How far apart the references are in nats, in float64."""
-    theta, t = references_in_nats(row)
-    return theta - t
+    return reference_in_nats(row.theta) - reference_in_nats(row.t)

@@ -29,6 +29,7 @@ from optsample_triton.kernels.records import (
     Law,
     LogPartitions,
     Logs,
+    Matrix,
     Meeting,
     Place,
     Request,
@@ -36,7 +37,7 @@ from optsample_triton.kernels.records import (
     Settled,
     Tile,
 )
-from optsample_triton.kernels.rows import shared_row
+from optsample_triton.kernels.rows import relative, shared_row
 from optsample_triton.kernels.single import own_log_partitions
 from optsample_triton.kernels.solve import PER_CALL, alpha_is_known, solved
 
@@ -104,10 +105,10 @@ def logs_at(drawn_from, token, FILTER: tl.constexpr, DRAWN: tl.constexpr):
     Tokens that were DRAWN have passed the threshold.
     """
     row, law, partitions, status = drawn_from.row, drawn_from.law, drawn_from.partitions, drawn_from.status
-    a = tl.load(row.theta_ptr + token).to(tl.float32)
-    b = tl.load(row.t_ptr + token).to(tl.float32)
-    u = ((a - row.reference_theta) * row.inverse_temperature_theta).to(tl.float64)
-    v = ((b - row.reference_t) * row.inverse_temperature_t).to(tl.float64)
+    a = tl.load(row.theta.ptr + token).to(tl.float32)
+    b = tl.load(row.t.ptr + token).to(tl.float32)
+    u = (relative(a, row.theta)).to(tl.float64)
+    v = (relative(b, row.t)).to(tl.float64)
     disjoint = status == DISJOINT
     nothing = float("-inf")
     keep = (u != nothing) & ((v != nothing) | disjoint)
@@ -257,16 +258,9 @@ def sample_kernel(
     DRAWS: tl.constexpr,
     FILTER: tl.constexpr,
 ):
-    batch = Batch(
-        theta_ptr,
-        t_ptr,
-        inverse_temperature_theta_ptr,
-        inverse_temperature_t_ptr,
-        Place(inner_theta, outer_theta, stride_theta),
-        Place(inner_t, outer_t, stride_t),
-        V,
-        0.0,
-    )
+    theta = Matrix(theta_ptr, inverse_temperature_theta_ptr, Place(inner_theta, outer_theta, stride_theta))
+    t = Matrix(t_ptr, inverse_temperature_t_ptr, Place(inner_t, outer_t, stride_t))
+    batch = Batch(theta, t, V, 0.0)
     meeting = Meeting(chunk_sums_ptr, arrived_ptr, splits)
     request = Request(given_alpha_ptr, tol, max_iter)
     filters = Filters(inverse_temperature_ptr, min_p_ptr)
@@ -334,16 +328,9 @@ def verify_kernel(
     FILTER: tl.constexpr,
     MODEL: tl.constexpr,
 ):
-    batch = Batch(
-        theta_ptr,
-        t_ptr,
-        inverse_temperature_theta_ptr,
-        inverse_temperature_t_ptr,
-        Place(inner_theta, outer_theta, stride_theta),
-        Place(inner_t, outer_t, stride_t),
-        V,
-        0.0,
-    )
+    theta = Matrix(theta_ptr, inverse_temperature_theta_ptr, Place(inner_theta, outer_theta, stride_theta))
+    t = Matrix(t_ptr, inverse_temperature_t_ptr, Place(inner_t, outer_t, stride_t))
+    batch = Batch(theta, t, V, 0.0)
     meeting = Meeting(chunk_sums_ptr, arrived_ptr, splits)
     request = Request(given_alpha_ptr, tol, max_iter)
     filters = Filters(inverse_temperature_ptr, min_p_ptr)

@@ -5,26 +5,22 @@ import triton.language as tl
 
 from optsample_triton.kernels.constants import LOG2E
 from optsample_triton.kernels.records import OnlineSum, OwnSums
-from optsample_triton.kernels.rows import as_logits, inside_halves, load_halves
+from optsample_triton.kernels.rows import as_logits, inside_halves, load_halves, relative
 
 
 @triton.jit
-def _own_half(x, inside, inverse_temperature, reference):
+def _own_half(x, inside, model):
     keep = inside & (x != -float("inf"))
-    return tl.where(keep, (x - reference) * inverse_temperature, -float("inf"))
+    return tl.where(keep, relative(x, model), -float("inf"))
 
 
 @triton.jit
-def _load_own(row, start, tile, MODEL: tl.constexpr):
-    """A tile of one model relative to its reference, in nats, as halves: -inf where it has no mass."""
-    if MODEL == 0:
-        ptr, inverse_temperature, reference = row.theta_ptr, row.inverse_temperature_theta, row.reference_theta
-    else:
-        ptr, inverse_temperature, reference = row.t_ptr, row.inverse_temperature_t, row.reference_t
-    x0, x1 = load_halves(ptr, start, row.V, tile, True)
-    inside0, inside1 = inside_halves(ptr, start, row.V, tile)
-    z0 = _own_half(as_logits(x0, row.eps, tile.PROBS), inside0, inverse_temperature, reference)
-    z1 = _own_half(as_logits(x1, row.eps, tile.PROBS), inside1, inverse_temperature, reference)
+def _load_own(row, model, start, tile):
+    """A tile of one model of the row as halves, in nats: -inf where it has no mass."""
+    x0, x1 = load_halves(model.ptr, start, row.V, tile, True)
+    inside0, inside1 = inside_halves(model.ptr, start, row.V, tile)
+    z0 = _own_half(as_logits(x0, row.eps, tile.PROBS), inside0, model)
+    z1 = _own_half(as_logits(x1, row.eps, tile.PROBS), inside1, model)
     return z0, z1
 
 
@@ -40,19 +36,19 @@ def _add_own(acc, z):
 
 
 @triton.jit
-def own_moments(row, tile, MODEL: tl.constexpr):
-    """log-partition relative to the row's reference and entropy, in float64; MODEL is 0 for theta, 1 for t."""
+def own_moments(row, model, tile):
+    """log-partition relative to the reference, and entropy, in float64, of one model of the row."""
     H: tl.constexpr = tile.H
     top = tl.full([H], -float("inf"), tl.float32)
     for start in tl.range(0, row.V, 2 * H):
-        z0, z1 = _load_own(row, start, tile, MODEL)
+        z0, z1 = _load_own(row, model, start, tile)
         top = tl.maximum(top, tl.maximum(z0, z1))
     peak = tl.max(top, 0)
     base = tl.where(peak == -float("inf"), 0.0, peak)
     zero = tl.zeros([H], tl.float32)
     acc = OwnSums(zero, zero, zero)
     for start in tl.range(0, row.V, 2 * H):
-        z0, z1 = _load_own(row, start, tile, MODEL)
+        z0, z1 = _load_own(row, model, start, tile)
         acc = _add_own(acc, z0 - base)
         acc = _add_own(acc, z1 - base)
     # The top tokens apart: of confident rows the rest alone makes the entropy, and beside 1 it would lose its digits.
@@ -68,8 +64,8 @@ def probability_entropies(row, tile):
     H: tl.constexpr = tile.H
     sum_theta, sum_t = tl.zeros([H], tl.float32), tl.zeros([H], tl.float32)
     for start in tl.range(0, row.V, 2 * H):
-        p0, p1 = load_halves(row.theta_ptr, start, row.V, tile, True)
-        r0, r1 = load_halves(row.t_ptr, start, row.V, tile, True)
+        p0, p1 = load_halves(row.theta.ptr, start, row.V, tile, True)
+        r0, r1 = load_halves(row.t.ptr, start, row.V, tile, True)
         sum_theta -= p0 * tl.log(p0 + row.eps) + p1 * tl.log(p1 + row.eps)
         sum_t -= r0 * tl.log(r0 + row.eps) + r1 * tl.log(r1 + row.eps)
     return tl.sum(sum_theta, 0).to(tl.float64), tl.sum(sum_t, 0).to(tl.float64)
@@ -98,8 +94,8 @@ def own_log_partitions(row, tile):
     zero = tl.zeros([tile.H], tl.float32)
     theta, t = OnlineSum(nothing, zero), OnlineSum(nothing, zero)
     for start in tl.range(0, row.V, 2 * tile.H):
-        a0, a1 = _load_own(row, start, tile, 0)
-        b0, b1 = _load_own(row, start, tile, 1)
+        a0, a1 = _load_own(row, row.theta, start, tile)
+        b0, b1 = _load_own(row, row.t, start, tile)
         theta = _add_online(_add_online(theta, a0), a1)
         t = _add_online(_add_online(t, b0), b1)
     return _log_total(theta), _log_total(t)

@@ -36,6 +36,7 @@ from optsample_triton.kernels.records import (
     Ends,
     Evaluation,
     Expansion,
+    Matrix,
     Meeting,
     Place,
     Request,
@@ -45,7 +46,7 @@ from optsample_triton.kernels.records import (
     Tile,
 )
 from optsample_triton.kernels.root import safeguarded_step
-from optsample_triton.kernels.rows import reference_gap, references_in_nats, with_references
+from optsample_triton.kernels.rows import reference_gap, reference_in_nats, with_references
 from optsample_triton.kernels.single import own_moments, probability_entropies
 from optsample_triton.types import Saved
 
@@ -225,7 +226,7 @@ def _search_start(row, total, index, request, tile, METHOD: tl.constexpr, NORMAL
     found, ends, target, finite = interpolant_start(row, total, tile.PROBS)
     alpha, psi, low, high = found.alpha, found.psi, found.low, found.high
     A, B, psi_half, shrink = ends.A, ends.B, ends.psi_half, ends.shrink
-    reference_theta, reference_t = row.reference_theta, row.reference_t
+    reference_theta, reference_t = row.theta.reference, row.t.reference
     status, sweeps = tl.zeros([], tl.int32), tl.full([], 1, tl.int32)
     task = tl.where(found.error.to(tl.float32) <= request.tol, DONE, FIND_ROOT)
     if METHOD == KL_SYMMETRY:
@@ -236,7 +237,7 @@ def _search_start(row, total, index, request, tile, METHOD: tl.constexpr, NORMAL
         # logits lie far beyond the first ones.
         status, size = survey(row, tile)
         sweeps += 1
-        shrink = LARGEST / tl.maximum(size, LARGEST)
+        shrink = tl.full([], LARGEST, tl.float32) / tl.maximum(size, LARGEST)
         reference_theta, reference_t = 0.0 * shrink, 0.0 * shrink
         alpha, low, high, A, B, psi_half = _blank()
         task = tl.where(status == OK, FIND_A, DONE)
@@ -306,8 +307,8 @@ def entropy_formula(row, tile):
     if tile.PROBS:
         entropy_theta, entropy_t = probability_entropies(row, tile)
     else:
-        _, entropy_theta = own_moments(row, tile, 0)
-        _, entropy_t = own_moments(row, tile, 1)
+        _, entropy_theta = own_moments(row, row.theta, tile)
+        _, entropy_t = own_moments(row, row.t, tile)
     both = entropy_theta + entropy_t
     return tl.where(both > 0.0, entropy_theta / both, 0.5)
 
@@ -348,16 +349,9 @@ def solve_kernel(
     CHUNK: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    batch = Batch(
-        theta_ptr,
-        t_ptr,
-        inverse_temperature_theta_ptr,
-        inverse_temperature_t_ptr,
-        Place(inner_theta, outer_theta, stride_theta),
-        Place(inner_t, outer_t, stride_t),
-        V,
-        eps,
-    )
+    theta = Matrix(theta_ptr, inverse_temperature_theta_ptr, Place(inner_theta, outer_theta, stride_theta))
+    t = Matrix(t_ptr, inverse_temperature_t_ptr, Place(inner_t, outer_t, stride_t))
+    batch = Batch(theta, t, V, eps)
     meeting = Meeting(chunk_sums_ptr, arrived_ptr, splits)
     results = Results(
         alpha_ptr, log_z_ptr, status_ptr, sweeps_ptr, saved_ptr, diagnostics_ptr, out_ptr, stride_out, width
@@ -381,7 +375,7 @@ def _finish(row, ends, root, index, results, tile):
         alpha = tl.where(status == DISJOINT, 1.0, float("nan") + 0.0 * alpha)
         psi = tl.where(status == DISJOINT, 0.0, alpha)
         # q* = pi_theta, normalised over its own support.
-        A, _ = own_moments(row, tile, 0)
+        A, _ = own_moments(row, row.theta, tile)
         B = tl.zeros([], tl.float64)
     ends = Ends(A, B, ends.psi_half, ends.shrink)
     # psi is not positive between the models; beside huge logits its rounding may be.
@@ -390,17 +384,16 @@ def _finish(row, ends, root, index, results, tile):
     tl.store(results.log_z_ptr + index, psi.to(tl.float32))
     tl.store(results.status_ptr + index, status.to(tl.uint8))
     tl.store(results.sweeps_ptr + index, root.sweeps)
-    reference_theta, reference_t = references_in_nats(row)
     saved = Saved(
-        log_partition_theta=A + reference_theta,
-        log_partition_t=tl.where(status == DISJOINT, 0.0, B + reference_t),
+        log_partition_theta=A + reference_in_nats(row.theta),
+        log_partition_t=tl.where(status == DISJOINT, 0.0, B + reference_in_nats(row.t)),
         psi_half=tl.where(ends.psi_half == ends.psi_half, ends.psi_half, -float("inf")),
         alpha=root.precise,
     )
     store_saved(results.saved_ptr, index, saved)
     solution = Root(alpha, root.precise, psi, status, root.sweeps)
     if results.diagnostics_ptr is not None:
-        diagnostics_ptr = results.diagnostics_ptr + DIAGNOSTICS * index
+        diagnostics_ptr = results.diagnostics_ptr + index * DIAGNOSTICS
         if tile.PROBS:
             store_probability_diagnostics(row, ends, solution, diagnostics_ptr, tile)
         else:
@@ -413,10 +406,10 @@ def _finish(row, ends, root, index, results, tile):
 @triton.jit
 def store_saved(ptr, index, saved):
     for k in tl.static_range(SAVED):
-        tl.store(ptr + SAVED * index + k, saved[k])
+        tl.store(ptr + index * SAVED + k, saved[k])
 
 
 @triton.jit
 def load_saved(ptr, index):
-    at = ptr + SAVED * index
+    at = ptr + index * SAVED
     return Saved(tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3))

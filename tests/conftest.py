@@ -53,6 +53,15 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:All-NaN slice encountered:RuntimeWarning")
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest leaves out what -m does not select after that
+def pytest_collection_modifyitems(config, items):
+    if "deep" in config.option.markexpr and not any("::" in argument for argument in config.args):
+        from tests import core  # not above: an environment of the integrations may hold a package that is called tests
+
+        for item in core.deep_items(items):
+            item.add_marker("deep")
+
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers share the cores: one thread each, else they wait for each other.
     torch.set_num_threads(1)
@@ -60,6 +69,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 settings.register_profile("ci", derandomize=True, deadline=None, database=None, print_blob=True)
 settings.register_profile("explore", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def without_deep(config):
+    """Whether this is `make test`: pyproject.toml leaves out what tests/core.py marks as deep."""
+    return config.option.markexpr == "not deep"
 
 
 @pytest.hookimpl(trylast=True)  # the report has been sent by then
@@ -102,8 +116,11 @@ def interpreted(backend, device):
 
 
 @pytest.fixture
-def examples(interpreted):
+def examples(interpreted, request):
     """Decorates the property of a test: how many examples hypothesis tries."""
+    few = without_deep(request.config)
     if interpreted:  # nor is there time to shrink a failing example
-        return settings(max_examples=6, phases=[Phase.explicit, Phase.generate])
-    return settings() if os.environ.get("HYPOTHESIS_PROFILE") == "explore" else settings(max_examples=40)
+        return settings(max_examples=2 if few else 6, phases=[Phase.explicit, Phase.generate])
+    if os.environ.get("HYPOTHESIS_PROFILE") == "explore":
+        return settings()
+    return settings(max_examples=10 if few else 40)

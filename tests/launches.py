@@ -19,7 +19,7 @@ from triton.runtime import driver
 
 import optsample_triton as ost
 from optsample_triton import backend
-from optsample_triton.kernels import entry, logprob
+from optsample_triton.kernels import entry
 
 TARGET = GPUTarget("cuda", 90, 32)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -149,7 +149,7 @@ def main() -> None:
         raise RuntimeError("TRITON_INTERPRET is 1, expected another process: the interpreter compiles nothing")
     driver.set_active(Driver())
     backend.choose = lambda device, dtype: ("triton", "as on a GPU")
-    entry._device = logprob._device = lambda device: ("cuda", 132)
+    entry._device = lambda device: ("cuda", 132)
     print(json.dumps({"compile": compiled_calls, "batches": batches}[sys.argv[1]]()))
 
 

@@ -1,14 +1,13 @@
 """What test_is_reshape_gamma.py runs in gloo processes: the same samples in uneven shards over 1, 2 and 4."""
 
 import json
-import multiprocessing
 import sys
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from optsample_triton import is_reshape
+from tests import forked
 
 CUTS = {1: (0, 60), 2: (0, 7, 60), 4: (0, 7, 7, 41, 60)}  # the second of four processes holds nothing
 MASKED_OUT = slice(50, 55)
@@ -35,9 +34,7 @@ def outcomes(part: slice, group) -> list[float]:
 
 
 def run(rank: int, store: str, results) -> None:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=4, timeout=timedelta(minutes=2)
-    )
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=4, timeout=forked.LIMIT)
     found = {}
     for size, cuts in CUTS.items():
         group = dist.new_group(list(range(size)))
@@ -48,17 +45,8 @@ def run(rank: int, store: str, results) -> None:
 
 
 def main(store: str) -> None:
-    """Print a JSON list: for each rank, the results by size of the group."""
-    # Forked before torch starts a thread: one import serves all four.
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    running = [context.Process(target=run, args=(rank, store, results)) for rank in range(4)]
-    for process in running:
-        process.start()
-    found = dict(results.get(timeout=120) for _ in running)
-    for process in running:
-        process.join()
-    print(json.dumps([found[rank] for rank in range(4)]))
+    """Prints a JSON list: for each rank the figures by size of the group."""
+    print(json.dumps(forked.results_by_rank(run, 4, store)))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,13 @@
 """What test_sharded.py runs in gloo processes: the vocabulary in uneven parts over 2 and 4 of them."""
 
-import multiprocessing
 import pickle
-import queue
 import sys
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 import optsample_triton as ost
+from tests import forked
 
 VOCAB = 20_000
 # Ends of the parts; one border lies inside a tile, one part is a single token, one is beyond vocab_size.
@@ -146,9 +144,7 @@ def errors(part: slice, group) -> dict[str, str]:
 
 def run(rank: int, store: str, results) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=4, timeout=timedelta(seconds=60)
-    )
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=4, timeout=forked.LIMIT)
     found: dict = {}
     theta, t = rows()
     for size, cuts in CUTS.items():
@@ -163,25 +159,9 @@ def run(rank: int, store: str, results) -> None:
 
 
 def main(store: str, into: str) -> None:
-    # Forked before torch starts a thread: one import serves all four.
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    running = [context.Process(target=run, args=(rank, store, results)) for rank in range(4)]
-    for process in running:
-        process.start()
-    found: dict = {}
-    while len(found) < 4:
-        try:
-            found |= [results.get(timeout=1)]
-        except queue.Empty:
-            if any(process.exitcode for process in running):
-                for process in running:
-                    process.kill()  # they wait for the one that failed
-                sys.exit("a process failed")
-    for process in running:
-        process.join()
+    found = forked.results_by_rank(run, 4, store)
     with open(into, "wb") as file:
-        pickle.dump([pickle.loads(found[rank]) for rank in range(4)], file)
+        pickle.dump([pickle.loads(each) for each in found], file)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import codegen, gates
-from bench.codegen import Entry, Instruction
+from bench.compiled import build, check, command, machine, offsets, report
+from bench.compiled.entry import CUDA, HIP, Entry
+from bench.compiled.machine import Instruction
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
@@ -19,9 +20,9 @@ TILE = 1024
 
 @triton.jit
 def exp_sums(
-    a_ptr,
-    b_ptr,
-    out_ptr,
+    theta_ptr,
+    t_ptr,
+    total_ptr,
     stride,
     V,
     WIDE: tl.constexpr,
@@ -37,22 +38,21 @@ def exp_sums(
     total = tl.zeros([BLOCK_V], tl.float32)
     scalar = 0.0
     for start in range(0, V // BLOCK_V * BLOCK_V, BLOCK_V):
-        a = tl.load(a_ptr + row * stride + start + lanes).to(tl.float32)
-        b = tl.load(b_ptr + row * stride + start + lanes).to(tl.float32)
+        a = tl.load(theta_ptr + row * stride + start + lanes).to(tl.float32)
+        b = tl.load(t_ptr + row * stride + start + lanes).to(tl.float32)
         total += tl.exp2(a) * tl.exp2(b)
         if EXPS == 3:
             total += tl.exp2(a + 2 * b)
         if BARRIER:
             scalar += tl.max(total)
-    tl.store(out_ptr + row, tl.sum(total) + scalar)
+    tl.store(total_ptr + row, tl.sum(total) + scalar)
 
 
 GOOD = Entry(
     name="exp_sums",
     kernel=f"{__file__}:exp_sums",
-    signature={"a_ptr": "*bf16", "b_ptr": "*bf16", "out_ptr": "*fp32", "stride": "i32", "V": "i32"},
+    dtype="bf16",
     constexprs={"WIDE": True, "EXPS": 2, "BARRIER": False, "BLOCK_V": TILE},
-    divisible=("a_ptr", "b_ptr", "stride"),
     tile=TILE,
     bytes_per_pair=4,
 )
@@ -64,7 +64,7 @@ def planted(**flags: object) -> Entry:
 
 FAULTS = {
     "good": GOOD,
-    "scalar load": replace(GOOD, divisible=()),
+    "scalar load": replace(GOOD, aligned=False),
     "spill": replace(GOOD, options={"maxnreg": 24}),
     "third exp": planted(EXPS=3),
     "barrier": planted(BARRIER=True),
@@ -73,30 +73,35 @@ FAULTS = {
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, codegen.Report]:
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, report.Report]:
     with pytest.MonkeyPatch.context() as patch:
         # the reader must work from a process that interprets its kernels
         patch.setenv("TRITON_INTERPRET", "1")
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        read = codegen.read(list(FAULTS.values()), ["sm_90"])
+        read = build.read(list(FAULTS.values()), ["sm_90"])
     return dict(zip(FAULTS, read, strict=True))
 
 
-def test_good_kernel(reports: dict[str, codegen.Report]) -> None:
-    report = reports["good"]
-    assert report.main is not None
-    assert report.main.innermost
-    assert (report.stack, report.spills, report.main.barriers, report.main.float64) == (0, 0, 0, 0)
-    assert report.load_width == 16
-    assert report.exps_per_pair == 2
+def main_row(read: report.Report) -> dict[str, object]:
+    (row,) = read.rows()
+    return row
+
+
+def test_good_kernel(reports: dict[str, report.Report]) -> None:
+    good = reports["good"]
+    row = main_row(good)
+    assert good.main.loop.innermost
+    assert (row["stack"], row["spills"], row["barriers"], good.main.loop.float64) == (0, 0, 0, 0)
+    assert row["load_width"] == 16
+    assert row["exps_per_pair"] == 2
     # two conversions, two exps, one fma at the least
-    assert 5 < report.slots_per_pair < 12
-    assert report.pairs == report.unroll * TILE / (32 * 4)
-    assert 16 <= report.registers <= 64
-    assert report.narrow_offsets == []
+    assert 5 < row["slots_per_pair"] < 12
+    assert row["pairs"] % (TILE / (32 * 4)) == 0
+    assert 16 <= row["registers"] <= 64
+    assert good.narrow_offsets == []
 
 
-# What the gates say of each fault, beside the good kernel's committed figures.
+# What the check says of each fault, if the good kernel's counts were the committed ones.
 SENTENCES = {
     "scalar load": "load_width fell from 16 to 2 bytes",
     "spill": "spills rose from 0 to",
@@ -107,51 +112,39 @@ SENTENCES = {
 
 
 @pytest.mark.parametrize("fault", SENTENCES)
-def test_gates_catch_what_is_planted(fault: str, reports: dict[str, codegen.Report]) -> None:
+def test_the_check_catches_what_is_planted(fault: str, reports: dict[str, report.Report]) -> None:
     good, faulty = reports["good"].rows(), reports[fault].rows()
-    assert gates.regressions(good, good) == []
-    found = gates.regressions(faulty, good)
+    assert check.regressions(good, good) == []
+    found = check.regressions(faulty, good)
     assert any(f"exp_sums on sm_90, main loop: {SENTENCES[fault]}" in sentence for sentence in found)
 
 
-def test_gates_allow_a_margin_and_miss_nothing(reports: dict[str, codegen.Report]) -> None:
+def test_the_check_allows_a_margin_and_miss_nothing(reports: dict[str, report.Report]) -> None:
     (good,) = reports["good"].rows()
-    assert gates.regressions([{**good, "registers": good["registers"] + 8}], [good]) == []
-    assert "registers rose" in gates.regressions([{**good, "registers": good["registers"] + 9}], [good])[0]
-    assert "run python -m bench.codegen" in gates.regressions([good], [])[0]
-    assert gates.regressions([good], [good, {**good, "pass": "step"}]) == [
+    assert check.regressions([{**good, "registers": good["registers"] + 8}], [good]) == []
+    assert "registers rose" in check.regressions([{**good, "registers": good["registers"] + 9}], [good])[0]
+    assert "run python -m bench.codegen" in check.regressions([good], [])[0]
+    assert check.regressions([good], [good, {**good, "pass": "step"}]) == [
         "exp_sums on sm_90, step loop: the loop is gone"
     ]
-    # Under another Triton the committed figures say nothing, and the budgets still do.
+    # Under another Triton the committed counts say nothing, and the budgets still do.
     newer = {**good, "triton": "99", "exps_per_pair": 3.0}
-    (sentence,) = gates.check([newer], [good])
+    (sentence,) = check.check([newer], [good])
     assert sentence == "exp_sums on sm_90, main loop: exps_per_pair is 3.0, expected at most 2"
 
 
-def test_scalar_load_is_seen(reports: dict[str, codegen.Report]) -> None:
-    report = reports["scalar load"]
-    assert report.load_width == 2
-    assert report.slots_per_pair > reports["good"].slots_per_pair
+def test_faults_are_seen_in_the_counts(reports: dict[str, report.Report]) -> None:
+    rows = {name: main_row(each) for name, each in reports.items()}
+    assert rows["scalar load"]["load_width"] == 2
+    assert rows["scalar load"]["slots_per_pair"] > rows["good"]["slots_per_pair"]
+    assert rows["spill"]["spills"] > 0
+    assert rows["spill"]["stack"] > 0
+    assert rows["third exp"]["exps_per_pair"] == 3
+    assert rows["barrier"]["barriers"] > 0
+    assert rows["barrier"]["shuffles"] >= 5
 
 
-def test_spill_is_seen(reports: dict[str, codegen.Report]) -> None:
-    assert reports["spill"].spills > 0
-    assert reports["spill"].stack > 0
-
-
-def test_third_exp_is_seen(reports: dict[str, codegen.Report]) -> None:
-    assert reports["third exp"].exps_per_pair == 3
-
-
-def test_barrier_is_seen(reports: dict[str, codegen.Report]) -> None:
-    main = reports["barrier"].main
-    assert main is not None
-    assert main.barriers > 0
-    assert main.shuffles >= 5
-    assert main.min_max > 0
-
-
-def test_narrow_row_offset_is_seen(reports: dict[str, codegen.Report]) -> None:
+def test_narrow_row_offset_is_seen(reports: dict[str, report.Report]) -> None:
     (product, *_) = reports["narrow"].narrow_offsets
     assert "arith.muli" in product
     assert "i32" in product
@@ -161,29 +154,46 @@ def test_every_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     # a wave of AMD has 64 lanes: twice the tile gives each the same 16 bytes
     entry = replace(GOOD, tile=2 * TILE, constexprs={**GOOD.constexprs, "BLOCK_V": 2 * TILE})
-    reports = codegen.read([entry], listing_folder=tmp_path)
-    assert [report.target for report in reports] == list(codegen.TARGETS)
-    for report in reports:
-        assert report.load_width == 16, report.target
-        assert report.exps_per_pair == 2, report.target
-        assert (report.stack, report.spills) == (0, 0), report.target
-        assert report.registers > 8, report.target
+    reports = build.read([entry], listing_folder=tmp_path)
+    assert [each.target for each in reports] == list(build.TARGETS)
+    for each in reports:
+        row = main_row(each)
+        assert (row["load_width"], row["exps_per_pair"]) == (16, 2), each.target
+        assert (row["stack"], row["spills"]) == (0, 0), each.target
+        assert row["registers"] > 8, each.target
     assert len(list(tmp_path.glob("*.s"))) == len(reports)
 
-    codegen.write_csv(reports, tmp_path / "codegen.csv")
+    check.write_rows(report.rows_of(reports), tmp_path / "codegen.csv")
     with (tmp_path / "codegen.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["target"] for row in rows] == list(codegen.TARGETS)
+    assert [row["target"] for row in rows] == list(build.TARGETS)
     assert {row["pass"] for row in rows} == {"main"}
     assert {row["load_width"] for row in rows} == {"16"}
-    assert len(codegen.table(reports).splitlines()) == len(reports) + 1
+    assert len(command.table(reports).splitlines()) == len(reports) + 2
 
 
-def test_wrong_entry_is_refused() -> None:
-    with pytest.raises(RuntimeError, match=r"differ in the arguments \['V'\]"):
-        codegen.read([replace(GOOD, signature={k: v for k, v in GOOD.signature.items() if k != "V"})], ["sm_90"])
+def test_entries_fit_their_kernels() -> None:
+    """Every argument of every kernel has a type or a value; what the kernel lacks is refused."""
+    for entry in (*CUDA, *HIP):
+        function = triton.runtime.JITFunction(build.load(entry.kernel).fn)
+        types, constants, divisible = build.arguments_of(entry, function)
+        assert {*types, *constants} == {*function.arg_names}
+        assert set(divisible) <= set(types)
+    function = triton.runtime.JITFunction(exp_sums.fn)
+    types, constants, divisible = build.arguments_of(replace(GOOD, types={"V": "i64"}, divisible=("V",)), function)
+    assert types == {"theta_ptr": "*bf16", "t_ptr": "*bf16", "total_ptr": "*fp32", "stride": "i32", "V": "i64"}
+    assert constants == GOOD.constexprs
+    assert divisible == ["theta_ptr", "t_ptr", "total_ptr", "stride", "V"]
+    assert build.arguments_of(replace(GOOD, aligned=False), function)[2] == ["total_ptr"]
+    for change in ({"constexprs": {"WIDE": True}}, {"present": ("out_ptr",)}, {"types": {"n": "i32"}},
+                   {"divisible": ("n",)}, {"constexprs": {**GOOD.constexprs, "FAST": 1}}):  # fmt: skip
+        with pytest.raises(ValueError, match=r"differ in the arguments \['"):
+            build.arguments_of(replace(GOOD, **change), function)
+
+
+def test_an_unknown_target_is_refused() -> None:
     with pytest.raises(ValueError, match="targets holds"):
-        codegen.read([GOOD], ["sm_1"])
+        build.read([GOOD], ["sm_1"])
 
 
 def jump(target: int, conditional: bool = True) -> Instruction:
@@ -197,15 +207,15 @@ END = Instruction("EXIT", "", None, False)
 def test_loops_nest() -> None:
     #       0     1     2        3     4        5
     code = [STEP, STEP, jump(2), STEP, jump(1), END]
-    assert codegen.find_loops(code) == [[1, 2, 3, 4]]  # a jump to itself is no loop
+    assert machine.find_loops(code) == [[1, 2, 3, 4]]  # a jump to itself is no loop
     code = [STEP, STEP, STEP, jump(2), jump(1), END]
-    assert codegen.find_loops(code) == [[1, 2, 3, 4], [2, 3]]
+    assert machine.find_loops(code) == [[1, 2, 3, 4], [2, 3]]
 
 
 def test_block_out_of_line_belongs_to_its_loop() -> None:
     # 1..4 is the loop; 2 may leave for the block at 6, whose backward jump to 3 closes no loop of its own
     code = [STEP, STEP, jump(6), STEP, jump(1), END, STEP, jump(3, conditional=False)]
-    assert codegen.find_loops(code) == [[1, 2, 3, 4, 6, 7]]
+    assert machine.find_loops(code) == [[1, 2, 3, 4, 6, 7]]
 
 
 def test_sass_listing() -> None:
@@ -219,28 +229,28 @@ def test_sass_listing() -> None:
         /*0060*/                   EXIT ;                             /* 0x000000000000794d */
         /*0070*/                   BRA 0x70;                          /* 0xfffffffc00fc7947 */
     """
-    code = codegen.parse_sass(listing)
+    code = machine.parse_sass(listing)
     assert [instruction.opcode for instruction in code[:3]] == ["LDC", "LDG.E.128", "LDG.E.U16"]
-    (loop,) = codegen._loops(code, nvidia=True)
-    assert (loop.slots, loop.exps, loop.loads, loop.branches) == (4, 1, {16: 1, 2: 1}, 0)
+    (loop,) = machine.read_loops(code, "cuda")
+    assert (loop.slots, loop.exps, loop.loads) == (4, 1, {16: 1, 2: 1})
     assert loop.load_bytes == 18
 
 
 def test_passes_are_found_by_what_they_do() -> None:
     """A loop of one exp per pair, one that stores, and one that the entry names but the kernel lacks."""
-    sweep = codegen.parse_sass(listing_of("LDG.E.128", "MUFU.EX2", "MUFU.EX2", "MUFU.EX2", "MUFU.EX2", "MUFU.EX2"))
-    step = codegen.parse_sass(listing_of("LDG.E.64", "LDG.E.64", "MUFU.EX2", "MUFU.EX2", "MUFU.EX2", "MUFU.EX2"))
-    write = codegen.parse_sass(listing_of("LDG.E.64", "FFMA", "FFMA2", "STG.E.64"))
-    loops = [replace(codegen._loops(code, nvidia=True)[0], index=index)
+    sweep = machine.parse_sass(listing_of("LDG.E.128", "MUFU.EX2", "MUFU.EX2", "MUFU.EX2", "MUFU.EX2", "MUFU.EX2"))
+    step = machine.parse_sass(listing_of("LDG.E.64", "LDG.E.64", "MUFU.EX2", "MUFU.EX2", "MUFU.EX2", "MUFU.EX2"))
+    write = machine.parse_sass(listing_of("LDG.E.64", "FFMA", "FFMA2", "STG.E.64"))
+    loops = [replace(machine.read_loops(code, "cuda")[0], index=index)
              for index, code in enumerate((sweep, step, write))]  # fmt: skip
     entry = replace(GOOD, passes={"step": "step", "write": "stores", "last": 7}, stored_per_pair=2)
-    passes = {each.role: each for each in codegen.find_passes(entry, loops, per_iteration=1.0)}
+    passes = {each.role: each for each in report.find_passes(entry, loops, TILE)}
     assert {role: (each.loop.index, each.pairs) for role, each in passes.items()} == {
         "main": (0, 4.0), "step": (1, 4.0), "write": (2, 4.0),
     }  # fmt: skip
     assert passes["write"].loop.float32 == 3
     with pytest.raises(ValueError, match="main_loop is 'widest'"):
-        codegen.main_loop(loops, "widest")
+        report.find_loop(loops, "widest")
 
 
 def listing_of(*opcodes: str) -> str:
@@ -259,5 +269,5 @@ def test_constant_product_is_no_row_offset() -> None:
     %first = arith.muli %chunk, %c1024_i32 : i32
     %0 = tt.addptr %x_ptr, %first : !tt.ptr<f32>, i32
     """
-    assert codegen.narrow_offsets(ttir) == []
-    assert len(codegen.narrow_offsets(ttir.replace("%chunk, %c1024_i32", "%chunk, %stride"))) == 1
+    assert offsets.narrow_offsets(ttir) == []
+    assert len(offsets.narrow_offsets(ttir.replace("%chunk, %c1024_i32", "%chunk, %stride"))) == 1

@@ -98,10 +98,11 @@ def test_any_program_may_be_the_last():
 
 def test_nothing_inexact_is_compiled_that_is_not_imitated():
     script = """
-from bench import codegen, kernels
-entries = {entry.name: entry for entry in kernels.CUDA}
+from bench.compiled import build
+from bench.compiled.entry import CUDA
+entries = {entry.name: entry for entry in CUDA}
 for name in ("sample bf16, filtered", "dropin fp32", "gradient bf16, ess_balance", "logprob gradient bf16"):
-    print(codegen.compile_entry(entries[name], "sm_90").asm["ptx"])
+    print(build.compile_entry(entries[name], "sm_90").asm["ptx"])
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)

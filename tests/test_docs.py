@@ -1,5 +1,6 @@
 """The documents of the repository: examples run, twins agree, links resolve, formulas and figures hold."""
 
+import importlib.util
 import math
 import re
 from pathlib import Path
@@ -8,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from docs import write_reference
+
 ROOT = Path(__file__).resolve().parents[1]
 MARKDOWN = [
     path
@@ -15,10 +18,13 @@ MARKDOWN = [
     if not any(part.startswith(".") or part in ("build", "dist") for part in path.relative_to(ROOT).parts)
 ]
 TWINS = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
+REFERENCE = ROOT / "docs" / "reference.md"
+OTHERS_MODULES = ("pytest", "verl")  # what the pages run by python -m and this repository does not hold
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 HEADING = re.compile(r"^(#{1,6}) +(.+?) *$", re.MULTILINE)
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
+IMAGE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
 MATH = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+)\$", re.DOTALL)
 
 
@@ -43,22 +49,36 @@ def test_the_files_are_found():
     }
 
 
-def test_readme_examples_run():
-    """The blocks share one namespace and run in order, as a reader would type them."""
-    fences = FENCE.findall(TWINS[0].read_text(encoding="utf-8"))
-    # What needs a library of its own runs in its environment, in tests/integrations.
-    blocks = [code for language, code in fences if language == "python" and "integrations" not in code]
-    assert len(blocks) >= 3
+def test_readme_is_short():
+    for path in TWINS:
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 130, name_of(path)
+
+
+def run(path: Path) -> list[dict[str, object]]:
+    """The names after each Python block: the blocks share one namespace and run in order, as a reader types them."""
+    fences = FENCE.findall(path.read_text(encoding="utf-8"))
     torch.manual_seed(0)
     namespace: dict[str, object] = {}
-    for number, code in enumerate(blocks):
-        exec(compile(code, f"README.md, Python block {number}", "exec"), namespace)
-        if number == 0:
-            first = dict(namespace)
+    states = []
+    for language, code in fences:
+        # What needs a library of its own runs in its environment, in tests/integrations; the loop of the README runs
+        # in tests/test_is_reshape_loop.py.
+        if language != "python" or re.search(r"from vllm|\.(integrations|pipeline)|is_reshape_loss", code):
+            continue
+        if "psis" in code and importlib.util.find_spec("arviz_stats") is None:  # not to be had for Python 3.10
+            continue
+        exec(compile(code, f"{name_of(path)}, Python block {len(states)}", "exec"), namespace)
+        states.append(dict(namespace))
+    return states
+
+
+def test_readme_examples_run():
+    states = run(TWINS[0])
+    assert len(states) == 2
     import optsample_triton as ost
     from reference import truth
 
-    solution, log_q, drawn = first["solution"], first["log_q"], first["drawn"]
+    solution, log_q, drawn = (states[0][name] for name in ("solution", "log_q", "drawn"))
     torch.manual_seed(0)
     exact = truth.solve(*torch.randn(2, 4, 32_000).unbind(0))
     assert solution.status.tolist() == [ost.Status.OK] * 4
@@ -66,8 +86,53 @@ def test_readme_examples_run():
     torch.testing.assert_close(solution.kl_theta, solution.kl_t, atol=1e-5, rtol=0.0)
     torch.testing.assert_close(log_q.exp().sum(-1), torch.ones(4), atol=1e-5, rtol=0.0)
     torch.testing.assert_close(drawn.log_q, log_q.gather(-1, drawn.token[:, None])[:, 0], atol=2e-3, rtol=0.0)
-    assert first["weights"].shape == (4,)
-    assert namespace["metrics"]["gamma"].isfinite()
+    assert states[0]["weights"].shape == (4,)
+    assert states[1]["alpha_star"].item() == pytest.approx(0.5, abs=1e-5)
+    assert states[1]["q_star"][0].tolist() == pytest.approx([0.5, 0.5], abs=1e-5)
+
+
+def test_reference_examples_run():
+    assert len(run(REFERENCE)) >= 8
+
+
+def test_reference_is_what_the_source_says():
+    text = REFERENCE.read_text(encoding="utf-8")
+    assert write_reference.filled(text) == text, "run python -m docs.write_reference"
+    named = [name for _, name, _ in write_reference.BLOCK.findall(text)]
+    assert sorted(named) == sorted(write_reference.public())
+
+
+def test_public_names_are_those_that_import_gives():
+    """The page reads the source; this asks the package, where it can be imported without a framework."""
+    import optsample_triton as ost
+
+    modules = {"integrations", "is_reshape", "pipeline"}
+    names = {name for name in ost.__all__ if name not in modules | {"__version__"}}
+    names |= {f"is_reshape.{name}" for name in ost.is_reshape.__all__ if name not in names}
+    names |= {f"pipeline.{name}" for name in ost.pipeline.__all__}
+    found = [name for name in write_reference.public() if not name.startswith("integrations.")]
+    assert sorted(found) == sorted(names)
+
+
+def test_every_public_function_has_an_example():
+    """A name that the examples of the page or of the README call or spell. Results need none of their own."""
+    text = "".join(path.read_text(encoding="utf-8") for path in (REFERENCE, TWINS[0]))
+    examples = "".join(code for language, code in FENCE.findall(text) if language in ("python", "pycon"))
+    results = re.compile(r"class \w+\((NamedTuple|ModelOutput)\)")
+    blocks = {name: block for name, block in re.findall(r"<!-- api: ([\w.]+) -->\n(.*?)<!-- /api -->", text, re.DOTALL)}
+    without = [
+        name
+        for name, block in blocks.items()
+        if not results.search(block) and not re.search(rf"\b{name.split('.')[-1]}\b", examples)
+    ]
+    assert without == []
+
+
+def test_reference_names_every_command():
+    from optsample_triton.cli import VERBS
+
+    rows = re.findall(r"^\| `optsample ([a-z]+)` \|", prose(REFERENCE), re.MULTILINE)
+    assert sorted(rows) == sorted(VERBS)
 
 
 def test_readme_twins_have_the_same_skeleton():
@@ -79,16 +144,39 @@ def test_readme_twins_have_the_same_skeleton():
     for pattern in (MATH, re.compile(r"^\|", re.MULTILINE), re.compile(r"^\* ", re.MULTILINE)):
         counts = [[len(pattern.findall(part)) for part in HEADING.split(prose(path))[::3]] for path in TWINS]
         assert counts[0] == counts[1], pattern.pattern
-    links = [{link for link in LINK.findall(prose(path)) if not link.startswith("README")} for path in TWINS]
-    assert links[0] == links[1]
+    for link in (LINK, IMAGE):
+        links = [{to for to in link.findall(prose(path)) if not to.startswith("README")} for path in TWINS]
+        assert links[0] == links[1]
 
 
-def test_readme_status_table_matches_the_code():
+def test_status_table_matches_the_code():
     from optsample_triton import Status
 
-    for path in TWINS:
-        rows = re.findall(r"^\| `([A-Z_]+)` \| (\d) \|", prose(path), re.MULTILINE)
-        assert {name: int(value) for name, value in rows} == {status.name: status.value for status in Status}
+    rows = re.findall(r"^\| `([A-Z_]+)` \| (\d) \|", prose(REFERENCE), re.MULTILINE)
+    assert {name: int(value) for name, value in rows} == {status.name: status.value for status in Status}
+
+
+@pytest.mark.parametrize("path", MARKDOWN, ids=name_of)
+def test_figures_that_a_page_names_exist(path: Path):
+    text = path.read_text(encoding="utf-8")
+    for figure in {*IMAGE.findall(text), *re.findall(r"[\w./-]+\.svg", text)}:
+        places = (path.parent / figure, ROOT / figure)
+        assert any(place.is_file() for place in places), f"{figure} in {name_of(path)}"
+
+
+@pytest.mark.parametrize("path", MARKDOWN, ids=name_of)
+def test_commands_that_a_page_names_exist(path: Path):
+    """`make x` is in the Makefile, and `python -m x` of this repository is a module that can be run."""
+    text = path.read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert {*re.findall(r"(?:^|`)make ([a-z][\w-]*)", text, re.MULTILINE)} <= targets
+    for module in re.findall(r"python -m ([\w.]+\w)", text):
+        if module.split(".")[0] in OTHERS_MODULES:
+            continue
+        file = ROOT.joinpath(*module.split("."))
+        found = file / "__main__.py" if file.is_dir() else file.with_suffix(".py")
+        assert found.is_file(), f"python -m {module} in {name_of(path)}"
+        assert "__main__" in found.name or '__name__ == "__main__"' in found.read_text(encoding="utf-8"), module
 
 
 @pytest.mark.parametrize("path", MARKDOWN, ids=name_of)

@@ -129,7 +129,7 @@ def processes(tmp_path_factory):
         "tests.sharded_gamma",
         str(tmp_path_factory.mktemp("gloo") / "store"),
     ]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=150, check=True)
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import codegen, gates, kernels
+from bench.compiled import build, check, command
+from bench.compiled.entry import CUDA, HIP, Entry
+from bench.compiled.report import rows_of
 
 pytest.importorskip("triton")
 
@@ -29,60 +31,55 @@ COMPILED = {
 }
 
 
-def entry(name: str, target: str) -> codegen.Entry:
-    entries = kernels.HIP if target == "gfx942" else kernels.CUDA
+def entry(name: str, target: str) -> Entry:
+    entries = HIP if target == "gfx942" else CUDA
     return next(entry for entry in entries if entry.name == name)
 
 
-def rows_of(reports: list[codegen.Report]) -> list[dict[str, object]]:
-    return [row for report in reports for row in report.rows()]
-
-
-@pytest.mark.parametrize("target", COMPILED)
-def test_nothing_got_worse(target: str) -> None:
-    reports = codegen.read([entry(name, target) for name in COMPILED[target]], [target], jobs=1)
-    assert gates.check(rows_of(reports), gates.read_rows()) == []
+@pytest.mark.parametrize(("target", "name"), [(target, name) for target in COMPILED for name in COMPILED[target]])
+def test_nothing_got_worse(target: str, name: str) -> None:
+    reports = build.read([entry(name, target)], [target], jobs=1)
+    assert check.check(rows_of(reports), check.read_rows()) == []
 
 
 def test_planted_regressions_of_the_solver_are_caught() -> None:
     """Rows without their alignment, and fewer registers than the sweep needs."""
     solver = entry("solve bf16", "sm_90")
-    unaligned = tuple(name for name in solver.divisible if name in kernels.POINTERS)
-    reports = codegen.read([replace(solver, divisible=unaligned, options={"maxnreg": 64})], ["sm_90"], jobs=1)
-    committed = [row for row in gates.read_rows() if row["kernel"] == "solve bf16"]
-    found = "\n".join(gates.regressions(rows_of(reports), committed))
+    reports = build.read([replace(solver, aligned=False, options={"maxnreg": 64})], ["sm_90"], jobs=1)
+    committed = [row for row in check.read_rows() if row["kernel"] == "solve bf16"]
+    found = "\n".join(check.regressions(rows_of(reports), committed))
     for sentence in ("main loop: load_width fell from 16 to 4 bytes", "main loop: spills rose from 0 to",
                      "main loop: stack rose from 0 to", "main loop: slots_per_pair rose from"):  # fmt: skip
         assert f"solve bf16 on sm_90, {sentence}" in found
-    assert "stack is" in "\n".join(gates.over_budget(rows_of(reports)))
+    assert "stack is" in "\n".join(check.over_budget(rows_of(reports)))
 
 
-def test_committed_figures_are_complete() -> None:
-    committed = gates.read_rows()
-    expected = {(each.name, target) for target in codegen.TARGETS
-                for each in (kernels.HIP if target == "gfx942" else kernels.CUDA)}  # fmt: skip
-    assert {gates.key(row)[:2] for row in committed} == expected
-    assert len({gates.key(row) for row in committed}) == len(committed)
+def test_committed_counts_are_complete() -> None:
+    committed = check.read_rows()
+    expected = {(each.name, target) for target in build.TARGETS
+                for each in (HIP if target == "gfx942" else CUDA)}  # fmt: skip
+    assert {check.key(row)[:2] for row in committed} == expected
+    assert len({check.key(row) for row in committed}) == len(committed)
     assert len({row["triton"] for row in committed}) == 1
-    assert gates.over_budget(committed) == []
+    assert check.over_budget(committed) == []
 
 
 def test_the_check_fails_and_the_rest_of_the_file_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     better, written = tmp_path / "better.csv", tmp_path / "written.csv"
-    text = gates.COMMITTED.read_text(encoding="utf-8")
+    text = check.COMMITTED.read_text(encoding="utf-8")
     written.write_text(text, encoding="utf-8")
     better.write_text(
         re.sub(r"^(bisect bf16,sm_90,[\d.]+,main),[\d.]+", r"\1,1", text, flags=re.MULTILINE), encoding="utf-8"
     )
     chosen = ["--targets", "sm_90", "--filter", "bisect bf16", "--csv", str(written), "--check", str(better)]
-    assert codegen.main(chosen) == 1
+    assert command.main(chosen) == 1
     assert "bisect bf16 on sm_90, main loop: slots_per_pair rose from 1 to" in capsys.readouterr().out
-    assert {gates.key(row) for row in gates.read_rows(written)} == {gates.key(row) for row in gates.read_rows()}
+    assert {check.key(row) for row in check.read_rows(written)} == {check.key(row) for row in check.read_rows()}
 
 
-@pytest.mark.parametrize("target", codegen.TARGETS)
+@pytest.mark.parametrize("target", build.TARGETS)
 def test_sampling_adds_little_to_the_first_sweep(target: str) -> None:
-    slots = {row["kernel"]: float(row["slots_per_pair"]) for row in gates.read_rows()
+    slots = {row["kernel"]: float(row["slots_per_pair"]) for row in check.read_rows()
              if (row["target"], row["pass"]) == (target, "main")}  # fmt: skip
     for dtype in ("bf16", "fp32"):
         for kernel in ("sample", "verify"):

@@ -91,9 +91,9 @@ def test_opcheck_of_solve_backward(method, setting):
     assert set(result.values()) == {"SUCCESS"}
 
 
-def draw_arguments(a, b, *, seeds=None, cooling=None):
+def draw_arguments(a, b, *, seeds=None, inverse_temperature=None):
     problem = (a, b, None, None, None, "kl_symmetry", "chernoff", 1e-4, 20, -1.0)
-    return (*problem, 7, 3, seeds, None, seeds is None, cooling, cooling)
+    return (*problem, 7, 3, seeds, None, seeds is None, inverse_temperature, inverse_temperature)
 
 
 @pytest.mark.parametrize("variant", ["plain", "seeds", "filtered"])
@@ -103,7 +103,7 @@ def test_opcheck_of_sample(variant, setting):
     options = {
         "plain": {},
         "seeds": {"seeds": torch.arange(2, device=device)},
-        "filtered": {"cooling": torch.tensor([0.5, 0.9], device=device, dtype=dtype)},
+        "filtered": {"inverse_temperature": torch.tensor([0.5, 0.9], device=device, dtype=dtype)},
     }[variant]
     arguments = (*draw_arguments(a, b, **options), 3)
     result = torch.library.opcheck(torch.ops.optsample.sample.default, arguments, test_utils=CHECKS)
@@ -276,7 +276,7 @@ def test_a_gradient_has_none_of_its_own(function, setting):
     device, dtype = setting
     a, b = (x.requires_grad_() for x in rows((2, 9), device, dtype))
     (gradient,) = torch.autograd.grad(function(a, b).sum(), a, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"^the gradient of solve and log_q has no gradient of its own"):
+    with pytest.raises(RuntimeError, match=r"^the gradient of solve and log_q cannot be differentiated again"):
         gradient.sum().backward()
 
 

@@ -228,35 +228,41 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 def test_kill_9_of_a_writer_in_full_swing(tmp_path: Path) -> None:
     """The same by the system itself: one process that forks writers and kills them."""
     script = textwrap.dedent("""
-        import os, random, signal, sys, time
+        import os, random, signal, sys
         sys.path.insert(0, "tests")
         from pathlib import Path
         from test_pipeline_journal import Journal, HEADER, lines, paths, contents
 
-        def write(folder, total=40):
+        def write(folder, said=None, total=40):
             with Journal(folder / "journal", paths(folder), HEADER, resume=True) as journal:
                 for batch in range(journal.state["batches"] if journal.state else 0, total):
+                    if said is not None:
+                        os.write(said, b".")
                     journal.commit(lines(batch % 7), {"batches": batch + 1})
 
         folder = Path(sys.argv[1])
         (folder / "whole").mkdir()
-        begun = time.monotonic()
         write(folder / "whole")
-        took = time.monotonic() - begun
         killed, rng = 0, random.Random(0)
-        for run in range(200):  # on a machine that is now slow, now fast, some writers end before they are killed
+        for run in range(200):  # on a busy machine some writers end before they are killed
             if killed > 8:
                 break
             broken = folder / f"broken{run}"
             broken.mkdir()
-            for attempt in range(100):
+            while True:
+                heard, said = os.pipe()
                 child = os.fork()
                 if not child:
-                    write(broken)
+                    write(broken, said)
                     os._exit(0)
-                time.sleep(rng.random() * took * (0.5 + attempt / 10))  # longer in the end, so that one goes through
+                os.close(said)
+                for _ in range(rng.randint(2, 20)):  # one batch at least, so that a writer ends
+                    os.read(heard, 1)
+                for _ in range(rng.randrange(20_000)):  # somewhere in the next one
+                    pass
                 os.kill(child, signal.SIGKILL)
                 _, status = os.waitpid(child, 0)
+                os.close(heard)
                 if not os.WIFSIGNALED(status):
                     break
                 killed += 1

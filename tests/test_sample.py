@@ -11,7 +11,8 @@ from scipy import stats
 import optsample_triton as ost
 from optsample_triton import Status, launch
 from optsample_triton.eager import random as philox
-from optsample_triton.eager.sample import pick
+from optsample_triton.eager.draw import pick
+from optsample_triton.numerics import Stream
 from reference import truth
 from tests import cases
 from tests.test_solve_properties import wild_rows
@@ -91,7 +92,7 @@ def test_philox_against_published_vectors():
 def test_uniforms_have_53_bits():
     count = torch.arange(200_000)
     zero = torch.zeros((), dtype=torch.int64)
-    for u in philox.uniforms(zero + 5, zero, zero, count, philox.PLACE):
+    for u in philox.uniforms(zero + 5, zero, zero, count, Stream.PLACE):
         assert bool(((u >= 0) & (u < 1)).all())
         assert stats.kstest(u.numpy(), "uniform").pvalue > 1e-3
         assert bool((u * 2.0**53 == (u * 2.0**53).round()).all())
@@ -106,14 +107,14 @@ def test_the_kernels_have_the_same_numbers(seed):
     for offset, group in ((0, 0), (2**40 + 1, 3), (-7, 2**31 - 1)):
         found = drawing.numbers(seed, offset, group, device)
         key, count, index = (torch.tensor(value) for value in (seed, offset, group))
-        for stream in range(5):
+        for stream in Stream:
             expected = philox.uniforms(key, count, index, torch.arange(drawing.DRAWS), stream)
             assert found[stream].cpu().equal(torch.stack(expected))
 
 
 def test_the_streams_differ():
     zero, count = torch.zeros((), dtype=torch.int64), torch.arange(50_000)
-    streams = [u for stream in range(5) for u in philox.uniforms(zero, zero, zero, count, stream)]
+    streams = [u for stream in Stream for u in philox.uniforms(zero, zero, zero, count, stream)]
     table = torch.stack(streams)
     assert table.unique().numel() == table.numel()
     correlation = torch.corrcoef(table) - torch.eye(len(streams), dtype=torch.float64)

@@ -117,8 +117,8 @@ def test_what_is_wrong_is_said_by_all(found: list[dict], size: int) -> None:
     """Also if only one process is wrong: the others would wait for it, or compute with different arguments."""
     expected = {
         "vocab_size": "ValueError: vocab_size must be between 1 and the shards' length 20000, but is 20001",
-        "rows": "ValueError: logits must have the same rows in all processes of group",
-        "inplace": "ValueError: inplace_backward does not go with group",
+        "rows": "ValueError: logits must have the same number of rows in all processes of group",
+        "inplace": "ValueError: inplace_backward cannot be combined with group",
         "no columns": "ValueError: logits_theta must have shape [..., V] with V >= 1, but has shape [12, 0]",
         "none to draw": "ValueError: logits_theta must have shape [..., V] with V >= 1, but has shape [12, 0]",
         "none to read": "ValueError: logits must have shape [..., V] with V >= 1, but has shape [12, 0]",

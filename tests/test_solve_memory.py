@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import optsample_triton as ost
-from bench.timing import peak_extra_bytes
+from bench.speed.timing import peak_extra_bytes
 from optsample_triton import Status, launch
 from reference import truth
 from tests import cases

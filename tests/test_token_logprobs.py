@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 import optsample_triton as ost
-from bench.timing import peak_extra_bytes
+from bench.speed.timing import peak_extra_bytes
 from optsample_triton import backend as backends
 from reference import truth
 from tests import cases
@@ -391,7 +391,7 @@ def test_inplace_backward_refuses_two_models_in_the_same_memory(models, device):
     y = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_() * 1
     a, b = models(y)
     tokens = torch.arange(a.shape[0], device=device)
-    with pytest.raises(ValueError, match=r"^inplace_backward needs logits_t in memory apart from logits"):
+    with pytest.raises(ValueError, match=r"^inplace_backward needs logits and logits_t in separate memory"):
         ost.token_logprobs(a, tokens, logits_t=b, inplace_backward=True)
     ost.token_logprobs(a, tokens, logits_t=b.detach(), inplace_backward=True)  # writes no second gradient
 
@@ -434,7 +434,7 @@ def test_a_second_gradient_is_refused(backend, device):
     tokens, weight = torch.tensor([1, 2], device=device), torch.eye(9, device=device)
     for values in (ost.token_logprobs(logits, tokens), ost.linear_token_logprobs(logits, weight, tokens)):
         (slope,) = torch.autograd.grad(values.sum(), logits, create_graph=True)
-        with pytest.raises(RuntimeError, match=r"^the gradient of token log-probabilities has no gradient of its own"):
+        with pytest.raises(RuntimeError, match=r"log-probabilities cannot be differentiated again"):
             slope.square().sum().backward()
 
 

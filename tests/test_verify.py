@@ -10,7 +10,7 @@ from scipy import stats
 
 import optsample_triton as ost
 from optsample_triton import Status, launch
-from optsample_triton.eager import sample as eager_sample
+from optsample_triton.eager.draw import Law
 from reference import truth
 from tests import cases
 from tests.test_solve_properties import wild_rows
@@ -81,12 +81,12 @@ def test_the_emitted_law_of_the_kernel(draft, device, interpreted):
 def test_the_documents_recipe_would_be_noticed(monkeypatch):
     """The negative control: with q* instead of the residual, the same test fails."""
     monkeypatch.setenv("OPTSAMPLE_BACKEND", "eager")
-    whole = eager_sample.Law.weights
+    whole = Law.weights
 
     def weights(law, block, chunk):
-        return whole(eager_sample.replace(law, draft=None), block, chunk)
+        return whole(law.without(None), block, chunk)
 
-    monkeypatch.setattr(eager_sample.Law, "weights", weights)
+    monkeypatch.setattr(Law, "weights", weights)
     a, b, p, q = laws(3, 7, seed=2)
     result = verified(a, b, drafted(p["theta"][:2], 40_000, seed=1), seed=5)
     assert chisquare(result.tokens[:, 0], q[0]) < 1e-6

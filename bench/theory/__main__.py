@@ -9,8 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.plot import FIGURES
-from bench.results import ROOT
+from bench.paths import FIGURES, ROOT
 
 from . import report, suite
 from .rows import FULL, QUICK, THEORY, write

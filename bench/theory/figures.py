@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 import optsample_triton as ost
-from bench.plot import panels, save
+from bench.charts import panels, save
 
 from . import balance, bandit, learning, plane, reshape
 from .pairs import FAMILIES

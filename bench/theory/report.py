@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
-from bench.plot import FIGURES as FOLDER
-from bench.readme import markdown
-from bench.results import ROOT
+from bench.paths import FIGURES as FOLDER
+from bench.paths import ROOT
+from bench.tables import markdown
 
 from . import balance, bandit, baselines, behaviour, figures, learning, reshape, speculative, suite, symmetry
 from .pairs import FAMILIES, REALISTIC
@@ -78,7 +78,7 @@ def symmetry_table(tables: Tables) -> str:
     )
     lines = [[family, *(cells(family, solver) for solver in symmetry.SOLVERS)] for family in FAMILIES]
     title = "\\|KL_θ − KL_t\\| / (KL_θ + KL_t) with 1,000 tokens, mean / max:\n\n"
-    return title + markdown(("family", *symmetry.SOLVERS), lines, "en")
+    return title + markdown(("family", *symmetry.SOLVERS), lines)
 
 
 def balance_table(tables: Tables) -> str:
@@ -93,7 +93,7 @@ def balance_table(tables: Tables) -> str:
             )
             lines.append([family, percent(share), _figure(middle), _figure(apart), _figure(least)])
         heading = (f"V = {V:,}", "within [0.9, 1.1]", "ratio", "α apart", "smaller ESS")
-        blocks.append(markdown(heading, lines, "en"))
+        blocks.append(markdown(heading, lines))
     title = (
         "At the KL-symmetric point, for both vocabularies: the share of pairs whose ESS ratio is within [0.9, 1.1], and"
         " medians of that ratio, of the distance to the α that balances the ESS exactly, and of the smaller ESS:\n\n"
@@ -112,7 +112,7 @@ def baseline_tables(tables: Tables) -> str:
             ratio = values[0] / values[1] if values[1] else math.inf
             lines.append([plain(law), *(_figure(x) for x in (*values[:2], ratio, *values[2:4])), percent(values[4])])
         heading = (family, "ESS_θ", "ESS_t", "ratio", "KL_θ", "KL_t", "acceptance")
-        blocks.append(markdown(heading, lines, "en"))
+        blocks.append(markdown(heading, lines))
     return "\n".join(blocks)
 
 
@@ -122,7 +122,7 @@ def peak_table(tables: Tables) -> str:
         for method, name in (("kl_symmetry", "α\\*"), ("entropy", "entropy formula")):
             lines.append([f"{size}, {name}", *(f"{value:.3f}" for value in table.curve("peak", size, method)[1])])
     return "A peak against the uniform law, by the peak's mass:\n\n" + markdown(
-        ("", *(f"{peak:.6g}" for peak in behaviour.PEAKS)), lines, "en"
+        ("", *(f"{peak:.6g}" for peak in behaviour.PEAKS)), lines
     )
 
 
@@ -140,7 +140,7 @@ def start_table(tables: Tables) -> str:
         "Distance from α\\*, median / 95 % / largest, V = 10,000; and Newton steps from there to 1e-6, V = 1,000"
         " (counted up to 30):\n\n"
     )
-    return title + markdown(heading, lines, "en")
+    return title + markdown(heading, lines)
 
 
 def gamma_table(tables: Tables) -> str:
@@ -154,7 +154,7 @@ def gamma_table(tables: Tables) -> str:
         lines.append([case, *cells, f"{tail:.2f}" if math.isfinite(tail) else "–"])
     heading = ("log w", "γ\\* → ESS/n", "exact γ → ESS/n", "`robust_gamma` → ESS/n", "tail index k")
     return f"With ρ_min = {reshape.RHO_MIN:g}, means over {FULL.repeats} samples of {FULL.draws:,}:\n\n" + markdown(
-        heading, lines, "en"
+        heading, lines
     )
 
 
@@ -171,7 +171,7 @@ def speculative_table(tables: Tables) -> str:
         "acceptance by either model's drafts, median (5 to 95 %)",
         *(f"speed-up, cost of π_θ {cost:g}" for cost in speculative.COSTS),
     )
-    return markdown(heading, lines, "en")
+    return markdown(heading, lines)
 
 
 def bandit_table(tables: Tables) -> str:
@@ -185,7 +185,7 @@ def bandit_table(tables: Tables) -> str:
             cells.append(f"{bias:.2f} / {spread:.3g} / {bandit.error_at(table, distance, name, 256):.2g}")
         lines.append([name, *cells])
     title = "Bias / standard deviation of one sample / bias² + variance/256, in units of the gradient (medians):\n\n"
-    return title + markdown(("weight", *(f"noise {d:g}" for d in bandit.DISTANCES)), lines, "en")
+    return title + markdown(("weight", *(f"noise {d:g}" for d in bandit.DISTANCES)), lines)
 
 
 def learning_table(tables: Tables) -> str:
@@ -215,7 +215,7 @@ def learning_table(tables: Tables) -> str:
             "seeds that got there",
             "progress at the end",
         )
-        blocks.append(markdown(heading, lines, "en"))
+        blocks.append(markdown(heading, lines))
     return "\n".join(blocks)
 
 

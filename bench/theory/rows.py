@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.results import FOLDER
+from bench.paths import RESULTS
 
-THEORY = FOLDER / "theory"
+THEORY = RESULTS / "theory"
 
 
 class Scale(NamedTuple):

@@ -6,41 +6,20 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
-from . import (
-    balance,
-    bandit,
-    baselines,
-    behaviour,
-    domination,
-    learning,
-    localised,
-    plane,
-    reshape,
-    speculative,
-    symmetry,
-)
 from .rows import THEORY, Claim, Finding, Part, Row, Scale, Table, read
 
 MODULES: dict[str, ModuleType] = {
-    module.__name__.rpartition(".")[2]: module
-    for module in (
-        plane,
-        symmetry,
-        balance,
-        domination,
-        baselines,
-        behaviour,
-        speculative,
-        reshape,
-        localised,
-        bandit,
-        learning,
+    name: import_module(f"bench.theory.{name}")
+    for name in (
+        *("plane", "symmetry", "balance", "domination", "baselines", "behaviour"),
+        *("speculative", "reshape", "localised", "bandit", "learning"),
     )
 }
 

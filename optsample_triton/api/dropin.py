@@ -1,6 +1,6 @@
-"""The functions of the documents under their own names, on probabilities, with their eps semantics.
+"""The functions of the documents under their own names, on probabilities, with their use of eps.
 
-A drop-in: change the import and nothing else. NumPy arrays work wherever the documents' NumPy listing takes them.
+Drop-ins: only the import changes. NumPy arrays work wherever the documents' NumPy functions take them.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class OptimalSamplingDistribution:
 
     Args:
         tol: bound on the error of alpha.
-        max_iter: most steps; the solver needs one to three where the documents' bisection needs twenty.
-        eps: floor added to every probability before its logarithm.
+        max_iter: most steps. The solver needs one to three, the documents' bisection twenty.
+        eps: added to every probability before its logarithm is taken.
         method: "kl_symmetry", "ess_balance", "entropy" or "fixed" (with ``alpha``).
 
     >>> import torch
@@ -86,7 +86,15 @@ class OptimalSamplingDistribution:
 
 
 def optimal_sampling_distribution(pi_theta: Tensor, pi_t: Tensor, method: str = "kl_symmetry") -> tuple[Tensor, Tensor]:
-    """pi_theta, pi_t [..., V] -> q_star [..., V], alpha_star [...]."""
+    """pi_theta, pi_t [..., V] -> q_star [..., V], alpha_star [...].
+
+    Args:
+        method: "kl_symmetry", "ess_balance", "entropy", or "fixed", which is alpha = 0.5.
+
+    >>> q_star, alpha_star = optimal_sampling_distribution(torch.tensor([[0.7, 0.3]]), torch.tensor([[0.3, 0.7]]))
+    >>> round(alpha_star.item(), 4), [round(p, 4) for p in q_star[0].tolist()]
+    (0.5, [0.5, 0.5])
+    """
     check_choice(method, METHODS, "method")
     check_rows(pi_theta, pi_t, "pi_theta", "pi_t")
     fixed = None
@@ -99,7 +107,7 @@ def optimal_sampling_distribution(pi_theta: Tensor, pi_t: Tensor, method: str = 
 
 
 def solve_kl_symmetry(pi_theta: Any, pi_t: Any, tol: float = 1e-6, max_iter: int = 50) -> Any:
-    """alpha* [...] of probability rows [..., V]; NumPy in, NumPy out.
+    """alpha* [...] of probability rows [..., V]. NumPy in, NumPy out.
 
     >>> float(solve_kl_symmetry(np.array([0.9, 0.1]), np.array([0.1, 0.9])).round(4))
     0.5
@@ -112,13 +120,18 @@ def solve_kl_symmetry(pi_theta: Any, pi_t: Any, tol: float = 1e-6, max_iter: int
 
 
 def solve_kl_symmetry_batch(probs_theta: Tensor, probs_t: Tensor) -> Tensor:
-    """alpha* for every position of a batch of sequences: [B, S, V] -> [B, S]."""
+    """alpha* for every position of a batch of sequences: [B, S, V] -> [B, S].
+
+    >>> probs_theta = torch.tensor([0.7, 0.3]).expand(2, 3, 2)
+    >>> solve_kl_symmetry_batch(probs_theta, probs_theta.flip(-1)).shape
+    torch.Size([2, 3])
+    """
     check_rows(probs_theta, probs_t, "probs_theta", "probs_t")
     return _solve(probs_theta, probs_t, _LISTED)[1].alpha.reshape(probs_theta.shape[:-1])
 
 
 def geometric_mean(pi_theta: Any, pi_t: Any, alpha: Any, eps: float = EPS) -> Any:
-    """q_alpha [..., V]; alpha is a number or has any shape that fits the rows' leading one; NumPy in, NumPy out.
+    """q_alpha [..., V]. alpha is a number, or broadcasts to the rows' leading shape. NumPy in, NumPy out.
 
     >>> geometric_mean(torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1]), 1.0).tolist()
     [0.5, 0.5]
@@ -129,7 +142,7 @@ def geometric_mean(pi_theta: Any, pi_t: Any, alpha: Any, eps: float = EPS) -> An
     check_rows(pi_theta, pi_t, "pi_theta", "pi_t")
     batch = pi_theta.shape[:-1]
     alpha = torch.as_tensor(alpha, device=pi_theta.device, dtype=result_dtype(pi_theta.dtype))
-    if alpha.dim() == pi_theta.dim() and alpha.shape[-1] == 1:  # [..., 1], as the listing also takes it
+    if alpha.dim() == pi_theta.dim() and alpha.shape[-1] == 1:  # [..., 1], which the documents' function takes as well
         alpha = alpha.squeeze(-1)
     try:
         alpha = alpha.expand(batch)
@@ -189,9 +202,9 @@ def _solve(
     diagnostics: bool = False,
     write: bool = False,
 ) -> tuple[Tensor, Solved]:
-    """The op on probability rows: log q* [N, V] if it is to be written, and the solved rows.
+    """The op on probability rows: log q* [N, V] if ``write``, and the solved rows.
 
-    The listings are not differentiated: their gradient would end at the bisection.
+    Without gradients: those of the documents' functions would end at the bisection.
     """
     _check_options(options.tol, options.max_iter, options.eps)
     problem = Problem(as_rows(pi_theta.detach()), as_rows(pi_t.detach()), alpha, options=options)
@@ -201,12 +214,12 @@ def _solve(
 
 
 def _q_of(log_q: Tensor, like: Tensor) -> Tensor:
-    """q in the rows' shape and dtype; the logarithm is float32 at least, or 16 bits of it would be percents of q."""
+    """q in the rows' shape and dtype, from a float32 logarithm: 16-bit logarithms would cost percent-level errors."""
     return log_q.exp_().reshape(like.shape).to(like.dtype)
 
 
 def _tensor(array: Any, name: str = "") -> Tensor:
     if not isinstance(array, np.ndarray):
-        raise TypeError(f"{name} must be a NumPy array as the first argument is, but is {type(array).__name__}")
-    # A C-ordered copy: torch takes neither read-only nor negatively strided arrays silently.
+        raise TypeError(f"{name} must be a NumPy array like the first argument, but is {type(array).__name__}")
+    # A C-ordered copy: torch warns of read-only arrays and refuses negative strides.
     return torch.from_numpy(np.array(array, order="C"))

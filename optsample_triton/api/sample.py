@@ -1,4 +1,4 @@
-"""Tokens drawn from q*, with their log-probabilities, and drafts verified against it: no [N, V] tensor is made."""
+"""Draw tokens from q* with their log-probabilities, and verify drafts against it. No [N, V] tensor is made."""
 
 from __future__ import annotations
 
@@ -42,24 +42,25 @@ def sample(
     max_iter: int = 20,
     group: Any = None,
 ) -> Sample:
-    """Draw from q_alpha of every row: the token, its log-probability, and its log-probabilities under both models.
+    """Draw a token from q_alpha of every row; return it with its log-probabilities under q_alpha and both models.
 
-    alpha is frozen before the draw, and that alpha is the one reported: the law and log_q are exact for it.
+    alpha is fixed before the draw and reported. The draw and log_q are exact for that alpha.
 
     Args:
         logits_theta, logits_t: [..., V], as for ``solve``.
-        seed: an int, a tensor, or a torch.Generator that one is taken from. Same seed and offset, same token. A tensor
-            [...] is used as it is for each row, whatever the batch; one number for all rows (an int, a 0-d tensor, a
-            generator's) is mixed with the row's index. A captured graph replays an int; it follows a tensor.
-        offset: an int or a tensor [...], for instance the position that is sampled: another offset, other tokens.
-        num_samples: how many tokens to draw from each row; the results are then [..., num_samples].
-        temperature, min_p: q_alpha^(1/temperature), without the tokens below min_p times its peak; floats or [...].
-            log_q is that law's; log_theta and log_t are of the models' whole laws.
-        method, alpha, temperature_theta, temperature_t, vocab_size, max_iter: as for ``solve``; alpha=1 draws from
-            pi_theta and alpha=0 from pi_t, on the tokens that both models allow. For a model's whole law give its
-            logits twice.
+        seed: an int, a tensor of ints, or a torch.Generator that a seed is taken from. The same seed and offset give
+            the same token. A tensor [...] has one seed per row, so a row's token does not depend on its batch. One
+            number for all rows (an int, a 0-d tensor, a generator's) is mixed with the row's index. A captured CUDA
+            graph replays an int; a tensor is read anew at every replay.
+        offset: an int or a tensor [...], for instance the position that is sampled. Another offset gives other tokens.
+        num_samples: how many tokens to draw from each row. The results are then [..., num_samples].
+        temperature, min_p: floats or [...]. Draw from q_alpha^(1/temperature) without the tokens below min_p times its
+            peak. log_q belongs to that distribution; log_theta and log_t belong to the unfiltered models.
+        method, alpha, temperature_theta, temperature_t, vocab_size, max_iter: as for ``solve``. alpha=1 draws from
+            pi_theta and alpha=0 from pi_t, on the tokens that both models allow. To draw from one model on all its
+            tokens, pass its logits twice.
         tol: bound on the error of alpha.
-        group: as for ``solve``: every process draws the same tokens, which count over the whole vocabulary.
+        group: as for ``solve``. Every process draws the same tokens, numbered over the whole vocabulary.
 
     >>> import torch
     >>> logits_theta, logits_t = torch.randn(2, 3, 1000, generator=torch.Generator().manual_seed(0)).unbind(0)
@@ -116,22 +117,22 @@ def verify(
     tol: float = 1e-4,
     max_iter: int = 20,
 ) -> Verified:
-    """Speculative sampling of q*: keep a prefix of the drafts and draw one more token, so that all are q*'s exactly.
+    """Speculative sampling: keep a prefix of the drafts and draw one more token. The output follows q* exactly.
 
-    Draft k is kept with probability min(1, q/p), p being the draft model's whole law at ``temperature_theta`` or
-    ``temperature_t``. The first refused position draws from max(0, q - p) instead, and the position behind the last
-    draft draws from q.
+    Draft k is kept with probability min(1, q/p), where p is the draft model at ``temperature_theta`` or
+    ``temperature_t``, on all its tokens. The first refused position draws from max(0, q - p) instead. If none is
+    refused, the position after the last draft draws from q.
 
     Args:
-        draft_tokens: [..., K] integers, K = 0 included, drawn from p: ``sample(logits_theta, logits_theta, alpha=1.0)``
-            does so, masked tokens of the other model included. One outside the vocabulary, or with p = 0, is refused.
-        logits_theta, logits_t: [..., K + 1, V]: both models' logits at the drafts' positions and the one behind them.
+        draft_tokens: [..., K] integers drawn from p, as ``sample(logits_theta, logits_theta, alpha=1.0)`` does; K may
+            be 0. A draft outside the vocabulary, or with p = 0, is refused.
+        logits_theta, logits_t: [..., K + 1, V], both models' logits at the drafts' positions and at the one after.
         draft: which model made the drafts, "theta" or "t".
-        draft_lengths: [...] how many of the K drafts each sequence has, all by default; beyond 0 ... K they are
-            clamped. A list is copied to the device. What stands behind a sequence's drafts, in draft_tokens and in the
-            logits, does not matter.
-        seed, offset: as for ``sample``, a tensor being [...], one entry for each sequence; position k takes
-            offset + k. The numbers are others than those of ``sample``, so that drafts may have the same seed.
+        draft_lengths: [...], how many of the K drafts each sequence has; by default all. A tensor's values are clamped
+            to 0 ... K; a list is checked and copied to the device. What draft_tokens and the logits hold after a
+            sequence's drafts does not matter.
+        seed, offset: as for ``sample``, where a tensor is [...] with one entry per sequence. Position k uses
+            offset + k. The random streams are separate from those of ``sample``, so drafts may have the same seed.
 
     The other arguments are those of ``sample``; tensors among them are [..., K + 1].
 
@@ -174,12 +175,12 @@ def verify(
         DRAFTS.index(draft),
     )
     found = Verified(*torch.ops.optsample.verify(*problem.flat(), *draws, *drafts))
-    shapes = {"num_accepted": batch}  # all others are of every position
+    shapes = {"num_accepted": batch}  # the others have all positions
     return Verified(**{name: x.reshape(shapes.get(name, positions)) for name, x in found._asdict().items()})
 
 
 def _detached(value: Any) -> Any:
-    """Tokens have no gradient."""
+    """Drawn tokens have no gradient."""
     return value.detach() if isinstance(value, Tensor) else value
 
 
@@ -192,7 +193,7 @@ def _draws(
 ) -> Draws:
     if isinstance(seed, torch.Generator):
         drawn = torch.randint(2**63 - 1, (), generator=seed, device=seed.device)
-        # Reading a CPU generator's number waits for no device; a GPU's own generator goes into graphs.
+        # A CPU generator's number is read without waiting for a device; a GPU's stays a tensor, for CUDA graphs.
         seed = int(drawn) if seed.device.type == "cpu" else drawn
     mixed = not isinstance(seed, Tensor) or seed.dim() == 0
     seed, seeds = _number(seed, batch, device, "seed")
@@ -201,12 +202,12 @@ def _draws(
 
 
 def _number(value: Number, batch: torch.Size, device: torch.device, name: str) -> tuple[int, Tensor | None]:
-    """A number that stands for all rows, or a tensor that replaces it."""
+    """A number for all rows, or 0 and a tensor that replaces it."""
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, INTEGERS):
             raise TypeError(f"{name} must be an int or a tensor of integers, but is {type(value).__name__}")
         if not -(2**63) <= value < 2**63:
-            raise ValueError(f"{name} must fit into 64 bits with its sign, but is {value}")
+            raise ValueError(f"{name} must be a signed 64-bit integer, but is {value}")
         return int(value), None
     _check_integers(value, name)
     if value.dim() and value.shape != batch:

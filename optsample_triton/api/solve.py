@@ -1,7 +1,7 @@
-"""The native layer, on logits: validation and documentation here, one line per call below.
+"""alpha* and q* from logits.
 
-Rows are the last dimension; any leading shape is a batch. Values on the device never raise (that would
-synchronise): they set a row's status. Wrong arguments raise at once.
+Rows are the last dimension; any leading shape is a batch. Wrong arguments raise at once. Values on the device never
+raise, because reading them would make the host wait: they set a row's status.
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ def solve(
     detach_alpha: bool = False,
     group: Any = None,
 ) -> Solution:
-    """Find alpha in q_alpha = softmax(alpha a + (1 - alpha) b) for every row; alpha = 1 is pi_theta, 0 is pi_t.
+    """Find alpha in q_alpha = softmax(alpha a + (1 - alpha) b) for every row. alpha = 1 is pi_theta, 0 is pi_t.
 
     Args:
-        logits_theta, logits_t: [..., V], float32, bfloat16, float16 or float64, of one shape, dtype and device.
+        logits_theta, logits_t: [..., V], float32, bfloat16, float16 or float64; both of one shape, dtype and device.
         method: "kl_symmetry" (KL(q||pi_theta) = KL(q||pi_t)), "ess_balance" (equal effective sample sizes),
             "entropy" (H_theta / (H_theta + H_t)) or "fixed".
         algorithm: "chernoff" (one or two sweeps) or "bisect" (the bisection of the documents).
-        alpha: a float or [...] with method "fixed", which it implies; any finite value.
-        temperature_theta, temperature_t: positive floats or [...]: the models are softmax(logits / temperature).
-        vocab_size: solve over the first entries only, for padded vocabularies.
+        alpha: a float or [...], any finite value. It implies method "fixed".
+        temperature_theta, temperature_t: positive floats or [...]. The models are softmax(logits / temperature).
+        vocab_size: use the first entries only, for padded vocabularies.
         tol: bound on the error of alpha. float64 rows are solved to 1e-12 at least.
-        max_iter: most steps (bisect) or sweeps over a row (chernoff).
-        diagnostics: also compute KLs, effective sample sizes, entropies and overlaps.
-        detach_alpha: no gradient through alpha.
-        group: a torch.distributed group whose processes hold parts of the vocabulary, in the order of their ranks and
-            as uneven as they like, of one column at least each; every process gets the result for the whole of it. All
-            other arguments must be equal, and what is wrong with those of one process is raised in all. No gradient.
+        max_iter: most steps ("bisect") or sweeps over a row ("chernoff").
+        diagnostics: also compute KL divergences, effective sample sizes, entropies and overlaps.
+        detach_alpha: treat alpha as a constant of the gradient.
+        group: a torch.distributed group whose processes hold shards of the vocabulary in the order of their ranks.
+            Shards may differ in size; each has at least one column. Every process gets the result for the whole
+            vocabulary. All other arguments must be equal; an error in one process is raised in all. No gradient.
 
     Returns:
-        Solution(alpha, log_z, status, diagnostics), each [...]; alpha and log_z = psi(alpha) are float32
-        (float64 for float64 rows) and differentiable in both logits, and in a given alpha.
+        Solution(alpha, log_z, status, diagnostics), each [...]. alpha and log_z = psi(alpha) are float32 (float64 for
+        float64 rows) and differentiable in both logits, and in a given alpha.
 
     >>> import torch
     >>> a, b = torch.tensor([[0.7, 0.3]]).log(), torch.tensor([[0.3, 0.7]]).log()
@@ -78,11 +78,11 @@ def solve(
     else:
         solved = sharded.solve(problem, group, vocab_size, diagnostics)
     batch = logits_theta.shape[:-1]
-    numbers = None
+    found = None
     if diagnostics:
         columns = *solved.diagnostics.unbind(-1), solved.sweeps
-        numbers = Diagnostics(*(column.reshape(batch) for column in columns))
-    return Solution(solved.alpha.reshape(batch), solved.log_z.reshape(batch), solved.status.reshape(batch), numbers)
+        found = Diagnostics(*(column.reshape(batch) for column in columns))
+    return Solution(solved.alpha.reshape(batch), solved.log_z.reshape(batch), solved.status.reshape(batch), found)
 
 
 def log_q(
@@ -101,12 +101,12 @@ def log_q(
     max_iter: int = 20,
     detach_alpha: bool = False,
 ) -> Tensor:
-    """log q* [..., V], -inf outside the common support and on padding; differentiable, through alpha* as well.
+    """log q* [..., V], -inf outside the common support and on padding. Differentiable, also through alpha*.
 
     Args:
-        alpha: None to solve for it, else a float or [...].
-        out: where to write, [..., V] with contiguous rows; it may be one of the inputs. No gradient then.
-        out_dtype: the result's dtype, the logits' own by default.
+        alpha: a float or [...]; None solves for it.
+        out: where to write, [..., V] with contiguous rows. It may be one of the inputs. There is no gradient then.
+        out_dtype: the result's dtype, by default the logits' own.
 
     The other arguments are those of ``solve``.
 
@@ -133,7 +133,7 @@ def log_q(
     check_out(out, out_dtype, logits_theta)
     differentiated = any(isinstance(x, Tensor) and x.requires_grad for x in (logits_theta, logits_t, alpha))
     if torch.is_grad_enabled() and differentiated:
-        raise ValueError("out does not go with gradients: detach the inputs or leave out away")
+        raise ValueError("out cannot be combined with gradients: detach the inputs or call without out")
     if out.numel():
         matrix = out if out.dim() == 2 else out.view(-1, shape[-1])
         torch.ops.optsample.solve_out(*problem.flat(), detach_alpha, False, matrix)

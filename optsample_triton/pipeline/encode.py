@@ -96,6 +96,18 @@ class Encoder:
         return ids
 
 
+def end_tokens(encoder: Encoder, *configs: Any) -> list[int]:
+    """The tokens that end an answer: those of both tokenisers and of the models' configurations.
+
+    q* may end an answer as either model does.
+    """
+    found = {encoder.tokenizer.eos_token_id, encoder.target_tokenizer.eos_token_id}
+    for config in configs:
+        value = getattr(config, "eos_token_id", None)
+        found |= set(value) if isinstance(value, (list, tuple)) else {value}
+    return sorted(token for token in found if token is not None)
+
+
 def _with_system(messages: list[dict[str, str]], text: str | None) -> list[dict[str, str]]:
     if text is None:
         return messages

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from optsample_triton.pipeline.encode import Encoder, load_model
+from optsample_triton.pipeline.encode import Encoder, end_tokens, load_model
 from optsample_triton.pipeline.job import Job, PipelineError, need
 from optsample_triton.pipeline.records import DRAWN, EXACT, Completion, Request
 from optsample_triton.types import Status
@@ -41,13 +41,13 @@ class TransformersEngine:
         self._target = None
         if job.model_t is not None:
             self._target = load_model(job.model_t, job.revision_t, job, device_of(job.device_t or job.device))
-        self._ends = ends(self._model, self._target, encoder)
+        models = [model for model in (self._model, self._target) if model is not None]
+        self._ends = end_tokens(encoder, *(getattr(model, "generation_config", None) for model in models))
         pad = self._tokenizer.pad_token_id
         self._pad: int = pad if pad is not None else (self._ends or [0])[0]
         config = need("transformers").GenerationConfig
-        for model in (self._model, self._target):
-            if model is not None:  # the penalties and filters of a model's own would cut the law
-                model.generation_config = config(eos_token_id=self._ends or None, pad_token_id=self._pad)
+        for model in models:  # its own penalties and filters would change the distribution
+            model.generation_config = config(eos_token_id=self._ends or None, pad_token_id=self._pad)
 
     def run(self, batch: Sequence[Request]) -> list[Completion]:
         job = self._job
@@ -138,14 +138,3 @@ def device_of(name: str) -> str:
     if name != "auto":
         return name
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def ends(model: Any, target: Any, encoder: Encoder) -> list[int]:
-    """Tokens that end an answer: those of either model, since q* may end as either does."""
-    found: set[Any] = set()
-    for one in (model, target):
-        config = getattr(one, "generation_config", None)
-        value = getattr(config, "eos_token_id", None)
-        found |= set(value) if isinstance(value, (list, tuple)) else {value}
-    found |= {encoder.tokenizer.eos_token_id, encoder.target_tokenizer.eos_token_id}
-    return sorted(token for token in found if token is not None)

@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from optsample_triton.pipeline.encode import Encoder, load_config
-from optsample_triton.pipeline.engines import ends
+from optsample_triton.pipeline.encode import Encoder, end_tokens, load_config
 from optsample_triton.pipeline.job import Job, PipelineError, need
 from optsample_triton.pipeline.records import Completion, Request
 from optsample_triton.types import Status
@@ -74,7 +73,7 @@ class VllmEngine:
             raise PipelineError(f"vLLM does not start: {_last_line(error)}") from error
         self._separate = bool(need("vllm.envs", "vllm").VLLM_ENABLE_V1_MULTIPROCESSING)  # in a process of its own
         configs = [load_config(job.model_theta, job.revision_theta, job), load_config(target, None, job)]
-        self._ends = sorted({*ends(None, None, encoder), *(end for config in configs for end in _ends_of(config))})
+        self._ends = end_tokens(encoder, *configs)
 
     def run(self, batch: Sequence[Request]) -> list[Completion]:
         prompts = [{"prompt_token_ids": request.prompt} for request in batch]
@@ -147,8 +146,3 @@ def _engine_args(text: str | None) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise PipelineError(f"engine_args must be a JSON object, but is {text!r}")
     return given
-
-
-def _ends_of(config: Any) -> list[int]:
-    value = getattr(config, "eos_token_id", None)
-    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]

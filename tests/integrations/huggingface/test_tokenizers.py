@@ -1,4 +1,4 @@
-"""What needs a tokeniser: its comparison, stop strings, and the example of the README."""
+"""What needs a tokeniser: its comparison, stop strings, and the examples of the README and docs/reference.md."""
 
 import re
 from pathlib import Path
@@ -62,15 +62,17 @@ def test_stop_strings(worded):
     assert len(set(out.lengths.tolist())) > 1
 
 
-def test_the_example_of_the_readme(worded, tmp_path, monkeypatch):
+def test_the_examples_of_the_readme_and_the_reference(worded, tmp_path, monkeypatch):
     for name, model in zip(("policy", "target"), worded, strict=True):
         model.save_pretrained(tmp_path / name)
     tokenizer().save_pretrained(tmp_path / "policy")
     monkeypatch.chdir(tmp_path)
-    fences = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    (code,) = [fence for fence in fences if "integrations.huggingface" in fence]
     names: dict = {}
-    exec(compile(code, "README.md", "exec"), names)
+    for page in ("README.md", "docs/reference.md"):  # the second goes on from the first
+        text = (ROOT / page).read_text(encoding="utf-8")
+        fences = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+        (code,) = [fence for fence in fences if "integrations.huggingface" in fence]
+        exec(compile(code, page, "exec"), names)
     out, prompts = names["out"], names["prompts"]
     start = prompts.input_ids.shape[1]
     assert torch.equal(names["sequences"], out.sequences)

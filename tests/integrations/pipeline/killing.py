@@ -10,6 +10,7 @@ import random
 import signal
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -28,31 +29,44 @@ def run(argv: list[str]) -> None:
     os._exit(cli.main(argv))
 
 
+def written(output: str) -> int:
+    """The bytes in the files of a run."""
+    return sum(path.stat().st_size for path in Path(output).parent.glob("*.jsonl"))
+
+
 def main(outputs: list[str], argv: list[str]) -> None:
     import optsample_triton.integrations.huggingface  # noqa: F401 (loaded here, not in every child)
 
     rng = random.Random(0)
-    kills, longest = [], 0.0
+    kills: list[int] = []
     for output in outputs:
         if sum(kills) >= ENOUGH:
             break
         count = 0
         while True:
-            begun = time.monotonic()
+            before = written(output)
             child = os.fork()
             if not child:
                 run([*argv, "--output", output, "--resume"])
-            whole = output == outputs[0]  # the first is not killed, and says how long a run takes
-            if not whole:
-                time.sleep(rng.random() * longest * (0.7 if count < 8 else 1.5))
-                os.kill(child, signal.SIGKILL)
-            _, status = os.waitpid(child, 0)
+            ended = 0
+            if output != outputs[0]:  # the first is not killed, and says how much a run writes
+                # Now and then at the start; up to 1.3 of what a run writes, so that one comes to its end.
+                share = rng.random() if rng.random() < 0.75 else 0.0
+                limit = before + share * (1.3 * written(outputs[0]) - before)
+                while written(output) < limit and not ended:
+                    time.sleep(0.001)
+                    ended, status = os.waitpid(child, os.WNOHANG)
+                for _ in range(rng.randrange(100_000)):  # anywhere between two writes
+                    pass
+                if not ended:
+                    os.kill(child, signal.SIGKILL)
+            if not ended:
+                _, status = os.waitpid(child, 0)
             if not os.WIFSIGNALED(status):
                 break
             count += 1
         if os.waitstatus_to_exitcode(status):
             sys.exit(f"run {output} failed with {status}")
-        longest = max(longest, time.monotonic() - begun)
         kills.append(count)
     print(json.dumps(kills))
 

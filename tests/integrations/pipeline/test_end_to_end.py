@@ -1,8 +1,7 @@
-"""From nothing on a CPU: models trained here, samples drawn by runs that are killed, the report, README's example."""
+"""From nothing on a CPU: models trained here, samples drawn by runs that are killed, the report, what the pages say."""
 
 import json
 import os
-import random
 import re
 import signal
 import subprocess
@@ -102,13 +101,12 @@ def test_from_nothing_to_a_report(trained: Path, monkeypatch: pytest.MonkeyPatch
         ]
 
     assert cli.main(command("whole")) == 0
-    journal, rng = trained / "broken" / "out.journal.jsonl", random.Random(1)
+    journal = trained / "broken" / "out.journal.jsonl"
     for commits in (4, 13):
         process = subprocess.Popen([SCRIPT, *command("broken", "--resume")])
         while not (journal.exists() and journal.read_bytes().count(b"\n") > commits):
             assert process.poll() is None
             time.sleep(0.005)
-        time.sleep(0.3 * rng.random())
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
     assert cli.main(command("broken", "--resume")) == 0
@@ -143,3 +141,17 @@ def test_readme_walk_through_runs_as_written(trained: Path, tmp_path: Path) -> N
     subprocess.run(["sh", "-e", "-c", commands], cwd=tmp_path, env=environment, check=True)
     check_schemas(tmp_path / "data", "generated")
     assert (tmp_path / "analysis" / "report.html").exists()
+
+
+def test_python_example_of_the_reference(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    fences = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    (code,) = [fence for fence in fences if "optsample_triton.pipeline" in fence]
+    for name in ("policy", "target", "prompts.jsonl"):
+        (tmp_path / name).symlink_to(trained / name)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(code, "docs/reference.md", "exec"), names)
+    assert names["summary"].samples == 20
+    assert names["report"].html.exists()
+    check_schemas(tmp_path / "data", "from_python")

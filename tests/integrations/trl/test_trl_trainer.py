@@ -1,6 +1,8 @@
 """The trainer in the real TRL: training steps of a tiny random model on a CPU, against GRPOTrainer itself."""
 
 import os
+import re
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
 
@@ -15,6 +17,7 @@ from optsample_triton.integrations.trl import ISReshapeGRPOTrainer
 
 pytestmark = pytest.mark.filterwarnings("default")  # TRL's and transformers' own deprecations are theirs
 
+ROOT = Path(__file__).resolve().parents[3]
 WORDS = ["<pad>", "<eos>", "<unk>", *"abcdefghij"]
 
 
@@ -49,11 +52,9 @@ def many_a(completions, **kwargs):
     return [float(text.count("a")) + 0.1 * len(text) for text in completions]
 
 
-def trained(folder, tmp_path, kind, own=None, **options):
-    """Parameters after two optimiser steps, and the trainer; the second step has ratios other than 1."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    arguments = GRPOConfig(
+def arguments_of(tmp_path, **options):
+    """Two optimiser steps. num_iterations = 2: the second has ratios beside 1."""
+    return GRPOConfig(
         output_dir=str(tmp_path),
         use_cpu=True,
         bf16=False,
@@ -71,13 +72,19 @@ def trained(folder, tmp_path, kind, own=None, **options):
         seed=0,
         **options,
     )
+
+
+def prompts():
+    return Dataset.from_dict({"prompt": ["a b c", "d e", "f", "g h i j"]})
+
+
+def trained(folder, tmp_path, kind, own=None, **options):
+    """Parameters after the two steps, and the trainer."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
     extra = {} if own is None else {"is_reshape": own}
     trainer = kind(
-        model=str(folder),
-        reward_funcs=many_a,
-        args=arguments,
-        train_dataset=Dataset.from_dict({"prompt": ["a b c", "d e", "f", "g h i j"]}),
-        **extra,
+        model=str(folder), reward_funcs=many_a, args=arguments_of(tmp_path, **options), train_dataset=prompts(), **extra
     )
     trainer.train()
     return {name: value.detach().clone() for name, value in trainer.model.named_parameters()}, trainer
@@ -137,6 +144,17 @@ def test_gamma_star_trains(folder, tmp_path):
     gammas = [entry["is_reshape/gamma"] for entry in trainer.state.log_history if "is_reshape/gamma" in entry]
     assert max(gammas) == 1.0
     assert min(gammas) < 1.0
+
+
+def test_the_example_of_the_reference(folder, tmp_path, monkeypatch):
+    text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    fences = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    (code,) = [fence for fence in fences if "integrations.trl" in fence]
+    (tmp_path / "policy").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    names = {"arguments": arguments_of(tmp_path / "out"), "reward": many_a, "dataset": prompts()}
+    exec(compile(code, "docs/reference.md", "exec"), names)
+    assert any("is_reshape/gamma" in entry for entry in names["trainer"].state.log_history)
 
 
 @pytest.mark.parametrize(

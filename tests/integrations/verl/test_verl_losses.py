@@ -2,6 +2,8 @@
 
 import math
 import os
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 os.environ["VERL_USE_EXTERNAL_MODULES"] = "optsample_triton.integrations.verl"  # read when verl is imported
@@ -17,6 +19,7 @@ from verl.workers.utils.losses import ppo_loss
 from optsample_triton import is_reshape
 from optsample_triton.is_reshape import KERNELS
 
+ROOT = Path(__file__).resolve().parents[3]
 MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 
 
@@ -93,6 +96,17 @@ def test_special_cases_are_verls_own_losses():
         _, slope, _ = run(ours, agg_mode)
         _, expected, _ = run(theirs, agg_mode, **options)
         torch.testing.assert_close(slope, expected)
+
+
+def test_a_loss_of_ones_own_as_the_reference_registers_it():
+    text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    (code,) = re.findall(
+        r"^```python\n(from optsample_triton.integrations.verl .*?)^```$", text, re.DOTALL | re.MULTILINE
+    )
+    exec(compile(code, "docs/reference.md", "exec"), {})
+    _, slope, _ = run("narrow_sech2")
+    _, wide, _ = run("is_reshape_sech2")
+    assert not torch.equal(slope, wide)
 
 
 def test_rollout_weights_multiply():

@@ -1,4 +1,4 @@
-"""Engines in processes of their own: two ranks of tensor parallelism, the README's example, the server."""
+"""Engines in processes of their own: two ranks of tensor parallelism, the pages' examples, the server."""
 
 import contextlib
 import importlib.metadata
@@ -25,13 +25,11 @@ ROOT = Path(__file__).resolve().parents[3]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
-@pytest.fixture(scope="module")
-def example():
-    """The README's code on vLLM: language -> block."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## vLLM\n")[1].split("\n## ")[0]
-    found = dict(FENCE.findall(section))
-    assert set(found) == {"python", "sh"}
-    return found
+def example(page, language):
+    """The one block of a language in a page's section on vLLM."""
+    section = (ROOT / page).read_text(encoding="utf-8").split("\n## vLLM\n")[1].split("\n## ")[0]
+    (block,) = [code for each, code in FENCE.findall(section) if each == language]
+    return block
 
 
 def environment(**more):
@@ -61,10 +59,20 @@ def test_two_ranks_say_the_same(models, tmp_path):
         assert None not in one["alpha"] + one["log_q"] + one["log_theta"] + one["log_t"]
 
 
-def test_the_example_of_the_readme(models, tmp_path, example):
+def test_the_example_of_the_readme(models, tmp_path):
     for name in ("policy", "target"):
         (tmp_path / name).symlink_to(models / name)
-    (tmp_path / "example.py").write_text(example["python"])
+    code = example("README.md", "python") + "    print('made', len(outputs[0].outputs[0].token_ids))\n"
+    (tmp_path / "example.py").write_text(code)
+    finished([sys.executable, "example.py"], tmp_path / "log", cwd=tmp_path, env=environment())
+    (shown,) = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("made ")]
+    assert 0 < int(shown.split()[1]) <= 16
+
+
+def test_the_example_of_the_reference(models, tmp_path):
+    for name in ("policy", "target"):
+        (tmp_path / name).symlink_to(models / name)
+    (tmp_path / "example.py").write_text(example("docs/reference.md", "python"))
     finished([sys.executable, "example.py"], tmp_path / "log", cwd=tmp_path, env=environment())
     records = {one["id"]: one for one in read_records(tmp_path / "records.jsonl")}
     assert set(records) == {"sum", "sky"}
@@ -75,10 +83,12 @@ def test_the_example_of_the_readme(models, tmp_path, example):
     assert float(shown[0].split()[1]) > 0
 
 
-def test_the_server_of_the_readme(models, tmp_path, example):
+def test_the_server_of_the_reference(models, tmp_path):
     for name in ("policy", "target"):
         (tmp_path / name).symlink_to(models / name)
-    serve, ask = (shlex.split(one) for one in example["sh"].replace("\\\n", " ").strip().splitlines())
+    serve, ask = (
+        shlex.split(one) for one in example("docs/reference.md", "sh").replace("\\\n", " ").strip().splitlines()
+    )
     with socket.socket() as one:
         one.bind(("localhost", 0))
         port = str(one.getsockname()[1])

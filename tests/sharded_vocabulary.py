@@ -57,7 +57,7 @@ def tokens() -> torch.Tensor:
     return torch.tensor([0, 7_000, 7_001, 8_192, 8_193, 8_194, 16_999, 17_000, 19_999, -100, VOCAB, -1])
 
 
-def results(theta: torch.Tensor, t: torch.Tensor, group=None, part: slice = slice(None)) -> dict:
+def outcomes(theta: torch.Tensor, t: torch.Tensor, group=None, part: slice = slice(None)) -> dict:
     """The results of every function that takes a group, with or without one."""
     local = theta[:, part], t[:, part]
     found: dict = {"double": ost.solve(*(x.double() for x in local), diagnostics=True, group=group)}
@@ -151,7 +151,7 @@ def run(rank: int, store: str, results) -> None:
         group = dist.new_group(list(range(size)))
         if rank < size:
             part = slice(cuts[rank], cuts[rank + 1])
-            found[size] = results(theta, t, group, part)
+            found[size] = outcomes(theta, t, group, part)
             found[size, "collectives"] = collectives(part, group)
             found[size, "errors"] = errors(part, group)
     results.put((rank, pickle.dumps(found)))

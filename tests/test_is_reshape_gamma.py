@@ -135,7 +135,7 @@ def processes(tmp_path_factory):
 
 def test_sharding_changes_nothing(processes):
     """gamma*, the exact gamma, the moment, ESS and metrics agree; the losses add up to the whole's."""
-    whole = sharded_gamma.results(slice(0, 60), None)
+    whole = sharded_gamma.outcomes(slice(0, 60), None)
     assert 0 < whole[1] < 1
     for size in (1, 2, 4):
         ranks = [processes[rank][str(size)] for rank in range(size)]

@@ -33,7 +33,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 def whole() -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OPTSAMPLE_BACKEND", "eager")
-        return shards.results(*shards.rows())
+        return shards.outcomes(*shards.rows())
 
 
 def flat(value) -> list[torch.Tensor]:

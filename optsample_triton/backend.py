@@ -39,20 +39,20 @@ def choose(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """
     choice = requested()
     if choice == "eager":
-        return "eager", "OPTSAMPLE_BACKEND=eager asks for it."
+        return "eager", "OPTSAMPLE_BACKEND=eager requests it."
     if choice == "triton":
         if not triton_installed():
             raise RuntimeError("OPTSAMPLE_BACKEND=triton, but triton is not installed: pip install triton")
         if dtype == torch.float64:
-            raise TypeError("OPTSAMPLE_BACKEND=triton, but logits are float64, which only the eager path takes")
+            raise TypeError("OPTSAMPLE_BACKEND=triton, but logits are float64, which only the eager path supports")
         if device.type != "cuda" and not interpreter_on():
             raise RuntimeError(
                 f"OPTSAMPLE_BACKEND=triton, but logits are on {device.type}: "
                 "move them to a GPU or set TRITON_INTERPRET=1"
             )
-        return "triton", "OPTSAMPLE_BACKEND=triton asks for it."
+        return "triton", "OPTSAMPLE_BACKEND=triton requests it."
     if dtype == torch.float64:
-        return "eager", "float64 is served by the eager path only."
+        return "eager", "only the eager path supports float64."
     if device.type != "cuda":
         return "eager", f"the rows are on {device.type}, where no compiled kernel runs."
     if not triton_installed():

@@ -1,4 +1,4 @@
-"""The command `optsample`: one row of VERBS per verb, one function per row."""
+"""The command `optsample`: one entry of VERBS and one function per verb."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from . import backend
 from ._version import __version__
 from .api.solve import solve
 
-# Looked up by metadata, never imported: a broken or slow import must not stop the doctor.
+# Their versions come from metadata, since an import that fails or is slow must not stop the doctor.
 _PACKAGES = ("torch", "triton", "numpy", "transformers", "vllm", "trl", "ray")
 _OPTIONAL = ("transformers", "vllm", "trl", "ray")
 
@@ -38,13 +38,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return its exit code: 0 all well, 1 a check failed, 2 wrong arguments."""
+    """Run one verb and return its exit code: 0 success, 1 failure, 2 wrong arguments."""
     verbs = "\n".join(f"  {name:<8} {verb.help}" for name, verb in VERBS.items())
     parser = _Parser(
         prog="optsample",
         usage="optsample [--help] [--version] VERB ...",
         description="Optimal sampling between two language models.",
-        epilog=f"verbs:\n{verbs}\n\n'optsample VERB --help' tells more.",
+        epilog=f"verbs:\n{verbs}\n\nRun 'optsample VERB --help' for the options of a verb.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"optsample {__version__}")
@@ -59,13 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _bench(argv: Sequence[str]) -> int:
-    """Hand over to the benchmark suite, which is in the repository and not in the wheel."""
+    """Run the benchmark suite, which is in the repository but not in the wheel."""
     for root in (Path(__file__).resolve().parents[1], Path.cwd()):
         if (root / "bench" / "__main__.py").is_file() and (root / "reference").is_dir():
             sys.path.insert(0, str(root))
             return int(importlib.import_module("bench.__main__").main(argv))
     print(
-        "optsample bench: the benchmark suite is not part of the installed package, "
+        "optsample bench: the benchmark suite is not part of the installed package; "
         "run this from the root of the repository.",
         file=sys.stderr,
     )
@@ -73,10 +73,10 @@ def _bench(argv: Sequence[str]) -> int:
 
 
 def _doctor(argv: Sequence[str]) -> int:
-    """Print what the package runs on, check one row, and say what to do where something is off."""
+    """Print what the package runs on, check one row, and say what to do if something is wrong."""
     _Parser(
         prog="optsample doctor",
-        description="Print versions, devices, the chosen backend and why, and check one row.",
+        description="Print versions, devices, the chosen backend with its reason, and check one row.",
     ).parse_args(argv)
 
     versions = {name: _installed_version(name) for name in _PACKAGES}
@@ -95,8 +95,8 @@ def _doctor(argv: Sequence[str]) -> int:
             fine = abs(alpha - 0.5) <= 1e-5
             lines.append(("  self-check", f"alpha = {alpha:.6f}, expected 0.5: {'ok' if fine else 'WRONG'}"))
             if not fine:
-                failures.append(f"the self-check on {device} gave alpha = {alpha:.6f} in place of 0.5")
-        except Exception as error:  # whatever breaks here is the finding
+                failures.append(f"the self-check on {device} gave alpha = {alpha:.6f} instead of 0.5")
+        except Exception as error:  # any error here is a result to report
             lines.append(("  self-check", f"FAILED: {type(error).__name__}: {error}"))
             failures.append(f"the self-check on {device} raised {type(error).__name__}")
 
@@ -115,7 +115,7 @@ def _installed_version(distribution: str) -> str | None:
 
 
 def _devices() -> list[torch.device]:
-    """The devices that would be used: every GPU, or the CPU where there is none."""
+    """The devices that would be used: every GPU, or the CPU if there is none."""
     gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     return gpus or [torch.device("cpu")]
 
@@ -143,25 +143,25 @@ def _advice(failures: Sequence[str], versions: dict[str, str | None]) -> str:
     if not torch.cuda.is_available():
         if Path("/proc/driver/nvidia/version").exists():
             return "To do: install a CUDA build of torch that fits this driver, since torch sees no GPU."
-        return "All well: there is no GPU, so the eager path serves."
+        return "All well: there is no GPU, so the eager path is used."
     if backend.interpreter_on():
         return "To do: unset TRITON_INTERPRET, since the interpreter is slow and there is a GPU."
     if versions["triton"] is None:
-        return "To do: pip install triton, since the GPU is served by the eager path without it."
+        return "To do: pip install triton, since without it the GPU runs the eager path."
     return "All well."
 
 
 def _generate(argv: Sequence[str]) -> int:
     from .pipeline import commands
 
-    description = "Draw training data from q* of two models; one sample per chat line, diagnostics beside it."
+    description = "Draw training data from q* of two models: one chat line per sample, with optional diagnostics."
     return commands.generate(_Parser(prog="optsample generate", description=description), argv)
 
 
 def _analyze(argv: Sequence[str]) -> int:
     from .pipeline import commands
 
-    description = "Write a report of diagnostics, in Markdown and as one HTML file, with figures."
+    description = "Write a report on the diagnostics of generate, as Markdown and as one HTML file, with figures."
     return commands.analyze(_Parser(prog="optsample analyze", description=description), argv)
 
 

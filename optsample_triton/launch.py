@@ -1,6 +1,6 @@
-"""How a launch is shaped: a lookup, not a search, that tests can call.
+"""The shape of a launch: a lookup, not a search, so tests can call it.
 
-Tile, warps and chunk come from the device's kind and the dtype alone, so that a row's bits depend on nothing else. The
+Tile, warps and chunk depend only on the kind of device and the dtype, so a row's bits depend on nothing else. The
 number of rows only decides how many programs share a row's chunks.
 """
 
@@ -22,25 +22,25 @@ class Shape(NamedTuple):
 
     @property
     def limit(self) -> dict[str, int]:
-        """The launch option that bounds the registers; backends without one know no such name."""
+        """The launch option that limits the registers; empty without a limit, since some backends lack the option."""
         return {} if self.registers is None else {"maxnreg": self.registers}
 
 
-# kind -> dtype bits -> shape. The interpreter pays per operation, so its tiles are long. Left to itself ptxas aims at
-# the same three programs per multiprocessor as with 168 registers, but spills on the way to them.
+# kind -> dtype bits -> shape. The interpreter's cost is per operation, so its tiles are long. Without the limit of 168
+# registers ptxas reaches the same three programs per multiprocessor, but with spills.
 SHAPES: dict[str, dict[int, Shape]] = {
     "cuda": {16: Shape(512, 8192, 2, 4, 168), 32: Shape(512, 8192, 2, 4, 168)},
     "hip": {16: Shape(1024, 8192, 1, 4), 32: Shape(1024, 8192, 1, 4)},
     "interpreter": {16: Shape(4096, 16384, 1, 4), 32: Shape(4096, 16384, 1, 4)},
 }
 LOGPROB_REGISTERS = {"cuda": 64, "hip": None, "interpreter": None}  # eight programs per multiprocessor
-# A draw picks a chunk, a tile of it, and a token of that. The same sizes everywhere: with the same uniforms a row then
-# gets the same token on every device.
+# A draw picks a chunk, then a tile of it, then a token of the tile. The sizes are the same on every device, so the same
+# uniforms give the same token.
 DRAW_CHUNK = 8192
 DRAW_TILE = 1024
-# Tokens that a draw reads at a time: eight for each thread, and far more where the interpreter pays per operation.
+# Tokens that a draw reads at a time: eight per thread, and far more for the interpreter, whose cost is per operation.
 DRAW_STEP = {"cuda": 1024, "hip": 2048, "interpreter": 1 << 19}
-INTERPRETER_PROCESSORS = 4  # a stand-in, so that the interpreter's small batches are split as well
+INTERPRETER_PROCESSORS = 4  # assumed, so that the interpreter's small batches are split too
 
 
 def shape(kind: str, dtype: torch.dtype) -> Shape:
@@ -53,7 +53,7 @@ def shape(kind: str, dtype: torch.dtype) -> Shape:
 
 
 def draw_shape(kind: str, dtype: torch.dtype) -> Shape:
-    """The shape for drawing: ``DRAW_CHUNK`` is the chunk everywhere.
+    """The shape for drawing; its chunk is always ``DRAW_CHUNK``.
 
     >>> draw_shape("interpreter", torch.float32).chunk
     8192
@@ -63,7 +63,7 @@ def draw_shape(kind: str, dtype: torch.dtype) -> Shape:
 
 
 def logprob_shape(kind: str, dtype: torch.dtype) -> Shape:
-    """The shape for log-probabilities, whose kernels keep less.
+    """The shape for log-probabilities, whose kernels need fewer registers.
 
     >>> logprob_shape("cuda", torch.bfloat16).limit, logprob_shape("hip", torch.bfloat16).limit
     ({'maxnreg': 64}, {})
@@ -82,7 +82,7 @@ def draws(kind: str, num_samples: int) -> int:
 
 
 def splits(rows: int, vocab: int, chunk: int, processors: int) -> int:
-    """Programs per row: one where the rows fill the device, else up to one per chunk.
+    """Programs per row: one if the rows fill the device, else up to one per chunk.
 
     >>> splits(4096, 151936, 8192, 132), splits(1, 151936, 8192, 132), splits(64, 151936, 8192, 132)
     (1, 19, 4)

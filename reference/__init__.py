@@ -1,8 +1,8 @@
-"""The oracle: the documents' functions in plain PyTorch, and the float64 truth that tests judge by.
+"""The oracle: the documents' functions in plain PyTorch, and the float64 truth that the tests compare with.
 
 The documents' names are re-exported here. They work on probabilities and keep the documents' eps.
-`reference.truth` works on logits in float64 and decides what is right. Where a document errs, the
-faithful version carries that in its name and the right one stands beside it; docs/theory.md lists them.
+`reference.truth` works on logits in float64 and decides what is right. If a document is wrong, the
+faithful version says so in its name and the right one is beside it; docs/theory.md lists these cases.
 The package itself never imports this folder.
 """
 

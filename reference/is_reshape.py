@@ -5,8 +5,8 @@ E_mu[w^gamma r grad log pi_theta].
 gamma = 0 is (reward-weighted) SFT, gamma = 1 is importance-sampled RL. gamma* is the largest gamma whose
 predicted ESS_gamma/n = exp(-sigma^2 gamma^2) stays above rho_min, sigma^2 = Var(log w).
 
-The document leaves method A (w^gamma/gamma) for method B (a detached weight) below gamma = 0.1. Neither is
-needed: (w^gamma - 1)/gamma = expm1(gamma log w)/gamma is smooth down to log w at gamma = 0;
+Below gamma = 0.1 the document switches from method A (w^gamma/gamma) to method B (a detached weight). The switch
+is not needed: (w^gamma - 1)/gamma = expm1(gamma log w)/gamma is smooth down to log w at gamma = 0.
 `reference.truth.is_reshape_loss` uses that form.
 """
 
@@ -141,11 +141,11 @@ def diagnose_log_normal(log_w: Tensor) -> dict[str, float]:
 
 
 def psis_gamma_selection(log_w: Tensor, rho_min: float = 0.3) -> tuple[float, dict[str, Any]]:
-    """gamma by Pareto-smoothed weights: 0.3 where k_hat > 0.7, else the largest gamma with enough ESS.
+    """gamma by Pareto-smoothed weights: 0.3 if k_hat > 0.7, else the largest gamma with enough ESS.
 
-    Needs arviz-stats (Python 3.11 or newer). Its psislw takes log likelihoods and negates them, so it is
-    given -log_w; the document's psislw(log_w) would smooth the wrong tail. Constant weights and about 20
-    weights or fewer have no tail to fit: the weights are then taken as they are and k_hat is NaN.
+    Needs arviz-stats (Python 3.11 or newer). Its psislw takes log likelihoods and negates them, so it gets
+    -log_w; the document's psislw(log_w) would smooth the wrong tail. Constant weights, or about 20 weights and
+    fewer, have no tail to fit: the weights are then used unsmoothed and k_hat is NaN.
     """
     log_w = log_w.detach().double().cpu()
     smoothed, k_hat = _psis(log_w.numpy())

@@ -9,9 +9,9 @@ Every function works elementwise on tensors. `width` is the kernel's own paramet
 or the half-width of the hard indicator.
 
 Corrections to the document, each shown in the tests: its table at r = 3 is kept as printed beside the right
-one; g has the value 1 at r = 1 but its peak above 1; r K(r - 1) is bounded for the kernels here, which
-K -> 0 alone would not give; the hard indicator is the limit p -> infinity of (1 - |x/h|^p)_+ and not of the
-Epanechnikov kernel; the symmetric indicator is not PPO's clip; SAPO's temperature tau is the width 2/tau.
+one; g is 1 at r = 1 but higher at its peak, at r > 1; r K(r - 1) is bounded for the kernels here, which K -> 0
+alone does not imply; the hard indicator is the limit p -> infinity of (1 - |x/h|^p)_+ and not of the Epanechnikov
+kernel; the symmetric indicator is not PPO's clip; SAPO's temperature tau is the width 2/tau.
 """
 
 from __future__ import annotations
@@ -101,12 +101,12 @@ def f_gamma(name: str, r: Tensor, gamma: float | Tensor, width: float = 1.0) -> 
 def gamma_from_correctness(
     log_r: Tensor, advantage: Tensor, gamma_base: float = 0.0, gamma_max: float = 1.0, tau_c: float = 1.0
 ) -> Tensor:
-    """Larger where the policy is wrong: A log r < 0."""
+    """Larger if the policy is wrong: A log r < 0."""
     return gamma_base + (gamma_max - gamma_base) * torch.sigmoid(-advantage * log_r / tau_c)
 
 
 def gamma_from_magnitude(advantage: Tensor, beta: float = 1.0) -> Tensor:
-    """Larger where the reward signal is strong: sigmoid(beta |A|)."""
+    """Larger if the reward signal is strong: sigmoid(beta |A|)."""
     return torch.sigmoid(beta * advantage.abs())
 
 

@@ -142,7 +142,7 @@ def effective_sample_size(pi: Tensor, q: Tensor, eps: float = EPS) -> Tensor:
 
 
 def _bisect_kl_symmetry(pi_theta: Tensor, pi_t: Tensor, tol: float, max_iter: int, eps: float) -> tuple[Tensor, bool]:
-    """The documents' listing step for step: it takes both logarithms of the log-ratio anew in every step."""
+    """The documents' listing, step by step: it computes both logarithms of the log-ratio again in every step."""
 
     def delta(alpha: Tensor) -> Tensor:
         # KL(q||pi_theta) - KL(q||pi_t) = E_q[log pi_t - log pi_theta], falling in alpha

@@ -1,9 +1,9 @@
 """Speculative sampling of a target law q with drafts from p: the documents' recipe, and the exact one.
 
-The documents accept a draft x ~ p with min(1, q(x)/p(x)) and draw from q after a rejection, "strictly
-preserving the distribution". That emits p min(1, q/p) + (1 - sum min(p, q)) q, which is not q. Exact is a
-draw from norm(max(0, q - p)) after a rejection; the acceptance probability is sum min(p, q) = 1 - TV(p, q).
-All laws are probabilities [..., V].
+The documents accept a draft x ~ p with probability min(1, q(x)/p(x)) and draw from q after a rejection,
+"strictly preserving the distribution". That emits p min(1, q/p) + (1 - sum min(p, q)) q, which is not q. The
+exact method draws from norm(max(0, q - p)) after a rejection; the acceptance probability is
+sum min(p, q) = 1 - TV(p, q). All laws (distributions) are probabilities [..., V].
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def acceptance_rate(p: Tensor, q: Tensor) -> Tensor:
 
 
 def residual(p: Tensor, q: Tensor) -> Tensor:
-    """norm(max(0, q - p)), and q itself where nothing is left: [..., V]."""
+    """norm(max(0, q - p)), or q itself if that is empty: [..., V]."""
     left = (q - p).clamp(min=0)
     mass = left.sum(-1, keepdim=True)
     return torch.where(mass > 0, left / torch.where(mass > 0, mass, 1.0), q)

@@ -2,8 +2,8 @@
 
 Rows a = logits_theta, b = logits_t, d = a - b, S the tokens finite in both rows, q_t the softmax over S of
 t a + (1-t) b, L(t) its log-normaliser, A = L(1), B = L(0), psi(t) = L(t) - t A - (1-t) B. KL symmetry is
-psi'(alpha) = L'(alpha) - (A - B) = 0. Of nearly equal or confident rows, E[d] and A - B agree in almost all
-digits and their difference is noise. So everything here is read off the gap between log-mean and mean,
+psi'(alpha) = L'(alpha) - (A - B) = 0. For nearly equal or confident rows, E[d] and A - B agree in almost all
+digits, so their difference is noise. Everything here is therefore computed from the gap of log-mean and mean,
 
     G_x(s) = log E_{q_x}[exp(s delta)] - s E_{q_x}[delta],    delta = d - (A - B),
 
@@ -33,7 +33,7 @@ from torch import Tensor
 from reference import localized_kernels, speculative
 
 OK, IDENTICAL, DISJOINT, INVALID = 0, 1, 2, 3
-NEAR = 0.4  # where |log E[exp(s delta)]| is below this, the second-order form is the better one
+NEAR = 0.4  # if |log E[exp(s delta)]| is below this, the second-order form is more accurate
 
 
 class TruthSolution(NamedTuple):
@@ -116,7 +116,7 @@ def solve(
     log_theta, log_t = _log_softmax(rows.a)[0], _log_softmax(rows.b)[0]
     log_z = -alpha * gap_theta - (1 - alpha) * gap_t
     if symmetric:
-        # psi'(alpha) = 0: both KLs are -psi(alpha), also where the rounding of alpha alone would part them
+        # psi'(alpha) = 0: both KLs are -psi(alpha), even if the rounding of alpha would make them differ
         kl_theta = kl_t = -log_z
     else:
         kl_theta, kl_t = gap_theta, gap_t
@@ -133,7 +133,7 @@ def solve(
         "overlap_theta": torch.minimum(log_theta.exp(), q).sum(-1),
         "overlap_t": torch.minimum(log_t.exp(), q).sum(-1),
     }
-    # q* = pi_theta where nothing is common: no distance to pi_theta, infinite distance to pi_t.
+    # q* = pi_theta if no token is common: KL 0 to pi_theta, infinite KL to pi_t.
     without_common: dict[str, Tensor | float] = {
         "log_z": 0.0,
         "kl_theta": 0.0,
@@ -271,7 +271,7 @@ def sample_law(
     temperature_t: float | Tensor = 1.0,
     vocab_size: int | None = None,
 ) -> Tensor:
-    """The law [..., V] that sample() draws from: q*^(1/temperature), without what is below min_p of its peak.
+    """The law [..., V] that sample() draws from: q*^(1/temperature), without tokens below min_p times its peak.
 
     >>> a, b = torch.tensor([0.0, 0.0, -9.0]), torch.tensor([0.0, 0.0, -9.0])
     >>> sample_law(a, b, min_p=0.1).tolist()
@@ -304,7 +304,7 @@ def verify_law(
 
     draft_probs [K, V] and target_probs [K+1, V] are the laws at each position; draft_tokens [K] fixes the
     draft. recipe="exact" draws from norm(max(0, q - p)) after a rejection; recipe="biased" is the documents'
-    own, which draws from q, and serves as negative control. All V^K drafts are visited: keep V and K small,
+    recipe, which draws from q, and is the negative control. All V^K drafts are enumerated: keep V and K small,
     or give draft_tokens.
     """
     if recipe not in ("exact", "biased"):
@@ -432,7 +432,7 @@ def _read(
         invalid |= (x.isnan() | x.isposinf()).any(-1) | ~x.isfinite().any(-1)
     common = a.isfinite() & b.isfinite()
     disjoint = ~invalid & ~common.any(-1)
-    # A row without a solution is replaced for the sums by one that has one; its results are overwritten.
+    # In the sums, a row without a solution is replaced by one that has one; its results are overwritten.
     a, b = (torch.where(invalid[:, None], 0.0, x) for x in (a, b))
     common = common | (invalid | disjoint)[:, None]
     a_common, b_common = (torch.where(disjoint[:, None], 0.0, x) for x in (a, b))
@@ -441,12 +441,12 @@ def _read(
     u = torch.where(common, a_common - peak_theta[:, None], 0.0)
     v = torch.where(common, b_common - peak_t[:, None], 0.0)
     difference = torch.where(common, a_common - b_common, 0.0)
-    # Computed from a - b, not from u - v: of nearly equal rows the subtraction a - b is exact.
+    # Computed from a - b, not from u - v: for nearly equal rows the subtraction a - b is exact.
     shift = _masked_logsumexp(u, common) - _masked_logsumexp(v, common)
     delta = torch.where(common, difference - (peak_theta - peak_t + shift)[:, None], 0.0)
-    # Each difference is known up to the rounding of its two entries; identical rows share one constant within
-    # all those bounds. The bounds are the tokens' own: a mask of -1e9 must not blur the others. A difference of
-    # one epsilon of a nat is rounding whatever the entries, since it moves no weight.
+    # Each difference is known up to the rounding of its two entries; rows are identical if one constant lies within
+    # all these bounds. Each token has its own bound, so that a mask of -1e9 does not widen the others'. A difference
+    # of one epsilon of a nat always counts as rounding, since it changes no weight.
     doubt = _rounding_unit(logits_theta, logits_t) * torch.maximum(a_common.abs(), b_common.abs()).clamp(min=1.0)
     largest = torch.where(common, difference - doubt, -math.inf).amax(-1)
     smallest = torch.where(common, difference + doubt, math.inf).amin(-1)
@@ -457,7 +457,7 @@ def _read(
 
 
 def _rounding_unit(logits_theta: Tensor, logits_t: Tensor) -> float:
-    # bf16 and fp16 are widened exactly and computed in float32, so float32 is what rounds them.
+    # bf16 and fp16 are widened exactly and computed in float32, so the rounding is that of float32.
     dtype = torch.promote_types(torch.promote_types(logits_theta.dtype, logits_t.dtype), torch.float32)
     return torch.finfo(dtype).eps
 
@@ -524,7 +524,7 @@ def _find_root(rows: _Rows, function: Callable[[_Rows, Tensor], tuple[Tensor, Te
         newton = x - value / slope
         step = (newton - x).abs()
         inside = (newton >= left) & (newton <= right)
-        # Newton only where it at least halves the step before; its last steps are rounding.
+        # Newton only if it at least halves the previous step; its last steps are rounding.
         done = (value == 0) | (inside & (step <= 2.5e-16)) | (right - left <= 1e-16)
         usable = inside & (done | (step <= last_step[active] / 2))
         following = torch.where(usable, newton, (left + right) / 2)
@@ -542,7 +542,7 @@ def _tilt(rows: _Rows, x: Tensor) -> _Tilted:
 
 
 def _gap(rows: _Rows, tilted: _Tilted, s: Tensor) -> Tensor:
-    """G_x(s) = log E[exp(s delta)] - s E[delta] under q_x, [N]: never negative, of second order in delta."""
+    """G_x(s) = log E[exp(s delta)] - s E[delta] under q_x, [N]: not negative, of second order in delta."""
     at = (tilted.x + s)[:, None]
     weight = at * rows.u + (1 - at) * rows.v
     log_mean = _masked_logsumexp(weight, rows.common) - tilted.log_norm - s * rows.shift
@@ -550,7 +550,7 @@ def _gap(rows: _Rows, tilted: _Tilted, s: Tensor) -> Tensor:
     near = torch.nonzero(log_mean.abs() < NEAR)[:, 0]
     s, mean, delta = s[near], tilted.mean[near], rows.delta[near]
     q, bound = tilted.q[near], log_mean[near, None]
-    # q exp(s delta), without the difference log q + s delta: both are of a finite mask's size, -1e9 or -3.4e38.
+    # q exp(s delta), without the sum log q + s delta, whose terms are as large as a finite mask, -1e9 or -3.4e38.
     tilted_by_s = weight[near] - (tilted.log_norm[near] + s * rows.shift[near])[:, None]
     remainder = _weighted_h(q, s[:, None] * delta, tilted_by_s, bound).sum(-1)
     gap[near] = remainder + _log1p_minus(s * mean + remainder)
@@ -571,7 +571,7 @@ def _weighted_h(q: Tensor, y: Tensor, log_tilted: Tensor, bound: Tensor) -> Tens
 
 
 def _log1p_minus(t: Tensor) -> Tensor:
-    """log1p(t) - t, by its series where the difference would cancel."""
+    """log1p(t) - t, by its series if the difference would cancel."""
     small = torch.where(t.abs() < 0.1, t, 0.0)
     series = torch.zeros_like(t)
     for k in range(20, 1, -1):
@@ -580,9 +580,9 @@ def _log1p_minus(t: Tensor) -> Tensor:
 
 
 def _log_softmax(x: Tensor) -> tuple[Tensor, Tensor]:
-    """log softmax [N, V] and log-sum-exp [N], with the peak's own term taken out of the sum.
+    """log softmax [N, V] and log-sum-exp [N], with the peak's own term kept out of the sum.
 
-    log p of a token that has almost all the mass is then right to its last digits, not to 1e-16 absolute.
+    log p of a token with almost all the mass is then right to its last digits, not just to 1e-16 absolute.
     """
     peak, index = x.max(-1, keepdim=True)
     centred = x - peak

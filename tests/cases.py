@@ -106,8 +106,8 @@ def replaced(row: Row, hidden: Callable[[int, Generator], Tensor], by: float) ->
     return lambda g: hide(g).nan_to_num(neginf=by)
 
 
-def lone(pair: PairMaker, theta: float, t: float) -> PairMaker:
-    """The pair with these logits for its first token."""
+def with_first_token(pair: PairMaker, theta: float, t: float) -> PairMaker:
+    """The pair with these logits at its first token."""
 
     def make(g: Generator) -> Pair:
         a, b = (x.clone() for x in pair(g))
@@ -336,8 +336,8 @@ CASES: list[Case] = [
     }),
     # Rows whose cumulants say little of psi: all that differs is one token of next to no weight under q*.
     *_family("one token", HARD, 3, {
-        "close but for one token": lone(perturbed(normal(V), 1e-4), -11.0, -91.0),
-        "close but for a ban": lone(perturbed(normal(V), 1e-4), 0.0, -1e9),
+        "close but for one token": with_first_token(perturbed(normal(V), 1e-4), -11.0, -91.0),
+        "close but for a ban": with_first_token(perturbed(normal(V), 1e-4), 0.0, -1e9),
     }),
     *_family("one token", HARD, 3, {
         "one common token": [

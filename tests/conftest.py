@@ -1,4 +1,4 @@
-"""One switch for all tests: kernels run natively where there is a GPU, through the interpreter elsewhere."""
+"""One switch for all tests: kernels run natively if there is a GPU, else through the interpreter."""
 
 import importlib.util
 import os
@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 
 
 def _patch_the_language_once() -> None:
-    """Triton 3.7's interpreter patches its language anew for every call of a device function: half of its time here."""
+    """Triton 3.7's interpreter patches its language again at every call of a device function: half of its time here."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -34,7 +34,7 @@ def _patch_the_language_once() -> None:
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
     _patch_the_language_once()
-    # By its path: an environment of the integrations may hold a package that is called tests.
+    # By path, since an integration's environment may have a package named tests.
     sys.path.insert(0, str(Path(__file__).parent))
     import device_arithmetic
 
@@ -47,9 +47,9 @@ np.seterr(all="ignore")
 
 
 def pytest_configure(config):
-    # Triton 3.6's interpreter takes 1-element arrays for scalars, and NumPy 2.3 warns where 2.4 refuses.
+    # Triton 3.6's interpreter uses 1-element arrays as scalars: NumPy 2.3 warns about them, 2.4 refuses them.
     config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim > 0:DeprecationWarning:triton")
-    # A tile of nothing but NaN: the maximum of an INVALID row, which nobody reads. A GPU does not warn of it.
+    # A tile of NaN alone: the maximum of an INVALID row, which is not used. A GPU does not warn.
     config.addinivalue_line("filterwarnings", "ignore:All-NaN slice encountered:RuntimeWarning")
 
 
@@ -78,7 +78,7 @@ def without_deep(config):
 
 @pytest.hookimpl(trylast=True)  # the report has been sent by then
 def pytest_runtest_logreport(report):
-    """After an illegal access every further call of a process fails: a worker that is lost makes room for another."""
+    """End a worker whose GPU access failed, since all its later calls would fail too; xdist starts another."""
     if report.failed and "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
         try:
             torch.cuda.synchronize()
@@ -88,7 +88,7 @@ def pytest_runtest_logreport(report):
 
 @pytest.fixture(autouse=True)
 def switches_kept():
-    """A test that leaves a switch set otherwise would fail those that come after it, and not itself."""
+    """Fail the test that leaves a switch changed, and not the tests after it."""
     switches = "TRITON_INTERPRET", "OPTSAMPLE_BACKEND"
     before = [os.environ.get(name) for name in switches]
     yield
@@ -97,21 +97,21 @@ def switches_kept():
 
 @pytest.fixture(params=["eager", "triton"])
 def backend(request, monkeypatch):
-    """Runs a test once on each backend; a backend that is asked for by name never falls back."""
+    """Runs a test once on each backend; a backend chosen by name never falls back."""
     monkeypatch.setenv("OPTSAMPLE_BACKEND", request.param)
     return request.param
 
 
 @pytest.fixture
 def device(backend):
-    """Where the backend's rows lie: the kernels' on the GPU where there is one, unless the interpreter is asked for."""
+    """The device of the backend's rows: a GPU for the kernels, if there is one and the interpreter is off."""
     native = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") != "1"
     return "cuda" if backend == "triton" and native else "cpu"
 
 
 @pytest.fixture
 def interpreted(backend, device):
-    """Whether kernels run through the interpreter, where a row costs a tenth of a second: take fewer rows then."""
+    """Whether kernels run through the interpreter. A row then costs a tenth of a second, so use fewer rows."""
     return backend == "triton" and device == "cpu"
 
 

@@ -1,13 +1,13 @@
-"""A GPU's arithmetic for Triton's interpreter: what NumPy does exactly, or in order, done as the compiled code may.
+"""A GPU's arithmetic for Triton's interpreter: where NumPy is exact or in order, compute as compiled code may.
 
-The tests of the kernels run with it wherever they run through the interpreter. What is imitated is what PTX of the
-kernels for sm_90 contains (test_device_arithmetic.py looks):
+The tests of the kernels use it whenever they run through the interpreter. It imitates what the kernels' PTX for sm_90
+contains (test_device_arithmetic.py checks this):
 
 * ``ex2.approx.ftz``, ``div.full`` and logarithms have wrong last digits; the first flushes denormal numbers
-* ``fma``: a product that is added is not rounded before
-* ``min`` and ``max`` of a NaN and a number are the number, where the interpreter says NaN
-* sums go by threads and halves, prefix sums by threads and shuffles, and the latter need not rise
-* programs run in any order, so that any of them may be the last to arrive
+* ``fma``: a product is not rounded before it is added
+* ``min`` and ``max`` of a NaN and a number are the number; the interpreter would give NaN
+* sums are taken by threads and halves, prefix sums by threads and shuffles, so prefix sums need not rise
+* programs run in any order, so any of them may be the last to arrive
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WIDER = {np.dtype(np.float32): np.float64, np.dtype(np.float64): np.longdouble}
 
 
 def blurred(x: Array, result: Array, ulps: int) -> Array:
-    """``result`` up to so many units in the last place off: always the same for the same x."""
+    """``result`` with an error of up to so many units in the last place, the same for the same x."""
     unsigned, signed = (np.uint32, np.int32) if result.dtype == np.float32 else (np.uint64, np.int64)
     bits = np.ascontiguousarray(x).view(unsigned).astype(np.uint64)
     steps = ((bits * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40)) % np.uint64(2 * ulps + 1)
@@ -61,7 +61,7 @@ def quotient(x: Array, y: Array) -> Array:
 
 
 def summed(x: Array, axis: int) -> Array:
-    """Each thread its share one after the other, then the threads by halves."""
+    """The sum as a GPU takes it: within each thread in order, then over the threads by halves."""
     x = np.moveaxis(x, axis, -1)
     if x.shape[-1] > THREADS:
         x = np.add.reduce(x.reshape(*x.shape[:-1], -1, THREADS), axis=-2)
@@ -71,7 +71,7 @@ def summed(x: Array, axis: int) -> Array:
 
 
 def prefix_sums(x: Array, axis: int) -> Array:
-    """Of each thread's few neighbours, of the threads' totals by doubling steps, and both added."""
+    """Prefix sums within each thread's few elements, plus those of the threads' totals in doubling steps."""
     x = np.moveaxis(x, axis, -1)
     own = np.cumsum(x.reshape(*x.shape[:-1], -1, min(PER_THREAD, x.shape[-1])), axis=-1, dtype=x.dtype)
     before, step = own[..., -1].copy(), 1
@@ -83,7 +83,7 @@ def prefix_sums(x: Array, axis: int) -> Array:
 
 
 def fused(plain: Callable, sign: int) -> Callable:
-    """x + sign y, from the factors themselves where one of them is a product."""
+    """x + sign y; if one of them is a product, it is computed from its factors, unrounded."""
 
     def combine(builder, x, y):
         wide = WIDER.get(x.data.dtype)
@@ -137,7 +137,7 @@ def cumsum_of_floats(plain: Callable) -> Callable:
 
 
 def install() -> None:
-    """Make the interpreter of this process compute so."""
+    """Make this process's interpreter compute in this way."""
     builder = interpreter.InterpreterBuilder
     for name, operation in (("exp", exp), ("exp2", exp2), ("log", log)):
         setattr(builder, f"create_{name}", lambda self, x, op=operation: self.unary_op(x, op))

@@ -5,9 +5,12 @@ import triton
 import triton.language as tl
 
 from optsample_triton import launch
-from optsample_triton.kernels.draw import interpolated_masses, kept_nodes
+from optsample_triton.kernels.constants import KL_SYMMETRY
+from optsample_triton.kernels.draw import interpolated_masses
+from optsample_triton.kernels.nodes import SUMS, first_sweep, kept_nodes
 from optsample_triton.kernels.random import number, uniforms
-from optsample_triton.kernels.solve import SUMS, nodes, open_row, solved
+from optsample_triton.kernels.records import Batch, Key, Meeting, Place, Request, Tile
+from optsample_triton.kernels.solve import solved
 
 LANES, DRAWS = 32, 64
 
@@ -15,8 +18,8 @@ LANES, DRAWS = 32, 64
 @triton.jit
 def _numbers_kernel(out_ptr, seed: tl.int64, offset: tl.int64, group, STREAM: tl.constexpr, DRAWS: tl.constexpr):
     draw = tl.arange(0, DRAWS)
-    seed, offset, group = number(None, seed, 0, 0), number(None, offset, 0, 0), number(None, group, 0, 0)
-    first, second = uniforms(seed, offset, group, draw, STREAM)
+    key = Key(number(None, seed, 0, 0), number(None, offset, 0, 0), number(None, group, 0, 0))
+    first, second = uniforms(key, draw, STREAM)
     tl.store(out_ptr + draw, first)
     tl.store(out_ptr + DRAWS + draw, second)
 
@@ -31,18 +34,30 @@ def numbers(seed, offset, group, device):
 
 @triton.jit
 def _kernel(
-    theta_ptr, t_ptr, alpha_ptr, mass_ptr, misplaced_ptr, partial_ptr, arrived_ptr, V, stride_theta, stride_t,
-    H: tl.constexpr, CHUNK: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    index = tl.program_id(0).to(tl.int64)
-    row = open_row(theta_ptr, t_ptr, None, None, index, V, (V, 0, stride_theta), (V, 0, stride_t), 0.0, H, False, False)
+    theta_ptr,
+    t_ptr,
+    alpha_ptr,
+    mass_ptr,
+    misplaced_ptr,
+    chunk_sums_ptr,
+    arrived_ptr,
+    V,
+    stride_theta,
+    stride_t,
+    H: tl.constexpr,
+    CHUNK: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    tile: tl.constexpr = Tile(H, False, False)
+    batch = Batch(theta_ptr, t_ptr, None, None, Place(V, 0, stride_theta), Place(V, 0, stride_t), V, 0.0)
+    meeting = Meeting(chunk_sums_ptr, arrived_ptr, 1)
+    index, row, chunk_sums_ptr, _, _ = first_sweep(batch, meeting, tile, tile, CHUNK, 1, True)
     chunks = tl.cdiv(V, CHUNK)
-    partial_ptr += index * chunks * SUMS
-    _kept, _last = nodes(row, 0, 1, partial_ptr, arrived_ptr, H, CHUNK, 1, False, False, True)
-    total = kept_nodes(partial_ptr, chunks, LANES)
-    row, ends, alpha, _, psi, _, _ = solved(row, total, None, index, 1e-4, 20, 0, H, False, False, False)
-    level = alpha * ends[0] + (1.0 - alpha) * ends[1] + psi
-    masses, misplaced = interpolated_masses(partial_ptr, chunks, alpha, level, LANES)
+    total = kept_nodes(chunk_sums_ptr, chunks, LANES)
+    row, ends, root = solved(row, total, index, Request(None, 1e-4, 20), tile, KL_SYMMETRY, False)
+    alpha = root.alpha
+    level = alpha * ends.A + (1.0 - alpha) * ends.B + root.psi
+    masses, misplaced = interpolated_masses(chunk_sums_ptr, chunks, alpha, level, LANES)
     tl.store(alpha_ptr + index, alpha)
     tl.store(misplaced_ptr + index, misplaced / tl.sum(masses, 0))
     tl.store(mass_ptr + index * LANES + tl.arange(0, LANES), masses)
@@ -55,11 +70,11 @@ def interpolated(a, b):
     assert chunks <= LANES
     alpha, misplaced = (torch.empty(n, dtype=torch.float64, device=a.device) for _ in range(2))
     masses = torch.empty(n, LANES, dtype=torch.float64, device=a.device)
-    partial = torch.empty(n * chunks * SUMS.value, device=a.device)
+    chunk_sums = torch.empty(n * chunks * SUMS.value, device=a.device)
     arrived = torch.zeros(n, dtype=torch.int32, device=a.device)
     half = min(512, launch.DRAW_CHUNK // 2)
     _kernel[(n,)](
-        a, b, alpha, masses, misplaced, partial, arrived, vocab, a.stride(0), b.stride(0),
+        a, b, alpha, masses, misplaced, chunk_sums, arrived, vocab, a.stride(0), b.stride(0),
         H=half, CHUNK=launch.DRAW_CHUNK, LANES=LANES,
     )  # fmt: skip
     return alpha, masses, misplaced

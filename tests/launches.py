@@ -19,7 +19,7 @@ from triton.runtime import driver
 
 import optsample_triton as ost
 from optsample_triton import backend
-from optsample_triton.kernels import entry, logprob
+from optsample_triton.kernels import entry
 
 TARGET = GPUTarget("cuda", 90, 32)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -28,7 +28,7 @@ FEW, MANY = (2, 8, 15, 16, 17), (265, 272)
 
 
 class Driver:
-    """As much of a driver as Triton asks before it compiles."""
+    """The part of a driver that Triton needs before it compiles."""
 
     def get_current_device(self) -> int:
         return 0
@@ -41,7 +41,7 @@ class Driver:
 
 
 class Launches:
-    """Triton's hook before a compilation: notes it down, and nothing is launched."""
+    """Triton's hook before a compilation: records it and launches nothing."""
 
     def __init__(self, *, build: bool) -> None:
         self.build = build
@@ -106,13 +106,15 @@ def works(a, b, n):
 
 
 def compiled_calls() -> dict[str, object]:
-    """Whether the front end takes every launch: one row of one token, many, few; aligned or not."""
+    """Whether the front end accepts every launch: one row of one token, many rows, few rows; aligned or not."""
     launches = Launches(build=True)
     triton.knobs.runtime.jit_cache_hook = launches
     calls = 0
     for dtype, n, vocab, offset in (
-        ("bf16", 1, 1, 0), ("fp16", 300, 4096, 0), ("fp32", 3, 50_257, 1),
-    ):  # fmt: skip
+        ("bf16", 1, 1, 0),
+        ("fp16", 300, 4096, 0),
+        ("fp32", 3, 50_257, 1),
+    ):
         for work in works(*rows((n, vocab), DTYPES[dtype], offset), n).values():
             work()
             calls += 1
@@ -120,7 +122,7 @@ def compiled_calls() -> dict[str, object]:
 
 
 def batches() -> dict[str, object]:
-    """For each work how many kernels one row compiles, and over all their sizes batches of few rows and of many."""
+    """For each function: how many kernels one row compiles, and how many all sizes of small and large batches do."""
     launches = Launches(build=False)
     triton.knobs.runtime.jit_cache_hook = launches
     counts: dict[str, list[int]] = {}
@@ -147,7 +149,7 @@ def main() -> None:
         raise RuntimeError("TRITON_INTERPRET is 1, expected another process: the interpreter compiles nothing")
     driver.set_active(Driver())
     backend.choose = lambda device, dtype: ("triton", "as on a GPU")
-    entry._device = logprob._device = lambda device: ("cuda", 132)
+    entry._device = lambda device: ("cuda", 132)
     print(json.dumps({"compile": compiled_calls, "batches": batches}[sys.argv[1]]()))
 
 

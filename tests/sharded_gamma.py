@@ -21,7 +21,7 @@ def samples():
     return 3 * log_pi - 400, log_mu - 400, reward, mask
 
 
-def figures(part: slice, group) -> list[float]:
+def outcomes(part: slice, group) -> list[float]:
     """Everything that is summed over a group, from one process's shard."""
     log_pi, log_mu, reward, mask = (x[part] for x in samples())
     loss, metrics = is_reshape.is_reshape_loss(log_pi, log_mu, reward, mask=mask, group=group, reduction="sum")
@@ -39,7 +39,7 @@ def run(rank: int, store: str, results) -> None:
     for size, cuts in CUTS.items():
         group = dist.new_group(list(range(size)))
         if rank < size:
-            found[size] = figures(slice(cuts[rank], cuts[rank + 1]), group)
+            found[size] = outcomes(slice(cuts[rank], cuts[rank + 1]), group)
     results.put((rank, found))
     dist.destroy_process_group()
 

@@ -16,7 +16,7 @@ CUT_VOCAB = 16_500
 
 
 def rows() -> tuple[torch.Tensor, torch.Tensor]:
-    """Usual rows, far and near ones, masks, and every status."""
+    """Usual, far and near rows, masks, and every status."""
     g = torch.Generator().manual_seed(0)
     theta, t = (3 * torch.randn(2, 12, VOCAB, generator=g)).unbind(0)
     t[1] = theta[1] + 0.01 * torch.randn(VOCAB, generator=g)  # narrow
@@ -57,8 +57,8 @@ def tokens() -> torch.Tensor:
     return torch.tensor([0, 7_000, 7_001, 8_192, 8_193, 8_194, 16_999, 17_000, 19_999, -100, VOCAB, -1])
 
 
-def figures(theta: torch.Tensor, t: torch.Tensor, group=None, part: slice = slice(None)) -> dict:
-    """Everything that takes a group, with and without one."""
+def outcomes(theta: torch.Tensor, t: torch.Tensor, group=None, part: slice = slice(None)) -> dict:
+    """The results of every function that takes a group, with or without one."""
     local = theta[:, part], t[:, part]
     found: dict = {"double": ost.solve(*(x.double() for x in local), diagnostics=True, group=group)}
     for name, law in options().items():
@@ -91,7 +91,7 @@ class Counted:
 
 
 def collectives(part: slice, group) -> dict[str, int]:
-    """Of one call on ordinary rows, the one that compares shapes included."""
+    """The collectives of one call on ordinary rows, including the one that compares shapes."""
     g = torch.Generator().manual_seed(1)
     theta, t = torch.randn(2, 8, VOCAB, generator=g)[..., part].unbind(0)
     zipf = (-torch.arange(1, VOCAB + 1.0).log())[part]
@@ -110,7 +110,7 @@ def collectives(part: slice, group) -> dict[str, int]:
 
 
 def errors(part: slice, group) -> dict[str, str]:
-    """What each process says where arguments are wrong in all, in the last one alone, or not the same in all."""
+    """What each process says if arguments are wrong in all, wrong only in the last one, or different."""
     theta, t = (x[:, part] for x in rows())
     rank = dist.get_rank(group)
     last = rank == dist.get_world_size(group) - 1
@@ -151,7 +151,7 @@ def run(rank: int, store: str, results) -> None:
         group = dist.new_group(list(range(size)))
         if rank < size:
             part = slice(cuts[rank], cuts[rank + 1])
-            found[size] = figures(theta, t, group, part)
+            found[size] = outcomes(theta, t, group, part)
             found[size, "collectives"] = collectives(part, group)
             found[size, "errors"] = errors(part, group)
     results.put((rank, pickle.dumps(found)))

@@ -46,7 +46,7 @@ OPTIONS = {
     "max_iter is a string": (TypeError, "max_iter", {"max_iter": "20"}),
     "alpha beyond float32": (ValueError, "alpha", {"alpha": 1e38}),
     "temperature beyond float32": (ValueError, "temperature_t", {"temperature_t": 1e38}),
-}  # fmt: skip
+}
 
 # name: (error, the argument that the message names, the two rows); {t} is the second argument's name
 ROWS = {
@@ -94,11 +94,15 @@ def test_rows(case, function, backend):
 
 
 def test_numbers_of_numpy_are_numbers(device):
-    """What comes out of arrays and configurations: np.float32 is no float, np.int64 no int."""
+    """Numbers from arrays and configurations: np.float32 is not a float, np.int64 is not an int."""
     numbers = {
-        "alpha": np.float32(0.25), "temperature_theta": np.float32(0.5), "temperature_t": np.int64(2),
-        "vocab_size": np.int64(4), "tol": np.float32(1e-4), "max_iter": np.int32(10),
-    }  # fmt: skip
+        "alpha": np.float32(0.25),
+        "temperature_theta": np.float32(0.5),
+        "temperature_t": np.int64(2),
+        "vocab_size": np.int64(4),
+        "tol": np.float32(1e-4),
+        "max_iter": np.int32(10),
+    }
     plain = {name: number.item() for name, number in numbers.items()}
     a = torch.linspace(0, 1, 15, device=device).reshape(3, 5)
     b = torch.linspace(1, 0, 15, device=device).reshape(3, 5).square()
@@ -165,7 +169,7 @@ def test_out(case, backend):
 
 
 def test_out_that_no_matrix_views(backend):
-    """[B, S, V] whose leading dimensions cannot be merged: a copy would not be the caller's tensor."""
+    """[B, S, V] whose leading dimensions cannot be merged: the result would go into a copy."""
     a, b = torch.zeros(2, 3, 5), torch.ones(2, 3, 5)
     out = torch.full((3, 2, 5), torch.nan).transpose(0, 1)
     with pytest.raises(ValueError, match="out") as caught:

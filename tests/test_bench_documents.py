@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench.compiled import bounds, check
-from bench.speed import cases, expected, goals, plot, readme_tables, results, sweeps, table, works
+from bench.speed import cases, expected, goals, page_tables, plot, results, sweeps, table, works
 from optsample_triton import launch
 from tests.bench_runs import CPU, compiled_or_eager, solve_rows  # noqa: F401
 
@@ -76,7 +76,7 @@ def test_a_bound_stands_beside_the_times_of_a_known_gpu(monkeypatch: pytest.Monk
     assert "bound" not in table.render(solve_rows(0.002))
     for rows, cell in ((known, f"0.2 ms | {words} ms |"), (unknown, "0.2 ms | - |")):
         monkeypatch.setattr(results, "read_all", lambda rows=rows: {"GPU": rows})
-        assert cell in readme_tables.filled("<!-- bench: gpu -->\n<!-- /bench -->", "en")
+        assert cell in page_tables.filled("<!-- bench: gpu -->\n<!-- /bench -->")
 
 
 # Committed rows
@@ -97,29 +97,27 @@ def test_committed_rows_hold_the_cpu_cases() -> None:
 # Documents
 
 
-@pytest.mark.parametrize("path", list(readme_tables.TARGETS), ids=lambda path: path.name)
-def test_tables_in_documents_are_those_of_the_results(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    assert {match[2] for match in readme_tables.BLOCK.finditer(text)} == set(readme_tables.BLOCKS)
-    assert readme_tables.filled(text, readme_tables.TARGETS[path]) == text, "run python -m bench.plot"
+def test_tables_in_documents_are_those_of_the_results() -> None:
+    text = page_tables.PAGE.read_text(encoding="utf-8")
+    assert {match[2] for match in page_tables.BLOCK.finditer(text)} == set(page_tables.BLOCKS)
+    assert page_tables.filled(text) == text, "run python -m bench.plot"
 
 
 def test_tables_are_written_where_they_are_marked(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- bench: kernels -->\nold\n<!-- /bench -->\nafter\n", encoding="utf-8")
-    readme_tables.write({page: "en"})
-    table = readme_tables.kernels("en")
+    page_tables.write(page)
+    table = page_tables.kernels()
     assert page.read_text(encoding="utf-8") == f"before\n<!-- bench: kernels -->\n{table}<!-- /bench -->\nafter\n"
 
 
 def test_tables_in_documents_change_with_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
     marked = "<!-- bench: cpu -->\nold\n<!-- /bench -->"
     monkeypatch.setattr(results, "read_all", lambda: {"CPU": solve_rows(0.002)})
-    for language in ("en", "zh"):
-        assert "| `solve` fp32 1 × 50,257 | 50 ms | 2 ms | 25× |" in readme_tables.filled(marked, language)
-        assert "old" not in readme_tables.filled(marked, language)
+    assert "| `solve` fp32 1 × 50,257 | 50 ms | 2 ms | 25× |" in page_tables.filled(marked)
+    assert "old" not in page_tables.filled(marked)
     with pytest.raises(ValueError, match="the marker names the table 'moon'"):
-        readme_tables.filled(marked.replace("cpu", "moon"), "en")
+        page_tables.filled(marked.replace("cpu", "moon"))
 
 
 def test_figures_are_drawn_from_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What only a device can break: repeats, batches of every size, streams side by side, graphs, batches beyond 2^31.
+"""What can fail only on a device: repeats, batches of every size, parallel streams, graphs, batches beyond 2^31.
 
 Without a GPU the same cases run through the interpreter, with few and short rows.
 """
@@ -28,8 +28,8 @@ def _verify(a, b):
 
 
 def _dropin(a, b):
-    q_star, alpha, figures = ost.OptimalSamplingDistribution()(a.float().softmax(-1), b.float().softmax(-1))
-    return q_star, alpha, *(x for x in figures.values() if x.ndim)  # the others are means over the batch
+    q_star, alpha, info = ost.OptimalSamplingDistribution()(a.float().softmax(-1), b.float().softmax(-1))
+    return q_star, alpha, *(x for x in info.values() if x.ndim)  # the others are means over the batch
 
 
 def _gradient(a, b):
@@ -61,7 +61,7 @@ FORWARD = [name for name in WORKS if "gradient" not in name]
 
 
 def rows(dtype, seed=0, count=ROWS, vocab=VOCAB):
-    """Rows of every kind in turn: near and far models, masked tokens, one model twice."""
+    """Rows of every kind in turn: near and far models, masked tokens, identical models."""
     g = torch.Generator(DEVICE).manual_seed(seed)
     a, noise = torch.randn(2, count, vocab, generator=g, device=DEVICE)
     spread = torch.tensor([0.01, 1.0, 6.0], device=DEVICE)[torch.arange(count, device=DEVICE) % 3, None]
@@ -72,14 +72,14 @@ def rows(dtype, seed=0, count=ROWS, vocab=VOCAB):
 
 
 def tensors(results):
-    """The tensors among results, also those of diagnostics."""
+    """The tensors among the results, those of the diagnostics included."""
     for result in results:
         if result is not None:
             yield from result if isinstance(result, tuple) else (result,)
 
 
 def bits(results, count=None):
-    """Of each tensor the first rows' bytes."""
+    """The bytes of each tensor's first rows."""
     flat = (x[:count].reshape(-1).clone(memory_format=torch.contiguous_format) for x in tensors(results))
     return [x.view(torch.uint8) for x in flat]
 
@@ -103,7 +103,7 @@ def test_the_same_bits_every_time_and_in_any_batch(name, dtype):
 
 @pytest.mark.parametrize("name", WORKS)
 def test_streams_side_by_side(name):
-    """Scratch memory of one stream's launch is not that of another's, whatever order they run in."""
+    """Launches on different streams do not share scratch memory, in whatever order they run."""
     batches = [rows(torch.bfloat16, seed, 2 if not NATIVE else 5 + seed) for seed in range(4 if NATIVE else 2)]
     expected = [bits(WORKS[name](a, b)) for a, b in batches]
     streams = [torch.cuda.Stream() if NATIVE else None for _ in batches]
@@ -122,7 +122,7 @@ def test_streams_side_by_side(name):
 
 @pytest.mark.parametrize("name", FORWARD)
 def test_a_graph_follows_its_inputs(name):
-    """What was captured on some rows computes on others that are put in their place."""
+    """A graph captured on some rows computes the results of other rows written over them."""
     a, b = rows(torch.bfloat16, 1, 2)
     others = rows(torch.bfloat16, 2, 2)
     expected = bits(WORKS[name](*others))

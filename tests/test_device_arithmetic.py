@@ -17,8 +17,13 @@ from tests import device_arithmetic
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Operations of floating point whose result NumPy's is not, by the start of their name.
-IMITATED = ("ex2.approx.ftz.f32", "div.full.f32", "fma.rn.", "shfl.sync.",
-            *(f"{name}.{dtype}" for name in ("min", "max") for dtype in ("f32", "f64", "f16", "bf16")))  # fmt: skip
+IMITATED = (
+    "ex2.approx.ftz.f32",
+    "div.full.f32",
+    "fma.rn.",
+    "shfl.sync.",
+    *(f"{name}.{dtype}" for name in ("min", "max") for dtype in ("f32", "f64", "f16", "bf16")),
+)
 # Right to the last digit, or the steps of a float64 logarithm or division that is.
 EXACT = ("add.", "sub.", "mul.", "neg.", "abs.", "cvt.", "div.rn.f64", "sqrt.rn.f64", "rcp.approx.ftz.f64")
 

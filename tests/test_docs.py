@@ -477,8 +477,11 @@ def test_localised_kernels():
         factor = r * kernel
         peaks[name] = (round(factor.max().item(), 3), round(r[factor.argmax()].item(), 3))
     assert peaks == {
-        "gaussian": (1.337, 1.618), "sech2": (1.198, 1.38), "cauchy": (1.207, 1.414), "laplace": (1.0, 1.0),
-    }  # fmt: skip
+        "gaussian": (1.337, 1.618),
+        "sech2": (1.198, 1.38),
+        "cauchy": (1.207, 1.414),
+        "laplace": (1.0, 1.0),
+    }
     at_3 = {name: 3 * kernel[300_000].item() for name, kernel in kernels.items()}
     assert min(at_3, key=at_3.get) == "sech2"
     assert at_3["sech2"] == pytest.approx(0.212, abs=5e-4)

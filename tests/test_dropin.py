@@ -13,13 +13,29 @@ from tests.tolerances import TOLERANCES
 
 MARGIN = TOLERANCES["dropin_margin", torch.float32].atol
 NAMES = [
-    "OptimalSamplingDistribution", "effective_sample_size", "entropy", "geometric_mean", "kl_divergence",
-    "optimal_sampling_distribution", "solve_kl_symmetry", "solve_kl_symmetry_batch",
-]  # fmt: skip
+    "OptimalSamplingDistribution",
+    "effective_sample_size",
+    "entropy",
+    "geometric_mean",
+    "kl_divergence",
+    "optimal_sampling_distribution",
+    "solve_kl_symmetry",
+    "solve_kl_symmetry_batch",
+]
 INFO = [
-    "alpha", "kl_theta", "kl_t", "kl_diff", "kl_symmetry_error", "ess_theta", "ess_t", "ess_ratio",
-    "entropy_theta", "entropy_t", "entropy_q", "converged",
-]  # fmt: skip
+    "alpha",
+    "kl_theta",
+    "kl_t",
+    "kl_diff",
+    "kl_symmetry_error",
+    "ess_theta",
+    "ess_t",
+    "ess_ratio",
+    "entropy_theta",
+    "entropy_t",
+    "entropy_q",
+    "converged",
+]
 METHODS = ["kl_symmetry", "ess_balance", "entropy", "fixed"]
 
 
@@ -97,7 +113,7 @@ def test_rows_with_zeros(backend, device):
 
 
 def test_identical_rows(backend, device):
-    """The listing ends at 4.8e-7, a tie going down at every step; here it is 1/2. q* is the same."""
+    """The listing ends at 4.8e-7, since a tie goes down at every step; here alpha is 1/2. q* is the same."""
     p = random_pairs(100, 2.0)[0][:4]
     compare((p, p), device, alpha_too=False)
     _, alpha, info = ost.OptimalSamplingDistribution()(p.to(device), p.to(device))
@@ -305,7 +321,7 @@ def run_snippet(module, device, capsys):
 
 
 def test_only_the_import_changes(capsys, device, monkeypatch):
-    if device == "cuda":  # arrays of NumPy lie on the CPU, where a backend asked for by name refuses them
+    if device == "cuda":  # NumPy arrays are on the CPU, where OPTSAMPLE_BACKEND=triton refuses them
         monkeypatch.setenv("OPTSAMPLE_BACKEND", "auto")
     ours, info, balanced, printed = run_snippet("optsample_triton", device, capsys)
     theirs, their_info, their_balanced, expected = run_snippet("reference", device, capsys)

@@ -45,7 +45,7 @@ def test_closed_form(rho_min, std):
 
 
 def test_moments_do_not_cancel():
-    """Log-ratios of long sequences: a mean far beyond the deviation, where sums of squares would lose it."""
+    """Log-ratios of long sequences: the mean is so far beyond the deviation that sums of squares would lose it."""
     log_w = normal(1000, std=1e-3) - 1e5
     moments = is_reshape.moments(log_w)
     assert moments.sigma_sq.item() == pytest.approx(log_w.var().item(), rel=1e-6)
@@ -104,7 +104,7 @@ def test_prediction_holds_for_normal_log_weights():
 
 
 def test_renyi_identity_of_a_sample():
-    """A sample that is the law itself: every token as often as mu has it."""
+    """A sample that equals the distribution: every token as often as its probability under mu."""
     counts = torch.tensor([50, 30, 15, 5])
     mu, pi = counts.double() / 100, torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
     log_w = (pi.log() - mu.log()).repeat_interleave(counts)
@@ -119,7 +119,7 @@ def test_renyi_identity_of_a_sample():
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
-    """Results of four gloo processes, by rank and size of the group."""
+    """The results of four gloo processes, by rank and size of the group."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [
         sys.executable,
@@ -134,14 +134,14 @@ def processes(tmp_path_factory):
 
 
 def test_sharding_changes_nothing(processes):
-    """gamma*, the exact gamma, the moment, ESS and metrics; the sums of losses add up to the whole's."""
-    whole = sharded_gamma.figures(slice(0, 60), None)
+    """gamma*, the exact gamma, the moment, ESS and metrics agree; the losses add up to the whole's."""
+    whole = sharded_gamma.outcomes(slice(0, 60), None)
     assert 0 < whole[1] < 1
     for size in (1, 2, 4):
         ranks = [processes[rank][str(size)] for rank in range(size)]
-        assert all(figures[1:] == ranks[0][1:] for figures in ranks)  # bitwise: every process takes the same step
+        assert all(own[1:] == ranks[0][1:] for own in ranks)  # bitwise: every process takes the same step
         assert ranks[0][1:] == pytest.approx(whole[1:], rel=1e-7)
-        assert sum(figures[0] for figures in ranks) == pytest.approx(whole[0], rel=1e-5)
+        assert sum(own[0] for own in ranks) == pytest.approx(whole[0], rel=1e-5)
 
 
 # Diagnosis
@@ -177,7 +177,7 @@ arviz_stats = pytest.mark.skipif(sys.version_info < (3, 11), reason="arviz-stats
 @arviz_stats
 @pytest.mark.parametrize("k", [0.3, 0.5, 0.95])
 def test_psis_finds_the_tail_index(k):
-    """The right tail: with the sign the wrong way round k would come out below 0."""
+    """The right tail is fitted: with the wrong sign, k would be below 0."""
     log_w = heavy_tail(k)
     smoothed, k_hat = is_reshape.psis(log_w)
     assert k_hat == pytest.approx(k, abs=0.1)
@@ -249,7 +249,7 @@ def test_nan_is_passed_on(n):
     for gamma in (is_reshape.gamma_star(log_w), is_reshape.gamma_exact(log_w), is_reshape.moments(log_w).sigma_sq):
         assert math.isnan(gamma.item())
     for function in (is_reshape.diagnose, is_reshape.robust_gamma):
-        with pytest.raises(ValueError, match=rf"^log_w must hold numbers where it counts, but 1 of {n} are NaN$"):
+        with pytest.raises(ValueError, match=rf"^log_w must not be NaN where it counts, but 1 of {n} are NaN$"):
             function(log_w)
     kept = ~log_w.isnan()
     assert is_reshape.gamma_exact(log_w, mask=kept).item() == is_reshape.gamma_exact(log_w[kept]).item()

@@ -1,4 +1,4 @@
-"""The README's loop: sample from between two models, reward, step. It learns what it is rewarded for."""
+"""The README's loop: sample from between two models, reward, step. The policy learns what is rewarded."""
 
 import math
 import re

@@ -10,8 +10,8 @@ from torch.autograd import gradcheck
 
 import optsample_triton as ost
 from optsample_triton import is_reshape
-from optsample_triton.is_reshape.kernels import NAMES
 from optsample_triton.is_reshape.ratios import LOG_RATIO_BOUND
+from optsample_triton.is_reshape.reshaping import NAMES
 from reference import localized_kernels, truth
 from tests.tolerances import assert_within
 from tests.waits import NeverWaits
@@ -71,7 +71,7 @@ def test_against_truth(gamma, kernel, dtype):
 @pytest.mark.parametrize("kernel", NAMES)
 @pytest.mark.parametrize("gamma", [0.0, 1e-12, 0.3, 1.0])
 def test_the_gradient_is_the_theorys(gamma, kernel):
-    """-A g(r)/n to 1e-9, at r = 1 and near a kernel's kink or edge too, against closed forms and autograd of f."""
+    """-A g(r)/n to 1e-9 against closed forms and autograd of f, also at r = 1 and near a kernel's kink or edge."""
     log_pi, log_mu, reward, _ = samples((40,))
     log_mu[:3] = log_pi[:3]
     log_mu[3:6] = log_pi[3:6] - math.log(1.7)  # r = 1 + width
@@ -102,7 +102,7 @@ def test_gradcheck(kernel):
     st.sampled_from(NAMES), st.floats(0, 1), st.floats(0.05, 5), st.lists(st.floats(-30, 30), min_size=1, max_size=8)
 )
 def test_properties(kernel, gamma, width, log_r):
-    """f(1) = 0, f rises where g > 0, f at most r - 1 plus rounding for the powers, and the closed form is the slope."""
+    """f(1) = 0; f rises where g > 0; powers are at most r - 1 plus rounding; the closed form is the slope."""
     log_r = torch.tensor(log_r, dtype=torch.float64)
     f = is_reshape.reshaped_ratio(log_r, gamma, kernel, width)
     g = is_reshape.gradient_weight(log_r, gamma, kernel, width)
@@ -137,7 +137,7 @@ def test_gamma_1_is_importance_weighted_rl():
 
 @pytest.mark.parametrize("kernel", NAMES)
 def test_on_policy_every_member_is_reinforce(kernel):
-    """log_pi given as log_mu too: the ratio's denominator is a constant, and the gradient must not cancel."""
+    """log_pi passed as log_mu too: the ratio's denominator is a constant, so the gradient must not cancel."""
     log_pi, _, reward, _ = samples()
     for gamma in ("auto", "exact", 0.0, 0.5, 1.0):
         slope = gradient(lambda x, g=gamma: ost.is_reshape_loss(x, x, reward, gamma=g, kernel=kernel)[0], log_pi)
@@ -151,10 +151,12 @@ def test_no_switch_at_small_gamma():
     """One formula: 1e-30, 1e-13 and 0 give the same loss and gradient."""
     log_pi, log_mu, reward, _ = samples(dtype=torch.float32)
     values = [
-        (ost.is_reshape_loss(log_pi, log_mu, reward, gamma=gamma)[0], gradient(
-            lambda x, g=gamma: ost.is_reshape_loss(x, log_mu, reward, gamma=g)[0], log_pi))
+        (
+            ost.is_reshape_loss(log_pi, log_mu, reward, gamma=gamma)[0],
+            gradient(lambda x, g=gamma: ost.is_reshape_loss(x, log_mu, reward, gamma=g)[0], log_pi),
+        )
         for gamma in (0.0, 1e-30, 1e-13)
-    ]  # fmt: skip
+    ]
     for loss, slope in values[1:]:
         torch.testing.assert_close(loss, values[0][0])
         torch.testing.assert_close(slope, values[0][1])
@@ -186,8 +188,12 @@ def test_a_mask_that_selects_nothing(gamma, level):
     assert loss.item() == 0.0
     assert bool((gradient(lambda x: ost.is_reshape_loss(x, log_mu, 1.0, **options)[0], log_pi) == 0).all())
     assert {name: value.item() for name, value in metrics.items()} == {
-        "gamma": 0.5 if gamma == 0.5 else 1.0, "ess": 0.0, "ess_ratio": 0.0, "sigma_sq": 0.0, "max_weight": 0.0,
-    }  # fmt: skip
+        "gamma": 0.5 if gamma == 0.5 else 1.0,
+        "ess": 0.0,
+        "ess_ratio": 0.0,
+        "sigma_sq": 0.0,
+        "max_weight": 0.0,
+    }
     empty, _ = ost.is_reshape_loss(log_pi[:0], log_mu[:0], 1.0, gamma=gamma, level=level)
     assert empty.item() == 0.0
 
@@ -199,7 +205,7 @@ def test_a_mask_that_selects_nothing(gamma, level):
 @pytest.mark.parametrize("kernel", NAMES)
 @pytest.mark.parametrize("gamma", ["auto", "exact", 0.0, 0.3, 1.0])
 def test_far_ratios_are_finite(gamma, kernel, dtype):
-    """Overflowing weights and tokens of probability 0 under one of the two: finite losses, gradients and metrics."""
+    """Overflowing weights, and tokens of probability 0 under one model: finite losses, gradients and metrics."""
     log_pi = torch.tensor([-1.0, 0.0, -1e5, -torch.inf, -3.0, -2.0], dtype=dtype)
     log_mu = torch.tensor([-1.5, -1e5, 0.0, -2.0, -torch.inf, -700.0], dtype=dtype)
     for reward in (1.0, -2.0):
@@ -241,8 +247,10 @@ def test_gamma_is_always_a_constant():
         _, metrics = ost.is_reshape_loss(log_pi, log_mu, reward, gamma=gamma, mask=mask)
         fixed = metrics["gamma"].item()
         assert 0 < fixed < 1
-        slopes = [gradient(lambda x, g=g: ost.is_reshape_loss(x, log_mu, reward, gamma=g, mask=mask)[0], log_pi)
-                  for g in (gamma, fixed)]  # fmt: skip
+        slopes = [
+            gradient(lambda x, g=g: ost.is_reshape_loss(x, log_mu, reward, gamma=g, mask=mask)[0], log_pi)
+            for g in (gamma, fixed)
+        ]
         torch.testing.assert_close(*slopes)
     trainable = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
     loss, _ = ost.is_reshape_loss(log_pi.requires_grad_(), log_mu, reward, gamma=trainable)
@@ -270,12 +278,16 @@ def test_gamma_per_token():
 def test_gammas_per_token_are_the_documents():
     log_r, _, advantage, _ = samples()
     for found, expected in (
-        (is_reshape.gamma_from_correctness(log_r, advantage, 0.2, 0.8, 0.5),
-         localized_kernels.gamma_from_correctness(log_r, advantage, 0.2, 0.8, 0.5)),
+        (
+            is_reshape.gamma_from_correctness(log_r, advantage, 0.2, 0.8, 0.5),
+            localized_kernels.gamma_from_correctness(log_r, advantage, 0.2, 0.8, 0.5),
+        ),
         (is_reshape.gamma_from_magnitude(advantage, 3.0), localized_kernels.gamma_from_magnitude(advantage, 3.0)),
-        (is_reshape.gamma_combined(log_r, advantage, 2.0, 0.3),
-         localized_kernels.gamma_combined(log_r, advantage, 2.0, 0.3)),
-    ):  # fmt: skip
+        (
+            is_reshape.gamma_combined(log_r, advantage, 2.0, 0.3),
+            localized_kernels.gamma_combined(log_r, advantage, 2.0, 0.3),
+        ),
+    ):
         torch.testing.assert_close(found, expected)
     leaf = log_r.clone().requires_grad_()
     assert not is_reshape.gamma_combined(leaf, advantage).requires_grad
@@ -322,7 +334,7 @@ def test_compiled_whole(gamma):
 
 
 def test_from_logits(backend, device):
-    """The coefficient meets (softmax - onehot) in one write, in place or not; what is ignored is masked."""
+    """coefficient * (softmax - onehot) is written once, in place or not; ignored tokens are masked."""
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 3, 1100, generator=g).to(device)
     tokens, reward = (
@@ -356,11 +368,16 @@ def test_from_logits(backend, device):
 
 @pytest.mark.parametrize(
     ("dtype", "gamma", "reward"),
-    [(torch.float32, 6e-39, 1.0), (torch.float32, 1e-36, 1000.0), (torch.float32, 1e-13, 1e6),
-     (torch.float64, 1e-320, 1.0), (torch.float64, 1e-22, 1e6)],
-)  # fmt: skip
+    [
+        (torch.float32, 6e-39, 1.0),
+        (torch.float32, 1e-36, 1000.0),
+        (torch.float32, 1e-13, 1e6),
+        (torch.float64, 1e-320, 1.0),
+        (torch.float64, 1e-22, 1e6),
+    ],
+)
 def test_a_tiny_gamma_is_likelihood(dtype, gamma, reward):
-    """f = log r and g = 1 to rounding, up to the largest ratios, and never an infinity of upstream/gamma."""
+    """f = log r and g = 1 up to rounding and the largest ratios; dividing by gamma never gives infinity."""
     log_r = torch.tensor([8.8, 0.1, -1e6, 1e6, 0.0], dtype=dtype, requires_grad=True)
     value = is_reshape.reshaped_ratio(log_r, gamma)
     torch.testing.assert_close(value.detach(), log_r.detach(), rtol=2 * torch.finfo(dtype).eps, atol=0.0)
@@ -372,7 +389,7 @@ def test_a_tiny_gamma_is_likelihood(dtype, gamma, reward):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("kernel", is_reshape.KERNELS)
 def test_a_token_that_neither_model_has(kernel, dtype):
-    """log r = 0 of probabilities that are both 0: the value of r = 1 and no gradient; under one model alone, held."""
+    """Probability 0 under both models: the value of r = 1 and no gradient; under one model only: the bound."""
     log_pi = torch.tensor([-math.inf, -math.inf, -1.0, -2.0], dtype=dtype)
     log_mu = torch.tensor([-math.inf, -1.0, -math.inf, -2.0], dtype=dtype)
     for gamma in (0.0, 0.5, 1.0, "auto", "exact"):
@@ -388,7 +405,7 @@ def test_a_token_that_neither_model_has(kernel, dtype):
 
 @pytest.mark.parametrize("kernel", [name for name in is_reshape.KERNELS if name != "power"])
 def test_a_tensor_of_widths(kernel):
-    """Each row has its own; what is no width is held in the range instead of giving NaN."""
+    """Each row has its own width; an invalid one is clamped to the allowed range instead of giving NaN."""
     g = torch.Generator().manual_seed(0)
     log_pi, log_mu = torch.randn(2, 3, 7, generator=g)
     widths = torch.tensor([[0.5], [1.0], [2.0]], dtype=torch.float64)

@@ -110,7 +110,7 @@ def test_presets_are_members_of_the_family():
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_on_policy_and_far_ratios(name):
-    """log_mu given as log_pi itself is a constant; ratios that overflow give finite losses and gradients."""
+    """log_pi passed as log_mu is a constant; overflowing ratios give finite losses and gradients."""
     log_pi, _, advantage = samples()
     preset = is_reshape.PRESETS[name]
     slope = gradient(lambda x: preset.loss(x, x, advantage), log_pi)

@@ -97,14 +97,22 @@ def test_rewards_must_be_positive_where_their_logarithm_is_taken(bad):
 
 @pytest.mark.parametrize(
     ("name", "change"),
-    [("gamma", {"gamma": 1.1}), ("gamma", {"gamma": -0.1}), ("gamma", {"gamma": math.nan}), ("tau", {"tau": 0.0}),
-     ("tau", {"tau": math.inf}), ("tau", {"tau": "1.0"}), ("tau", {"tau": None}),
-     ("mu", {"mu": torch.tensor([0.5, 0.6, -0.1, 0.0, 0.0, 0.0], dtype=torch.float64)}),
-     ("mu", {"mu": torch.zeros(6, dtype=torch.float64)}), ("mu", {"mu": torch.full((6,), torch.nan).double()}),
-     ("reward", {"reward": torch.tensor([1.0, 1.0, math.inf, 1.0, 1.0, 1.0], dtype=torch.float64)}),
-     ("reward", {"gamma": 1.0, "reward": torch.tensor([1.0, 1.0, math.nan, 1.0, 1.0, 1.0], dtype=torch.float64)}),
-     ("reward", {"reward": torch.ones(5, dtype=torch.float64)})],
-)  # fmt: skip
+    [
+        ("gamma", {"gamma": 1.1}),
+        ("gamma", {"gamma": -0.1}),
+        ("gamma", {"gamma": math.nan}),
+        ("tau", {"tau": 0.0}),
+        ("tau", {"tau": math.inf}),
+        ("tau", {"tau": "1.0"}),
+        ("tau", {"tau": None}),
+        ("mu", {"mu": torch.tensor([0.5, 0.6, -0.1, 0.0, 0.0, 0.0], dtype=torch.float64)}),
+        ("mu", {"mu": torch.zeros(6, dtype=torch.float64)}),
+        ("mu", {"mu": torch.full((6,), torch.nan).double()}),
+        ("reward", {"reward": torch.tensor([1.0, 1.0, math.inf, 1.0, 1.0, 1.0], dtype=torch.float64)}),
+        ("reward", {"gamma": 1.0, "reward": torch.tensor([1.0, 1.0, math.nan, 1.0, 1.0, 1.0], dtype=torch.float64)}),
+        ("reward", {"reward": torch.ones(5, dtype=torch.float64)}),
+    ],
+)
 def test_wrong_arguments(name, change):
     mu, _, reward = laws((6,))
     with pytest.raises(ValueError, match=f"^{name} must") as caught:

@@ -22,7 +22,7 @@ class Categorical(torch.nn.Module):
 
 
 def trainers(std=1.0):
-    """Ours and the listing's, with equal models."""
+    """Our trainer and the listing's, with equal models."""
     logits = std * torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return [
         kind(Categorical(logits[0]), Categorical(logits[1]))
@@ -57,10 +57,10 @@ def test_compute_loss(rewarded, std, batch):
     for trainer in trainers(std):
         loss, metrics = trainer.compute_loss(*arguments)
         results.append((loss, torch.autograd.grad(loss, trainer.model.logits)[0], metrics))
-    (loss, slope, metrics), (expected, right, figures) = results
+    (loss, slope, metrics), (expected, right, listed) = results
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(slope, right)
-    assert {name: pytest.approx(value) for name, value in figures.items()} == metrics
+    assert {name: pytest.approx(value) for name, value in listed.items()} == metrics
     assert all(isinstance(value, float) for value in metrics.values())
 
 
@@ -89,7 +89,7 @@ def test_steps_agree(batch):
 
 
 def test_anything_with_log_prob(batch):
-    """A reference that is no module; it needs no parameters to freeze."""
+    """A reference model that is not a module and has no parameters to freeze."""
 
     class Uniform:
         def log_prob(self, y, x):

@@ -1,4 +1,4 @@
-"""Triton's own front end takes the launches, without a GPU, and few kernels serve batches of all sizes."""
+"""Triton's own front end accepts the launches, without a GPU, and few kernels serve batches of all sizes."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def launches(question):
 
 
 def test_the_front_end_takes_every_launch():
-    """Also those where a count of rows, tokens or programs is 1, which Triton makes a constant of."""
+    """Also if a count of rows, tokens or programs is 1, which Triton turns into a constant."""
     answer = launches("compile")
     assert answer["errors"] == []
     assert answer["calls"] == 60
@@ -32,7 +32,7 @@ def test_the_front_end_takes_every_launch():
 
 
 def test_a_batch_of_another_size_compiles_nothing():
-    """In serving a compilation costs seconds: one row, few, which share programs, and many have one kernel each."""
+    """A compilation costs seconds of serving: so one row, few (split) rows and many rows have one kernel each."""
     answer = launches("batches")
     backward = ("gradient", "token_logprobs")
     expected = {name: [2, 2, 2] if name.startswith(backward) else [1, 1, 1] for name in answer["batches"]}

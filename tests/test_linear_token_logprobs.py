@@ -12,7 +12,7 @@ from tests.tolerances import assert_within
 
 
 def layer(device="cpu", dtype=torch.float32, n=5, width=16, vocab=1100):
-    """Small integers, so that every dtype holds the logits exactly and only the law and its gradient are compared."""
+    """Small integers: every dtype holds the logits exactly, so only the log-probabilities and gradients can differ."""
     g = torch.Generator().manual_seed(0)
     hidden = torch.randint(-2, 3, (n, width), generator=g) / 4
     weight = torch.randint(-2, 3, (vocab, width), generator=g) / 2
@@ -91,7 +91,7 @@ def test_opcheck_of_backward(needed, backend, device):
 
 
 def test_memory(backend, device, interpreted):
-    """[N, V] never exists: the extra memory is that of one chunk, whatever N is, and the gradients."""
+    """[N, V] is never allocated: beside the gradients, the extra memory is one chunk, for any N."""
     vocab, width, chunk = 8192, 8, 8
     peaks = {}
     for n in (16, 32) if interpreted else (16, 64):
@@ -109,7 +109,7 @@ def test_memory(backend, device, interpreted):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_memory_of_a_wide_layer(dtype, backend, device):
-    """Beside the gradients: in 16 bits the sum of the weight's in float32, and what a block and a chunk need."""
+    """Beside the gradients, a block and a chunk; for 16-bit weights also a float32 sum of the weight's gradient."""
     vocab, width, chunk, n = 16384, 128, 4, 8
     (hidden, weight, _), tokens = layer(device, dtype, n=n, width=width, vocab=vocab)
 

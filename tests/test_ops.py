@@ -13,11 +13,25 @@ from tests.waits import NeverWaits
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 GRADED = [
-    "random std 1", "random std 8", "zipf, std 1", "zipf, std 4", "sharp against soft", "bimodal, unequal",
-    "near-delta 0.99, uniform", "tops differ 0.9999", "same top 0.9999", "same top 0.999999",
-    "nearly identical 1e-1", "nearly identical 1e-3", "nearly identical zipf 1e-3", "masked, theta", "masked, both",
-    "V=2", "V=17", "every status",
-]  # fmt: skip
+    "random std 1",
+    "random std 8",
+    "zipf, std 1",
+    "zipf, std 4",
+    "sharp against soft",
+    "bimodal, unequal",
+    "near-delta 0.99, uniform",
+    "tops differ 0.9999",
+    "same top 0.9999",
+    "same top 0.999999",
+    "nearly identical 1e-1",
+    "nearly identical 1e-3",
+    "nearly identical zipf 1e-3",
+    "masked, theta",
+    "masked, both",
+    "V=2",
+    "V=17",
+    "every status",
+]
 
 
 def rows(shape, device, dtype=torch.float32, seed=0):
@@ -31,7 +45,7 @@ def op_arguments(a, b, *, alpha=None, temperatures=(None, None), method="kl_symm
 
 @pytest.fixture(params=["eager float32", "eager float64", "triton float32"])
 def setting(request, monkeypatch):
-    """device and dtype, with the backend chosen: float64 is the eager path's alone."""
+    """device and dtype, with the backend chosen: only the eager path supports float64."""
     name, dtype = request.param.split()
     monkeypatch.setenv("OPTSAMPLE_BACKEND", name)
     native = torch.cuda.is_available() and not backend.interpreter_on()
@@ -77,9 +91,9 @@ def test_opcheck_of_solve_backward(method, setting):
     assert set(result.values()) == {"SUCCESS"}
 
 
-def draw_arguments(a, b, *, seeds=None, cooling=None):
+def draw_arguments(a, b, *, seeds=None, inverse=None):
     problem = (a, b, None, None, None, "kl_symmetry", "chernoff", 1e-4, 20, -1.0)
-    return (*problem, 7, 3, seeds, None, seeds is None, cooling, cooling)
+    return (*problem, 7, 3, seeds, None, seeds is None, inverse, inverse)
 
 
 @pytest.mark.parametrize("variant", ["plain", "seeds", "filtered"])
@@ -89,7 +103,7 @@ def test_opcheck_of_sample(variant, setting):
     options = {
         "plain": {},
         "seeds": {"seeds": torch.arange(2, device=device)},
-        "filtered": {"cooling": torch.tensor([0.5, 0.9], device=device, dtype=dtype)},
+        "filtered": {"inverse": torch.tensor([0.5, 0.9], device=device, dtype=dtype)},
     }[variant]
     arguments = (*draw_arguments(a, b, **options), 3)
     result = torch.library.opcheck(torch.ops.optsample.sample.default, arguments, test_utils=CHECKS)
@@ -219,7 +233,7 @@ def test_gradcheck_with_temperatures(name, eager):
 @pytest.mark.parametrize("method", ["kl_symmetry", "ess_balance", "entropy"])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_gradcheck_with_masks_and_padding(name, method, eager):
-    """The masked entries and the padding are constants; what depends on them has no gradient."""
+    """Masked entries and padding are constants and have no gradient."""
     mask_theta = torch.tensor([[0, 1, 0, 0, 0, 0, 0], [1, 0, 0, 0, 1, 0, 0]]).bool()
     mask_t = torch.tensor([[0, 0, 0, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0]]).bool()
 
@@ -262,7 +276,7 @@ def test_a_gradient_has_none_of_its_own(function, setting):
     device, dtype = setting
     a, b = (x.requires_grad_() for x in rows((2, 9), device, dtype))
     (gradient,) = torch.autograd.grad(function(a, b).sum(), a, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"^the gradient of solve and log_q has no gradient of its own"):
+    with pytest.raises(RuntimeError, match=r"^the gradient of solve and log_q cannot be differentiated again"):
         gradient.sum().backward()
 
 
@@ -308,9 +322,13 @@ def test_alpha_gradient_of_other_methods(name, method, device, interpreted, monk
 
 
 OPTIONS = [
-    {}, {"detach_alpha": True}, {"alpha": 1.5}, {"temperature_t": 0.6},
-    {"method": "ess_balance", "temperature_theta": 1.4}, {"method": "entropy", "temperature_t": 0.6},
-]  # fmt: skip
+    {},
+    {"detach_alpha": True},
+    {"alpha": 1.5},
+    {"temperature_t": 0.6},
+    {"method": "ess_balance", "temperature_theta": 1.4},
+    {"method": "entropy", "temperature_t": 0.6},
+]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -444,7 +462,7 @@ def test_the_watch_for_synchronisation_works():
 
 
 def test_graph_capture(monkeypatch):
-    """A captured solve follows its inputs; on a CPU two calls in a row must agree with new inputs just as well."""
+    """A captured solve follows its inputs. On a CPU, two calls in a row must follow new inputs too."""
     monkeypatch.setenv("OPTSAMPLE_BACKEND", "triton")
     device = "cpu" if backend.interpreter_on() else "cuda"
     a, b = rows((2, 9), device)

@@ -1,4 +1,4 @@
-"""optsample analyze: measured values against the same from whole arrays, bounded memory, two documents that agree."""
+"""optsample analyze: its values against those from whole arrays, bounded memory, two documents that agree."""
 
 import importlib.util
 import json
@@ -21,29 +21,48 @@ FIGURES = ["alpha", "positions", "ess-ratio", "kl-symmetry", "weight-tails", "ac
 
 
 def record(number: int, rng: np.random.Generator, *, exact: bool = True, tokens: int | None = None) -> dict:
-    """A line as generate writes it, with figures that lie in and out of the bands."""
+    """A line as generate writes it, with values inside and outside the bands."""
     n = int(rng.integers(1, 30)) if tokens is None else tokens
     alpha = rng.beta(8, 8, n)
     ess = rng.uniform(0.3, 1.0, n)
     kl = rng.exponential(0.2, n)
     made = {
-        "kl_theta": kl, "kl_t": kl + rng.normal(0, 0.03, n), "ess_theta": ess,
-        "ess_t": ess * np.exp(rng.normal(0, 0.15, n)), "overlap_theta": rng.uniform(0.5, 1, n),
+        "kl_theta": kl,
+        "kl_t": kl + rng.normal(0, 0.03, n),
+        "ess_theta": ess,
+        "ess_t": ess * np.exp(rng.normal(0, 0.15, n)),
+        "overlap_theta": rng.uniform(0.5, 1, n),
         "overlap_t": rng.uniform(0.5, 1, n),
-    }  # fmt: skip
+    }
     log_q = -rng.exponential(1.0, n)
     log_theta, log_t = log_q + rng.normal(-0.1, 0.4, n), log_q + rng.normal(-0.1, 0.4, n)
     return {
-        "id": f"{number:032x}", "line": number, "prompt_id": f"{number:032x}", "row": number, "repeat": 0,
+        "id": f"{number:032x}",
+        "line": number,
+        "prompt_id": f"{number:032x}",
+        "row": number,
+        "repeat": 0,
         "answer": None,
-        "finish_reason": "stop" if number % 3 else "length", "num_tokens": n, "mean_alpha": alpha.mean(),
-        "kl_theta": made["kl_theta"].sum(), "kl_t": made["kl_t"].sum(), "ess_theta": made["ess_theta"].mean(),
-        "ess_t": made["ess_t"].mean(), "ess_ratio": made["ess_theta"].mean() / made["ess_t"].mean(),
-        "log_w_theta": (log_theta - log_q).sum(), "log_w_t": (log_t - log_q).sum(),
-        "num_tested": 5 if exact else None, "num_accepted": 4 if exact else None, "tokens": [7] * n, "status": [0] * n,
-        "alpha": alpha.tolist(), "log_theta": log_theta.tolist(), "log_t": log_t.tolist(), "log_q": log_q.tolist(),
+        "finish_reason": "stop" if number % 3 else "length",
+        "num_tokens": n,
+        "mean_alpha": alpha.mean(),
+        "kl_theta": made["kl_theta"].sum(),
+        "kl_t": made["kl_t"].sum(),
+        "ess_theta": made["ess_theta"].mean(),
+        "ess_t": made["ess_t"].mean(),
+        "ess_ratio": made["ess_theta"].mean() / made["ess_t"].mean(),
+        "log_w_theta": (log_theta - log_q).sum(),
+        "log_w_t": (log_t - log_q).sum(),
+        "num_tested": 5 if exact else None,
+        "num_accepted": 4 if exact else None,
+        "tokens": [7] * n,
+        "status": [0] * n,
+        "alpha": alpha.tolist(),
+        "log_theta": log_theta.tolist(),
+        "log_t": log_t.tolist(),
+        "log_q": log_q.tolist(),
         **{f"token_{name}": made[name].tolist() if exact else None for name in EXACT},
-    }  # fmt: skip
+    }
 
 
 def written(folder: Path, records: list[dict], tail: bytes = b"") -> Path:
@@ -135,8 +154,8 @@ def test_one_sample_of_one_token(tmp_path: Path) -> None:
     assert report.tally.tokens == 1
 
 
-def test_figures_without_a_value(tmp_path: Path) -> None:
-    """generate writes null where a figure has no value, for instance where no token is allowed by both models."""
+def test_diagnostics_without_a_value(tmp_path: Path) -> None:
+    """generate writes null for a value that does not exist, for instance if no token is allowed by both models."""
     rng = np.random.default_rng(3)
     records = [record(k, rng, tokens=3) for k in range(6)]
     for name in ("alpha", "token_ess_theta", "token_kl_t"):
@@ -158,15 +177,15 @@ def test_nothing_but_nulls(tmp_path: Path) -> None:
     assert [criterion.met for criterion in report.criteria] == [None] * 3
 
 
-def test_lines_that_are_no_records_are_left_out(records: list[dict], tmp_path: Path) -> None:
+def test_lines_that_are_not_records_are_skipped(records: list[dict], tmp_path: Path) -> None:
     tail = b'{"id": 3}\n[1]\n{"torn": '
     report = analyze(written(tmp_path, records[:10], tail), tmp_path / "analysis")
     assert (report.tally.samples, report.tally.skipped) == (10, 3)
-    assert "3 lines were no records" in report.markdown.read_text()
+    assert "3 lines were not records" in report.markdown.read_text()
 
 
 def test_a_record_counts_whole_or_not_at_all(records: list[dict], tmp_path: Path) -> None:
-    """Lines that are records but for one thing, as another program or a damaged disk may leave them."""
+    """Lines with a single fault, as another program or a damaged disk may leave them."""
     names = ["finish_reason", "status", "log_q", "token_kl_t", "ess_ratio", "num_tested", "num_tokens", "line"]
     bad = [{name: value for name, value in records[5].items() if name != missing} for missing in names]
     odd = (
@@ -193,7 +212,7 @@ def test_a_record_counts_whole_or_not_at_all(records: list[dict], tmp_path: Path
 
 
 def test_models_that_are_infinitely_far_apart_miss_the_criteria(tmp_path: Path) -> None:
-    """generate writes null for an infinite KL; a position without a balance is not one that has it."""
+    """generate writes null for an infinite KL; such a position does not meet the criterion."""
     rng = np.random.default_rng(5)
     records = [record(k, rng, tokens=4) for k in range(10)]
     for r in records:
@@ -244,7 +263,7 @@ def test_memory_does_not_grow_with_the_file(records: list[dict], tmp_path: Path)
 
 
 def test_a_reservoir_is_a_fair_part() -> None:
-    """Every place of the stream is kept as often as any other."""
+    """Every place of the stream is equally likely to be kept."""
     stream = np.arange(1000.0)[:, None]
     counts = np.zeros(1000)
     for seed in range(300):

@@ -88,7 +88,7 @@ def test_underscores_are_dashes() -> None:
         ({"min_p": 1.5}, "min_p must be between"),
         ({"top_p": 0.0}, "top_p must be in"),
         ({"speculative": 2, "top_k": 5}, "speculative goes with"),
-        ({"prompt_field": "a", "prompt_template": "{a}"}, "say the same thing twice"),
+        ({"prompt_field": "a", "prompt_template": "{a}"}, "both choose the prompt"),
         ({"resume": True, "overwrite": True}, "give one of them"),
         ({"ray": True, "backend": "vllm"}, "ray goes with the hf backend"),
         ({"alpha_method": "fixed", "alpha": math.nan}, "alpha must be finite"),
@@ -98,7 +98,7 @@ def test_underscores_are_dashes() -> None:
         ({"stop": ("\udcff",)}, "stop must be UTF-8"),
         ({"dataset": "d\udcff.jsonl"}, "dataset must be UTF-8"),
         ({"output": "./d.jsonl", "overwrite": True}, "output must be another file than dataset"),
-        ({"dataset": "o.rejected.jsonl"}, r"o\.rejected\.jsonl would be written over"),
+        ({"dataset": "o.rejected.jsonl"}, r"o\.rejected\.jsonl would be overwritten"),
         ({"output": "b/o.jsonl"}, "output must not lie in the directory of model_t"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Names of models: by content, so that weights which training has moved are others, wherever they lie."""
+"""Names of models depend on content: trained weights get another name, a moved directory keeps its name."""
 
 import shutil
 from pathlib import Path
@@ -18,7 +18,7 @@ def folder(path: Path, weights: bytes) -> Path:
 
 
 def test_a_change_inside_of_large_weights_is_seen(tmp_path: Path) -> None:
-    """A layer in the middle that was trained on, with both ends of the file as they were."""
+    """Training changed a layer in the middle of the file, not its ends."""
     weights = np.random.default_rng(0).bytes(SIZE)
     name = model_identity(str(folder(tmp_path / "a", weights)), None)
     for k, start in enumerate(range(0, SIZE, SIZE // 16)):

@@ -1,4 +1,4 @@
-"""Files of a run after a kill at any moment: whatever was on the disk, going on gives the bytes of an unbroken run."""
+"""Files of a run after a kill at any moment: whatever is on the disk, resuming gives the bytes of an unbroken run."""
 
 import os
 import resource
@@ -26,13 +26,13 @@ def paths(folder: Path) -> dict[str, Path]:
 
 
 def lines(batch: int) -> dict[str, bytes]:
-    """What batch k adds: the first has nothing for one file, as batches without rejected rows have."""
+    """What batch k adds. The first adds nothing to one file, like a batch without rejected rows."""
     parts = {name: f'{{"{name}":{batch},"text":"ü{"x" * batch}"}}\n'.encode() for name in FILES}
     return parts if batch else {"chat": parts["chat"]}
 
 
 def write(folder: Path, *, stop: int = BATCHES, header: dict | None = None, resume: bool = True) -> int:
-    """Go on from what is there; returns how many batches were there."""
+    """Resume; return how many batches were committed before."""
     with Journal(folder / "journal", paths(folder), header or HEADER, resume=resume) as journal:
         first = journal.state["batches"] if journal.state else 0
         for batch in range(first, stop):
@@ -86,7 +86,7 @@ def test_every_kill_is_mended(unbroken: dict[str, bytes], tmp_path: Path) -> Non
 @settings(max_examples=15)
 @given(junk=st.lists(st.binary(max_size=40), min_size=3, max_size=3), stop=st.integers(1, BATCHES))
 def test_whatever_stands_behind_the_last_commit_is_dropped(junk, stop, unbroken, tmp_path_factory) -> None:
-    """A crashed machine may leave anything behind what was brought to the disk."""
+    """A crashed machine may leave anything after the synced bytes."""
     folder = tmp_path_factory.mktemp("junk")
     write(folder, stop=stop)
     for path, tail in zip(sorted(folder.iterdir()), junk, strict=True):
@@ -108,7 +108,7 @@ def test_going_on_needs_the_same_configuration(tmp_path: Path) -> None:
 def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
     write(tmp_path, stop=2)
     before = contents(tmp_path)
-    with pytest.raises(PipelineError, match="--resume to go on"):
+    with pytest.raises(PipelineError, match="--resume to continue"):
         write(tmp_path, resume=False)
     assert contents(tmp_path) == before
     with Journal(tmp_path / "journal", paths(tmp_path), {"seed": 3}, overwrite=True) as journal:
@@ -132,10 +132,10 @@ def test_a_run_without_a_commit_may_begin_again_with_other_options(tmp_path: Pat
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_another_runs_file_does_not_stay_beside_this_ones(resume: bool, tmp_path: Path) -> None:
-    """Diagnostics of a run that is overwritten by one without would pass for its own."""
+    """A run without diagnostics must delete those of the run that it overwrites."""
     stale = tmp_path / "stale.jsonl"
     stale.write_text("old\n")
-    with pytest.raises(PipelineError, match=r"stale\.jsonl is there, but nothing in .*journal tells of it"):
+    with pytest.raises(PipelineError, match=r"stale\.jsonl is there, but not in .*journal"):
         Journal(tmp_path / "journal", paths(tmp_path), HEADER, resume=resume, stale=[stale])
     assert stale.read_text() == "old\n"
     Journal(tmp_path / "journal", paths(tmp_path), HEADER, overwrite=True, stale=[stale]).close()
@@ -143,7 +143,7 @@ def test_another_runs_file_does_not_stay_beside_this_ones(resume: bool, tmp_path
 
 
 def test_data_is_on_the_disk_before_the_commit_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine that goes down may keep any of what was not synced, so the order of the calls is the whole promise."""
+    """A crash may keep or lose anything that was not synced, so the order of the calls must be right."""
     with Journal(tmp_path / "journal", paths(tmp_path), HEADER) as journal:
         names = {file.fileno(): name for name, file in (*journal._files.items(), ("journal", journal._journal))}
         synced: list[tuple[str, dict[str, int]]] = []
@@ -198,12 +198,12 @@ def test_two_writers_do_not_meet(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_one_sentence_and_nothing_is_lost(unbroken: dict[str, bytes], tmp_path: Path) -> None:
-    """A limit on the size of files stops the system's own write in the middle of a batch."""
+    """A limit on file sizes makes a write fail in the middle of a batch."""
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(unbroken["journal"]) - 10, before[1]))
-        with pytest.raises(PipelineError, match=r"cannot write .*; what is committed is safe, go on with --resume"):
+        with pytest.raises(PipelineError, match=r"cannot write .*; what is committed is safe, continue with --resume"):
             write(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -213,7 +213,7 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_lost(unbroken: dict[str, byt
 
 
 def test_no_space_left(tmp_path: Path) -> None:
-    """The device that is always full gives the error that a full disk gives."""
+    """/dev/full gives the error of a full disk."""
     os.symlink("/dev/full", tmp_path / "chat.jsonl")
     with pytest.raises(PipelineError, match=r"cannot write .*chat\.jsonl: No space left on device"):
         write(tmp_path)

@@ -1,4 +1,4 @@
-"""Datasets as people have them: which columns are the prompt, and bad rows that stop nothing."""
+"""Datasets of the usual formats: which columns are the prompt, and bad rows, which do not stop a run."""
 
 import gzip
 import json
@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from optsample_triton.pipeline import PipelineError
+from optsample_triton.pipeline.dataset import Reject, read
 from optsample_triton.pipeline.prompts import Prompt, adapt, choose
-from optsample_triton.pipeline.rows import Reject, read
 
 SHAREGPT = [
     {"from": "system", "value": "Be brief."},
@@ -33,13 +33,14 @@ PUBLISHED = {
     "UltraChat": ({"prompt": "One?", "prompt_id": "0", "messages": CHAT}, "Two?", "2"),
     "UltraFeedback": (
         {"prompt": "One?", "prompt_id": "0", "chosen": CHAT, "rejected": CHAT, "messages": CHAT[:2]},
-        "One?", "1",
+        "One?",
+        "1",
     ),
     "TRL's conversational prompts": ({"prompt": CHAT[:1], "completion": CHAT[1:2]}, "One?", None),
     "prompt and answer": ({"prompt": "p", "answer": 42}, "p", "42"),
     "plain text": ({"text": "Once upon"}, "Once upon", None),
     "one column": ({"whatever": "w"}, "w", None),
-}  # fmt: skip
+}
 
 
 def prompt_of(row: dict, **options: str) -> Prompt | Reject:
@@ -57,8 +58,9 @@ def test_published_datasets(name: str) -> None:
 
 def test_a_conversation_keeps_what_comes_before() -> None:
     assert prompt_of({"conversations": SHAREGPT}).messages == [
-        {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"},
-    ]  # fmt: skip
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+    ]
     assert [m["content"] for m in prompt_of({"messages": CHAT}).messages] == ["One?", "1", "Two?"]
 
 
@@ -158,9 +160,14 @@ def test_bad_lines_are_rows_of_their_own(tmp_path: Path) -> None:
     )
     rows = list(read(str(path)))
     assert [row.reason if isinstance(row, Reject) else row for row in rows] == [
-        {"prompt": "a"}, "undecodable", "undecodable", "malformed", {"text": "text alone"}, {"prompt": "b"},
+        {"prompt": "a"},
         "undecodable",
-    ]  # fmt: skip
+        "undecodable",
+        "malformed",
+        {"text": "text alone"},
+        {"prompt": "b"},
+        "undecodable",
+    ]
     assert "line 2 is not JSON" in rows[1].message
     assert "line 3 is not UTF-8" in rows[2].message
 
@@ -171,8 +178,12 @@ def test_bad_records_of_a_table(tmp_path: Path) -> None:
     adapter = choose(["prompt", "answer"])[1]
     found = [row if isinstance(row, Reject) else adapt(adapter, row) for row in read(str(path))]
     assert [x.reason if isinstance(x, Reject) else x.messages[0]["content"] for x in found] == [
-        "a", "malformed", "malformed", "undecodable", "e",
-    ]  # fmt: skip
+        "a",
+        "malformed",
+        "malformed",
+        "undecodable",
+        "e",
+    ]
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "present.docx"])
@@ -194,8 +205,11 @@ def test_a_return_inside_a_field_costs_its_record_alone(tmp_path: Path) -> None:
     path.write_bytes(b'prompt,answer\na,1\nb\rc,2\n"d\re",3\nf,4\n')
     rows = list(read(str(path)))
     assert [row.reason if isinstance(row, Reject) else row["prompt"] for row in rows] == [
-        "a", "undecodable", "d\re", "f",
-    ]  # fmt: skip
+        "a",
+        "undecodable",
+        "d\re",
+        "f",
+    ]
     assert "record 2 cannot be read" in rows[1].message
     path.write_bytes(b"prompt\ranswer\na,1\n")
     with pytest.raises(PipelineError, match="cannot be read further"):
@@ -204,7 +218,7 @@ def test_a_return_inside_a_field_costs_its_record_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["cut.jsonl.gz", "changed.csv.gz", "deep.json"])
 def test_a_dataset_that_ends_in_the_middle_is_said(name: str, tmp_path: Path) -> None:
-    """Rows before the damage come; then one sentence rather than another library's exception."""
+    """Rows before the damage are read; then comes one sentence and not another library's exception."""
     path = tmp_path / name
     whole = gzip.compress(b"".join(b'{"prompt": "%d"}\n' % (k * k) for k in range(9000)))
     if "deep" in name:
@@ -221,7 +235,7 @@ def test_a_dataset_that_ends_in_the_middle_is_said(name: str, tmp_path: Path) ->
 
 
 def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
-    """The memory of a process is a file whose first page gives an error, for anybody."""
+    """/proc/self/mem is a file whose first page cannot be read by anyone."""
     path = tmp_path / "a.jsonl"
     path.symlink_to("/proc/self/mem")
     with pytest.raises(PipelineError, match=r"cannot be read further: .*Input/output error"):

@@ -1,4 +1,4 @@
-"""What is written of a sample, where figures are infinite or nothing at all."""
+"""What is written of a sample whose diagnostics are infinite or missing."""
 
 import json
 from pathlib import Path
@@ -9,16 +9,16 @@ import pytest
 from optsample_triton.pipeline.analysis.tally import read
 from optsample_triton.pipeline.progress import Progress
 from optsample_triton.pipeline.prompts import Prompt
-from optsample_triton.pipeline.records import DRAWN, EXACT, Completion, Sample, diagnostics_line
+from optsample_triton.pipeline.records import DRAWN, EXACT, Completion, PlannedSample, diagnostics_line
 from optsample_triton.types import Status
 
-SAMPLE = Sample("0" * 32, "1" * 32, 0, 0, Prompt([{"role": "user", "content": "?"}], None))
+SAMPLE = PlannedSample("0" * 32, "1" * 32, 0, 0, Prompt([{"role": "user", "content": "?"}], None))
 
 
-def completion(tokens: int, *, exact: bool = True, **figures: list[float]) -> Completion:
-    """Ordinary tokens, but for the figures that are named."""
+def completion(tokens: int, *, exact: bool = True, **given: list[float]) -> Completion:
+    """Ordinary tokens, except for the diagnostics that are given."""
     usual = dict.fromkeys(DRAWN, -0.5) | (dict.fromkeys(EXACT, 0.5) if exact else {}) | {"alpha": 0.5}
-    arrays = {k: np.array(figures.get(k, [v] * tokens), dtype=np.float32) for k, v in usual.items()}
+    arrays = {k: np.array(given.get(k, [v] * tokens), dtype=np.float32) for k, v in usual.items()}
     return Completion([3] * tokens, "x", "length", [Status.DISJOINT] * tokens, arrays)
 
 
@@ -29,34 +29,35 @@ def record(made: Completion) -> dict:
 def test_one_disjoint_token_is_written() -> None:
     """All mass of pi_t is elsewhere: no ESS, an infinite KL, and no ratio."""
     inf = np.inf
-    figures = record(completion(1, log_t=[-inf], kl_t=[inf], ess_t=[0.0], overlap_t=[0.0]))
-    assert (figures["ess_t"], figures["ess_theta"]) == (0.0, 0.5)
-    assert [figures[name] for name in ("ess_ratio", "kl_t", "log_w_t")] == [None] * 3
-    assert figures["kl_theta"] == 0.5
+    line = record(completion(1, log_t=[-inf], kl_t=[inf], ess_t=[0.0], overlap_t=[0.0]))
+    assert (line["ess_t"], line["ess_theta"]) == (0.0, 0.5)
+    assert [line[name] for name in ("ess_ratio", "kl_t", "log_w_t")] == [None] * 3
+    assert line["kl_theta"] == 0.5
 
 
 @pytest.mark.parametrize("bad", [np.inf, np.nan])
 def test_an_infinite_token_makes_the_sum_infinite(bad: float) -> None:
-    figures = record(completion(2, kl_t=[bad, 1.0]))
-    assert figures["kl_t"] is None
-    assert figures["kl_theta"] == 1.0
-    assert figures["token_kl_t"] == [None, 1.0]
+    line = record(completion(2, kl_t=[bad, 1.0]))
+    assert line["kl_t"] is None
+    assert line["kl_theta"] == 1.0
+    assert line["token_kl_t"] == [None, 1.0]
 
 
 def test_weights_that_underflow_have_no_ess() -> None:
-    """Without the whole vocabulary ESS is one over the mean squared weight, which may be 0."""
+    """Without exact diagnostics ESS is one over the mean squared weight, which may be 0."""
     for log_t in ([-np.inf, -np.inf], [-1e4, -2e4]):
         made = completion(2, exact=False, log_t=log_t)
-        figures = record(made)
-        assert (figures["ess_t"], figures["ess_ratio"]) == (None, None)
-        assert figures["ess_theta"] == 1.0
+        line = record(made)
+        assert (line["ess_t"], line["ess_ratio"]) == (None, None)
+        assert line["ess_theta"] == 1.0
         progress = Progress(None, 0, 30.0)
-        progress.add([made._replace(figures=made.figures | {"log_theta": made.figures["log_t"]})], 0)
+        changed = made.diagnostics | {"log_theta": made.diagnostics["log_t"]}
+        progress.add([made._replace(diagnostics=changed)], 0)
         progress.close()
 
 
 def test_the_report_takes_them(tmp_path: Path) -> None:
-    """Either model may be the one that gives nothing, next to an ordinary answer."""
+    """Either model may give the drawn token no mass, beside an ordinary answer."""
     inf = np.inf
     answers = [
         completion(1, log_t=[-inf], kl_t=[inf], ess_t=[0.0], overlap_t=[0.0]),

@@ -1,4 +1,4 @@
-"""What the documents say and what is right, as figures. docs/theory.md tells the story of each."""
+"""What the documents say and what is right, as numbers. docs/theory.md explains each."""
 
 import math
 

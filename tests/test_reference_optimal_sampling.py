@@ -40,9 +40,19 @@ def test_the_documents_importance_weight_at_the_example():
 def test_info_has_the_documents_keys():
     _, _, info = reference.OptimalSamplingDistribution()(*TWO_POINT)
     assert list(info) == [
-        "alpha", "kl_theta", "kl_t", "kl_diff", "kl_symmetry_error", "ess_theta", "ess_t", "ess_ratio",
-        "entropy_theta", "entropy_t", "entropy_q", "converged",
-    ]  # fmt: skip
+        "alpha",
+        "kl_theta",
+        "kl_t",
+        "kl_diff",
+        "kl_symmetry_error",
+        "ess_theta",
+        "ess_t",
+        "ess_ratio",
+        "entropy_theta",
+        "entropy_t",
+        "entropy_q",
+        "converged",
+    ]
 
 
 def test_kl_symmetry_holds_to_the_documents_accuracy():

@@ -1,4 +1,4 @@
-"""sample(): the law, the log-probabilities, the randomness, and rows of every kind."""
+"""sample(): its distribution (the law), its log-probabilities, its randomness, and rows of every kind."""
 
 import math
 
@@ -11,7 +11,8 @@ from scipy import stats
 import optsample_triton as ost
 from optsample_triton import Status, launch
 from optsample_triton.eager import random as philox
-from optsample_triton.eager.sample import pick
+from optsample_triton.eager.draw import pick
+from optsample_triton.numerics import Stream
 from reference import truth
 from tests import cases
 from tests.test_solve_properties import wild_rows
@@ -19,9 +20,18 @@ from tests.tolerances import assert_within
 
 ALL = [case for case in cases.CASES if case.name not in ("huge 1e30", "huge 3e38")]
 KINDS = [
-    "zipf, std 1", "random std 8", "tops differ 0.9999", "same top 0.999", "masked, theta", "masked, 20 tokens left",
-    "identical", "nearly disjoint, gap 30", "every status", "V=1", "V=17",
-]  # fmt: skip
+    "zipf, std 1",
+    "random std 8",
+    "tops differ 0.9999",
+    "same top 0.999",
+    "masked, theta",
+    "masked, 20 tokens left",
+    "identical",
+    "nearly disjoint, gap 30",
+    "every status",
+    "V=1",
+    "V=17",
+]
 
 
 def ids(case):
@@ -36,12 +46,12 @@ def small_chunks(monkeypatch):
 
 
 def at(values, token):
-    """Of values [N, V] those of tokens [N] or [N, S]."""
+    """The values [N, V] at tokens [N] or [N, S]."""
     return values.gather(1, token.clamp(min=0).view(values.shape[0], token[:1].numel() or 1)).view(token.shape)
 
 
 def pvalue(token, law, least=20.0):
-    """Chi-square of one row's tokens against its law [V]: the likeliest tokens alone, the tail in bins."""
+    """Chi-square of one row's tokens against its law [V]: a bin for each of the likeliest tokens, the tail in bins."""
     count = token.numel()
     observed = torch.bincount(token.reshape(-1).cpu(), minlength=law.shape[0]).double()
     expected = law * count
@@ -52,7 +62,7 @@ def pvalue(token, law, least=20.0):
     sums = [
         torch.zeros(int(bins.max()) + 1, dtype=torch.float64).index_add(0, bins, x[order]) for x in (expected, observed)
     ]
-    # The last bin may be short of what a bin should hold: it goes to the one before.
+    # The last bin may be too small; then it joins the one before.
     usable = sums[0] > 5.0
     expected, observed = (torch.cat([x[usable], x[~usable].sum()[None]]) for x in sums)
     if float(expected[-1]) <= 5.0:
@@ -82,7 +92,7 @@ def test_philox_against_published_vectors():
 def test_uniforms_have_53_bits():
     count = torch.arange(200_000)
     zero = torch.zeros((), dtype=torch.int64)
-    for u in philox.uniforms(zero + 5, zero, zero, count, philox.PLACE):
+    for u in philox.uniforms(zero + 5, zero, zero, count, Stream.PLACE):
         assert bool(((u >= 0) & (u < 1)).all())
         assert stats.kstest(u.numpy(), "uniform").pvalue > 1e-3
         assert bool((u * 2.0**53 == (u * 2.0**53).round()).all())
@@ -97,14 +107,14 @@ def test_the_kernels_have_the_same_numbers(seed):
     for offset, group in ((0, 0), (2**40 + 1, 3), (-7, 2**31 - 1)):
         found = drawing.numbers(seed, offset, group, device)
         key, count, index = (torch.tensor(value) for value in (seed, offset, group))
-        for stream in range(5):
+        for stream in Stream:
             expected = philox.uniforms(key, count, index, torch.arange(drawing.DRAWS), stream)
             assert found[stream].cpu().equal(torch.stack(expected))
 
 
 def test_the_streams_differ():
     zero, count = torch.zeros((), dtype=torch.int64), torch.arange(50_000)
-    streams = [u for stream in range(5) for u in philox.uniforms(zero, zero, zero, count, stream)]
+    streams = [u for stream in Stream for u in philox.uniforms(zero, zero, zero, count, stream)]
     table = torch.stack(streams)
     assert table.unique().numel() == table.numel()
     correlation = torch.corrcoef(table) - torch.eye(len(streams), dtype=torch.float64)
@@ -123,7 +133,7 @@ def test_pick_reaches_the_last_bit_and_no_empty_place():
 
 @pytest.mark.parametrize("case", ALL, ids=ids)
 def test_every_case(case, device, interpreted):
-    """alpha within its tolerance, a token that q* has, and all three log-probabilities at the reported alpha."""
+    """alpha is within its tolerance, the token has q* > 0, and all three log-probabilities fit the reported alpha."""
     whole = case.family in ("invalid", "identical", "disjoint", "one token")
     a, b = (x[: None if whole or not interpreted else 1] for x in case.logits(device=device))
     drawn = ost.sample(a, b, seed=11)
@@ -165,7 +175,7 @@ def test_dtypes(dtype, device, interpreted):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_both_backends_draw_the_same_tokens(name, small_chunks, monkeypatch):
-    """Same numbers, same law: only a uniform within rounding of a boundary could tell them apart."""
+    """The same uniforms and law give the same token, unless a uniform lies within rounding of a boundary."""
     native = torch.cuda.is_available()
     a, b = (x[: None if name == "every status" else 2] for x in cases.by_name(name).logits())
     drawn = []
@@ -196,7 +206,7 @@ def test_importance_weights(backend, device):
 
 @pytest.mark.parametrize("name", ["zipf, std 1, V=50257", "zipf, std 2, V=151936"])
 def test_the_law_of_whole_vocabularies(name, backend, device, interpreted):
-    """With the next test over a million draws; under the interpreter a few, where the kernels run without a GPU."""
+    """Over a million draws together with the next test; only a few under the interpreter."""
     a, b = (x[:1] for x in cases.by_name(name).logits(device=device))
     drawn = ost.sample(a, b, seed=1, num_samples=512 if interpreted else 500_000)
     law = truth.sample_law(a.cpu(), b.cpu(), alpha=drawn.alpha[:, 0].cpu())
@@ -214,13 +224,21 @@ def test_the_law_over_several_chunks(name, small_chunks, device, interpreted):
 @pytest.mark.parametrize(
     "options",
     [
-        {"alpha": 0.0}, {"alpha": 1.0}, {"alpha": 0.4}, {"alpha": 1.5}, {"method": "ess_balance"},
-        {"method": "entropy"}, {"temperature": 0.7}, {"temperature": 3.0}, {"min_p": 0.05},
+        {"alpha": 0.0},
+        {"alpha": 1.0},
+        {"alpha": 0.4},
+        {"alpha": 1.5},
+        {"method": "ess_balance"},
+        {"method": "entropy"},
+        {"temperature": 0.7},
+        {"temperature": 3.0},
+        {"min_p": 0.05},
         {"temperature": 0.5, "min_p": 0.2},
-        {"temperature_theta": 0.5, "temperature_t": 2.0}, {"vocab_size": 700},
+        {"temperature_theta": 0.5, "temperature_t": 2.0},
+        {"vocab_size": 700},
     ],
     ids=str,
-)  # fmt: skip
+)
 @pytest.mark.parametrize("name", ["zipf, std 2", "masked, theta"])
 def test_the_law_with_options(name, options, small_chunks, device, interpreted):
     a, b = (x[:1] for x in cases.by_name(name).logits(device=device))
@@ -242,15 +260,18 @@ def test_temperature_and_min_p_per_row(backend, device):
     drawn = ost.sample(a, b, seed=4, temperature=temperature.to(device), min_p=min_p.to(device), num_samples=8)
     for k in range(3):
         law = truth.sample_law(
-            a[k : k + 1].cpu(), b[k : k + 1].cpu(), alpha=drawn.alpha[k : k + 1, 0].cpu(),
-            temperature=float(temperature[k]), min_p=float(min_p[k]),
-        )  # fmt: skip
+            a[k : k + 1].cpu(),
+            b[k : k + 1].cpu(),
+            alpha=drawn.alpha[k : k + 1, 0].cpu(),
+            temperature=float(temperature[k]),
+            min_p=float(min_p[k]),
+        )
         assert_within(drawn.log_q[k : k + 1], at(law.log(), drawn.token[k : k + 1].cpu()), "log_q")
     assert bool((drawn.token[1] == truth.log_q(a[1].cpu(), b[1].cpu()).argmax()).all())
 
 
 def test_tail_tokens_of_known_mass(monkeypatch):
-    """18 tokens of 1e-5 to 3e-4 beside one that has nearly everything: the sampler may not lose or double any."""
+    """18 tokens of 1e-5 to 3e-4 beside one with nearly all mass: the sampler may not lose or double any."""
     monkeypatch.setenv("OPTSAMPLE_BACKEND", "eager")
     vocab, draws = 3000, 1_000_000
     where = torch.linspace(100, 2900, 18).long()
@@ -267,7 +288,7 @@ def test_tail_tokens_of_known_mass(monkeypatch):
 
 
 def test_a_tail_below_24_bits_is_reached(small_chunks, backend, device):
-    """A chunk of mass 2^-60 is drawn from by its own weights, once its turn comes."""
+    """Once a chunk of mass 2^-60 is chosen, its token is drawn by its own weights."""
     row = torch.full((1, 512), -math.inf)
     row[0, 3], row[0, 300:303] = 0.0, torch.tensor([0.25, 0.5, 0.25]).log() - 60 * math.log(2.0)
     row = row.to(device)
@@ -300,7 +321,7 @@ def test_a_masked_token_never_comes(name, small_chunks, device, interpreted):
 
 @pytest.mark.parametrize("name", [case.name for case in cases.CASES if case.realistic and "V=" not in case.name])
 def test_interpolated_masses_are_within_their_bound(name, small_chunks, monkeypatch):
-    """What the kernels draw chunks from without another sweep: total variation within the estimate, and rounding."""
+    """The chunk masses that the kernels interpolate: total variation within their estimate plus rounding."""
     drawing = pytest.importorskip("tests.draw_kernels")
     monkeypatch.setenv("OPTSAMPLE_BACKEND", "triton")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -315,12 +336,12 @@ def test_interpolated_masses_are_within_their_bound(name, small_chunks, monkeypa
     rounding = 8 * 2.0**-24  # a node's weight is the product of eight rounded exps
     assert bool((apart <= misplaced.cpu() + rounding).all()), (apart, misplaced)
     if name.startswith(("zipf, std 0.5", "zipf, std 1", "zipf, std 2", "bimodal", "same top", "masked")):
-        assert bool((misplaced.cpu() <= 1e-6).all()), misplaced  # another sweep would be a waste
+        assert bool((misplaced.cpu() <= 1e-6).all()), misplaced  # no other sweep is needed
 
 
 @pytest.mark.parametrize("min_p", [1.0, math.exp(-1.25), 0.5])
 def test_a_threshold_that_tokens_lie_at(min_p, backend, device, interpreted):
-    """Logits on a grid tie with each other and with the threshold: what is drawn has mass, and is never masked."""
+    """Logits on a grid tie with each other and with the threshold: drawn tokens have mass and are never masked."""
     g = torch.Generator().manual_seed(0)
     a, b = ((4 * torch.randn(12 if interpreted else 200, 300, generator=g)).round() / 4 + 30 for _ in range(2))
     a[:, 0] = -math.inf
@@ -350,7 +371,7 @@ def test_numbers_that_mean_nothing_make_a_row_invalid(backend, device):
 
 
 def test_tokens_that_no_node_sees(small_chunks, backend, device):
-    """Beyond the models a token may count that is below float32 at every node: no interpolation knows of it."""
+    """For alpha outside [0, 1] a token may matter that is below float32 at every node, so interpolation misses it."""
     a, b = torch.zeros(1, 260), torch.zeros(1, 260)
     a[0, 258], b[0, 258] = -40.0, -100.0
     drawn = ost.sample(a.to(device), b.to(device), seed=0, alpha=2.0, num_samples=32)

@@ -1,4 +1,4 @@
-"""solve, sample and token_logprobs over a vocabulary in parts: the result is that of the whole, in every process."""
+"""solve, sample and token_logprobs over a vocabulary in parts: every process gets the result of the whole."""
 
 import os
 import pickle
@@ -19,10 +19,10 @@ HERE = Path(__file__).resolve().parent
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """By rank, what each process has got; all run at once."""
+    """The results of each process, by rank; all run at once."""
     folder = tmp_path_factory.mktemp("shards")
     script = [sys.executable, str(HERE / "sharded_vocabulary.py"), str(folder / "store"), str(folder / "results")]
-    # A script's own folder comes first on its path, not the one that it is started in.
+    # The path starts with the script's own folder, not with the working directory.
     environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
     done = subprocess.run(script, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
@@ -33,7 +33,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 def whole() -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OPTSAMPLE_BACKEND", "eager")
-        return shards.figures(*shards.rows())
+        return shards.outcomes(*shards.rows())
 
 
 def flat(value) -> list[torch.Tensor]:
@@ -61,7 +61,7 @@ def test_all_processes_hold_the_same_bits(found: list[dict], size: int) -> None:
 def test_solutions_are_those_of_the_whole(found: list[dict], whole: dict, size: int, name: str) -> None:
     ours, theirs = parts(found, size)[0][name], whole[name]
     assert torch.equal(ours.status, theirs.status)
-    # Both solve to the same tolerance, from sums that were rounded in another order.
+    # Both solve to the same tolerance, but their sums are rounded in a different order.
     tolerance = 1e-11 if name == "double" else 2e-6
     torch.testing.assert_close(ours.alpha, theirs.alpha, atol=tolerance, rtol=0.0, equal_nan=True)
     torch.testing.assert_close(ours.log_z, theirs.log_z, atol=tolerance, rtol=tolerance, equal_nan=True)
@@ -80,7 +80,7 @@ def test_every_status_is_among_the_rows(whole: dict) -> None:
 @pytest.mark.parametrize("name", [f"sample {draw}" for draw in shards.samplings()])
 @pytest.mark.parametrize("size", shards.CUTS)
 def test_samples_are_those_of_the_whole(found: list[dict], whole: dict, size: int, name: str) -> None:
-    """The same uniforms go the same way, but for one that falls within rounding of a border."""
+    """The same uniforms give the same tokens, unless one falls within rounding of a border."""
     ours, theirs = parts(found, size)[0][name], whole[name]
     assert torch.equal(ours.status, theirs.status)
     other = ours.token != theirs.token
@@ -89,7 +89,7 @@ def test_samples_are_those_of_the_whole(found: list[dict], whole: dict, size: in
         mine, theirs_ = (getattr(x, field).masked_fill(other, 0.0) for x in (ours, theirs))
         torch.testing.assert_close(mine, theirs_, atol=3e-4, rtol=1e-5, equal_nan=True)
     drawn = ours.token[ours.status != Status.INVALID]
-    if name == "sample many":  # all parts are drawn from, the single token's too where it has mass
+    if name == "sample many":  # every part is drawn from, even that of a single token if it has mass
         edges = torch.tensor(shards.CUTS[size])
         counts = torch.histc(torch.bucketize(drawn.flatten(), edges, right=True).float(), size, 1, size)
         assert (counts > 0).sum() >= size - 1
@@ -108,17 +108,17 @@ def test_token_logprobs_and_gradients_are_those_of_the_whole(found: list[dict], 
 
 @pytest.mark.parametrize("size", shards.CUTS)
 def test_few_collectives(found: list[dict], size: int) -> None:
-    """One compares shapes; a solve gathers once, twice where rows need a second sweep."""
+    """One compares shapes; a solve gathers once, or twice if rows need a second sweep."""
     assert found[0][size, "collectives"] == {"random": 2, "zipf": 3, "sample": 7, "token_logprobs": 2}
 
 
 @pytest.mark.parametrize("size", shards.CUTS)
 def test_what_is_wrong_is_said_by_all(found: list[dict], size: int) -> None:
-    """Also what is wrong in one process alone: the others would wait for it, or compute with what is something else."""
+    """Also if only one process is wrong: the others would wait for it, or compute with different arguments."""
     expected = {
         "vocab_size": "ValueError: vocab_size must be between 1 and the shards' length 20000, but is 20001",
-        "rows": "ValueError: logits must have the same rows in all processes of group",
-        "inplace": "ValueError: inplace_backward does not go with group",
+        "rows": "ValueError: logits must have the same number of rows in all processes of group",
+        "inplace": "ValueError: inplace_backward cannot be combined with group",
         "no columns": "ValueError: logits_theta must have shape [..., V] with V >= 1, but has shape [12, 0]",
         "none to draw": "ValueError: logits_theta must have shape [..., V] with V >= 1, but has shape [12, 0]",
         "none to read": "ValueError: logits must have shape [..., V] with V >= 1, but has shape [12, 0]",
@@ -150,7 +150,7 @@ def test_a_group_needs_torch_distributed() -> None:
 
 
 def test_a_sum_that_overflows_brackets_nothing(device: str) -> None:
-    """The largest logit of one model lies far behind the tokens that place the references."""
+    """The largest logit of one model lies far after the tokens that set the references."""
     theta, t = (x[7].roll(-shards.CUTS[4][2]) for x in shards.rows())
     theta, t = (theta / 0.7).to(device), (t / 2.0).to(device)
     exact = truth.solve(theta[None].cpu(), t[None].cpu())

@@ -1,4 +1,4 @@
-"""solve and log_q on every case against the float64 truth of the inputs as they are after rounding."""
+"""solve and log_q on every case, against the float64 truth of the rounded inputs."""
 
 import functools
 
@@ -11,20 +11,33 @@ from reference import truth
 from tests import cases
 from tests.tolerances import DIAGNOSTICS, assert_within
 
-# From 1e30 on the last digit of a float32 alpha moves all of q*: alpha and finite figures are what can be asked.
+# From 1e30 on, the last digit of a float32 alpha moves all of q*: only alpha and finiteness can be tested.
 # Logits so large, or an alpha so close to 1 beside them, that alpha's last bit moves log q* by hundreds of nats.
 ILL_POSED = ("huge 1e30", "huge 3e38", "close but for a ban")
 WELL_POSED = [case for case in cases.CASES if case.name not in ILL_POSED]
-# float16 knows nothing beyond 65504, so huge rows become INVALID there, in the truth as well.
+# float16 ends at 65504, so huge rows become INVALID in it, in the truth too.
 SMALL = [case for case in cases.CASES if case.make()[0].shape[-1] <= 1000 and case.name not in ILL_POSED]
 SENSIBLE = [
     cases.by_name(name)
     for name in (
-        "random std 1", "random std 8", "zipf, std 1", "zipf, std 4", "sharp against soft", "bimodal, unequal",
-        "near-delta 0.99, uniform", "tops differ 0.99", "same top 0.999", "identical, shifted",
-        "nearly identical 1e-3", "masked, theta", "one common token", "V=1", "V=17", "every status",
+        "random std 1",
+        "random std 8",
+        "zipf, std 1",
+        "zipf, std 4",
+        "sharp against soft",
+        "bimodal, unequal",
+        "near-delta 0.99, uniform",
+        "tops differ 0.99",
+        "same top 0.999",
+        "identical, shifted",
+        "nearly identical 1e-3",
+        "masked, theta",
+        "one common token",
+        "V=1",
+        "V=17",
+        "every status",
     )
-]  # fmt: skip
+]
 
 
 def ids(case):
@@ -37,9 +50,9 @@ def truth_of(name, dtype=torch.float32):
 
 
 def taken(case, algorithm, interpreted):
-    """How many of a case's rows to solve: all, but few where the interpreter runs the kernels.
+    """How many of a case's rows to solve: all, or only a few if the interpreter runs the kernels.
 
-    Most cases draw their rows from one maker; where each row is a thing of its own all are taken.
+    Most cases draw all their rows from one maker. If each row is of a different kind, all are taken.
     """
     if not interpreted or case.family in ("invalid", "identical", "disjoint", "one token", "denormal", "huge"):
         return None
@@ -58,9 +71,9 @@ def assert_solution(solution, expected, label, dtype=None, kl="kl"):
 
 
 def at_reported(solution, a, b, **options):
-    """The truth at the alpha that is reported: a diagnostic is a figure of that q_alpha.
+    """The truth at the reported alpha, since the diagnostics describe that q_alpha.
 
-    Where differences are large, or where psi' is not 0, an alpha within tolerance moves the figures beyond theirs.
+    If differences are large or psi' is not 0, an alpha within its tolerance can move the diagnostics beyond theirs.
     """
     return truth.solve(a, b, alpha=solution.alpha.cpu(), **options)
 
@@ -79,7 +92,7 @@ def test_every_case(case, algorithm, device, interpreted):
     expected = part_of(truth_of(case.name), count)
     assert solution.alpha.dtype == solution.log_z.dtype == torch.float32
     assert_within(solution.alpha, expected.alpha, "alpha")
-    if case.family != "denormal":  # whether such rows are identical is a matter of flushing
+    if case.family != "denormal":  # flushing decides whether such rows are identical
         assert_status(solution, expected)
     assert_within(solution.log_z, expected.log_z, "log_z")
     assert_solution(solution, at_reported(solution, a.cpu(), b.cpu()), algorithm)
@@ -90,7 +103,7 @@ def test_every_case(case, algorithm, device, interpreted):
 @pytest.mark.parametrize("temperature", [0.5, 0.1])
 @pytest.mark.parametrize("models", ["theta", "t", "both"])
 def test_a_finite_mask_at_a_low_temperature(models, temperature, backend, device):
-    """finfo.min / 0.5 is -inf in float32. The token stays in the support; the kernels may give it up and say so."""
+    """finfo.min / 0.5 is -inf in float32. The token stays in the support; the kernels may drop it and say so."""
     a, b = (x[:2].clone() for x in cases.by_name("random std 1").logits(device=device))
     for name, x in (("theta", a), ("t", b)):
         if models in (name, "both"):
@@ -116,7 +129,7 @@ def test_ill_posed_cases(name, algorithm, backend, device):
     assert bool((log_q <= 0).all())
 
 
-# Where one token leads at each alpha, psi is piecewise linear: its lowest corner, by hand, in units of any size.
+# If one token dominates at each alpha, psi is piecewise linear. Its lowest corner, by hand, in units of any size:
 CORNERS = {
     "two tokens": ([2.0, 0.0], [0.0, 1.0], 1 / 3, -2 / 3),
     "the middle is another corner": ([-2.0, -0.5, 1.75], [2.0, 0.5, -6.25], 0.75, -2.0625),
@@ -148,20 +161,20 @@ def test_alpha_far_outside_of_close_rows(alpha, backend, device):
 
 
 def test_huge_logits_beside_masks(backend, device):
-    """The two common tokens are equal, whatever a model holds elsewhere."""
+    """The two common tokens are equal, whatever either model holds elsewhere."""
     huge, none = 3.4e38, -torch.inf
     a, b = torch.tensor([[-huge, -huge, none, huge]]), torch.tensor([[-huge, -huge, none, none]])
     solution = ost.solve(a.to(device), b.to(device))
     assert (solution.status.tolist(), solution.alpha.tolist()) == ([Status.IDENTICAL], [0.5])
     first, second, *others = ost.log_q(a.to(device), b.to(device))[0].tolist()
-    assert first == second  # near log 1/2 where the row's sums can still hold it
+    assert first == second  # near log 1/2 if the row's sums can still represent it
     assert first <= 0
     assert others == [-torch.inf, -torch.inf]
 
 
 @pytest.mark.parametrize("options", [{}, {"alpha": 0.37}, {"algorithm": "bisect"}], ids=str)
 def test_q_of_huge_logits_sums_to_one(options, device):
-    """Beside them psi is rounded by many nats, and two tokens that share the mass show it."""
+    """Beside huge logits psi is rounded by many nats, which shows in two tokens that share the mass."""
     g = torch.Generator().manual_seed(0)
     a, b = (torch.rand(4, 6, generator=g) * torch.tensor([[1e6], [1e9], [1e21], [3e38]]) for _ in range(2))
     a[:, 1], b[:, 1] = a[:, 0], b[:, 0]
@@ -188,7 +201,7 @@ def test_log_q_of_every_case(case, device, interpreted):
     count = taken(case, "chernoff", interpreted)
     a, b = (x[:count] for x in case.logits(device=device))
     log_q = ost.log_q(a, b)
-    # Huge differences: the rounding of alpha to float32 alone moves q* by more than the tolerance.
+    # Huge differences: rounding alpha to float32 already moves q* by more than the tolerance.
     alpha = ost.solve(a, b).alpha.cpu() if case.family == "huge" else None
     expected = truth.log_q(a.cpu(), b.cpu(), alpha)
     assert log_q.dtype == torch.float32

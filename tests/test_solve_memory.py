@@ -1,4 +1,4 @@
-"""Where rows lie must not matter: layouts, batches, guarded buffers, offsets beyond 2^31; and the memory used."""
+"""The place of rows must not matter: layouts, batches, guarded buffers, offsets beyond 2^31; and the memory used."""
 
 import mmap
 
@@ -28,7 +28,7 @@ def assert_same_bits(one, other, label=""):
 
 @pytest.fixture(params=[1, 3])
 def threads(request, backend):
-    """A row's bits may not depend on how many threads share the eager sums."""
+    """A row's bits must not depend on how many threads share the eager sums."""
     if backend == "triton" and request.param > 1:
         pytest.skip("the kernels know no threads of the host")
     before = torch.get_num_threads()
@@ -84,7 +84,7 @@ def test_a_row_has_the_same_bits_in_any_batch(method, algorithm, threads, device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("algorithm", ["chernoff", "bisect"])
 def test_a_split_row_has_the_same_bits(algorithm, dtype, threads, backend, device):
-    """Few rows share the device: each is then split over several programs, many rows are not."""
+    """With few rows, each is split over several programs; with many rows, none is."""
     kind = "interpreter" if device == "cpu" else "cuda"
     chunk, processors = launch.shape(kind, dtype).chunk, launch.INTERPRETER_PROCESSORS
     if device == "cuda":
@@ -140,7 +140,7 @@ def test_padding_of_out_is_minus_infinity(size, backend, device):
 
 
 def test_results_do_not_depend_on_what_memory_held(backend, device):
-    """Fresh results are written whole: freed blocks full of NaN are handed out again."""
+    """Every element of a new result is written: the allocator reuses freed blocks full of NaN."""
     a, b = cases.by_name("every status").logits(device=device)
     before, log_q = ost.solve(a, b, diagnostics=True), ost.log_q(a, b)
     expected = [bits(getattr(before, name)) for name in FIELDS], bits(log_q)
@@ -225,7 +225,7 @@ STRIDE = 2**30 + 4  # of rows, in elements: the third row starts beyond 2^31
 
 
 def three_rows_apart(device):
-    """A zeroed bf16 buffer with room for three rows STRIDE apart, of which only touched pages exist."""
+    """A zeroed bf16 buffer for three rows STRIDE apart, of which only touched pages exist."""
     count = 2 * STRIDE + 4096
     if device == "cuda":
         return torch.empty(count, dtype=torch.bfloat16, device=device)
@@ -258,7 +258,7 @@ def peak_memory(work, rows, vocab, device):
     """The most bytes that the work holds at once beyond its arguments, ``rows`` by their leading shape."""
     g = torch.Generator().manual_seed(0)
     a, b = (torch.randn(*rows, vocab, generator=g).to(device) for _ in range(2))
-    work(a[:1], b[:1])  # whatever is set up once
+    work(a[:1], b[:1])  # so that one-time allocations do not count
     return peak_of(work, a, b, device)
 
 
@@ -280,7 +280,7 @@ def test_memory_does_not_grow_with_the_rows_size(work, device, interpreted):
 
 @pytest.mark.parametrize("work", ["solve", "sample"])
 def test_a_slice_of_sequences_is_not_copied(work, device, interpreted):
-    """logits[:, :-1] of [B, S, V] is what losses take: a copy would be as large as the logits."""
+    """Losses use logits[:, :-1] of [B, S, V]: a copy would be as large as the logits."""
     size, vocab = (2, 20000) if interpreted else (16, 32768)
     a, b = torch.randn(2, size, size + 1, vocab, generator=torch.Generator().manual_seed(0)).to(device).unbind(0)
     copies = 4 * 2 * size * size * vocab

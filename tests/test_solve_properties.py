@@ -1,4 +1,4 @@
-"""What holds for every pair of rows, on rows that hypothesis chooses."""
+"""Properties of every pair of rows, on rows that hypothesis chooses."""
 
 import math
 
@@ -152,7 +152,7 @@ def test_a_masked_token_is_a_missing_token(device, examples):
 
 
 def test_the_slope_of_psi_rises(device, examples):
-    """psi'(alpha) = KL(q||pi_t) - KL(q||pi_theta), from rows that differ in alpha alone."""
+    """psi'(alpha) = KL(q||pi_t) - KL(q||pi_theta), on rows that differ only in alpha."""
 
     @examples
     @given(pair=pairs(rows=1))
@@ -171,7 +171,7 @@ def test_the_slope_of_psi_rises(device, examples):
     check()
 
 
-# Any float32 at all, with the values that break arithmetic made frequent.
+# Any float32, with the values that are hard for arithmetic made frequent.
 anything = st.one_of(
     st.floats(-8, 8, width=32),
     st.floats(width=32, allow_nan=True, allow_infinity=True),

@@ -1,4 +1,4 @@
-"""How often the default solver reads a row: its goal is one sweep where its own error estimate allows it."""
+"""How often the default solver reads a row: once, if its own error estimate allows it."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_ordinary_rows_take_one_sweep(std, backend, device):
 
 @pytest.mark.parametrize("max_iter", [1, 2, 3])
 def test_max_iter_bounds_the_steps(max_iter, backend, device):
-    """A row that would need more is left with the best bracketed alpha and says so."""
+    """A row that needs more sweeps keeps the best bracketed alpha and says so in its status."""
     a, b = cases.by_name("near-delta 0.9999, uniform").logits(device=device)
     solution = ost.solve(a, b, max_iter=max_iter, diagnostics=True)
     assert set(solution.status.tolist()) <= {Status.OK, Status.NOT_CONVERGED}

@@ -19,16 +19,32 @@ from tests.waits import NeverWaits
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 NAMES = [
-    "random std 1", "random std 8", "zipf, std 4", "random, shifted by 50 and -70", "near-delta 0.9999, uniform",
-    "same top 0.999999", "nearly disjoint, gap 1000", "masked, theta", "masked, 20 tokens left", "one common token",
-    "V=1", "V=2", "V=17", "huge 1e4", "huge shift 1e4", "huge 1e30", "huge 3e38", "denormal logits",
-    "invalid among good rows", "every status",
-]  # fmt: skip
+    "random std 1",
+    "random std 8",
+    "zipf, std 4",
+    "random, shifted by 50 and -70",
+    "near-delta 0.9999, uniform",
+    "same top 0.999999",
+    "nearly disjoint, gap 1000",
+    "masked, theta",
+    "masked, 20 tokens left",
+    "one common token",
+    "V=1",
+    "V=2",
+    "V=17",
+    "huge 1e4",
+    "huge shift 1e4",
+    "huge 1e30",
+    "huge 3e38",
+    "denormal logits",
+    "invalid among good rows",
+    "every status",
+]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def tokens_of(logits, seed=0):
-    """Per row in turn: the likeliest token, the least likely one, a random one."""
+    """By row in turn: the likeliest token, the least likely one, a random one."""
     g = torch.Generator().manual_seed(seed)
     x = logits.detach().cpu().double().nan_to_num(neginf=-torch.inf)
     choices = x.argmax(-1), x.argmin(-1), torch.randint(x.shape[-1], x.shape[:-1], generator=g)
@@ -66,7 +82,7 @@ def test_against_truth(name, device, interpreted):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab", [1, 7, 8192, 20011])
 def test_dtypes_and_gradients(vocab, dtype, device):
-    """Below a tile, a whole number of tiles, several chunks and an odd tail; with a temperature per row."""
+    """Less than a tile, whole tiles, several chunks with an odd tail; with a temperature per row."""
     g = torch.Generator().manual_seed(vocab)
     logits = (3 * torch.randn(3, vocab, generator=g)).to(device, dtype)
     logits[1, vocab // 2] = -torch.inf
@@ -116,15 +132,17 @@ def test_large_vocabularies(vocab, device):
 
 
 def test_a_later_maximum_far_above_the_first(device):
-    """The reference is the first tile's maximum: beyond it a sum overflows, and the row is read again."""
+    """The reference is the first tile's maximum: far above it a sum overflows, and the row is read again."""
     logits = torch.zeros(4, 20000, device=device)
     logits[0, 19000], logits[1, 19000], logits[2] = 50.0, 3e4, -1e30
     logits[2, 17000] = 0.0
-    logits[3] -= 1000.0  # and a first half without anything
+    logits[3] -= 1000.0  # with all of the first half masked
     logits[3, :17000] = -torch.inf
     tokens = torch.tensor([0, 19000, 17000, 18000], device=device)
-    found, expected = (f(x, t, entropy=True) for f, x, t in (
-        (ost.token_logprobs, logits, tokens), (truth.token_logprobs, logits.cpu(), tokens.cpu())))  # fmt: skip
+    found, expected = (
+        f(x, t, entropy=True)
+        for f, x, t in ((ost.token_logprobs, logits, tokens), (truth.token_logprobs, logits.cpu(), tokens.cpu()))
+    )
     for actual, right, quantity in zip(found, expected, ("log_prob", "entropy"), strict=True):
         assert_within(actual, right, quantity)
 
@@ -181,7 +199,7 @@ def test_properties(close):
     close()
 
 
-# Rows without a law, and tokens that are left out
+# Invalid rows, and ignored tokens
 
 
 def test_bad_rows_and_tokens(device):
@@ -202,7 +220,7 @@ def test_bad_rows_and_tokens(device):
 
 
 def test_an_ignored_row_is_not_read(device):
-    """Its logits may be anything; the gradient is written all the same."""
+    """The logits of an ignored row may be anything; its gradient is written too."""
     logits = torch.full((3, 1100), torch.nan, device=device)
     logits[1] = torch.randn(1100, generator=torch.Generator().manual_seed(0)).to(device)
     tokens = torch.tensor([7, 4, 7], device=device)
@@ -214,11 +232,16 @@ def test_an_ignored_row_is_not_read(device):
 
 
 def test_no_gradient_arrives_where_none_was_sent(device):
-    """Rows of upstream 0 are only written, entropy upstream included."""
+    """Rows whose upstream gradients are 0, that of the entropy included, get a gradient of 0."""
     logits = torch.randn(3, 1100, generator=torch.Generator().manual_seed(0)).to(device)
     tokens, weights = tokens_of(logits), torch.tensor([1.0, 0.0, 0.0], device=device)
-    slope = gradient(lambda x: sum((v * w).sum() for v, w in zip(
-        ost.token_logprobs(x, tokens, entropy=True), (weights, weights.flip(0)), strict=True)), logits)  # fmt: skip
+    slope = gradient(
+        lambda x: sum(
+            (v * w).sum()
+            for v, w in zip(ost.token_logprobs(x, tokens, entropy=True), (weights, weights.flip(0)), strict=True)
+        ),
+        logits,
+    )
     assert [int(row.count_nonzero()) > 0 for row in slope] == [True, False, True]
 
 
@@ -240,7 +263,7 @@ def test_layouts(layout, dtype, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_slice_of_positions_needs_no_copy(dtype, device):
-    """logits[:, :-1], the usual call, and a transposed batch: rows are found by two strides."""
+    """logits[:, :-1], the usual call, and a transposed batch: two strides give the rows."""
     logits = torch.randn(3, 4, 1100, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     for part in (logits[:, :-1], logits.transpose(0, 1)[1:], logits[:, ::2], logits[::2, 1:]):
         tokens = tokens_of(part)
@@ -364,11 +387,11 @@ def test_inplace_backward_says_what_it_destroyed(device):
     "models", [lambda y: (y, y), lambda y: (y[:2], y[1:]), lambda y: (y, y.view_as(y))], ids=["same", "shifted", "view"]
 )
 def test_inplace_backward_refuses_two_models_in_the_same_memory(models, device):
-    """The first gradient would be what the second one is computed from."""
+    """The second gradient would be computed from the first one instead of the logits."""
     y = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_() * 1
     a, b = models(y)
     tokens = torch.arange(a.shape[0], device=device)
-    with pytest.raises(ValueError, match=r"^inplace_backward needs logits_t in memory apart from logits"):
+    with pytest.raises(ValueError, match=r"^inplace_backward needs logits and logits_t in separate memory"):
         ost.token_logprobs(a, tokens, logits_t=b, inplace_backward=True)
     ost.token_logprobs(a, tokens, logits_t=b.detach(), inplace_backward=True)  # writes no second gradient
 
@@ -411,7 +434,7 @@ def test_a_second_gradient_is_refused(backend, device):
     tokens, weight = torch.tensor([1, 2], device=device), torch.eye(9, device=device)
     for values in (ost.token_logprobs(logits, tokens), ost.linear_token_logprobs(logits, weight, tokens)):
         (slope,) = torch.autograd.grad(values.sum(), logits, create_graph=True)
-        with pytest.raises(RuntimeError, match=r"^the gradient of token log-probabilities has no gradient of its own"):
+        with pytest.raises(RuntimeError, match=r"log-probabilities cannot be differentiated again"):
             slope.square().sum().backward()
 
 
@@ -490,22 +513,22 @@ def test_nothing_waits(monkeypatch):
 
 
 def peak_memory(function, device):
-    """The most bytes that a call holds at once beyond what it was given."""
-    function()  # whatever is set up once
+    """The most bytes that a call holds at once beyond its arguments."""
+    function()  # so that one-time allocations do not count
     gc.collect()  # the interpreter leaves cycles that hold tensors
     return peak_extra_bytes(function, torch.device(device))
 
 
 def test_memory(device, interpreted):
-    """Forward a constant and a few bytes per row; backward the gradient besides, and in place not even that."""
+    """Forward needs a constant and a few bytes per row; backward also the gradient, or nothing more in place."""
     n, vocab = (4, 60000) if interpreted else (64, 60000)
     size = n * vocab * 4
     leaf = torch.randn(n, vocab, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
     tokens = tokens_of(leaf)
     with torch.no_grad():
         forward = peak_memory(lambda: ost.token_logprobs(leaf, tokens), device)
-    room = 2**19 if interpreted else 2**21  # the eager path's blocks, the interpreter's tiles
-    assert forward < 2 * room
+    workspace = 2**19 if interpreted else 2**21  # the interpreter's tiles, or the eager path's blocks
+    assert forward < 2 * workspace
     leaf_values = leaf.detach()
 
     def backward(inplace):
@@ -516,7 +539,7 @@ def test_memory(device, interpreted):
 
     in_place, fresh = (peak_memory(lambda inplace=inplace: backward(inplace), device) for inplace in (True, False))
     # leaf * 1.0 and the gradient of leaf itself, which both hold
-    assert in_place < 2 * size + 4 * room
+    assert in_place < 2 * size + 4 * workspace
     assert fresh > in_place + 0.9 * size
 
 
@@ -540,13 +563,18 @@ WRONG = {
     "logits_t of another dtype": (TypeError, "logits_t", (LOGITS, TOKENS), {"logits_t": LOGITS.bfloat16()}),
     "ignore_index": (ValueError, "ignore_index", (LOGITS, TOKENS), {"ignore_index": 2**31}),
     "leaf in place": (
-        ValueError, "inplace_backward", (torch.zeros(3, 5, requires_grad=True), TOKENS), {"inplace_backward": True}
-    ),
-    "one row for all in place": (
-        ValueError, "inplace_backward", ((torch.zeros(5, requires_grad=True) * 1).expand(3, 5), TOKENS),
+        ValueError,
+        "inplace_backward",
+        (torch.zeros(3, 5, requires_grad=True), TOKENS),
         {"inplace_backward": True},
     ),
-}  # fmt: skip
+    "one row for all in place": (
+        ValueError,
+        "inplace_backward",
+        ((torch.zeros(5, requires_grad=True) * 1).expand(3, 5), TOKENS),
+        {"inplace_backward": True},
+    ),
+}
 
 
 @pytest.mark.parametrize("case", WRONG)

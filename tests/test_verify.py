@@ -1,4 +1,4 @@
-"""verify(): what it emits has q*'s law exactly, for drafts of either model and of every length."""
+"""verify(): its output follows q* exactly, for drafts of either model and of every length."""
 
 import math
 
@@ -10,7 +10,7 @@ from scipy import stats
 
 import optsample_triton as ost
 from optsample_triton import Status, launch
-from optsample_triton.eager import sample as eager_sample
+from optsample_triton.eager.draw import Law
 from reference import truth
 from tests import cases
 from tests.test_solve_properties import wild_rows
@@ -55,7 +55,7 @@ def chisquare(tokens, law):
 @pytest.mark.parametrize("most", [0, 1, 2, 4])
 @pytest.mark.parametrize("draft", MODELS)
 def test_the_emitted_law_is_q(draft, most, monkeypatch):
-    """Position by position, and the number of accepted drafts, against the law by enumeration."""
+    """Each position, and the number of accepted drafts, against the law by enumeration."""
     monkeypatch.setenv("OPTSAMPLE_BACKEND", "eager")
     a, b, p, q = laws(most + 1, 7, seed=most)
     result = verified(a, b, drafted(p[draft][:most], 40_000, seed=1), draft=draft, seed=5)
@@ -79,14 +79,14 @@ def test_the_emitted_law_of_the_kernel(draft, device, interpreted):
 
 
 def test_the_documents_recipe_would_be_noticed(monkeypatch):
-    """The negative control: with q* in place of the residual the same test fails."""
+    """The negative control: with q* instead of the residual, the same test fails."""
     monkeypatch.setenv("OPTSAMPLE_BACKEND", "eager")
-    whole = eager_sample.Law.weights
+    whole = Law.weights
 
     def weights(law, block, chunk):
-        return whole(eager_sample.replace(law, draft=None), block, chunk)
+        return whole(law.without(None), block, chunk)
 
-    monkeypatch.setattr(eager_sample.Law, "weights", weights)
+    monkeypatch.setattr(Law, "weights", weights)
     a, b, p, q = laws(3, 7, seed=2)
     result = verified(a, b, drafted(p["theta"][:2], 40_000, seed=1), seed=5)
     assert chisquare(result.tokens[:, 0], q[0]) < 1e-6
@@ -110,7 +110,7 @@ def test_the_acceptance_rate_is_the_overlap(draft, monkeypatch):
 
 
 def test_the_recovered_token_does_not_depend_on_the_draft(monkeypatch):
-    """Separate randomness: among the refused, which draft it was says nothing about the token drawn instead."""
+    """Separate random streams: a refused draft says nothing about the token drawn instead."""
     monkeypatch.setenv("OPTSAMPLE_BACKEND", "eager")
     a, b, p, q = laws(2, 9, seed=9)
     drafts = drafted(p["theta"][:1], 100_000)
@@ -151,7 +151,7 @@ def test_both_backends_emit_the_same(name, draft, monkeypatch):
 )
 @pytest.mark.parametrize("draft", MODELS)
 def test_both_backends_emit_the_same_with_options(draft, options, monkeypatch):
-    """Rows with masked tokens, and rows without a common one: the kernels against what the laws above were held to."""
+    """Rows with masked tokens, and rows without a common token."""
     a, b, p, _ = laws(2, 7, seed=3)
     a, b = a.repeat(4, 1).view(4, 2, 7), b.repeat(4, 1).view(4, 2, 7)
     drafts = drafted(p[draft][:1], 4, seed=4)
@@ -170,7 +170,7 @@ def test_both_backends_emit_the_same_with_options(draft, options, monkeypatch):
 
 
 def test_drafts_of_sample_have_the_law_that_is_assumed(monkeypatch):
-    """The README's recipe, on rows where one model masks what the other does not."""
+    """The README's recipe, on rows where one model masks tokens that the other does not."""
     monkeypatch.setenv("OPTSAMPLE_BACKEND", "eager")
     a, b, _, q = laws(2, 7, seed=5)
     many = [x.expand(40_000, -1, -1) for x in (a, b)]
@@ -206,7 +206,7 @@ def test_log_probabilities_of_what_is_emitted(backend, device):
 
 @pytest.mark.parametrize("draft", MODELS)
 def test_drafts_that_cannot_be(draft, backend, device):
-    """Out of the vocabulary, or without probability under the draft's law: refused, and q* is still drawn from."""
+    """Drafts outside the vocabulary, or of probability 0, are refused; the output still follows q*."""
     a, b, _, q = laws(2, 7, seed=1)
     masked = 1 if draft == "theta" else 2
     drafts = torch.tensor([[-1], [-(2**40)], [7], [2**40], [masked]])
@@ -242,7 +242,7 @@ def test_rows_of_every_status(backend, device):
 
 
 def test_ragged_lengths(backend, device):
-    """Each sequence gets what it would get alone, whatever stands behind its drafts."""
+    """Each sequence gets what it would get alone, whatever follows its drafts."""
     lengths = [0, 3, 1]
     a, b, p, _ = laws(4, 7, seed=4)
     drafts = drafted(p["theta"][:3], 3, seed=3)
@@ -265,7 +265,7 @@ def test_ragged_lengths(backend, device):
 
 
 def test_a_position_has_its_own_numbers(backend, device):
-    """Position k at offset o takes the numbers of position 0 at offset o + k: a stream has one token a place."""
+    """Position k at offset o uses the random numbers of position 0 at offset o + k."""
     a, b, p, _ = laws(3, 7, seed=6)
     drafts, seed = drafted(p["theta"][:2], 3, seed=1), torch.arange(3, device=device)
     whole = verified(a, b, drafts, seed=seed, offset=4, device=device)
@@ -300,7 +300,7 @@ def test_a_sequence_has_the_same_bits_in_any_batch(backend, device):
 )
 @pytest.mark.parametrize("draft", MODELS)
 def test_the_law_with_options(draft, options, monkeypatch):
-    """q with filters, and q_alpha in general, drafts being from the model's whole law at its own temperature."""
+    """q* with filters, and other q_alpha, with drafts from the model's unfiltered law at its own temperature."""
     monkeypatch.setenv("OPTSAMPLE_BACKEND", "eager")
     a, b, _, _ = laws(2, 7, seed=5)
     size, scale = options.get("vocab_size", 7), options.get("temperature_theta", 1.0)
@@ -361,7 +361,7 @@ ROWS, DRAFTS = torch.zeros(2, 3, 5), torch.zeros(2, 2, dtype=torch.int64)
         (DRAFTS, ROWS, {"draft_lengths": torch.ones(2)}, "draft_lengths must hold integers"),
         (DRAFTS, ROWS, {"seed": torch.zeros(2, 3).long()}, r"seed must be an int or have shape \[2\]"),
     ],
-)  # fmt: skip
+)
 def test_wrong_arguments(tokens, rows, options, message):
     with pytest.raises((TypeError, ValueError), match=message):
         ost.verify(tokens, rows, rows, **{"seed": 0, **options})

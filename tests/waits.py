@@ -1,4 +1,4 @@
-"""A watch for operations that the host would wait for."""
+"""A check for operations that make the host wait for the device."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -9,7 +9,7 @@ WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero", "item", "equal", "maske
 
 
 class NeverWaits(TorchDispatchMode):
-    """Fails on any operation that waits for the device; sees inside the package's own ops, whose names it keeps."""
+    """Fails on any operation that waits for the device, also inside the package's own ops, whose names it records."""
 
     def __init__(self):
         super().__init__()

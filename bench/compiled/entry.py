@@ -17,7 +17,7 @@ from optsample_triton.numerics import Method
 BITS = {"bf16": 16, "fp16": 16, "fp32": 32}
 
 # A row's pointer, a stride: of aligned rows both are multiples of 16.
-ROW = r"(theta|t|logits|other|out|grad|grad_log_q|grad_theta|grad_t)_ptr"
+ROW = r"(theta|t|logits|other|out|grad|upstream_log_q|grad_theta|grad_t)_ptr"
 STRIDE = r"\w*stride\w*|(inner|outer)_\w+"
 # An argument's type is that of the first pattern that its name matches; "*" alone is a pointer to the entry's dtype.
 TYPES = {
@@ -25,7 +25,7 @@ TYPES = {
     r"(token|draft|length|seed|offset)_ptr": "*i64",
     r"(sweeps|arrived)_ptr": "*i32",
     r"(status|accepted)_ptr": "*u8",
-    r"partition_ptr": "*fp64",
+    r"(saved|log_partition)_ptr": "*fp64",
     r"\w+_ptr": "*fp32",
     r"\w*stride_(outer|inner)": "i64",
     r"tol|eps": "fp32",
@@ -33,9 +33,9 @@ TYPES = {
 }
 # Pointers that may be None, and are unless an entry names them as present.
 OPTIONAL = (
-    *("given_ptr", "scale_theta_ptr", "scale_t_ptr", "cooling_ptr", "min_p_ptr", "seed_ptr", "offset_ptr"),
-    *("figures_ptr", "out_ptr", "grad_alpha_ptr", "grad_log_z_ptr"),
-    *("other_ptr", "scale_ptr", "other_scale_ptr", "entropy_ptr", "turn_ptr"),
+    *("given_alpha_ptr", "inverse_temperature_theta_ptr", "inverse_temperature_t_ptr", "inverse_temperature_ptr"),
+    *("min_p_ptr", "seed_ptr", "offset_ptr", "diagnostics_ptr", "out_ptr", "upstream_alpha_ptr", "upstream_log_z_ptr"),
+    *("other_ptr", "other_inverse_temperature_ptr", "entropy_ptr", "upstream_entropy_ptr"),
 )
 
 
@@ -160,15 +160,15 @@ def entries(kind: str) -> list[Entry]:
         solve("bisect fp32", constexprs=bisect),
         solve("log_q bf16", "out_ptr"),
         solve("log_q fp32", "out_ptr"),
-        solve("diagnostics bf16", "figures_ptr"),
-        solve("diagnostics fp32", "figures_ptr"),
+        solve("diagnostics bf16", "diagnostics_ptr"),
+        solve("diagnostics fp32", "diagnostics_ptr"),
         # A sweep on probabilities takes two logarithms more: it has no loop of one exp per pair.
-        solve("dropin fp32", "figures_ptr", "out_ptr", constexprs={"PROBS": True}, passes=write),
+        solve("dropin fp32", "diagnostics_ptr", "out_ptr", constexprs={"PROBS": True}, passes=write),
         draw("sample bf16"),
         draw("sample fp32"),
         draw("verify bf16"),
         draw("verify fp32"),
-        draw("sample bf16, filtered", "cooling_ptr", "min_p_ptr", FILTER=True),
+        draw("sample bf16, filtered", "inverse_temperature_ptr", "min_p_ptr", FILTER=True),
         gradient("gradient bf16"),
         gradient("gradient fp32"),
         solve("ess_balance bf16", constexprs=ess_balance),
@@ -179,7 +179,7 @@ def entries(kind: str) -> list[Entry]:
         logprob("logprob bf16, both models, entropy", "other_ptr", "entropy_ptr"),
         logprob_gradient("logprob gradient bf16"),
         logprob_gradient("logprob gradient fp32"),
-        logprob_gradient("logprob gradient bf16, entropy", "entropy_ptr", "turn_ptr"),
+        logprob_gradient("logprob gradient bf16, entropy", "entropy_ptr", "upstream_entropy_ptr"),
     ]
 
 

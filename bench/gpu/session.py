@@ -92,7 +92,7 @@ def session(out: Path, *, dry: bool, total: float, only: Sequence[str] = ()) -> 
     lines = [f"{results.device_name(torch.device('cpu' if dry else 'cuda'))}, commit {results.current_commit()}"]
     endings = []
     for index, stage in enumerate(planned):
-        # What earlier stages left, less what later ones count on.
+        # All that is left, except the later stages' own seconds.
         later = sum(each.seconds for each in planned[index + 1 :] if each.command)
         endings.append(run(stage, total - (time.monotonic() - begin) - later, environment, log))
         lines.append(f"{stage.name:<22} {endings[-1]}")
@@ -105,7 +105,7 @@ def session(out: Path, *, dry: bool, total: float, only: Sequence[str] = ()) -> 
 
 
 def _environment(dry: bool) -> dict[str, str]:
-    """This process's own, and what all stages need."""
+    """The environment of all stages."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
     # What one stage compiles the others find, tests included.

@@ -18,7 +18,7 @@ from bench.speed import results
 TOTAL_SECONDS = 520.0
 NO_GPU = "there is no GPU"
 NVIDIA_TOOLS = ("/usr/local/cuda/bin",)
-# In a command: the seconds after which it starts nothing more, known only when its turn comes.
+# Stands in a command for the seconds after which it starts nothing more, known only when its turn comes.
 BUDGET = "<budget>"
 # Tests of text, of compiled code, of the reference, and of what never touches a kernel: a GPU cannot change them.
 NOT_OF_THE_DEVICE = (
@@ -79,10 +79,10 @@ def _planned(out: Path, dry: bool) -> list[Stage]:
 
     def sanitizer(check: str) -> Stage:
         command = (tool("compute-sanitizer"), "--tool", check, "--error-exitcode", "9")
-        return on_gpu(
-            check, 50, (*command, *python("bench.gpu.probe", "--seconds", BUDGET)), "compute-sanitizer",
-            PYTORCH_NO_CUDA_MEMORY_CACHING="1",  # one allocation per tensor, so that an access beyond it is seen
-        )  # fmt: skip
+        # One allocation per tensor, so that an access beyond it is seen.
+        caching = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        probe = python("bench.gpu.probe", "--seconds", BUDGET)
+        return on_gpu(check, 50, (*command, *probe), "compute-sanitizer", **caching)
 
     profiler = (tool("ncu"), *PROFILER, "--log-file", str(out / "profile.csv"), *python("bench.gpu.probe", "--large"))
     return [

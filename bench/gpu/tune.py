@@ -38,14 +38,14 @@ WORTHWHILE = 0.98  # a shape that gains less is not proposed: it would change th
 
 
 def candidates(kind: str, dtype: str) -> list[launch.Shape]:
-    """The table's own shape first; the others load 16 bytes per thread and keep their chunk a multiple of the tile."""
+    """The table's own shape, then shapes that load 16 bytes per thread and whose chunk is a multiple of the tile."""
     present = launch.SHAPES[kind][8 * DTYPES[dtype].itemsize]
     if kind == "interpreter":
         return [present, present._replace(half=present.half // 2)]
     lanes = 64 if kind == "hip" else 32
     limits = [present._replace(registers=registers) for registers in (None, 128)] if kind == "cuda" else []
     found = [
-        # The limit counts on as many threads per program as the table's shape has.
+        # The register limit is meant for the table's number of threads per program.
         launch.Shape(half, chunk, unroll, warps, present.registers if warps == present.num_warps else None)
         for warps in (2, 4, 8)
         for half in (256, 512, 1024)

@@ -20,7 +20,7 @@ from bench.speed.inputs import Inputs
 from bench.speed.works import WORKS
 from optsample_triton import launch
 
-# Triton compiles anew for rows of another alignment, for a single row, and for a count of programs per row that is 1.
+# Triton compiles separate kernels for another alignment, for a single row, and for one program per row.
 LENGTHS = (16_384, 16_385)
 BATCHES = (1, 2, 1024)
 # Those whose kernels take longest come first, so that no process is left alone with one at the end.

@@ -6,6 +6,6 @@ listed, peers     against whom: the documents' functions, and other packages
 timing, run       how: one case, from its check to its times
 results, goals    result files, and what was to be reached
 expected          the bounds of cases on GPUs
-table, plot, readme_tables  what is shown
+table, plot, page_tables  what is shown
 command           `python -m bench`; pipeline, sweeps and token_logprobs have commands of their own
 """

@@ -9,8 +9,7 @@ import torch
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
-# Whom a case is timed against, besides a copy of the same bytes: everyone, all that need no compilation of half a
-# minute, the reference as listed, or no one.
+# Whom a case is timed against, besides a copy of the same bytes. Compiling the reference takes half a minute.
 FULL = ("reference", "compiled", "graphed", "peers")
 UNCOMPILED = ("reference", "peers")
 LISTED = ("reference",)
@@ -40,8 +39,10 @@ class Case:
 VOCABULARIES = (32_000, 50_257, 128_256, 151_936, 262_144)
 BATCHES = (1, 8, 64, 132, 1024, 4096)
 MAIN_VOCABULARIES = (50_257, 151_936)  # GPT-2's and Qwen's: an odd row and an aligned one
-GRID_WORKS = ("solve", "sample", "log_q", "verify", "bisect", "diagnostics", "backward", "token_logprobs",
-              "token_logprobs_backward")  # fmt: skip
+GRID_WORKS = (
+    *("solve", "sample", "log_q", "verify", "bisect", "diagnostics", "backward"),
+    *("token_logprobs", "token_logprobs_backward"),
+)
 
 CPU_CASES = (
     Case("solve", 1, 50_257, rivals=FULL),
@@ -59,8 +60,8 @@ CPU_CASES = (
     Case("token_logprobs_backward", 16, 50_257),
 )
 
-# The cases of the goals (goals.py) come first: a run that is out of time has had them. Those against compiled rivals,
-# which take half a minute each to compile, are the last of them.
+# The cases that goals are set for (goals.py). They run first, so that a run that is cut short has them; those against
+# the compiled reference, which takes half a minute to compile, come last among them.
 CUDA_GOAL_CASES = (
     *(Case("solve", 1, V, "bfloat16") for V in (50_257, 151_936)),
     Case("bisect", 132, 50_257, "bfloat16", UNCOMPILED),
@@ -74,8 +75,8 @@ CUDA_GOAL_CASES = (
     *(Case("token_logprobs_backward", 4096, V, "bfloat16") for V in (50_257, 151_936)),
     *(Case("solve", N, 50_257, "bfloat16", FULL) for N in (4096, 132)),
 )
-# A grid that is cut short has had every work on full batches of the main vocabularies. The reference, which takes a
-# hundred times as long, stands beside the cases of one figure alone.
+# Every work on full batches of the main vocabularies comes first, so that a run that is cut short has these. The
+# reference takes a hundred times as long: it is timed only where docs/figures shows a speed-up.
 CUDA_GRID = tuple(
     Case(work, N, V, dtype, LISTED if (work, dtype) == ("solve", "bfloat16") and V in MAIN_VOCABULARIES else ALONE)
     for vocabularies in (MAIN_VOCABULARIES, tuple(V for V in VOCABULARIES if V not in MAIN_VOCABULARIES))
@@ -87,7 +88,7 @@ CUDA_GRID = tuple(
 _GOAL_NAMES = {case.name for case in CUDA_GOAL_CASES}
 CUDA_CASES = (*CUDA_GOAL_CASES, *(case for case in CUDA_GRID if case.name not in _GOAL_NAMES))
 
-# Every work once, small enough for a test run; the interpreter, which pays per operation, gets them smaller still.
+# Every work once, small enough for a test run. The interpreter pays per operation: its cases are smaller still.
 QUICK_WORKS = (*GRID_WORKS, "dropin")
 QUICK_CASES = tuple(Case(work, 4, 8192, rivals=FULL) for work in QUICK_WORKS)
 INTERPRETED_CASES = tuple(Case(work, 2, 2048) for work in QUICK_WORKS)

@@ -29,8 +29,10 @@ GRADIENT_TOLERANCE = 1e-4
 DROPIN_TOLERANCE = 2e-6
 # On top of the output's own rounding.
 TOKEN_TOLERANCE = 1e-6
-DIAGNOSTICS = ("kl_theta", "kl_t", "ess_theta", "ess_t", "entropy_theta", "entropy_t", "entropy_q", "overlap_theta",
-               "overlap_t")  # fmt: skip
+DIAGNOSTICS = (
+    *("kl_theta", "kl_t", "ess_theta", "ess_t", "entropy_theta", "entropy_t", "entropy_q"),
+    *("overlap_theta", "overlap_t"),
+)
 
 
 def worst(actual: Tensor, expected: Tensor, tolerance: Tensor | float) -> float:

@@ -7,8 +7,6 @@ import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 from . import listed, token_logprobs
 from .cases import Case
 from .inputs import Inputs
@@ -17,7 +15,7 @@ from .timing import Call
 
 @dataclass(frozen=True)
 class Peer:
-    """Another package's operation; bind raises where it cannot run.
+    """Another package's operation; `bind` makes the call, and raises where it cannot run.
 
     matrices counts the [N, V] matrices that it moves, in the case's dtype or always in float32.
     """
@@ -45,22 +43,14 @@ def installed_version(distribution: str) -> str:
         return ""
 
 
-def _both(module: str, function: str) -> Callable[[Inputs], Call]:
+def _both(module: str, function: str, *arguments: object) -> Callable[[Inputs], Call]:
     """A function of one matrix, called on both."""
 
     def bind(inputs: Inputs) -> Call:
         call = getattr(importlib.import_module(module), function)
-        return lambda: (call(inputs.a), call(inputs.b))
+        return lambda: (call(inputs.a, *arguments), call(inputs.b, *arguments))
 
     return bind
-
-
-def _torch_softmax(inputs: Inputs) -> Call:
-    return lambda: (torch.softmax(inputs.a, -1), torch.softmax(inputs.b, -1))
-
-
-def _torch_logsumexp(inputs: Inputs) -> Call:
-    return lambda: (torch.logsumexp(inputs.a, -1), torch.logsumexp(inputs.b, -1))
 
 
 def _liger_softmax(inputs: Inputs) -> Call:
@@ -95,10 +85,10 @@ def _of_tokens(name: str) -> Callable[[Inputs], Call]:
 
 PEERS = (
     # Reads what solve reads and writes as little.
-    Peer("torch.logsumexp of both", "torch", ("solve",), 2, _torch_logsumexp),
+    Peer("torch.logsumexp of both", "torch", ("solve",), 2, _both("torch", "logsumexp", -1)),
     # Row-wise root finding, but on one model's rows and with a matrix written.
     Peer("entmax_bisect, 20 steps", "entmax", ("solve",), 2, _entmax_bisect),
-    Peer("torch.softmax of both", "torch", ("log_q",), 4, _torch_softmax),
+    Peer("torch.softmax of both", "torch", ("log_q",), 4, _both("torch", "softmax", -1)),
     Peer("Liger softmax of both", "liger-kernel", ("log_q",), 4, _liger_softmax),
     Peer("QuACK softmax of both", "quack-kernels", ("log_q",), 4, _both("quack.softmax", "softmax")),
     # Draws from q*, which is given to it, in float32.

@@ -1,4 +1,4 @@
-"""The figures, and the READMEs' tables, from bench/results: `python -m bench.plot` (needs the extra `plots`).
+"""The figures, and the performance page's tables, from bench/results: `python -m bench.plot` (needs the extra `plots`).
 
 A figure whose rows do not exist yet is not drawn: nothing here is made up.
 """
@@ -13,7 +13,7 @@ from bench.charts import panels, save
 from bench.compiled.bounds import LIMITS
 from bench.paths import FIGURES, ROOT
 
-from . import readme_tables, results, sweeps
+from . import page_tables, results, sweeps
 from .cases import BATCHES, VOCABULARIES
 from .expected import EXPECTED_CASES, expectations
 from .results import Measurement
@@ -146,10 +146,10 @@ def draw(folder: Path = FIGURES) -> list[Path]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description=__doc__)
-    parser.add_argument("--tables-only", action="store_true", help="the READMEs' tables, without matplotlib")
+    parser.add_argument("--tables-only", action="store_true", help="the performance page's tables, without matplotlib")
     arguments = parser.parse_args(argv)
     if not arguments.tables_only:
         for path in draw():
             print(path.relative_to(ROOT))
-    readme_tables.write()
+    page_tables.write()
     return 0

@@ -1,4 +1,4 @@
-"""Result files: one row per case and candidate, with all that is needed to know where it comes from."""
+"""Result files: one row per case and candidate, with the device, the versions and the commit it was measured on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 
 from bench.paths import RESULTS, ROOT
 
-# Files in the folder that hold something else.
+# Files in bench/results that are no result files of a device.
 OTHERS = ("codegen.csv", "pipeline.csv", "sweeps.csv")
 
 

@@ -21,7 +21,7 @@ from .results import Measurement
 from .timing import Budget, Call, Clock, Quantiles, captured, copy_of, measure, peak_extra_bytes
 from .works import WORKS
 
-# Above this many rows a launch takes much longer than its overhead, and a graph would show nothing.
+# With more rows a launch takes much longer than its overhead, and a graph shows nothing.
 GRAPH_ROWS = 132
 
 
@@ -64,39 +64,25 @@ def _run_case(case: Case, device: torch.device, clock: Clock, budget: Budget) ->
     work = WORKS[case.work]
     inputs = Inputs.of(case, device)
     moved = work.moved_bytes(case)
-    chosen, _ = backend.choose(device, DTYPES[case.dtype])
-    if backend.interpreter_on() and chosen == "triton":
-        chosen = "triton, interpreted"
+    served_by, _ = backend.choose(device, DTYPES[case.dtype])
+    if backend.interpreter_on() and served_by == "triton":
+        served_by = "triton, interpreted"
     package = work.package(inputs)
     error_ratio = work.error_ratio(inputs, package())
-    asked = [Result(case, "package", moved), Result(case, "copy", moved)]
     if not error_ratio <= 1.0:
-        return Outcome(case, chosen, error_ratio, (asked[0],))
+        return Outcome(case, served_by, error_ratio, (Result(case, "package", moved),))
 
-    binders: dict[str, Callable[[], Call]] = {"package": lambda: package, "copy": lambda: copy_of(moved, device)}
-    if device.type == "cuda" and case.N <= GRAPH_ROWS:
-        asked.append(Result(case, "graph", moved))
-        binders["graph"] = lambda: captured(package)
-    if "reference" in case.rivals:
-        asked.append(Result(case, "reference", moved))
-        binders["reference"] = lambda: work.reference(inputs)
-    finish = work.finish
-    if device.type == "cuda" and finish is not None and "compiled" in case.rivals:
-        asked += [Result(case, "compiled", moved), Result(case, "graphed", moved)]
-        compiled = functools.cache(lambda: listed.compiled(inputs, finish))
-        binders["compiled"] = compiled
-        binders["graphed"] = lambda: captured(compiled())
+    binders = _binders(inputs, package, device)
+    asked = [Result(case, who, moved) for who in binders]
     for peer in peers.PEERS:
         if case.work in peer.works and "peers" in case.rivals:
             asked.append(Result(case, peer.name, peer.moved_bytes(case), peer.version))
-            binders[peer.name] = functools.partial(peer.bind, inputs)
+            binders[peer.name] = functools.partial(_bind_peer, peer, inputs)
 
     ready: dict[str, Call] = {}
     extra: dict[str, int | None] = {}
     for index, result in enumerate(asked):
         try:
-            if result.who in {peer.name for peer in peers.PEERS} and not result.version:
-                raise ModuleNotFoundError("not installed")
             call = binders[result.who]()
             call()
             clock.synchronize()
@@ -111,7 +97,31 @@ def _run_case(case: Case, device: torch.device, clock: Clock, budget: Budget) ->
                 torch.cuda.empty_cache()
     times = measure(clock, ready, budget)
     done = (replace(r, times=times.get(r.who), extra_bytes=extra.get(r.who)) for r in asked)
-    return Outcome(case, chosen, error_ratio, tuple(done))
+    return Outcome(case, served_by, error_ratio, tuple(done))
+
+
+def _binders(inputs: Inputs, package: Call, device: torch.device) -> dict[str, Callable[[], Call]]:
+    """What makes the calls of the package, the copy and the reference, in the order of the result file."""
+    case, work = inputs.case, WORKS[inputs.case.work]
+    on_gpu, finish = device.type == "cuda", work.finish
+    found: dict[str, Callable[[], Call]] = {
+        "package": lambda: package,
+        "copy": lambda: copy_of(work.moved_bytes(case), device),
+    }
+    if on_gpu and case.N <= GRAPH_ROWS:
+        found["graph"] = lambda: captured(package)
+    if "reference" in case.rivals:
+        found["reference"] = lambda: work.reference(inputs)
+    if on_gpu and finish is not None and "compiled" in case.rivals:
+        found["compiled"] = functools.cache(lambda: listed.compiled(inputs, finish))
+        found["graphed"] = lambda: captured(found["compiled"]())
+    return found
+
+
+def _bind_peer(peer: peers.Peer, inputs: Inputs) -> Call:
+    if not peer.version:
+        raise ModuleNotFoundError("not installed")
+    return peer.bind(inputs)
 
 
 def reason(error: Exception) -> str:

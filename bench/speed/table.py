@@ -1,4 +1,4 @@
-"""The readable side of the results: aligned tables and the words around them."""
+"""Results as tables in a terminal, and the words around them."""
 
 from __future__ import annotations
 

@@ -13,15 +13,15 @@ from torch.profiler import ProfilerActivity, profile
 
 Call = Callable[[], Any]
 
-# Enough to push the rows out of a CPU's last-level cache; of a GPU's too, and so long a write (half a millisecond at
-# 4 TB/s) that the host has launched the call before it ends.
+# Enough to push the rows out of the last-level cache. On a GPU the write also takes half a millisecond (at 4 TB/s),
+# which gives the host time to launch the call before it ends.
 CPU_FLUSH_BYTES = 64 * 2**20
 GPU_FLUSH_BYTES = 2**30
 
 
 @dataclass(frozen=True)
 class Quantiles:
-    """Seconds per call, how many calls they come from, and the median that the host was busy with a call."""
+    """Seconds per call, the number of calls, and the median time that the host was busy with one."""
 
     p20: float
     p50: float
@@ -32,7 +32,7 @@ class Quantiles:
 
 @dataclass(frozen=True)
 class Budget:
-    """How long one candidate of one case may take, in seconds and calls."""
+    """What one candidate of one case may take."""
 
     seconds: float
     min_calls: int
@@ -57,8 +57,8 @@ class Clock:
     def start(self, call: Call) -> Callable[[], tuple[float, float]]:
         """Flush the cache and make the call; what is returned gives its seconds and the host's, after a sync."""
         if self.device.type == "cuda":
-            # The flush keeps the GPU busy while the host launches, so that the host's time is not counted. An event is
-            # made when it is first recorded, which would take time from the flush.
+            # The flush keeps the GPU busy while the host launches, so that the host's time is not counted. Events are
+            # recorded once before it: the first record creates them, which takes host time.
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             end.record()

@@ -1,4 +1,4 @@
-"""Arguments checked and brought into the ops' form: one sentence for each thing that can be wrong with them."""
+"""Arguments are checked and brought into the ops' form; an error is one sentence that names the argument."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from optsample_triton.types import ALGORITHMS, INPUT_DTYPES, METHODS, Options, Problem, result_dtype
 
-LARGEST = 1e37  # of a number that float32 has to hold, and its inverse
+LARGEST = 1e37  # float32 holds this number and its inverse
 INTEGERS = (int, np.integer)
 NUMBERS = (*INTEGERS, float, np.floating)
 
@@ -42,7 +42,7 @@ def as_options(method: str, algorithm: str, alpha: float | Tensor | None, tol: f
     check_choice(method, METHODS, "method")
     check_choice(algorithm, ALGORITHMS, "algorithm")
     if alpha is not None and method not in ("kl_symmetry", "fixed"):
-        raise ValueError(f'alpha goes with method="fixed" only, but method is {method!r}')
+        raise ValueError(f'alpha needs method="fixed", but method is {method!r}')
     if alpha is None and method == "fixed":
         raise ValueError('method="fixed" needs alpha, but alpha is None')
     check_effort(tol, max_iter)
@@ -77,9 +77,10 @@ def as_problem(
 
 
 def as_rows(rows: Tensor) -> Tensor:
-    """[..., V] with a contiguous last dimension as a view [N, V], or [outer, inner, V] where no one stride fits.
+    """[..., V] with a contiguous last dimension as a view [N, V], or [outer, inner, V].
 
-    The latter is what ``logits[:, :-1]`` of [B, S, V] needs. A copy is made only where neither can be had.
+    The latter is for rows without a common stride, such as ``logits[:, :-1]`` of [B, S, V]. Rows that fit neither are
+    copied.
     """
     vocab = rows.shape[-1]
     if vocab > 1 and rows.stride(-1) != 1:
@@ -105,7 +106,7 @@ def check_choice(value: str, choices: tuple[str, ...], name: str) -> None:
 
 
 def check_effort(tol: Any, max_iter: Any) -> None:
-    """How exact, and at most how many steps."""
+    """The accuracy and the largest number of steps."""
     if not isinstance(tol, NUMBERS):
         raise TypeError(f"tol must be a number between 0 and 1, but is {type(tol).__name__}")
     if not 0.0 < tol < 1.0:

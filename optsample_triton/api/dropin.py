@@ -1,6 +1,6 @@
 """The functions of the documents under their own names, on probabilities, with their use of eps.
 
-Drop-ins: only the import changes. NumPy arrays work wherever the documents' NumPy listing takes them.
+Drop-ins: only the import changes. NumPy arrays work wherever the documents' NumPy functions take them.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def geometric_mean(pi_theta: Any, pi_t: Any, alpha: Any, eps: float = EPS) -> An
     check_rows(pi_theta, pi_t, "pi_theta", "pi_t")
     batch = pi_theta.shape[:-1]
     alpha = torch.as_tensor(alpha, device=pi_theta.device, dtype=result_dtype(pi_theta.dtype))
-    if alpha.dim() == pi_theta.dim() and alpha.shape[-1] == 1:  # [..., 1], as the listing also takes it
+    if alpha.dim() == pi_theta.dim() and alpha.shape[-1] == 1:  # [..., 1], which the documents' function takes as well
         alpha = alpha.squeeze(-1)
     try:
         alpha = alpha.expand(batch)
@@ -202,9 +202,9 @@ def _solve(
     diagnostics: bool = False,
     write: bool = False,
 ) -> tuple[Tensor, Solved]:
-    """The op on probability rows: log q* [N, V] if it is to be written, and the solved rows.
+    """The op on probability rows: log q* [N, V] if ``write``, and the solved rows.
 
-    The listings are not differentiated: their gradient would end at the bisection.
+    Without gradients: those of the documents' functions would end at the bisection.
     """
     _check_options(options.tol, options.max_iter, options.eps)
     problem = Problem(as_rows(pi_theta.detach()), as_rows(pi_t.detach()), alpha, options=options)
@@ -214,12 +214,12 @@ def _solve(
 
 
 def _q_of(log_q: Tensor, like: Tensor) -> Tensor:
-    """q in the rows' shape and dtype; the logarithm is float32 at least, or 16 bits of it would be percents of q."""
+    """q in the rows' shape and dtype, from a float32 logarithm: 16-bit logarithms would cost percent-level errors."""
     return log_q.exp_().reshape(like.shape).to(like.dtype)
 
 
 def _tensor(array: Any, name: str = "") -> Tensor:
     if not isinstance(array, np.ndarray):
-        raise TypeError(f"{name} must be a NumPy array as the first argument is, but is {type(array).__name__}")
-    # A C-ordered copy: torch takes neither read-only nor negatively strided arrays silently.
+        raise TypeError(f"{name} must be a NumPy array like the first argument, but is {type(array).__name__}")
+    # A C-ordered copy: torch warns of read-only arrays and refuses negative strides.
     return torch.from_numpy(np.array(array, order="C"))

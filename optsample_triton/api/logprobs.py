@@ -64,8 +64,8 @@ def token_logprobs(
         check_rows(logits, logits if logits_t is None else logits_t, "logits", "logits_t")
         check_tokens(tokens, logits.shape[:-1], logits.device, "logits")
         check_ignore_index(ignore_index)
-        scale = _scale(temperature, logits, "temperature")
-        scale_t = _scale(temperature_t, logits, "temperature_t")
+        inverse = _inverse_temperature(temperature, logits, "temperature")
+        inverse_t = _inverse_temperature(temperature_t, logits, "temperature_t")
         if inplace_backward and torch.is_grad_enabled():
             for rows, name in ((logits, "logits"), (logits_t, "logits_t")):
                 if rows is not None and rows.requires_grad:
@@ -73,14 +73,15 @@ def token_logprobs(
             if logits_t is not None and logits.requires_grad and logits_t.requires_grad:
                 _check_apart(logits, logits_t)
         if group is not None and inplace_backward:
-            raise ValueError("inplace_backward does not go with group, since the logits are read twice")
+            raise ValueError("inplace_backward cannot be combined with group: the logits are read twice")
     if group is not None:
-        return _over_shards(logits, logits_t, tokens, (scale, scale_t), group, ignore_index, entropy)
+        models = [Model(logits, inverse)] if logits_t is None else [Model(logits, inverse), Model(logits_t, inverse_t)]
+        return _over_shards(models, Targets(tokens, ignore_index), group, entropy)
     other = None if logits_t is None else _as_rows(logits_t)
     found = torch.ops.optsample.token_logprobs(
-        *Model(_as_rows(logits), scale),
+        *Model(_as_rows(logits), inverse),
         other,
-        scale_t,
+        inverse_t,
         *Targets(tokens.reshape(-1).long().contiguous(), int(ignore_index)),
         bool(entropy),
         bool(inplace_backward),
@@ -145,13 +146,13 @@ def linear_token_logprobs(
     check_ignore_index(ignore_index)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, but is {chunk_size}")
-    scale = _scale(temperature, hidden, "temperature")
+    inverse = _inverse_temperature(temperature, hidden, "temperature")
     log_probs, entropies, _ = torch.ops.optsample.linear_token_logprobs(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
         tokens.reshape(-1).long().contiguous(),
-        scale,
+        inverse,
         int(ignore_index),
         bool(entropy),
         int(chunk_size),
@@ -162,24 +163,21 @@ def linear_token_logprobs(
     return result
 
 
-def _over_shards(
-    logits: Tensor, logits_t: Tensor | None, tokens: Tensor, scales: tuple[Tensor | None, Tensor | None], group: Any,
-    ignore_index: int, entropy: bool,
-) -> Result | tuple[Result, Result]:  # fmt: skip
+def _over_shards(models: list[Model], targets: Targets, group: Any, entropy: bool) -> Result | tuple[Result, Result]:
     """One collective per model."""
+    batch = targets.tokens.shape
+    targets = targets._replace(tokens=targets.tokens.reshape(-1).long())
     results: list[Result] = []
-    models = 1 if logits_t is None else 2
-    for model, scale in zip((logits, logits_t), scales, strict=True):
-        if model is not None:
-            rows, of_rows = model.reshape(-1, model.shape[-1]), tokens.reshape(-1).long()
-            log_probs, entropies = sharded.token_logprobs(rows, of_rows, scale, group, ignore_index, entropy, models)
-            log_probs = log_probs.reshape(tokens.shape)
-            results.append(log_probs if entropies is None else (log_probs, entropies.reshape(tokens.shape)))
-    return results[0] if logits_t is None else (results[0], results[1])
+    for model in models:
+        rows = model._replace(logits=model.logits.reshape(-1, model.logits.shape[-1]))
+        found = sharded.token_logprobs(rows, targets, group, entropy, len(models))
+        log_probs = found.log_probs.reshape(batch)
+        results.append(log_probs if found.entropies is None else (log_probs, found.entropies.reshape(batch)))
+    return results[0] if len(results) == 1 else (results[0], results[1])
 
 
 def check_tokens(tokens: Tensor, batch: torch.Size, device: torch.device, name: str) -> None:
-    """Integers, one for each row of ``name``, on its device."""
+    """Tokens must be integers, one for each row of ``name``, on its device."""
     if not isinstance(tokens, Tensor):
         raise TypeError(f"tokens must be a torch.Tensor, but is {type(tokens).__name__}")
     if tokens.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
@@ -192,19 +190,19 @@ def check_tokens(tokens: Tensor, batch: torch.Size, device: torch.device, name: 
 
 def check_ignore_index(ignore_index: int) -> None:
     if not isinstance(ignore_index, int) or not -(2**31) <= ignore_index < 2**31:
-        raise ValueError(f"ignore_index must be an integer of 32 bits, but is {ignore_index!r}")
+        raise ValueError(f"ignore_index must be a 32-bit integer, but is {ignore_index!r}")
 
 
-def _scale(temperature: float | Tensor, rows: Tensor, name: str) -> Tensor | None:
-    """1/temperature per row, NaN where a tensor's value is no temperature."""
-    scale = inverse_temperature(temperature, rows, name)
-    if scale is None or not isinstance(temperature, Tensor):
-        return scale
-    return torch.where((scale > 0.0) & (scale < math.inf), scale, math.nan)
+def _inverse_temperature(temperature: float | Tensor, rows: Tensor, name: str) -> Tensor | None:
+    """1/temperature per row, NaN where a tensor's value is not positive and finite."""
+    inverse = inverse_temperature(temperature, rows, name)
+    if inverse is None or not isinstance(temperature, Tensor):
+        return inverse
+    return torch.where((inverse > 0.0) & (inverse < math.inf), inverse, math.nan)
 
 
 def _as_rows(logits: Tensor) -> Tensor:
-    """[..., V] as [outer, inner, V] with a contiguous last dimension; a copy only where no view can give that."""
+    """[..., V] as [outer, inner, V] with a contiguous last dimension; copied only where no view fits."""
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         logits = logits.contiguous()
     if logits.dim() == 3:
@@ -226,13 +224,13 @@ def _check_overwritable(logits: Tensor, name: str) -> None:
 
 
 def _check_apart(logits: Tensor, logits_t: Tensor) -> None:
-    """Both models' gradients get a place of their own: the first one written must not be the second one's logits."""
+    """The first gradient written must not overwrite the other model's logits."""
     (start, stop), (start_t, stop_t) = (_extent(x) for x in (logits, logits_t))
     if start < stop_t and start_t < stop:
-        raise ValueError("inplace_backward needs logits_t in memory apart from logits, but they overlap")
+        raise ValueError("inplace_backward needs logits and logits_t in separate memory, but they overlap")
 
 
 def _extent(x: Tensor) -> tuple[int, int]:
-    """The addresses from the first element to behind the last one."""
+    """The addresses of the first element and behind the last one."""
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size() * bool(x.numel())

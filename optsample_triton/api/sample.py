@@ -175,12 +175,12 @@ def verify(
         DRAFTS.index(draft),
     )
     found = Verified(*torch.ops.optsample.verify(*problem.flat(), *draws, *drafts))
-    shapes = {"num_accepted": batch}  # all others are of every position
+    shapes = {"num_accepted": batch}  # the others have all positions
     return Verified(**{name: x.reshape(shapes.get(name, positions)) for name, x in found._asdict().items()})
 
 
 def _detached(value: Any) -> Any:
-    """Tokens have no gradient."""
+    """Drawn tokens have no gradient."""
     return value.detach() if isinstance(value, Tensor) else value
 
 
@@ -193,7 +193,7 @@ def _draws(
 ) -> Draws:
     if isinstance(seed, torch.Generator):
         drawn = torch.randint(2**63 - 1, (), generator=seed, device=seed.device)
-        # Reading a CPU generator's number waits for no device; a GPU's own generator goes into graphs.
+        # A CPU generator's number is read without waiting for a device; a GPU's stays a tensor, for CUDA graphs.
         seed = int(drawn) if seed.device.type == "cpu" else drawn
     mixed = not isinstance(seed, Tensor) or seed.dim() == 0
     seed, seeds = _number(seed, batch, device, "seed")
@@ -202,12 +202,12 @@ def _draws(
 
 
 def _number(value: Number, batch: torch.Size, device: torch.device, name: str) -> tuple[int, Tensor | None]:
-    """A number that stands for all rows, or a tensor that replaces it."""
+    """A number for all rows, or 0 and a tensor that replaces it."""
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, INTEGERS):
             raise TypeError(f"{name} must be an int or a tensor of integers, but is {type(value).__name__}")
         if not -(2**63) <= value < 2**63:
-            raise ValueError(f"{name} must fit into 64 bits with its sign, but is {value}")
+            raise ValueError(f"{name} must be a signed 64-bit integer, but is {value}")
         return int(value), None
     _check_integers(value, name)
     if value.dim() and value.shape != batch:

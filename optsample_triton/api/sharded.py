@@ -1,16 +1,16 @@
-"""The native layer where each process of a group holds a part of the vocabulary, as tensor parallelism leaves it.
+"""The native layer where each process of a group holds a part of the vocabulary, as in tensor parallelism.
 
-``solve``, ``sample`` and ``token_logprobs`` come here with ``group=``. The processes agree on their arguments, and a
-dozen numbers per row are gathered of what each has summed over its own logits: once for the first sweep, once more
-where a row needs a second. It runs in PyTorch on whatever device the logits are, and waits for the device, since the
-processes have to agree on what to do next.
+``solve``, ``sample`` and ``token_logprobs`` come here with ``group=``. The processes check that their arguments agree
+and gather a dozen numbers per row, each process's sums over its own logits: once for the first sweep, and once more for
+rows that need a second. Everything runs in PyTorch on the logits' device. It waits for the device, since the processes
+have to agree on what to do next.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,12 +18,12 @@ from torch import Tensor
 from optsample_triton.eager import agreement, entry
 from optsample_triton.eager.rows import Rows
 from optsample_triton.eager.shards import Shard
-from optsample_triton.types import Draws, Problem, Sample, Solved, result_dtype
+from optsample_triton.types import Draws, Model, Problem, Sample, Solved, Targets, TokenLogprobs, result_dtype
 
 
 @contextmanager
 def together(group: Any, logits: Any) -> Iterator[None]:
-    """For the checks of a process's own arguments: with a group, what one process refuses is raised in all of them."""
+    """Wraps the checks of a process's own arguments: with a group, an error in one process is raised in all of them."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -50,7 +50,7 @@ def sample(problem: Problem, group: Any, vocab_size: int | None, draws: Draws, n
 
 
 def _rows(problem: Problem, group: Any, vocab_size: int | None, same: Mapping[str, Any]) -> Rows:
-    """The rows as the eager path takes them, with what the other processes hold; all must agree on ``same``."""
+    """This process's part of the rows, as the eager path takes them; all processes must agree on ``same``."""
     theta, t = (x.detach().reshape(-1, x.shape[-1]) for x in (problem.theta, problem.t))
     options = problem.options
     law = {
@@ -64,60 +64,79 @@ def _rows(problem: Problem, group: Any, vocab_size: int | None, same: Mapping[st
     }
     shard = Shard.of(theta, group, vocab_size, {**law, **same})
     theta, t = theta[:, : shard.size], t[:, : shard.size]
-    if not shard.size:  # nothing but padding: tokens that neither model has
+    if not shard.size:  # nothing but padding: one token that neither model has
         theta, t = theta.new_full((2, theta.shape[0], 1), -torch.inf).unbind(0)
-    return Rows(theta, t, problem.inverse_temperature_theta, problem.inverse_temperature_t, options.eps, shard=shard)
+    return Rows.of(problem._replace(theta=theta, t=t), shard)
 
 
-def token_logprobs(
-    local: Tensor, tokens: Tensor, scale: Tensor | None, group: Any, ignore_index: int, entropy: bool, models: int
-) -> tuple[Tensor, Tensor | None]:
-    """log-probabilities and entropies [N] from logits [N, V_p]; the gradient is that of this process's logits.
+class _Local(NamedTuple):
+    """What this process's logits contribute to each row, [N] float64, differentiable in them."""
 
-    ``models`` is how many such calls there are: where it differs, one process would wait for a call that never comes.
+    log_partition: Tensor  # -inf where it has no finite logit
+    mean: Tensor  # of the logits over their temperature, 0 where no entropy is asked for
+    token: Tensor  # the token's own, 0 where another process has it
 
-    Every process computes the same numbers, so none has to send gradients: each has what its own logits contribute.
+
+def token_logprobs(model: Model, targets: Targets, group: Any, entropy: bool, models: int) -> TokenLogprobs:
+    """Log-probabilities, entropies and log-partitions [N] from logits [N, V_p].
+
+    The gradient is that of this process's logits. Every process computes the same numbers, so none has to send
+    gradients. ``models`` is how many such calls there are: if it differed, one process would wait for a call that never
+    comes.
     """
     same = {
-        "logits_t": models, "tokens": tokens, "temperature": scale, "ignore_index": ignore_index, "entropy": entropy,
-    }  # fmt: skip
-    shard = Shard.of(local, group, None, same)
-    kept = tokens != ignore_index
-    inside = (tokens >= 0) & (tokens < shard.vocab)
-    mine = inside & (tokens >= shard.start) & (tokens < shard.start + shard.size)
-    # The largest logit's log-probability gives the log-partition of what is here, by the op that reads once.
-    best = local.detach().argmax(-1)
-    place = torch.where(mine, tokens - shard.start, 0)
-    height, height_of_token = (_logit(local, index, scale) for index in (best, place))
-    empty = torch.isneginf(height.detach())
-    log_prob, entropies, _ = torch.ops.optsample.token_logprobs(
-        local[None], scale, None, None, torch.where(kept & ~empty, best, -1), -1, entropy, False
-    )
-    partition = torch.where(empty, -torch.inf, height - log_prob[0].double())
-    mean = partition - entropies[0].double() if entropy else torch.zeros_like(partition)
-    mean = torch.where(empty, 0.0, mean)
-    token = torch.where(mine, height_of_token, 0.0)
-
-    parts = shard.gathered(torch.stack([x.detach() for x in (partition, mean, token)]))
+        "logits_t": models,
+        "tokens": targets.tokens,
+        "temperature": model.inverse_temperature,
+        "ignore_index": targets.ignore_index,
+        "entropy": entropy,
+    }
+    shard = Shard.of(model.logits, group, None, same)
+    kept = targets.tokens != targets.ignore_index
+    inside = (targets.tokens >= 0) & (targets.tokens < shard.vocab)
+    local = _local(shard, model, targets, entropy)
+    parts = shard.gathered(torch.stack([x.detach() for x in local]))  # [P, 3, N]
     # This process's own entries stay differentiable; the others' are constants here.
-    own = torch.arange(len(parts), device=local.device)[:, None] == shard.rank
-    lawful = kept & torch.isfinite(torch.logsumexp(parts[:, 0], 0))
-    # A row without a law takes part in nothing, not even with a gradient of 0 times NaN.
-    partitions, means, here = (
-        torch.where(lawful, torch.where(own, x, parts[:, k]), 0.0) for k, x in enumerate((partition, mean, token))
+    own = torch.arange(len(parts), device=parts.device)[:, None] == shard.rank
+    all_parts = _Local(*parts.unbind(1))
+    valid = kept & torch.isfinite(torch.logsumexp(all_parts.log_partition, 0))
+    # An invalid row takes part in nothing, not even with a gradient of 0 times NaN.
+    each = _Local(
+        *(torch.where(valid, torch.where(own, mine, part), 0.0) for mine, part in zip(local, all_parts, strict=True))
     )
-    whole = torch.logsumexp(partitions, 0)
-    result = torch.where(inside, here.sum(0) - whole, torch.nan)
-    share = (partitions - whole).exp()
-    first = torch.where(share > 0, share * means, 0.0).sum(0)
-    spread = whole - first
-    spread = torch.where(inside, spread, spread.detach())
-    values = [torch.where(lawful, x, torch.nan).masked_fill(~kept, 0.0) for x in (result, spread)]
-    log_probs, entropies = (x.to(result_dtype(local.dtype)) for x in values)
-    return log_probs, entropies if entropy else None
+    whole = torch.logsumexp(each.log_partition, 0)
+    log_probs = torch.where(inside, each.token.sum(0) - whole, torch.nan)
+    share = (each.log_partition - whole).exp()
+    entropies = whole - torch.where(share > 0, share * each.mean, 0.0).sum(0)
+    entropies = torch.where(inside, entropies, entropies.detach())
+    dtype = result_dtype(model.logits.dtype)
+    log_probs, entropies = (
+        torch.where(valid, x, torch.nan).masked_fill(~kept, 0.0).to(dtype) for x in (log_probs, entropies)
+    )
+    return TokenLogprobs(log_probs, entropies if entropy else None, whole)
 
 
-def _logit(local: Tensor, index: Tensor, scale: Tensor | None) -> Tensor:
-    """[N] float64."""
-    value = local.gather(-1, index[:, None])[:, 0].double()
-    return value if scale is None else value * scale.double()
+def _local(shard: Shard, model: Model, targets: Targets, entropy: bool) -> _Local:
+    """The largest logit's log-probability gives the log-partition of what is here, by the op that reads once."""
+    tokens = targets.tokens
+    mine = (tokens >= shard.start) & (tokens < shard.start + shard.size)
+    best = model.logits.detach().argmax(-1)
+    at_best, at_token = (_logit(model, index) for index in (best, torch.where(mine, tokens - shard.start, 0)))
+    empty = torch.isneginf(at_best.detach())
+    read = torch.where((tokens != targets.ignore_index) & ~empty, best, -1)
+    found = TokenLogprobs(
+        *torch.ops.optsample.token_logprobs(
+            model.logits[None], model.inverse_temperature, None, None, read, -1, entropy, False
+        )
+    )
+    log_partition = torch.where(empty, -torch.inf, at_best - found.log_probs[0].double())
+    mean = torch.zeros_like(log_partition)
+    if entropy and found.entropies is not None:
+        mean = torch.where(empty, 0.0, log_partition - found.entropies[0].double())
+    return _Local(log_partition, mean, torch.where(mine, at_token, 0.0))
+
+
+def _logit(model: Model, index: Tensor) -> Tensor:
+    """A logit of every row over its temperature, [N] float64."""
+    value = model.logits.gather(-1, index[:, None])[:, 0].double()
+    return value if model.inverse_temperature is None else value * model.inverse_temperature.double()

@@ -78,11 +78,11 @@ def solve(
     else:
         solved = sharded.solve(problem, group, vocab_size, diagnostics)
     batch = logits_theta.shape[:-1]
-    numbers = None
+    found = None
     if diagnostics:
         columns = *solved.diagnostics.unbind(-1), solved.sweeps
-        numbers = Diagnostics(*(column.reshape(batch) for column in columns))
-    return Solution(solved.alpha.reshape(batch), solved.log_z.reshape(batch), solved.status.reshape(batch), numbers)
+        found = Diagnostics(*(column.reshape(batch) for column in columns))
+    return Solution(solved.alpha.reshape(batch), solved.log_z.reshape(batch), solved.status.reshape(batch), found)
 
 
 def log_q(
@@ -133,7 +133,7 @@ def log_q(
     check_out(out, out_dtype, logits_theta)
     differentiated = any(isinstance(x, Tensor) and x.requires_grad for x in (logits_theta, logits_t, alpha))
     if torch.is_grad_enabled() and differentiated:
-        raise ValueError("out does not go with gradients: detach the inputs or leave out away")
+        raise ValueError("out cannot be combined with gradients: detach the inputs or call without out")
     if out.numel():
         matrix = out if out.dim() == 2 else out.view(-1, shape[-1])
         torch.ops.optsample.solve_out(*problem.flat(), detach_alpha, False, matrix)

@@ -1,20 +1,29 @@
-"""What the processes of a group must have in common before they compute together: one small gather finds it out.
+"""One small gather checks that the processes of a group were called with the same arguments.
 
-What is wrong in one process is refused by all, in the same words. Else the others would wait for it for ever, or take
-its numbers for something that they are not.
+An error in one process is raised in all of them, in the same words. Otherwise the others would wait for it for ever,
+or misread its numbers.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_REFUSED = [-1, 0, 0]  # in place of rows, columns and checksum
+
+class _Call(NamedTuple):
+    """What a process says of its call."""
+
+    rows: int
+    columns: int
+    checksum: int  # of the arguments that must be equal
+
+
+_REFUSED = _Call(-1, 0, 0)
 
 
 def gather(values: Tensor, group: Any) -> list[Tensor]:
@@ -26,24 +35,26 @@ def gather(values: Tensor, group: Any) -> list[Tensor]:
 
 
 def agree(local: Tensor, group: Any, same: Mapping[str, Any]) -> list[int]:
-    """How long the rows [N, V_p] of each process are; N, the dtype and the arguments ``same`` have to be equal."""
+    """The row lengths V_p of all processes; N, the dtype and the arguments ``same`` must be equal."""
     check_group(group)
     sums = {name: _checksum(value) for name, value in {"the logits' dtype": local.dtype, **same}.items()}
-    counts, sizes, totals = zip(*_met([*local.shape, _checksum(sums)], None, local.device, group), strict=True)
+    rows, columns = local.shape
+    calls = _gathered(_Call(rows, columns, _checksum(sums)), None, local.device, group)
+    counts = [call.rows for call in calls]
     if len(set(counts)) > 1:
-        raise ValueError(f"logits must have the same rows in all processes of group, but have {list(counts)} of them")
-    if len(set(totals)) > 1:
+        raise ValueError(f"logits must have the same number of rows in all processes of group, but have {counts}")
+    if len({call.checksum for call in calls}) > 1:
         first, *others = _objects(sums, group)
         differing = ((k, name) for k, x in enumerate(others, 1) for name in x if x[name] != first.get(name))
         process, name = next(differing, (1, "the function called"))
         raise ValueError(f"{name} must be the same in all processes of group, but process {process} differs from 0")
-    return list(sizes)
+    return [call.columns for call in calls]
 
 
 def refuse(error: Exception, device: torch.device, group: Any) -> None:
-    """Tell those that wait in ``agree``, or refuse something themselves; raises what the first of them says."""
+    """Raise ``error`` in all processes, also in those that wait in ``agree``; of several the first one's."""
     check_group(group)
-    _met(_REFUSED, error, device, group)
+    _gathered(_REFUSED, error, device, group)
 
 
 def check_group(group: Any) -> None:
@@ -53,8 +64,8 @@ def check_group(group: Any) -> None:
         raise ValueError("group must be one that this process belongs to")
 
 
-def _met(numbers: list[int], error: Exception | None, device: torch.device, group: Any) -> list[list[int]]:
-    found: list[list[int]] = torch.stack(gather(torch.tensor(numbers, device=device), group)).tolist()
+def _gathered(call: _Call, error: Exception | None, device: torch.device, group: Any) -> list[_Call]:
+    found = [_Call(*x) for x in torch.stack(gather(torch.tensor(call, device=device), group)).tolist()]
     if _REFUSED in found:
         process, first = next((k, said) for k, said in enumerate(_objects(error, group)) if said is not None)
         raise type(first)(f"{first} (in process {process} of group)") from error
@@ -62,14 +73,14 @@ def _met(numbers: list[int], error: Exception | None, device: torch.device, grou
 
 
 def _objects(mine: Any, group: Any) -> list[Any]:
-    """Those of all processes; slow, for what ends in an error."""
+    """Those of all processes; slow, and so only used before an error."""
     found = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, mine, group=group)
     return found
 
 
 def _checksum(value: Any) -> int:
-    """The same number in processes that have the same."""
+    """Equal values give equal numbers in all processes."""
     if isinstance(value, Tensor):
         return zlib.crc32(value.detach().cpu().contiguous().numpy().tobytes())
     if isinstance(value, tuple):

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from optsample_triton.eager import diagnostics as report
 from optsample_triton.eager import gradient, logprob
 from optsample_triton.eager import sample as sampling
+from optsample_triton.eager.diagnostics import diagnostics as diagnostics_of
+from optsample_triton.eager.log_q import write_log_q
 from optsample_triton.eager.rows import Rows
-from optsample_triton.eager.solve import State
 from optsample_triton.eager.solve import solve as solve_rows
 from optsample_triton.types import (
     DIAGNOSTIC_COUNT,
@@ -32,78 +32,52 @@ from optsample_triton.types import (
 
 def solve(problem: Problem, diagnostics: bool, out: Tensor | None) -> Solved:
     """Solve every row; log q* goes into ``out``."""
-    return solve_on(_rows(problem), problem, diagnostics, out)
-
-
-def _rows(problem: Problem) -> Rows:
-    inverse = problem.inverse_temperature_theta, problem.inverse_temperature_t
-    return Rows(problem.theta, problem.t, *inverse, problem.options.eps)
+    return solve_on(Rows.of(problem), problem, diagnostics, out)
 
 
 def solve_on(rows: Rows, problem: Problem, diagnostics: bool, out: Tensor | None) -> Solved:
     """``solve`` of rows that may be one process's part of the vocabulary."""
-    state = _solved(rows, problem)
+    state = solve_rows(rows, problem)
     dtype = rows.working_dtype
-    if not diagnostics:
-        figures = torch.empty(0, DIAGNOSTIC_COUNT, device=state.alpha.device)
-    elif problem.options.from_probabilities:
-        figures = report.probability_figures(rows, state)
-    else:
-        figures = report.figures(rows, state)
+    found = diagnostics_of(rows, state) if diagnostics else state.alpha.new_empty(0, DIAGNOSTIC_COUNT)
     if out is not None:
-        report.write_log_q(rows, state, out)
-    saved = Saved(state.log_partition_theta, state.log_partition_t, state.psi, state.precise)
+        write_log_q(rows, state, out)
     return Solved(
         state.alpha.to(dtype),
         state.psi.to(dtype),
         state.status.to(torch.uint8),
         state.sweeps.to(torch.int32),
-        saved.columns(),
-        figures.to(dtype),
+        state.saved().columns(),
+        found.to(dtype),
     )
-
-
-def _solved(rows: Rows, problem: Problem) -> State:
-    alpha = problem.alpha
-    if problem.options.method == "entropy" and alpha is None:
-        alpha = report.entropy_alpha(rows)
-    return solve_rows(rows, problem.options, alpha)
 
 
 def sample(problem: Problem, draws: Draws, num_samples: int) -> Sample:
     """token, log_q, log_theta, log_t [N, num_samples], alpha, status [N]."""
-    return sample_on(_rows(problem), problem, draws, num_samples)
+    return sample_on(Rows.of(problem), problem, draws, num_samples)
 
 
 def sample_on(rows: Rows, problem: Problem, draws: Draws, num_samples: int) -> Sample:
     """``sample`` of rows that may be one process's part of the vocabulary."""
-    state = _solved(rows, problem)
-    sampling.judge(state, draws)
-    token, *logs = sampling.sample(rows, state, draws, num_samples)
-    dtype = rows.working_dtype
-    logs = [x.to(dtype) for x in logs]
-    return Sample._make((token, *logs, state.alpha.to(dtype), state.status.to(torch.uint8)))
+    return sampling.sample(rows, solve_rows(rows, problem), draws, num_samples)
 
 
 def verify(problem: Problem, draws: Draws, drafts: Drafts) -> Decided:
-    rows = _rows(problem)
-    state = _solved(rows, problem)
-    sampling.judge(state, draws)
-    token, *logs, accepted = sampling.verify(rows, state, draws, *drafts)
-    dtype = rows.working_dtype
-    logs = [x.to(dtype) for x in logs]
-    return Decided._make((token, *logs, accepted, state.alpha.to(dtype), state.status.to(torch.uint8)))
+    rows = Rows.of(problem)
+    return sampling.verify(rows, solve_rows(rows, problem), draws, drafts)
 
 
 def backward(problem: Problem, status: Tensor, saved: Tensor, upstream: Upstream) -> Gradients:
-    rows, alpha = _rows(problem), problem.alpha
-    assert alpha is not None
-    grad_theta, grad_t, grad_given = gradient.gradients(rows, alpha, status, saved, *upstream, problem.options.method)
-    temperatures = problem.inverse_temperature_theta, problem.inverse_temperature_t
-    for grad, scale in zip((grad_theta, grad_t), temperatures, strict=True):
-        if scale is not None:
-            grad.mul_(scale[:, None])
-    return Gradients(grad_theta.to(problem.theta.dtype), grad_t.to(problem.t.dtype), grad_given.to(alpha.dtype))
+    """Gradients in theta and t [N, V], and in alpha [N]."""
+    assert problem.alpha is not None
+    grads = gradient.gradients(problem, status, Saved.of(saved), upstream)
+    inverse_temperatures = problem.inverse_temperature_theta, problem.inverse_temperature_t
+    for grad, inverse_temperature in zip((grads.theta, grads.t), inverse_temperatures, strict=True):
+        if inverse_temperature is not None:
+            grad.mul_(inverse_temperature[:, None])
+    return Gradients(
+        grads.theta.to(problem.theta.dtype), grads.t.to(problem.t.dtype), grads.alpha.to(problem.alpha.dtype)
+    )
 
 
 def token_logprobs(models: Sequence[Model], targets: Targets, entropy: bool) -> TokenLogprobs:
@@ -120,7 +94,4 @@ def token_logprobs_backward(
     out: Tensor,
 ) -> None:
     """The gradient in one model's logits into ``out``, which may be the logits."""
-    logprob.logprobs_backward(
-        model.logits, targets.tokens, model.inverse_temperature, found.log_probs, found.log_partitions,
-        found.entropies, grad_log_probs, grad_entropies, targets.ignore_index, out,
-    )  # fmt: skip
+    logprob.token_logprobs_backward(model, targets, found, grad_log_probs, grad_entropies, out)

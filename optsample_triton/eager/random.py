@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
-# What the numbers are for; a stream is part of the counter, so that none shares its numbers with another.
-PLACE, TOKEN, ACCEPT, RECOVER_PLACE, RECOVER_TOKEN = range(5)
-STREAMS = 8  # a draw's counter word is its index times this, plus the stream
+from optsample_triton.numerics import STREAMS, Stream
+from optsample_triton.types import Draws
 
 _WORD = 0xFFFFFFFF
 _ROUNDS = 10
@@ -38,12 +41,67 @@ def philox(key: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple
     return c0, c1, c2, c3
 
 
-def uniforms(seed: Tensor, offset: Tensor, group: Tensor, draw: Tensor, stream: int) -> tuple[Tensor, Tensor]:
-    """Two uniforms in [0, 1) with 53 bits each, float64, of the shape that the int64 arguments broadcast to."""
+class Uniforms(NamedTuple):
+    """Two numbers in [0, 1) with 53 bits each, float64."""
+
+    first: Tensor
+    second: Tensor
+
+
+def uniforms(seed: Tensor, offset: Tensor, group: Tensor, draw: Tensor, stream: int) -> Uniforms:
+    """Of the shape that the int64 arguments broadcast to."""
     counter = offset & _WORD, (offset >> 32) & _WORD, group & _WORD, (draw * STREAMS + stream) & _WORD
     first, second, third, fourth = philox(seed, counter)
-    return _unit(first, second), _unit(third, fourth)
+    return Uniforms(_unit(first, second), _unit(third, fourth))
 
 
 def _unit(high: Tensor, low: Tensor) -> Tensor:
     return ((high >> 5).double() * 2.0**26 + (low >> 6).double()) * 2.0**-53
+
+
+class Place(NamedTuple):
+    """The uniforms [N, S] that a token is drawn with: its chunk, its tile in that, and itself in that."""
+
+    chunk: Tensor
+    tile: Tensor
+    token: Tensor
+
+    def part(self, index: Tensor) -> Place:
+        return Place(*(x[index] for x in self))
+
+    def column(self) -> Place:
+        """All of them as one column [N S, 1]."""
+        return Place(*(x.reshape(-1, 1) for x in self))
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Seed, offset and index [groups, 1] of the groups of rows, as the counter takes them, int64."""
+
+    seed: Tensor
+    offset: Tensor
+    group: Tensor
+
+    @staticmethod
+    def of(draws: Draws, groups: int, device: torch.device) -> Numbers:
+        index = torch.arange(groups, device=device)[:, None]
+        seed, offset = (
+            torch.full_like(index, number) if given is None else given.reshape(-1, 1).expand(groups, 1)
+            for number, given in ((draws.seed, draws.seeds), (draws.offset, draws.offsets))
+        )
+        return Numbers(seed, offset, index if draws.mixed else torch.zeros_like(index))
+
+    def uniforms(self, position: Tensor, draw: Tensor, stream: Stream) -> Uniforms:
+        return uniforms(self.seed, self.offset + position, self.group, draw, stream)
+
+    def sample_place(self, draw: Tensor) -> Place:
+        """Where the draws of every row fall."""
+        return self._place(0 * draw, draw, Stream.PLACE, Stream.TOKEN)
+
+    def recovery_place(self, position: Tensor) -> Place:
+        """Where the token falls that stands for a refused draft, or behind all drafts."""
+        return self._place(position, 0 * position, Stream.RECOVER_PLACE, Stream.RECOVER_TOKEN)
+
+    def _place(self, position: Tensor, draw: Tensor, place: Stream, token: Stream) -> Place:
+        outer, inner = self.uniforms(position, draw, place), self.uniforms(position, draw, token)
+        return Place(outer.first, outer.second, inner.first)

@@ -11,10 +11,30 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optsample_triton.eager.moments import NodeSums
+from optsample_triton.eager.nodes import HALF_INNER, INNER, NodeSums
+from optsample_triton.numerics import NEGLECTED, NODES, NOISE, SD_SHARE
 
 H = 0.25  # the inner nodes 3/8 and 5/8 in s
 NEWTON_STEPS = 7  # inside the interpolant: a handful of flops per row
+CLEAR = 4.0  # a node's sign counts where psi' is this many times its rounding
+REACH = 1.5 * H  # where in s the Newton steps may start
+
+
+class _NodeValues(NamedTuple):
+    """psi and its derivatives in alpha at the inner nodes."""
+
+    psi: Tensor  # [3, N]
+    slope: Tensor  # [3, N]
+    variance: Tensor  # [N]: psi'' at 1/2
+    noise: Tensor  # [N]: rounding of the slopes
+
+
+class _Polynomial(NamedTuple):
+    """The interpolant psi - target alpha in powers of s."""
+
+    g: Tensor  # [7, N]
+    padded: Tensor  # [11, N]: g between zeros
+    derivatives: Tensor  # [8, 2, N]: first and second
 
 
 class Interpolant(NamedTuple):
@@ -22,10 +42,60 @@ class Interpolant(NamedTuple):
 
     alpha: Tensor
     psi: Tensor
+    psi_half: Tensor  # psi(1/2), from the node itself
     error: Tensor  # estimated |alpha - alpha*|, rounding included
-    blur: Tensor  # what rounding alone contributes to it
+    rounding: Tensor  # what rounding alone contributes to it
     low: Tensor  # a bracket of alpha*
     high: Tensor
+
+
+def interpolate(nodes: NodeSums, target: Tensor, epsilon: float) -> Interpolant:
+    """Solve psi'(alpha) = target [N] on the interpolant. ``epsilon`` is that of the sums' dtype."""
+    at = _node_values(nodes, epsilon)
+    low, high = _bracket(at, target)
+    polynomial = _polynomial(at, target)
+    s = _root(polynomial.derivatives, low, high)
+    edge = 1.0 - s * s
+    psi = edge * _degree_seven(polynomial.padded[2:10], s)
+    curvature = _degree_seven(polynomial.derivatives[:, 1], s)
+    rounding = at.noise / at.variance
+    error = 0.5 * _truncation(polynomial.g, s) / curvature * (SD_SHARE * at.variance.sqrt()).clamp(min=1.0) + rounding
+    trusted = torch.isfinite(error) & (curvature > 0) & (at.variance > 0)
+    error = torch.where(trusted, error, torch.inf)
+    rounding = torch.where(trusted, rounding, torch.inf)
+    return Interpolant(0.5 + 0.5 * s, psi, at.psi[HALF_INNER], error, rounding, 0.5 + 0.5 * low, 0.5 + 0.5 * high)
+
+
+def _node_values(nodes: NodeSums, epsilon: float) -> _NodeValues:
+    log_partition = nodes.log_partition
+    at_theta, at_t = log_partition[-1], log_partition[0]
+    x = log_partition.new_tensor(NODES[INNER])[:, None]
+    psi = log_partition[INNER] - x * at_theta - (1.0 - x) * at_t
+    slope = nodes.mean - (at_theta - at_t)
+    anywhere, on_one_token = NOISE
+    return _NodeValues(psi, slope, nodes.variance, epsilon * (anywhere + on_one_token * nodes.top_share))
+
+
+def _bracket(at: _NodeValues, target: Tensor) -> tuple[Tensor, Tensor]:
+    """In s, by the signs of the slopes that stand clear of rounding."""
+    beyond = at.slope - target
+    s = beyond.new_tensor([[-H], [0.0], [H]])
+    clear = CLEAR * at.noise
+    low = torch.where(beyond < -clear, s, -1.0).amax(0)
+    high = torch.where(beyond > clear, s, 1.0).amin(0)
+    return torch.minimum(low, high), torch.maximum(low, high)
+
+
+def _polynomial(at: _NodeValues, target: Tensor) -> _Polynomial:
+    """psi = (1 - s^2) g as one polynomial of degree 8, and its first two derivatives."""
+    g = _coefficients(at.psi, 0.5 * at.slope, 0.25 * at.variance)
+    padded = torch.nn.functional.pad(g, (0, 0, 2, 2))
+    whole = padded[2:] - padded[:-2]
+    degree = torch.arange(9, dtype=g.dtype, device=g.device)[:, None]
+    first = (degree * whole)[1:]
+    second = torch.nn.functional.pad((degree[:-1] * first)[1:], (0, 0, 0, 1))
+    first[0] -= 0.5 * target
+    return _Polynomial(g, padded, torch.stack([first, second], 1))
 
 
 def _coefficients(psi: Tensor, slope: Tensor, curvature: Tensor) -> Tensor:
@@ -55,59 +125,32 @@ def _degree_seven(coefficients: Tensor, s: Tensor) -> Tensor:
     return value[0] + value[1] * s
 
 
-def interpolate(nodes: NodeSums, target: Tensor, epsilon: float) -> Interpolant:
-    """Solve psi'(alpha) = target [N] on the interpolant. ``epsilon`` is that of the sums' dtype."""
-    log_partition = nodes.log_partition
-    at_theta, at_t = log_partition[4], log_partition[0]
-    tilt = log_partition.new_tensor([[0.375], [0.5], [0.625]])
-    psi = log_partition[1:4] - tilt * at_theta - (1.0 - tilt) * at_t
-    slope = nodes.slope - (at_theta - at_t)
-    variance = nodes.curvature
-    noise = epsilon * (1.7 + 8.4 * nodes.top_share)
-
-    # A node's sign brackets the root only where it stands clear of rounding.
-    beyond = slope - target
-    s_nodes = log_partition.new_tensor([[-H], [0.0], [H]])
-    clear = 4.0 * noise
-    low = torch.where(beyond < -clear, s_nodes, -1.0).amax(0)
-    high = torch.where(beyond > clear, s_nodes, 1.0).amin(0)
-    low, high = torch.minimum(low, high), torch.maximum(low, high)
-
-    g = _coefficients(psi, 0.5 * slope, 0.25 * variance)
-    # psi = (1 - s^2) g as one polynomial of degree 8, and its first two derivatives.
-    padded = torch.nn.functional.pad(g, (0, 0, 2, 2))
-    whole = padded[2:] - padded[:-2]
-    degree = torch.arange(9, dtype=g.dtype, device=g.device)[:, None]
-    first = (degree * whole)[1:]
-    second = torch.nn.functional.pad((degree[:-1] * first)[1:], (0, 0, 0, 1))
-    first[0] -= 0.5 * target
-    both = torch.stack([first, second], 1)  # [8, 2, N]
-    s = (0.5 * (low + high)).clamp(-1.5 * H, 1.5 * H)
-    inner_low, inner_high = low, high
+def _root(derivatives: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """s [N] where the first derivative vanishes, by Newton inside the bracket."""
+    s = (0.5 * (low + high)).clamp(-REACH, REACH)
     for _ in range(NEWTON_STEPS):
-        excess, rise = _degree_seven(both, s)
-        above = excess > 0
-        inner_high = torch.where(above, s, inner_high)
-        inner_low = torch.where(above, inner_low, s)
-        step = s - excess / rise
-        inside = (step >= inner_low) & (step <= inner_high)
-        s = torch.where(inside, step, 0.5 * (inner_low + inner_high))
+        first, second = _degree_seven(derivatives, s)
+        above = first > 0
+        high = torch.where(above, s, high)
+        low = torch.where(above, low, s)
+        step = s - first / second
+        inside = (step >= low) & (step <= high)
+        s = torch.where(inside, step, 0.5 * (low + high))
+    return s
+
+
+def _truncation(g: Tensor, s: Tensor) -> Tensor:
+    """What the interpolant leaves out of psi', [N].
+
+    The first neglected terms of g are taken as large as its last odd and even ones. Their shapes in psi are
+    (1 - s^2) s^k (s^2 - H^2)^2 with k = 3 and, more cautiously weighted, k = 2.
+    """
     square = s * s
     gap, edge = square - H * H, 1.0 - square
-    value, curvature = edge * _degree_seven(padded[2:10], s), _degree_seven(second, s)
-
-    # The first neglected terms of g are taken as large as its last odd and even ones. Their shapes in psi are
-    # (1 - s^2) s^k (s^2 - H^2)^2 with k = 3 and, more cautiously weighted, k = 2.
     shape_odd = square * gap * (edge * (3.0 * gap + 4.0 * square) - 2.0 * square * gap)
     shape_even = s * gap * (edge * (2.0 * gap + 4.0 * square) - 2.0 * square * gap)
-    truncation = 4.0 * (g[5].abs() + g[6].abs()) * shape_odd.abs() + 0.05 * g[6].abs() * shape_even.abs()
-    # q* feels an error of alpha in units of 1/sd; the estimate is pessimistic enough to count a quarter of that.
-    blur = noise / variance
-    error = 0.5 * truncation / curvature * (0.25 * variance.sqrt()).clamp(min=1.0) + blur
-    trusted = torch.isfinite(error) & (curvature > 0) & (variance > 0)
-    error = torch.where(trusted, error, torch.inf)
-    blur = torch.where(trusted, blur, torch.inf)
-    return Interpolant(0.5 + 0.5 * s, value, error, blur, 0.5 + 0.5 * low, 0.5 + 0.5 * high)
+    odd, even = NEGLECTED
+    return odd * (g[5].abs() + g[6].abs()) * shape_odd.abs() + even * g[6].abs() * shape_even.abs()
 
 
 class Bracket(NamedTuple):
@@ -123,15 +166,28 @@ class Bracket(NamedTuple):
     value_high: Tensor
     slope_high: Tensor
 
-    def narrowed(self, x: Tensor, value: Tensor, slope: Tensor) -> Bracket:
-        above = slope > 0
+    @property
+    def middle(self) -> Tensor:
+        return 0.5 * (self.low + self.high)
+
+    @property
+    def width(self) -> Tensor:
+        return self.high - self.low
+
+    def halved(self, x: Tensor, right: Tensor) -> Bracket:
+        """Between x and the end on the root's side, the right one where ``right``; the tangents stay as they are."""
+        return self._replace(low=torch.where(right, x, self.low), high=torch.where(right, self.high, x))
+
+    def narrowed(self, at: Derivatives) -> Bracket:
+        """Between at.x and the end on the root's side, with F's tangent at x."""
+        above = at.slope > 0
         return Bracket(
-            torch.where(above, self.low, x),
-            torch.where(above, x, self.high),
-            torch.where(above, self.value_low, value),
-            torch.where(above, self.slope_low, slope),
-            torch.where(above, value, self.value_high),
-            torch.where(above, slope, self.slope_high),
+            torch.where(above, self.low, at.x),
+            torch.where(above, at.x, self.high),
+            torch.where(above, self.value_low, at.value),
+            torch.where(above, self.slope_low, at.slope),
+            torch.where(above, at.value, self.value_high),
+            torch.where(above, at.slope, self.slope_high),
         )
 
     def meeting_point(self) -> Tensor:
@@ -140,9 +196,27 @@ class Bracket(NamedTuple):
         For rows of huge logits F is piecewise linear, and the tangents' meeting point finds its corner in a few
         steps where halving would need dozens.
         """
-        turn = self.slope_high - self.slope_low
-        rise = self.value_low - self.value_high + self.slope_high * (self.high - self.low)
-        return self.low + rise / turn
+        rise = self.slope_high - self.slope_low
+        gap = self.value_low - self.value_high + self.slope_high * (self.high - self.low)
+        return self.low + gap / rise
+
+
+class Derivatives(NamedTuple):
+    """F at x and its derivatives, [N] float64 each; the root is that of ``slope``."""
+
+    x: Tensor
+    value: Tensor  # F, NaN where it is not known
+    slope: Tensor  # F'
+    curvature: Tensor  # F''
+    third: Tensor  # F'''
+    fourth: Tensor  # the fourth central moment, which bounds F''''
+
+
+class Resolution(NamedTuple):
+    """How finely a root is looked for."""
+
+    tol: float
+    roundoff: float  # between two numbers that alpha can be reported as
 
 
 class Step(NamedTuple):
@@ -151,45 +225,44 @@ class Step(NamedTuple):
     bracket: Bracket
 
 
-def safeguarded_step(
-    x: Tensor,
-    value: Tensor,
-    slope: Tensor,
-    cumulants: tuple[Tensor, Tensor, Tensor],
-    bracket: Bracket,
-    halve: Tensor,
-    tol: float,
-    roundoff: float,
-) -> Step:
-    """One third-order step for the root of F' = ``slope``, from its derivatives ``cumulants`` at x.
+def safeguarded_step(at: Derivatives, bracket: Bracket, halve: Tensor, resolution: Resolution) -> Step:
+    """One third-order step for the root of F'.
 
-    The Chebyshev step's error is |2 c2^2 - c3| |step|^3 with c2 = third/(2 variance) and c3 = kappa4/(6 variance), the
-    latter bounded through the fourth central moment. A step that leaves the bracket, or is lost in x's ``roundoff``
-    with an error above ``tol``, is replaced: by the point where the end tangents meet, or by the bracket's middle
-    where they are not known, teach nothing new, or ``halve`` is set.
+    A step that leaves the bracket, or is lost in x's roundoff with an error above tol, is replaced: by the point where
+    the end tangents meet, or by the bracket's middle where they are not known, add nothing new, or ``halve`` is set.
     """
-    variance, third, fourth = cumulants
+    tol, roundoff = resolution
+    x, slope = at.x, at.slope
     opposite = torch.where(slope > 0, bracket.slope_low, bracket.slope_high)
-    bracket = bracket.narrowed(x, value, slope)
-    newton = -slope / variance
-    ratio = third / variance
-    alpha = x + newton * (1.0 - 0.5 * ratio * newton)
-    spread = 0.5 * ratio.square() + (fourth + 3.0 * variance.square()) / (6.0 * variance)
-    error = 2.0 * newton.abs() ** 3 * spread
-    # q* feels an error of alpha in units of 1/sd.
-    error = error * variance.sqrt().clamp(min=1.0)
+    bracket = bracket.narrowed(at)
+    newton = -slope / at.curvature
+    alpha, error = _chebyshev(at, newton)
     lost = ((alpha - x).abs() <= roundoff) & (error > tol)
     inside = (alpha >= bracket.low) & (alpha <= bracket.high) & (newton.abs() < 0.5) & ~lost
 
     # F lies above both tangents and its minimum not above F(x): that bounds how far beyond their meeting it can be.
-    width = bracket.high - bracket.low
+    width = bracket.width
     meeting = bracket.meeting_point()
     away = (meeting - x).abs()
     bound = (away + 2.0**-53) * (slope / opposite).abs().clamp(min=1.0)
     corner = (away <= roundoff) & (bound <= tol)
     met = (meeting > bracket.low) & (meeting < bracket.high) & (away > roundoff) & ~halve
-    inner = torch.where(met, meeting, torch.where(corner, x, 0.5 * (bracket.low + bracket.high)))
+    inner = torch.where(met, meeting, torch.where(corner, x, bracket.middle))
     beyond = torch.where(met | corner, torch.minimum(bound, width), width)
     alpha, error = torch.where(inside, alpha, inner), torch.where(inside, error, beyond)
     error = torch.where((slope == 0) | (width <= 2.0 * roundoff), 0.0, error)
     return Step(torch.where(slope == 0, x, alpha), error, bracket)
+
+
+def _chebyshev(at: Derivatives, newton: Tensor) -> tuple[Tensor, Tensor]:
+    """The third-order step from x, and its estimated error.
+
+    The error is |2 c2^2 - c3| |step|^3 with c2 = F''' / (2 F'') and c3 = F'''' / (6 F''), the latter bounded through
+    the fourth central moment.
+    """
+    ratio = at.third / at.curvature
+    alpha = at.x + newton * (1.0 - 0.5 * ratio * newton)
+    spread = 0.5 * ratio.square() + (at.fourth + 3.0 * at.curvature.square()) / (6.0 * at.curvature)
+    error = 2.0 * newton.abs() ** 3 * spread
+    # q* feels an error of alpha in units of 1/sd.
+    return alpha, error * at.curvature.sqrt().clamp(min=1.0)

@@ -1,4 +1,4 @@
-"""Adapters to other libraries, each imported when it is first named; the package itself needs none of them."""
+"""Adapters to other libraries, each imported at first use; the package itself needs none of these libraries."""
 
 from __future__ import annotations
 

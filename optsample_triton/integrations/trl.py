@@ -6,8 +6,8 @@
                                    is_reshape={"kernel": "sech2", "width": 2.0, "gamma": 1.0})
 
 Everything else is GRPOTrainer's: generation, rewards, group advantages, the KL term of ``beta``, and the normalisation
-of the loss types "grpo", "bnpo", "dr_grpo" and "dapo". The clip range plays no part. gamma's statistics run over all
-processes.
+of the loss types "grpo", "bnpo", "dr_grpo" and "dapo". The clip range is not used. The statistics behind gamma run over
+all processes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 try:
     from trl import GRPOTrainer
 except ModuleNotFoundError as error:
-    if error.name != "trl":  # TRL is there and lacks something itself
+    if error.name != "trl":  # TRL is installed but lacks a dependency
         raise
     raise ModuleNotFoundError(
         "optsample_triton.integrations.trl needs trl: pip install 'optsample-triton[rl]'"
@@ -33,9 +33,9 @@ LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 
 
 class ISReshapeGRPOTrainer(GRPOTrainer):
-    """GRPOTrainer with ``is_reshape_loss`` in place of the clipped objective.
+    """GRPOTrainer with ``is_reshape_loss`` instead of the clipped objective.
 
-    ``is_reshape`` holds gamma, kernel, width and rho_min; without it gamma is chosen by the weights' variance.
+    ``is_reshape`` may hold gamma, kernel, width and rho_min; by default gamma comes from the variance of the weights.
     """
 
     def __init__(self, *args: Any, is_reshape: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -47,7 +47,7 @@ class ISReshapeGRPOTrainer(GRPOTrainer):
                 f"is_reshape takes gamma, kernel, width and rho_min, but holds {', '.join(sorted(refused))}"
             )
         one = torch.zeros(1)
-        is_reshape_loss(one, one, 1.0, **self.is_reshape)  # wrong values are found now, not in the first step
+        is_reshape_loss(one, one, 1.0, **self.is_reshape)  # so that wrong values fail now, not in the first step
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(f"args.loss_type must be one of {', '.join(LOSS_TYPES)}, but is {self.loss_type!r}")
         unsupported = {
@@ -73,7 +73,7 @@ class ISReshapeGRPOTrainer(GRPOTrainer):
         if "tool_mask" in inputs:
             mask = mask * inputs["tool_mask"]
         advantages = inputs["advantages"]
-        # Without a second pass over the batch TRL leaves these out: the policy is the one that sampled.
+        # TRL omits them if each batch is used once: then the present policy drew the samples.
         log_mu = inputs.get("old_per_token_logps")
         log_mu = log_pi.detach() if log_mu is None else log_mu
         losses, metrics = is_reshape_loss(
@@ -101,7 +101,7 @@ class ISReshapeGRPOTrainer(GRPOTrainer):
         return self._reduced(losses, mask, inputs, training=mode == "train")
 
     def _reduced(self, losses: Tensor, mask: Tensor, inputs: dict[str, Any], *, training: bool) -> Tensor:
-        """TRL's normalisation of this loss type, with its gradient accumulation."""
+        """The loss with TRL's normalisation for its loss type, gradient accumulation included."""
         steps = self.current_gradient_accumulation_steps if training else 1.0
         if self.loss_type == "grpo":
             return sequence_mean(losses, mask) / steps

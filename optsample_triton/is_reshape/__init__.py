@@ -1,7 +1,8 @@
-"""IS Reshape: learn from samples that another distribution drew, with importance weights reshaped by gamma or a kernel.
+"""IS Reshape: learn from samples of another distribution, with importance weights reshaped by gamma or a kernel.
 
-``is_reshape_loss`` is the family behind one signature; ``gamma_star`` and ``gamma_exact`` choose gamma; ``PRESETS`` are
-published methods; ``diagnose`` and ``robust_gamma`` tell where the closed form holds. docs/is-reshape.md derives them.
+``is_reshape_loss`` is the whole family in one function; ``gamma_star`` and ``gamma_exact`` choose gamma; ``PRESETS``
+holds published methods; ``diagnose`` and ``robust_gamma`` tell where the closed form holds. docs/is-reshape.md derives
+them.
 """
 
 from optsample_triton.is_reshape.diagnostics import Choice, Diagnosis, diagnose, psis, psis_gamma, robust_gamma
@@ -16,14 +17,6 @@ from optsample_triton.is_reshape.gamma import (
     predicted_ess_ratio,
     weights,
 )
-from optsample_triton.is_reshape.kernels import (
-    KERNELS,
-    gamma_combined,
-    gamma_from_correctness,
-    gamma_from_magnitude,
-    gradient_weight,
-    reshaped_ratio,
-)
 from optsample_triton.is_reshape.loss import is_reshape_loss, is_reshape_loss_from_logits
 from optsample_triton.is_reshape.presets import (
     PRESETS,
@@ -31,6 +24,14 @@ from optsample_triton.is_reshape.presets import (
     kl_penalty,
     log_ratio_reward,
     sequence_mean,
+)
+from optsample_triton.is_reshape.reshaping import (
+    KERNELS,
+    gamma_combined,
+    gamma_from_correctness,
+    gamma_from_magnitude,
+    gradient_weight,
+    reshaped_ratio,
 )
 from optsample_triton.is_reshape.targets import (
     Curves,

@@ -1,4 +1,4 @@
-"""Is log w normal enough for gamma*, and what to do where it is not. These functions wait for the device."""
+"""Is log w close enough to normal for gamma*, and what to do if it is not. These functions wait for the device."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from torch import Tensor
 from optsample_triton.is_reshape.gamma import gamma_closed_form, gamma_exact, moments, weights
 from optsample_triton.is_reshape.ratios import LOG_RATIO_BOUND, check_floats, check_fraction, kept
 
-HEAVY_KURTOSIS, HEAVY_WEIGHT = 3.0, 0.1  # beyond either the tail is looked at itself
+HEAVY_KURTOSIS, HEAVY_WEIGHT = 3.0, 0.1  # beyond either, gamma comes from the fitted tail
 MILD_KURTOSIS = 1.0
-LOWERED = 2.0 / 3.0  # of rho_min, where log w departs mildly
+LOWERED = 2.0 / 3.0  # factor on rho_min if log w is mildly non-normal
 UNRELIABLE_K = 0.7
 REFRESH_SIGMA_SQ = 10.0
 
 
 class Diagnosis(NamedTuple):
-    """Of the kept log w. The p-value (Shapiro-Wilk, first 5,000 samples) is NaN without scipy or with fewer than 3."""
+    """Statistics of the kept log w.
+
+    The p-value (Shapiro-Wilk, first 5,000 samples) is NaN without scipy or with fewer than 3 samples.
+    """
 
     n: int
     sigma_sq: float
@@ -32,7 +35,7 @@ class Diagnosis(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A gamma, how it was found, what it rests on, and what else should be done (empty where nothing)."""
+    """A gamma, how it was found, the statistics behind it, and advice (empty if there is none)."""
 
     gamma: float
     method: str
@@ -42,7 +45,7 @@ class Choice(NamedTuple):
 
 
 def diagnose(log_w: Tensor, mask: Tensor | None = None) -> Diagnosis:
-    """Moments of log w, the largest weight's share and the ESS of the plain weights, and a test of normality.
+    """Moments of log w, the largest share and the ESS of the unreshaped weights, and a test of normality.
 
     >>> import torch
     >>> diagnosis = diagnose(torch.tensor([-1.0, 0.0, 1.0]))
@@ -65,7 +68,7 @@ def diagnose(log_w: Tensor, mask: Tensor | None = None) -> Diagnosis:
 
 
 def psis(log_w: Tensor, mask: Tensor | None = None) -> tuple[Tensor, float]:
-    """Pareto-smoothed log w of the kept samples [n], float64, and the tail index k: NaN where there is no tail to fit.
+    """Pareto-smoothed log w of the kept samples [n], float64, and the tail index k; k is NaN without a tail to fit.
 
     Needs arviz-stats (the extra ``stats``; Python 3.11 or newer).
     """
@@ -75,7 +78,7 @@ def psis(log_w: Tensor, mask: Tensor | None = None) -> tuple[Tensor, float]:
     except ImportError as error:
         raise ImportError("psis needs arviz-stats, which is not installed: pip install arviz-stats") from error
     try:
-        # It takes log-likelihoods and negates them: given log w itself it would smooth the wrong tail.
+        # psislw takes log-likelihoods and negates them: with log w itself it would smooth the wrong tail.
         smoothed, k_hat = array_stats.psislw(-x.numpy())
     except (ValueError, IndexError):  # constant weights, or too few for a tail
         return x, math.nan
@@ -85,7 +88,10 @@ def psis(log_w: Tensor, mask: Tensor | None = None) -> tuple[Tensor, float]:
 def psis_gamma(
     log_w: Tensor, rho_min: float = 0.3, *, mask: Tensor | None = None, conservative: float = 0.3
 ) -> tuple[float, float]:
-    """The largest gamma whose smoothed weights keep ESS_gamma/n >= rho_min, or ``conservative`` if k > 0.7; and k."""
+    """gamma and the tail index k: the largest gamma whose smoothed weights keep ESS_gamma/n >= rho_min.
+
+    If k > 0.7, gamma is ``conservative``.
+    """
     check_fraction(rho_min, "rho_min")
     check_fraction(conservative, "conservative")
     smoothed, k_hat = psis(log_w, mask)
@@ -97,14 +103,14 @@ def psis_gamma(
 def robust_gamma(
     log_w: Tensor, rho_min: float = 0.3, *, mask: Tensor | None = None, conservative: float = 0.3
 ) -> Choice:
-    """gamma by the closed form where log w is close to normal, and by the documented fallbacks where it is not.
+    """gamma by the closed form if log w is close to normal, else by the documented fallbacks.
 
     * excess kurtosis up to 1 and no weight above a tenth of the sum: the closed form;
     * kurtosis up to 3: the closed form with two thirds of ``rho_min``;
-    * beyond: Pareto-smoothed weights; where their tail index k exceeds 0.7 (or arviz-stats is missing), the smaller of
+    * beyond: Pareto-smoothed weights; if their tail index k exceeds 0.7 (or arviz-stats is missing), the smaller of
       ``conservative`` and the closed form.
 
-    The advice is to sample anew from the present policy where sigma^2 > 10 or the tail is unreliable.
+    The advice is to draw new samples from the present policy if sigma^2 > 10 or the tail is unreliable.
 
     >>> import torch
     >>> choice = robust_gamma(torch.linspace(-1, 1, 100))
@@ -139,7 +145,7 @@ def _kept_samples(log_w: Tensor, mask: Tensor | None) -> Tensor:
     check_floats(log_w, "log_w")
     x = log_w.detach()[kept(mask, log_w, "log_w")].double().cpu()
     if bool(x.isnan().any()):
-        raise ValueError(f"log_w must hold numbers where it counts, but {int(x.isnan().sum())} of {x.numel()} are NaN")
+        raise ValueError(f"log_w must not be NaN where it counts, but {int(x.isnan().sum())} of {x.numel()} are NaN")
     return x.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
 
 

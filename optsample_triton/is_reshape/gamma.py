@@ -1,11 +1,12 @@
-"""gamma from the weights' own statistics, on the device and without waiting for it (docs/is-reshape.md).
+"""gamma from the statistics of the weights, on the device and without waiting for it (docs/is-reshape.md).
 
     gamma* = min(1, sqrt(-log rho_min / sigma^2)),  sigma^2 = Var(log w)      where ESS_gamma/n = exp(-sigma^2 gamma^2)
     ESS_gamma = (sum w^gamma)^2 / sum w^(2 gamma)                               measured; falls as gamma grows
 
-With a process group the sums run over all of its processes, so that the result does not depend on how the samples are
-sharded. Each process sends its count, mean and sum of squared deviations (or its sums of scaled weights), and all merge
-them in rank order: sums of squares never cancel, and every process gets the same bits.
+With a process group the sums run over all of its processes, so the result does not depend on how the samples are
+sharded. Each process sends its count, mean and sum of squared deviations (or its sums of weights, divided by the
+largest one). All processes merge them in rank order. So sums of squares never cancel, and every process gets the same
+bits.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from torch import Tensor
 
 from optsample_triton.is_reshape.ratios import LOG_RATIO_BOUND, as_like, check_floats, check_fraction, check_gamma, kept
 
-SECTIONS, ROUNDS = 8, 9  # of the exact search: 8^-9 = 7e-9
+SECTIONS, ROUNDS = 8, 9  # of the exact search, which ends at a width of 8^-9 = 7e-9
 
 
 class Moments(NamedTuple):
-    """Of log w over the kept samples of all processes, 0-d float64; sigma_sq has n - 1 in its denominator."""
+    """Moments of log w over the kept samples of all processes, 0-d float64; sigma_sq divides by n - 1."""
 
     n: Tensor
     mean: Tensor
@@ -31,7 +32,7 @@ class Moments(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """How the weights w^gamma share the sample, 0-d float64; all 0 where nothing is kept."""
+    """ESS, ESS/n and the largest share of the weights w^gamma, 0-d float64; all 0 if no sample is kept."""
 
     ess: Tensor
     ess_ratio: Tensor
@@ -39,13 +40,13 @@ class Weights(NamedTuple):
 
 
 def moments(log_w: Tensor, *, mask: Tensor | None = None, group: dist.ProcessGroup | None = None) -> Moments:
-    """Count, mean and variance of log w; no variance with fewer than two samples."""
+    """Count, mean and variance of log w; the variance of fewer than two samples is 0."""
     x, keep = _samples(log_w, mask)
     return moments_of(x, keep, group)
 
 
 def gamma_closed_form(sigma_sq: Tensor, rho_min: float = 0.3) -> Tensor:
-    """The largest gamma in (0, 1] with exp(-sigma^2 gamma^2) >= rho_min; NaN of NaN.
+    """The largest gamma in (0, 1] with exp(-sigma^2 gamma^2) >= rho_min; NaN if sigma^2 is NaN.
 
     >>> import torch
     >>> [round(float(x), 4) for x in gamma_closed_form(torch.tensor([0.0, 0.5, 4.0]), 0.3)]
@@ -58,7 +59,7 @@ def gamma_closed_form(sigma_sq: Tensor, rho_min: float = 0.3) -> Tensor:
 def gamma_star(
     log_w: Tensor, rho_min: float = 0.3, *, mask: Tensor | None = None, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """gamma* of these samples, 0-d float64 on their device.
+    """gamma* of the samples, 0-d float64 on their device.
 
     >>> import torch
     >>> round(float(gamma_star(torch.tensor([-2.0, 2.0]))), 4)
@@ -75,7 +76,7 @@ def weights(
     mask: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Weights:
-    """ESS_gamma, its share of n, and the largest share of one sample; gamma is a number or broadcasts to log_w."""
+    """ESS_gamma, ESS_gamma/n and the largest share of one sample; gamma is a number or broadcasts to log_w."""
     x, keep = _samples(log_w, mask)
     return shares(as_like(gamma, x) * x, keep, group)
 
@@ -91,9 +92,9 @@ def gamma_exact(
 ) -> Tensor:
     """The largest gamma in [0, 1] whose measured ESS_gamma/n is at least rho_min, to 1e-8 from below; 0-d float64.
 
-    The ratio falls as gamma grows (its logarithm is 2 k(gamma) - k(2 gamma) - log n with a convex k), so that the
-    sections of a bracket find the root; all points of a round share one pass and one exchange. NaN in a kept sample
-    gives NaN.
+    The ratio falls as gamma grows (its logarithm is 2 k(gamma) - k(2 gamma) - log n with a convex k), so the root can
+    be bracketed. Each round divides the bracket into sections; all its points share one pass and one exchange. NaN in a
+    kept sample gives NaN.
 
     >>> import torch
     >>> log_w = torch.tensor([0.0, 0.0, 0.0, 3.0])
@@ -121,7 +122,7 @@ def gamma_exact(
 def log_mean_weight(
     log_w: Tensor, gamma: float | Tensor, *, mask: Tensor | None = None, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """log of the mean of w^gamma, 0-d float64: (gamma - 1) D_gamma(pi||mu) with the Renyi divergence of that order."""
+    """log of the mean of w^gamma, 0-d float64: (gamma - 1) D_gamma(pi||mu), D_gamma the Renyi divergence."""
     x, keep = _samples(log_w, mask)
     z = as_like(gamma, x) * x
     top = _top(z, keep, group)
@@ -131,18 +132,18 @@ def log_mean_weight(
 
 
 def shares(z: Tensor, keep: Tensor, group: dist.ProcessGroup | None) -> Weights:
-    """Of weights exp(z), z in float64."""
+    """ESS and shares of the weights exp(z), z in float64."""
     w = torch.where(keep, (z - _top(z, keep, group)).exp(), 0.0)
     sums = torch.stack([w.sum(), w.square().sum(), keep.sum().double()])
     first, second, count = _exchanged(sums, group).sum(0)
     some = count > 0
     ess = torch.where(some, first.square() / second, 0.0)
-    # the largest weight is exp(0) by the choice of the top
+    # the largest weight is exp(0), since the largest z was subtracted
     return Weights(ess, ess / count.clamp(min=1.0), torch.where(some, 1.0 / first, 0.0))
 
 
 def _samples(log_w: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """log w in float64 within its bound, 0 where masked; and what is kept."""
+    """log w in float64 within its bounds, 0 where masked; and which samples are kept."""
     check_floats(log_w, "log_w")
     keep = kept(mask, log_w, "log_w")
     x = torch.where(keep, log_w.detach().double(), 0.0)
@@ -157,11 +158,11 @@ def moments_of(x: Tensor, keep: Tensor, group: dist.ProcessGroup | None) -> Mome
     count = counts.sum()
     mean = (counts * means).sum() / count.clamp(min=1.0)
     total = (squares + counts * (means - mean).square()).sum()
-    return Moments(count, mean, total / (count - 1).clamp(min=1.0))  # of one sample 0, or NaN if it is
+    return Moments(count, mean, total / (count - 1).clamp(min=1.0))  # one sample gives 0, or NaN if it is NaN
 
 
 def _top(z: Tensor, keep: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The largest kept z of all processes; 0 where none is kept."""
+    """The largest kept z of all processes; 0 if none is kept."""
     local = torch.where(keep, z, -math.inf).reshape(-1)
     top = _exchanged(torch.cat([local, local.new_full((1,), -math.inf)]).amax()[None], group).amax()
     return torch.where(torch.isneginf(top), 0.0, top)

@@ -11,7 +11,6 @@ from torch import Tensor
 from optsample_triton.api.arguments import check_choice
 from optsample_triton.api.logprobs import token_logprobs
 from optsample_triton.is_reshape import gamma as gammas
-from optsample_triton.is_reshape.kernels import check_kernel, reshaped_ratio
 from optsample_triton.is_reshape.ratios import (
     check_floats,
     check_fraction,
@@ -21,6 +20,7 @@ from optsample_triton.is_reshape.ratios import (
     log_ratio,
     reward_like,
 )
+from optsample_triton.is_reshape.reshaping import check_kernel, reshaped_ratio
 
 REDUCTIONS, LEVELS, CHOICES = ("mean", "sum", "none"), ("token", "sequence"), ("auto", "exact")
 
@@ -47,22 +47,22 @@ def is_reshape_loss(
 
     Args:
         log_pi: log-probabilities of the samples under the policy, [...] or [..., T]; the only input with a gradient.
-        log_mu: the same under the distribution that they were drawn from. ``log_pi`` itself may be passed (on-policy).
+        log_mu: the same under the distribution that drew the samples. On-policy, pass ``log_pi`` itself.
         reward: rewards or advantages of any sign: a number, or a tensor that broadcasts to the ratios by dimensions of
             size 1 (one per sequence: ``advantage[:, None]``).
         gamma: "auto" (gamma* from the variance of log r and ``rho_min``), "exact" (the largest gamma whose measured ESS
             ratio is at least ``rho_min``), a number in [0, 1], or a tensor that broadcasts and is clamped to [0, 1].
-            Always a constant of the loss.
-        rho_min: least share of effective samples, between 0 and 1.
-        mask: of the shape of ``log_pi``, nonzero where a sample counts: in the mean, in sigma^2 and in the ESS.
-        reduction: "mean" over what counts, "sum", or "none" (0 where masked).
+            No gradient flows through it.
+        rho_min: the smallest acceptable ESS/n, between 0 and 1.
+        mask: has the shape of ``log_pi``; nonzero where a sample counts in the mean, in sigma^2 and in the ESS.
+        reduction: "mean" over the samples that count, "sum", or "none" (0 where masked).
         level: "token", or "sequence": log r is summed over the last dimension; a sequence counts if any token does.
-        group: a process group that sigma^2, gamma and the metrics are taken over; the reduction stays local.
+        group: a process group over which sigma^2, gamma and the metrics are computed; the reduction stays local.
 
     Returns:
-        The loss, and detached 0-d tensors: gamma (its mean where it varies), ess, ess_ratio and max_weight of the
-        weights r^gamma, and sigma_sq. Where nothing counts the loss and its gradient are 0 and the metrics finite.
-        Ratios are bounded as ``optsample_triton.is_reshape.ratios`` says; NaN in a sample that counts gives NaN.
+        The loss, and detached 0-d tensors: gamma (its mean if it varies), ess, ess_ratio and max_weight of the weights
+        r^gamma, and sigma_sq. If no sample counts, the loss and its gradient are 0 and the metrics are finite.
+        ``optsample_triton.is_reshape.ratios`` states the bounds on the ratios. NaN in a sample that counts gives NaN.
 
     >>> import torch
     >>> log_pi = torch.tensor([-1.0, -2.0], requires_grad=True)
@@ -115,10 +115,10 @@ def is_reshape_loss_from_logits(
     mask: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """``is_reshape_loss`` of log softmax(logits / temperature)[tokens]; what is ignored is masked.
+    """``is_reshape_loss`` of log softmax(logits / temperature)[tokens]; tokens equal to ``ignore_index`` are masked.
 
-    The gradient of the logits, coefficient (softmax - onehot), is written once, over the logits themselves on request.
-    The other arguments are those of ``token_logprobs`` and ``is_reshape_loss``.
+    The gradient of the logits, coefficient * (softmax - onehot), is written once; ``inplace_backward`` writes it over
+    the logits. The other arguments are those of ``token_logprobs`` and ``is_reshape_loss``.
 
     >>> import torch
     >>> logits = torch.zeros(2, 4, requires_grad=True)
@@ -143,7 +143,7 @@ def _gamma(
     rho_min: float,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    """gamma in float64, 0-d or of a shape that broadcasts to the samples."""
+    """gamma in float64, 0-d or with a shape that broadcasts to the samples."""
     if isinstance(gamma, str):
         if gamma not in CHOICES:
             raise ValueError(f"gamma must be auto, exact, a number in [0, 1] or a tensor, but is {gamma!r}")

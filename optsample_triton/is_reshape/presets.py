@@ -1,11 +1,11 @@
-"""Published methods as per-token losses of one signature, each with its coefficient c: the gradient is -c grad log pi.
+"""Published methods as per-token losses with one signature, each with its coefficient c of the gradient -c grad log pi.
 
     losses = PRESETS["sapo"].loss(log_pi, log_mu, advantage)                    # [...], no reduction
     c = PRESETS["sapo"].coefficient(log_pi - log_mu, advantage)                 # A g(r)
 
-The functions below carry the methods' own parameters; PRESETS binds their published defaults. The advantage is a
-constant of the shape of log_pi, with size 1 where it is shared; 16-bit log-probabilities are widened to float32, and
-held as ``ratios`` says.
+The functions below have the methods' own parameters; their defaults are the published values. The advantage is a
+constant with the shape of log_pi, or size 1 in a dimension that shares it. 16-bit log-probabilities are widened to
+float32; ``ratios`` states the bounds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optsample_triton.is_reshape.kernels import gradient_weight, reshaped_ratio
 from optsample_triton.is_reshape.ratios import (
     LOG_RATIO_BOUND,
     as_like,
@@ -27,6 +26,7 @@ from optsample_triton.is_reshape.ratios import (
     log_ratio,
     reward_like,
 )
+from optsample_triton.is_reshape.reshaping import gradient_weight, reshaped_ratio
 
 
 class Preset(NamedTuple):
@@ -37,10 +37,10 @@ class Preset(NamedTuple):
 
 
 def _arguments(log_pi: Tensor, log_mu: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """log pi, log r and the advantage in float32 or float64, each within its bounds; only log pi has a gradient."""
+    """log pi, log r and the advantage in float32 or float64, within their bounds; the gradient flows to log_pi."""
     log_r = _log_r(log_pi, log_mu, "log_mu")
-    held = log_pi.to(log_r.dtype).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)  # 0 times a log pi of -inf would be NaN
-    return held, log_r, reward_like(advantage, log_r, "advantage")
+    bounded = log_pi.to(log_r.dtype).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)  # 0 * -inf would be NaN
+    return bounded, log_r, reward_like(advantage, log_r, "advantage")
 
 
 def _log_r(log_pi: Tensor, log_mu: Tensor, name_mu: str) -> Tensor:
@@ -70,7 +70,7 @@ def sft_coefficient(log_r: Tensor, advantage: Tensor) -> Tensor:
 
 
 def weighted_sft(log_pi: Tensor, log_mu: Tensor, advantage: Tensor) -> Tensor:
-    """Likelihood weighted by the reward, and on-policy REINFORCE: gamma = 0."""
+    """Likelihood weighted by the reward, which on-policy is REINFORCE: gamma = 0."""
     log_pi, _, advantage = _arguments(log_pi, log_mu, advantage)
     return -advantage * log_pi
 
@@ -103,7 +103,7 @@ def ppo_clip(
 def ppo_clip_coefficient(
     log_r: Tensor, advantage: Tensor, epsilon_low: float = 0.2, epsilon_high: float = 0.2
 ) -> Tensor:
-    """r A, but 0 for A > 0 beyond 1 + epsilon_high and for A < 0 below 1 - epsilon_low."""
+    """r A, but 0 for A > 0 with r > 1 + epsilon_high and for A < 0 with r < 1 - epsilon_low."""
     log_r, advantage = _coefficient_arguments(log_r, advantage)
     r = _ratio(log_r)
     clipped = ((advantage > 0) & (r > 1 + epsilon_high)) | ((advantage < 0) & (r < 1 - epsilon_low))
@@ -111,7 +111,7 @@ def ppo_clip_coefficient(
 
 
 def symmetric_indicator(log_pi: Tensor, log_mu: Tensor, advantage: Tensor, epsilon: float = 0.2) -> Tensor:
-    """-A clip(r), masked on both sides whatever the sign of A: the indicator kernel at gamma = 1, not PPO's clip."""
+    """-A clip(r), clipped on both sides for either sign of A: the indicator kernel at gamma = 1, not PPO's clip."""
     _, log_r, advantage = _arguments(log_pi, log_mu, advantage)
     return -advantage * (1 + reshaped_ratio(log_r, 1.0, "indicator", epsilon))
 
@@ -137,7 +137,7 @@ def sapo_coefficient(log_r: Tensor, advantage: Tensor, tau_positive: float = 1.0
 
 
 def cispo(log_pi: Tensor, log_mu: Tensor, advantage: Tensor, epsilon_high: float = 5.0) -> Tensor:
-    """-A min(r, epsilon_high) log pi with the truncated ratio as a constant: every token keeps a gradient."""
+    """-A min(r, epsilon_high) log pi with the truncated ratio as a constant, so every token keeps a gradient."""
     log_pi, log_r, advantage = _arguments(log_pi, log_mu, advantage)
     return -advantage * _ratio(log_r).clamp(max=epsilon_high).detach() * log_pi
 
@@ -156,14 +156,14 @@ PRESETS: dict[str, Preset] = {
     "symmetric_indicator": Preset(symmetric_indicator, symmetric_indicator_coefficient),
     "sapo": Preset(sapo, sapo_coefficient),
     "cispo": Preset(cispo, cispo_coefficient),
-    "grpo": Preset(ppo_clip, ppo_clip_coefficient),  # with group_advantage and, where wanted, kl_penalty
+    "grpo": Preset(ppo_clip, ppo_clip_coefficient),  # use with group_advantage and, optionally, kl_penalty
 }
 
 
 def group_advantage(reward: Tensor, *, scale: bool = True, eps: float = 1e-4) -> Tensor:
-    """GRPO's advantages of groups [..., G] that answer one prompt: (r - mean)/(std + eps), std with G - 1.
+    """GRPO's advantages of groups [..., G] that answer one prompt: (r - mean)/(std + eps); std divides by G - 1.
 
-    ``scale=False`` leaves the division out.
+    ``scale=False`` omits the division by std + eps.
 
     >>> import torch
     >>> [round(x, 3) for x in group_advantage(torch.tensor([1.0, 0.0, 0.0, 1.0])).tolist()]
@@ -178,7 +178,7 @@ def group_advantage(reward: Tensor, *, scale: bool = True, eps: float = 1e-4) ->
 
 
 def kl_penalty(log_pi: Tensor, log_ref: Tensor) -> Tensor:
-    """The estimator of KL(pi||ref) that GRPO adds: exp(d) - d - 1 with d = log ref - log pi; never negative."""
+    """GRPO's estimator of KL(pi||ref): exp(d) - d - 1 with d = log ref - log pi, which is never negative."""
     d = -_log_r(log_pi, log_ref, "log_ref")
     return torch.expm1(d.clamp(max=exponent_bound(d.dtype))) - d
 
@@ -190,5 +190,8 @@ def sequence_mean(losses: Tensor, mask: Tensor) -> Tensor:
 
 
 def log_ratio_reward(log_t: Tensor, log_ref: Tensor) -> Tensor:
-    """The reward log(pi_t / pi_ref) of a token or a response, a constant. It has any sign: for losses, not as r > 0."""
+    """The reward log(pi_t / pi_ref) of a token or a response, as a constant.
+
+    It may be negative, so it suits the losses but not ``target_log_probs``, which needs positive rewards.
+    """
     return (log_t - log_ref).detach()

@@ -1,10 +1,11 @@
-"""Importance ratios as all of the package reads them: log r = log pi - log mu, masked, bounded, in a dtype that sums.
+"""Importance ratios for the whole package: log r = log pi - log mu, masked, bounded, in float32 or float64.
 
-What is held where, so that no finite input gives a NaN or an infinity:
+Two bounds ensure that no finite input gives a NaN or an infinity:
 
-* log r lies within +-1e6 (a token of probability 0 under one of the models has log r = -+infinity, under both 0);
-* an exponent, gamma log r or log r itself, is at most 60 (float64: 600). Beyond that a sample counts as a constant:
-  its value is that of the bound and its gradient 0.
+* log r lies within +-1e6. (It is infinite for a token of probability 0 under one model, and 0 if both models give it
+  probability 0.)
+* An exponent, gamma log r or log r itself, is at most 60 (float64: 600). Beyond that a sample is constant: it has the
+  value at the bound and a gradient of 0.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ LEAST_WIDTH, LARGEST_WIDTH = 1e-30, 1e30  # x / width and width * K stay within 
 
 
 def as_like(value: float | Tensor, like: Tensor) -> Tensor:
-    """A number or a tensor in the dtype and on the device of ``like``; a number without a copy from the host."""
+    """A number or a tensor in the dtype and on the device of ``like``; a number is filled in without a host copy."""
     return value.to(like) if isinstance(value, Tensor) else like.new_full((), float(value))
 
 
@@ -35,7 +36,7 @@ def check_floats(value: Any, name: str) -> None:
 
 
 def check_like(value: Tensor, like: Tensor, name: str, name_like: str) -> None:
-    """The shape and the device of ``like``."""
+    """Require the shape and the device of ``like``."""
     if value.shape != like.shape:
         shapes = f"{list(like.shape)}, but has {list(value.shape)}"
         raise ValueError(f"{name} must have the shape of {name_like}, {shapes}")
@@ -54,7 +55,7 @@ def check_gamma(gamma: Any, name: str = "gamma") -> None:
 
 
 def gamma_like(gamma: float | Tensor, like: Tensor) -> Tensor:
-    """A constant in [0, 1], in the dtype of ``like`` and broadcasting to it; a tensor is held there."""
+    """gamma as a constant in the dtype of ``like`` that broadcasts to it; a tensor is clamped to [0, 1]."""
     check_gamma(gamma)
     if isinstance(gamma, Tensor):
         check_broadcasts(gamma, like, "gamma")
@@ -62,14 +63,14 @@ def gamma_like(gamma: float | Tensor, like: Tensor) -> Tensor:
 
 
 def check_width(width: float | Tensor, name: str = "width") -> None:
-    if isinstance(width, Tensor):  # width_like holds it in the range: looking would wait for the device
+    if isinstance(width, Tensor):  # width_like clamps it, since a check of its values would wait for the device
         return
     if not isinstance(width, (int, float)) or not LEAST_WIDTH <= width <= LARGEST_WIDTH:
         raise ValueError(f"{name} must lie between {LEAST_WIDTH:g} and {LARGEST_WIDTH:g}, but is {width!r}")
 
 
 def width_like(width: float | Tensor, like: Tensor, name: str = "width") -> Tensor:
-    """A constant within the range of widths, in the dtype of ``like`` and broadcasting to it."""
+    """width as a constant in the dtype of ``like`` that broadcasts to it; a tensor is clamped to the allowed range."""
     check_width(width, name)
     if isinstance(width, Tensor):
         check_broadcasts(width, like, name)
@@ -77,7 +78,7 @@ def width_like(width: float | Tensor, like: Tensor, name: str = "width") -> Tens
 
 
 def reward_like(reward: float | Tensor, like: Tensor, name: str = "reward") -> Tensor:
-    """A constant in the dtype of ``like`` and broadcasting to it."""
+    """reward as a constant in the dtype of ``like`` that broadcasts to it."""
     if isinstance(reward, Tensor):
         check_broadcasts(reward, like, name)
     elif not isinstance(reward, (int, float)):
@@ -86,7 +87,7 @@ def reward_like(reward: float | Tensor, like: Tensor, name: str = "reward") -> T
 
 
 def check_broadcasts(value: Tensor, like: Tensor, name: str) -> None:
-    """0-d, or the dimensions of ``like`` with some of size 1: [S] against [B, S] could mean either and is refused."""
+    """Require 0-d, or the dimensions of ``like`` with some of size 1. [S] against [B, S] is ambiguous and refused."""
     if value.device != like.device and value.dim():
         raise ValueError(f"{name} must be on the device of log_pi, {like.device}, but is on {value.device}")
     fits = len(value.shape) == len(like.shape) and all(
@@ -100,7 +101,7 @@ def check_broadcasts(value: Tensor, like: Tensor, name: str) -> None:
 
 
 def kept(mask: Tensor | None, like: Tensor, name_like: str) -> Tensor:
-    """The mask as booleans of the shape of ``like``; everything without one."""
+    """The mask as booleans in the shape of ``like``; all True without one."""
     if mask is None:
         return torch.ones_like(like, dtype=torch.bool)
     if not isinstance(mask, Tensor):
@@ -110,7 +111,7 @@ def kept(mask: Tensor | None, like: Tensor, name_like: str) -> Tensor:
 
 
 def log_ratio(log_pi: Tensor, log_mu: Tensor, keep: Tensor) -> Tensor:
-    """log pi - log mu in float32 or float64, differentiable in log_pi alone; 0 where it is masked."""
+    """log pi - log mu in float32 or float64, differentiable only in log_pi; 0 where masked."""
     dtype = torch.promote_types(log_pi.dtype, torch.float32)
     # A masked NaN must not reach the subtraction: its gradient would be NaN as well.
     ours = finite(torch.where(keep, log_pi.to(dtype), 0.0))
@@ -119,6 +120,6 @@ def log_ratio(log_pi: Tensor, log_mu: Tensor, keep: Tensor) -> Tensor:
 
 
 def finite(log_p: Tensor) -> Tensor:
-    """Infinities at the ends of the dtype, without a gradient there: of two models that agree on one, log r is 0."""
-    ends = torch.finfo(log_p.dtype)
-    return log_p.clamp(ends.min, ends.max)
+    """Clamp infinities to the limits of the dtype, with gradient 0 there. If both models give -inf, log r is then 0."""
+    limits = torch.finfo(log_p.dtype)
+    return log_p.clamp(limits.min, limits.max)

@@ -2,8 +2,9 @@
 
     p*_gamma proportional to mu^(1-gamma) r^(1-gamma) exp(gamma r/tau)
 
-It is the geometric path from mu r (the target of reward-weighted SFT) to exp(r/tau) (that of RL), and the minimiser of
-(1 - gamma) KL(p||mu r/Z) + gamma KL(p||p*). For reports: the checks look at the values, so on a GPU they wait for them.
+It is the geometric path from mu r (the target of reward-weighted SFT) to exp(r/tau) (the target of RL), and the
+minimiser of (1 - gamma) KL(p||mu r/Z) + gamma KL(p||p*). These functions are meant for reports: they check values, and
+so wait for the device.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from optsample_triton.is_reshape.ratios import as_like, check_floats, check_like
 
 
 class Curves(NamedTuple):
-    """Per gamma [G]: the bias KL(p*||p*_gamma), the second moment E_mu[w^(2 gamma)] of the weights, and their sum."""
+    """Per gamma [G]: the bias KL(p*||p*_gamma), the second moment E_mu[w^(2 gamma)] of the weights, and the error."""
 
     gamma: Tensor
     bias: Tensor
@@ -27,7 +28,7 @@ class Curves(NamedTuple):
 
 
 def target_log_probs(mu: Tensor, reward: Tensor, tau: float, gamma: float | Tensor) -> Tensor:
-    """log p*_gamma [..., Y] of probabilities mu and rewards; the rewards must be positive where gamma < 1.
+    """log p*_gamma [..., Y] of probabilities mu and rewards; if any gamma is below 1, all rewards must be positive.
 
     gamma is a number in [0, 1] or broadcasts to [..., Y].
 
@@ -54,7 +55,7 @@ def target_log_probs(mu: Tensor, reward: Tensor, tau: float, gamma: float | Tens
     rl = torch.log_softmax(reward / tau, -1)
     if not sft:
         return rl
-    # A token without mass under mu has none for gamma < 1; 0 * -inf at gamma = 1 would be NaN.
+    # A token without mass under mu has none for gamma < 1. At gamma = 1 the product would be 0 * -inf, NaN.
     towards_mu = torch.where(weight < 1, (1 - weight) * (mu.log() + reward.log()), 0.0)
     return torch.log_softmax(towards_mu + weight * rl, -1)
 
@@ -67,7 +68,7 @@ def target_distribution(mu: Tensor, reward: Tensor, tau: float, gamma: float | T
 def renyi_divergence(log_p: Tensor, log_q: Tensor, order: float) -> Tensor:
     """log E_q[(p/q)^order]/(order - 1) from log-probabilities [..., Y], the KL divergence KL(p||q) at order 1: [...].
 
-    Infinite for orders of 1 and more where p has mass that q lacks.
+    It is infinite for orders of 1 and more if p has mass where q has none.
     The identity E_q[w^gamma] = exp((gamma - 1) D_gamma(p||q)) is exact; the exponent is psi(gamma) of docs/theory.md.
 
     >>> import torch
@@ -88,8 +89,8 @@ def renyi_divergence(log_p: Tensor, log_q: Tensor, order: float) -> Tensor:
 
 
 def log_weight_moment(log_p: Tensor, log_q: Tensor, gamma: float) -> Tensor:
-    """log E_q[w^gamma] with w = p/q, over the tokens that q has: [...]."""
-    # q^(1 - gamma) p^gamma; where q is 0 no sample comes, whatever the power
+    """log E_q[w^gamma] with w = p/q, over the tokens with q > 0: [...]."""
+    # q^(1 - gamma) p^gamma; a token with q = 0 is never sampled, whatever the power
     terms = torch.where(torch.isneginf(log_q), -math.inf, gamma * (log_p - log_q) + log_q)
     return torch.logsumexp(terms if gamma else log_q, -1)
 
@@ -97,7 +98,7 @@ def log_weight_moment(log_p: Tensor, log_q: Tensor, gamma: float) -> Tensor:
 def curves(mu: Tensor, pi: Tensor, reward: Tensor, tau: float, gammas: Tensor, samples: int = 1) -> Curves:
     """Bias and variance along gammas [G], for probabilities mu, pi and rewards [Y].
 
-    The bias falls to 0 at gamma = 1. The second moment of the weights w = pi/mu, the variance's leading factor, is
+    The bias falls to 0 at gamma = 1. The second moment of the weights w = pi/mu, the leading factor of the variance, is
     exp((2 gamma - 1) D_2gamma(pi||mu)). ``error`` is bias^2 + second_moment/samples.
     """
     check_like(pi, mu, "pi", "mu")

@@ -1,4 +1,4 @@
-"""The document's trainer, with its values and its gradient, for anything that has log_prob(y, x)."""
+"""The document's trainer, with the same values and gradient, for any model that has log_prob(y, x)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ CLOSE = 1e-8  # below this variance the document takes gamma = 1
 
 
 class ISReshapeTrainer:
-    """L = -(1/gamma) mean(w^gamma r), the gradient flowing through w^gamma; the reference model is frozen.
+    """L = -(1/gamma) mean(w^gamma r); the gradient flows through w^gamma, and the reference model is frozen.
 
     ``is_reshape_loss`` has the same gradient, and a value larger by mean(r)/gamma: -(1/gamma) mean((w^gamma - 1) r).
-    gamma never falls below ``gamma_min``. gamma and the metrics are Python floats as in the document, for which each
-    call waits for the device; losses that do not wait are ``is_reshape_loss``.
+    gamma never falls below ``gamma_min``. gamma and the metrics are Python floats as in the document, so each call
+    waits for the device; ``is_reshape_loss`` does not wait.
     """
 
     def __init__(self, model: Any, ref_model: Any, rho_min: float = 0.3, gamma_min: float = 0.1) -> None:
@@ -35,7 +35,7 @@ class ISReshapeTrainer:
                 parameter.requires_grad_(False)
 
     def compute_gamma(self, log_w: Tensor) -> float:
-        """gamma* = min(1, sqrt(-log rho_min / sigma^2)), at least gamma_min; 1 where the weights hardly vary."""
+        """gamma* = min(1, sqrt(-log rho_min / sigma^2)), at least gamma_min; 1 if the weights hardly vary."""
         return float(self._gamma(log_w))
 
     def compute_loss(self, x: Any, y: Any, rewards: Tensor | None = None) -> tuple[Tensor, dict[str, float]]:
@@ -49,16 +49,16 @@ class ISReshapeTrainer:
         loss, metrics = is_reshape_loss(log_pi, log_mu, rewards, gamma=gamma, rho_min=self.rho_min)
         names = list(metrics)
         values = torch.stack([metrics[name].double() for name in names]).tolist()  # one transfer for all
-        constant = rewards.to(loss).sum() / max(rewards.numel(), 1)  # 0 of an empty batch, as the loss
+        constant = rewards.to(loss).sum() / max(rewards.numel(), 1)  # 0 for an empty batch, as the loss
         return loss - constant / gamma.to(loss), dict(zip(names, values, strict=True))
 
     def _gamma(self, log_w: Tensor) -> Tensor:
-        sigma_free = torch.var(log_w.detach().double()) < CLOSE if log_w.numel() > 1 else log_w.new_ones(()).bool()
-        return torch.where(sigma_free, 1.0, gamma_star(log_w, self.rho_min).clamp(min=self.gamma_min))
+        constant = torch.var(log_w.detach().double()) < CLOSE if log_w.numel() > 1 else log_w.new_ones(()).bool()
+        return torch.where(constant, 1.0, gamma_star(log_w, self.rho_min).clamp(min=self.gamma_min))
 
 
 def train_step(trainer: ISReshapeTrainer, batch: dict[str, Any], optimizer: Any) -> tuple[float, dict[str, float]]:
-    """One optimiser step on batch["prompt"], batch["response"] and, where there is one, batch["reward"]."""
+    """One optimiser step on batch["prompt"], batch["response"] and, if present, batch["reward"]."""
     loss, metrics = trainer.compute_loss(batch["prompt"], batch["response"], batch.get("reward"))
     optimizer.zero_grad()
     loss.backward()

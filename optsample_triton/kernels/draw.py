@@ -3,122 +3,103 @@
 The chunks' masses are interpolated from their node sums where that is exact enough, else summed in another sweep. Tiles
 and tokens are read again, so that within a chunk the law is that of the weights themselves.
 
-A ``law`` is (x, base, cooling, floor, far, own): weights are exp(cooling z), z = x a + (1 - x) b - base, cut below
-``floor``; and, where a MODEL is named, less exp(a - own) or exp(b - own), its law on the scale of the weights.
+A MODEL says whose law is taken off the weights: 0 for theta's, 1 for t's, -1 for none.
 """
 
 import triton
 import triton.language as tl
 
-from optsample_triton.kernels.moments import LOG2E, tilted
-from optsample_triton.kernels.root import _coefficients, _psi
-from optsample_triton.kernels.rows import load_pair
-from optsample_triton.kernels.solve import SUMS
+from optsample_triton.kernels.constants import (
+    LOG2E,
+    NATS_PER_POWER,
+    NEGLECTED_EVEN,
+    NEGLECTED_ODD,
+    NODE_HIGH,
+    NODE_LOW,
+)
+from optsample_triton.kernels.moments import tilted
+from optsample_triton.kernels.nodes import SUMS, load_sums
+from optsample_triton.kernels.records import Nodes
+from optsample_triton.kernels.root import polynomial, psi_of
+from optsample_triton.kernels.rows import load_pair, relative
 
 # Of the whole mass, how much interpolation may misplace: the law is this close to q_alpha in total variation.
 MISPLACED = tl.constexpr(1e-6)
+FEW = tl.constexpr(32)  # tokens that are told apart in a draw's last step
 
 
 @triton.jit
 def law_weights(u, v, keep, law, FILTER: tl.constexpr, MODEL: tl.constexpr):
-    """MODEL is whose law is taken off, 0 for theta, 1 for t, -1 for none."""
-    x, base, cooling, floor, far, own = law
-    z = tilted(u, v, x, base, far)
+    z = tilted(u, v, law.x, law.base, law.far)
     if FILTER:
-        z = z * cooling
-        keep = keep & (z >= floor)
+        z = z * law.inverse_temperature
+        keep = keep & (z >= law.floor)
     weight = tl.where(keep, tl.exp2(z * LOG2E), 0.0)
     if MODEL >= 0:
         logit = u if MODEL == 0 else v
-        weight = tl.maximum(weight - tl.exp2((logit - own) * LOG2E), 0.0)
+        weight = tl.maximum(weight - tl.exp2((logit - law.own) * LOG2E), 0.0)
     return weight
 
 
 @triton.jit
-def _add_weights(
-    acc, row, law, tile, H: tl.constexpr, PACKED: tl.constexpr, TAIL: tl.constexpr, FILTER: tl.constexpr,
-    MODEL: tl.constexpr,
-):  # fmt: skip
-    u0, u1, v0, v1, _, _, keep0, keep1 = load_pair(row, tile, H, PACKED, TAIL, False)
-    acc += law_weights(u0, v0, keep0, law, FILTER, MODEL)
-    return acc + law_weights(u1, v1, keep1, law, FILTER, MODEL)
+def _add_weights(acc, row, law, start, tile, TAIL: tl.constexpr, FILTER: tl.constexpr, MODEL: tl.constexpr):
+    first, second = load_pair(row, start, tile, TAIL)
+    acc += law_weights(first.u, first.v, first.common, law, FILTER, MODEL)
+    return acc + law_weights(second.u, second.v, second.common, law, FILTER, MODEL)
 
 
 @triton.jit
-def summed_masses(
-    row, law, CHUNK: tl.constexpr, LANES: tl.constexpr, H: tl.constexpr, PACKED: tl.constexpr, FILTER: tl.constexpr,
-    MODEL: tl.constexpr,
-):  # fmt: skip
+def summed_masses(row, law, drawing, tile, MODEL: tl.constexpr):
     """The chunks' masses [LANES] in float64, by one sweep."""
-    V = row[2]
-    lanes = tl.arange(0, LANES)
-    masses = tl.zeros([LANES], tl.float64)
-    for chunk in tl.range(0, tl.cdiv(V, CHUNK)):
+    CHUNK: tl.constexpr = drawing.CHUNK
+    H: tl.constexpr = tile.H
+    lanes = tl.arange(0, drawing.LANES)
+    masses = tl.zeros([drawing.LANES], tl.float64)
+    for chunk in tl.range(0, tl.cdiv(row.V, CHUNK)):
         start = chunk * CHUNK
-        stop = tl.minimum(start + CHUNK, V)
+        stop = tl.minimum(start + CHUNK, row.V)
         full = start + (stop - start) // (2 * H) * (2 * H)
         acc = tl.zeros([H], tl.float32)
-        for tile in tl.range(start, full, 2 * H):
-            acc = _add_weights(acc, row, law, tile, H, PACKED, False, FILTER, MODEL)
+        for at in tl.range(start, full, 2 * H):
+            acc = _add_weights(acc, row, law, at, tile, False, drawing.FILTER, MODEL)
         if full < stop:
-            acc = _add_weights(acc, row, law, full, H, PACKED, True, FILTER, MODEL)
+            acc = _add_weights(acc, row, law, full, tile, True, drawing.FILTER, MODEL)
         masses = tl.where(lanes == chunk, tl.sum(acc, 0).to(tl.float64), masses)
     return masses
 
 
 @triton.jit
-def _node(partial_ptr, lanes, inside, k):
-    return tl.load(partial_ptr + lanes * SUMS + k, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float64)
-
-
-@triton.jit
-def _whole(partial_ptr, lanes, inside, k):
-    return tl.sum(_node(partial_ptr, lanes, inside, k), 0)
-
-
-@triton.jit
-def kept_nodes(ptr, chunks, LANES: tl.constexpr):
-    """The row's node sums from those that ``nodes`` kept of its chunks, in float64."""
-    lanes = tl.arange(0, LANES)
-    inside = lanes < chunks
-    return (
-        _whole(ptr, lanes, inside, 0), _whole(ptr, lanes, inside, 1), _whole(ptr, lanes, inside, 2),
-        _whole(ptr, lanes, inside, 3), _whole(ptr, lanes, inside, 4), _whole(ptr, lanes, inside, 5),
-        _whole(ptr, lanes, inside, 6), _whole(ptr, lanes, inside, 7), _whole(ptr, lanes, inside, 8),
-        tl.max(_node(ptr, lanes, inside, 9), 0), _whole(ptr, lanes, inside, 10),
-    )  # fmt: skip
-
-
-@triton.jit
-def interpolated_masses(partial_ptr, chunks, x, level, LANES: tl.constexpr):
-    """The chunks' masses [LANES] at x relative to exp(level), from their node sums, and how much may be misplaced.
+def interpolated_masses(chunk_sums_ptr, chunks, x, base, LANES: tl.constexpr):
+    """The chunks' masses [LANES] at x relative to exp(base), from their node sums, and how much may be misplaced.
 
     The interpolant is that of the row's psi (kernels/root.py), and so is the estimate of what it neglects.
     """
     lanes = tl.arange(0, LANES)
-    inside = lanes < chunks
-    mass_t, mass_theta = _node(partial_ptr, lanes, inside, 0), _node(partial_ptr, lanes, inside, 4)
-    mass_low, mass_half = _node(partial_ptr, lanes, inside, 1), _node(partial_ptr, lanes, inside, 2)
-    mass_high = _node(partial_ptr, lanes, inside, 3)
-    unit = 5.545177444479562  # 8 log 2: the sums count in eighths of powers of two
-    log_t, log_theta = tl.log(mass_t), tl.log(mass_theta)
+    sums = load_sums(chunk_sums_ptr + lanes * SUMS, lanes < chunks)
+    log_t, log_theta = tl.log(sums.mass_t), tl.log(sums.mass_theta)
     chord = log_theta - log_t
-    mean_low = unit * _node(partial_ptr, lanes, inside, 5) / mass_low
-    mean_half = unit * _node(partial_ptr, lanes, inside, 6) / mass_half
-    mean_high = unit * _node(partial_ptr, lanes, inside, 7) / mass_high
-    square = unit * unit * _node(partial_ptr, lanes, inside, 8) / mass_half
-    g = _coefficients(
-        tl.log(mass_low) - 0.375 * chord - log_t, tl.log(mass_half) - 0.5 * chord - log_t,
-        tl.log(mass_high) - 0.625 * chord - log_t, 0.5 * (mean_low - chord), 0.5 * (mean_half - chord),
-        0.5 * (mean_high - chord), 0.25 * (square - mean_half * mean_half),
-    )  # fmt: skip
+    mean_low = sums.first_low * NATS_PER_POWER / sums.mass_low
+    mean_half = sums.first_half * NATS_PER_POWER / sums.mass_half
+    mean_high = sums.first_high * NATS_PER_POWER / sums.mass_high
+    square = sums.second_half * (NATS_PER_POWER * NATS_PER_POWER) / sums.mass_half
+    nodes = Nodes(
+        psi_low=tl.log(sums.mass_low) - chord * NODE_LOW - log_t,
+        psi_half=tl.log(sums.mass_half) - 0.5 * chord - log_t,
+        psi_high=tl.log(sums.mass_high) - chord * NODE_HIGH - log_t,
+        slope_low=mean_low - chord,
+        slope_half=mean_half - chord,
+        slope_high=mean_high - chord,
+        curvature=square - mean_half * mean_half,
+    )
+    g = polynomial(nodes)
     s = 2.0 * x - 1.0
-    value, _, _ = _psi(g, s)
+    value, _, _ = psi_of(g, s)
     beyond = s * s - 0.0625
     shape = tl.abs(1.0 - s * s) * s * s * beyond * beyond
-    neglected = shape * (4.0 * (tl.abs(g[5]) + tl.abs(g[6])) * tl.abs(s) + 0.05 * tl.abs(g[6]))
-    empty = (mass_t == 0.0) & (mass_half == 0.0) & (mass_theta == 0.0)
-    masses = tl.where(empty, 0.0, tl.exp(value + x * chord + log_t - level))
+    neglected_odd = (tl.abs(g.g5) + tl.abs(g.g6)) * NEGLECTED_ODD * tl.abs(s)
+    neglected = shape * (neglected_odd + tl.abs(g.g6) * NEGLECTED_EVEN)
+    empty = (sums.mass_t == 0.0) & (sums.mass_half == 0.0) & (sums.mass_theta == 0.0)
+    masses = tl.where(empty, 0.0, tl.exp(value + x * chord + log_t - base))
     return masses, tl.sum(tl.where(empty, 0.0, masses * neglected), 0)
 
 
@@ -142,40 +123,34 @@ def pick(masses, uniform):
 
 
 @triton.jit
-def block_masses(
-    row, law, start, COUNT: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, FILTER: tl.constexpr,
-    MODEL: tl.constexpr,
-):  # fmt: skip
+def block_masses(row, law, start, COUNT: tl.constexpr, SIZE: tl.constexpr, drawing, MODEL: tl.constexpr):
     """Masses [R, COUNT] in float64 of the blocks of SIZE tokens from start [R] on, by STEP tokens at a time."""
-    theta_ptr, t_ptr, V, scale_theta, scale_t, ref_theta, ref_t, _ = row
     R: tl.constexpr = start.shape[0]
-    WIDTH: tl.constexpr = min(SIZE, max(1, STEP // (R * COUNT)))
+    WIDTH: tl.constexpr = min(SIZE, max(1, drawing.STEP // (R * COUNT)))
     blocks = tl.arange(0, COUNT)[None, :, None] * SIZE + tl.arange(0, WIDTH)[None, None, :]
     masses = tl.zeros([R, COUNT, WIDTH], tl.float32)
     for k in tl.range(0, SIZE, WIDTH):
         offs_v = start[:, None, None] + k + blocks
-        mask_v = offs_v < V
-        a = tl.load(theta_ptr + offs_v, mask=mask_v, other=-float("inf")).to(tl.float32)
-        b = tl.load(t_ptr + offs_v, mask=mask_v, other=-float("inf")).to(tl.float32)
+        mask_v = offs_v < row.V
+        a = tl.load(row.theta.ptr + offs_v, mask=mask_v, other=-float("inf")).to(tl.float32)
+        b = tl.load(row.t.ptr + offs_v, mask=mask_v, other=-float("inf")).to(tl.float32)
         keep = (a != -float("inf")) & (b != -float("inf"))
-        u = tl.where(keep, (a - ref_theta) * scale_theta, 0.0)
-        v = tl.where(keep, (b - ref_t) * scale_t, 0.0)
-        masses += law_weights(u, v, keep, law, FILTER, MODEL)
+        u = tl.where(keep, relative(a, row.theta), 0.0)
+        v = tl.where(keep, relative(b, row.t), 0.0)
+        masses += law_weights(u, v, keep, law, drawing.FILTER, MODEL)
     return tl.sum(masses.to(tl.float64), 2)
 
 
 @triton.jit
-def draw(
-    row, law, masses, place, second, within, CHUNK: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
-    FILTER: tl.constexpr, MODEL: tl.constexpr,
-):  # fmt: skip
+def draw(row, law, masses, place, second, within, drawing, MODEL: tl.constexpr):
     """Tokens [R] from the chunks' masses and three uniforms [R]; a tile's token in two steps from one uniform."""
-    FEW: tl.constexpr = 32
+    TILE: tl.constexpr = drawing.TILE
+    CHUNK: tl.constexpr = drawing.CHUNK
     chunk, _ = pick(masses[None, :], place)
     start = chunk * CHUNK
-    tile, _ = pick(block_masses(row, law, start, CHUNK // TILE, TILE, STEP, FILTER, MODEL), second)
+    tile, _ = pick(block_masses(row, law, start, CHUNK // TILE, TILE, drawing, MODEL), second)
     start += tile * TILE
-    block, rest = pick(block_masses(row, law, start, TILE // FEW, FEW, STEP, FILTER, MODEL), within)
+    block, rest = pick(block_masses(row, law, start, TILE // FEW, FEW, drawing, MODEL), within)
     start += block * FEW
-    token, _ = pick(block_masses(row, law, start, FEW, 1, STEP, FILTER, MODEL), rest)
+    token, _ = pick(block_masses(row, law, start, FEW, 1, drawing, MODEL), rest)
     return start + token

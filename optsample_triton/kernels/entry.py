@@ -1,4 +1,4 @@
-"""The kernels as the ops call them: [N, V] matrices in, plain tensors out, one launch each."""
+"""The kernels as the ops call them: matrices in, plain tensors out, one launch each. All launching code is here."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from torch import Tensor
 
 from optsample_triton import backend, launch
 from optsample_triton.kernels.gradient import gradient_kernel
+from optsample_triton.kernels.logprob import logprob_gradient_kernel, logprob_kernel
+from optsample_triton.kernels.nodes import SUMS
 from optsample_triton.kernels.sample import sample_kernel, verify_kernel
-from optsample_triton.kernels.solve import SUMS, solve_kernel
+from optsample_triton.kernels.solve import solve_kernel
 from optsample_triton.types import (
     DIAGNOSTIC_COUNT,
     Decided,
@@ -40,11 +42,21 @@ def _device(device: torch.device) -> tuple[str, int]:
     return kind, torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _place(rows: Tensor) -> tuple[int, int, int]:
-    """Where row i lies: at (i // inner) * outer + (i % inner) * stride."""
+def _place(rows: Tensor, model: str) -> dict[str, int]:
+    """Where row i of a model lies: at (i // inner) * outer + (i % inner) * stride."""
     if rows.dim() == 3:
-        return rows.shape[1], rows.stride(0), rows.stride(1)
-    return 1 << 30, rows.stride(0), rows.stride(0)
+        inner, outer, stride = rows.shape[1], rows.stride(0), rows.stride(1)
+    else:
+        inner, outer, stride = 1 << 30, rows.stride(0), rows.stride(0)
+    return {f"inner_{model}": inner, f"outer_{model}": outer, f"stride_{model}": stride}
+
+
+def _strides(rows: Tensor | None, whose: str = "") -> dict[str, int]:
+    """Of [outer, inner, V]; a dimension of one row has the other's, so that its length compiles nothing anew."""
+    outer, inner = (0, 0) if rows is None else rows.stride()[:2]
+    if rows is not None:
+        outer, inner = (inner if rows.shape[0] == 1 else outer), (outer if rows.shape[1] == 1 else inner)
+    return {f"{whose}stride_outer": outer, f"{whose}stride_inner": inner}
 
 
 def _packed(*matrices: Tensor) -> bool:
@@ -57,124 +69,222 @@ def _packed(*matrices: Tensor) -> bool:
     )
 
 
-def _contiguous(*values: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if x is None else x.contiguous() for x in values)
+def _contiguous(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.contiguous()
+
+
+def _rows(problem: Problem) -> dict[str, Any]:
+    """The arguments that say where a problem's rows are."""
+    return {
+        "theta_ptr": problem.theta,
+        "t_ptr": problem.t,
+        "inverse_temperature_theta_ptr": _contiguous(problem.inverse_temperature_theta),
+        "inverse_temperature_t_ptr": _contiguous(problem.inverse_temperature_t),
+        "V": problem.vocab,
+        **_place(problem.theta, "theta"),
+        **_place(problem.t, "t"),
+        "PACKED": _packed(problem.theta, problem.t),
+    }
+
+
+def _request(problem: Problem, shape: launch.Shape, splits: int) -> dict[str, Any]:
+    """The arguments of every kernel that solves: the rows, how to solve them, and the launch's shape."""
+    return {
+        **_rows(problem),
+        "given_alpha_ptr": _contiguous(problem.alpha),
+        "METHOD": int(problem.options.code),
+        "max_iter": problem.options.max_iter,
+        "tol": problem.options.tol,
+        "splits": splits,
+        "H": shape.half,
+        "CHUNK": shape.chunk,
+        "UNROLL": shape.unroll,
+        "num_warps": shape.num_warps,
+        **shape.limit,
+    }
 
 
 def solve(problem: Problem, diagnostics: bool, out: Tensor | None) -> Solved:
     """Solve every row; log q* goes into ``out``."""
-    theta, t, *per_row, options = problem
-    n, vocab, device = problem.row_count, problem.vocab, theta.device
+    n, vocab, options, device = problem.row_count, problem.vocab, problem.options, problem.theta.device
     row = functools.partial(torch.empty, n, device=device)
-    results = row(dtype=torch.float32), row(dtype=torch.float32), row(dtype=torch.uint8), row(dtype=torch.int32)
-    saved = torch.empty(n, len(Saved._fields), dtype=torch.float64, device=device)
-    figures = torch.empty(n if diagnostics else 0, DIAGNOSTIC_COUNT, dtype=torch.float32, device=device)
+    solved = Solved(
+        alpha=row(dtype=torch.float32),
+        log_z=row(dtype=torch.float32),
+        status=row(dtype=torch.uint8),
+        sweeps=row(dtype=torch.int32),
+        saved=torch.empty(n, len(Saved._fields), dtype=torch.float64, device=device),
+        diagnostics=torch.empty(n if diagnostics else 0, DIAGNOSTIC_COUNT, dtype=torch.float32, device=device),
+    )
     if n:
         kind, processors = _device(device)
-        shape = launch.shape(kind, theta.dtype)
+        shape = launch.shape(kind, problem.theta.dtype)
         splits = launch.splits(n, vocab, shape.chunk, processors)
-        partial, arrived = results[0], results[3]
+        chunk_sums, arrived = solved.alpha, solved.sweeps  # not used where a row has one program
         if splits > 1:  # fresh for every launch: streams and graphs never share them
             chunks = triton.cdiv(vocab, shape.chunk)
-            partial = torch.empty(n * chunks * SUMS.value, dtype=torch.float32, device=device)
+            chunk_sums = torch.empty(n * chunks * SUMS.value, dtype=torch.float32, device=device)
             arrived = torch.zeros(n, dtype=torch.int32, device=device)
         solve_kernel[(n * splits,)](
-            theta, t, *_contiguous(*per_row),
-            *results, saved, figures if diagnostics else None, out, partial, arrived,
-            vocab, 0 if out is None else out.shape[1], *_place(theta), *_place(t),
-            0 if out is None else out.stride(0), splits, options.max_iter, options.tol, max(options.eps, 0.0),
-            METHOD=int(options.code), PROBS=options.from_probabilities, PACKED=_packed(theta, t),
-            H=shape.half, CHUNK=shape.chunk, UNROLL=shape.unroll, num_warps=shape.num_warps, **shape.limit,
-        )  # fmt: skip
-    return Solved(*results, saved, figures)
+            **_request(problem, shape, splits),
+            alpha_ptr=solved.alpha,
+            log_z_ptr=solved.log_z,
+            status_ptr=solved.status,
+            sweeps_ptr=solved.sweeps,
+            saved_ptr=solved.saved,
+            diagnostics_ptr=solved.diagnostics if diagnostics else None,
+            out_ptr=out,
+            chunk_sums_ptr=chunk_sums,
+            arrived_ptr=arrived,
+            width=0 if out is None else out.shape[1],
+            stride_out=0 if out is None else out.stride(0),
+            eps=max(options.eps, 0.0),
+            PROBS=options.from_probabilities,
+        )
+    return solved
 
 
-def _draw_arguments(
-    problem: Problem, draws: Draws
-) -> tuple[int, tuple[Any, ...], tuple[Any, ...], tuple[Any, ...], dict[str, Any]]:
-    """What both drawing kernels take: programs, rows and numbers, alpha and status, the meeting place, constexprs."""
-    theta, t, *per_row, options = problem
-    n, vocab, device = problem.row_count, problem.vocab, theta.device
+def _draw_arguments(problem: Problem, draws: Draws, drawn: Sample) -> tuple[int, dict[str, Any]]:
+    """Of both drawing kernels: the number of programs, and the arguments."""
+    n, vocab, device = problem.row_count, problem.vocab, problem.theta.device
     kind, processors = _device(device)
-    shape = launch.draw_shape(kind, theta.dtype)
+    shape = launch.draw_shape(kind, problem.theta.dtype)
     splits, chunks = launch.splits(n, vocab, shape.chunk, processors), triton.cdiv(vocab, shape.chunk)
-    rows = (theta, t, *_contiguous(*per_row, draws.inverse_temperature, draws.min_p))
-    numbers = (
-        *_contiguous(draws.seeds, draws.offsets), draws.seed, draws.offset,
-        *(0 if x is None or x.numel() == 1 else 1 for x in (draws.seeds, draws.offsets)), int(draws.mixed),
-    )  # fmt: skip
-    results = torch.empty(n, dtype=torch.float32, device=device), torch.empty(n, dtype=torch.uint8, device=device)
-    meeting = (
-        torch.empty(n * chunks * SUMS.value, dtype=torch.float32, device=device),
-        torch.zeros(n if splits > 1 else 0, dtype=torch.int32, device=device),
-    )
-    flags = {
-        "METHOD": int(options.code),
-        "PACKED": _packed(theta, t), "H": shape.half, "CHUNK": shape.chunk, "UNROLL": shape.unroll,
-        "TILE": launch.DRAW_TILE, "STEP": launch.DRAW_STEP[kind], "LANES": max(32, triton.next_power_of_2(chunks)),
-        "FILTER": draws.inverse_temperature is not None, "num_warps": shape.num_warps, **shape.limit,
-    }  # fmt: skip
-    return splits, (*rows, *numbers), results, meeting, flags
+    seeds, offsets = _contiguous(draws.seeds), _contiguous(draws.offsets)
+    arguments = {
+        **_request(problem, shape, splits),
+        "inverse_temperature_ptr": _contiguous(draws.inverse_temperature),
+        "min_p_ptr": _contiguous(draws.min_p),
+        "seed_ptr": seeds,
+        "offset_ptr": offsets,
+        "seed": draws.seed,
+        "offset": draws.offset,
+        "seed_step": _step(seeds),
+        "offset_step": _step(offsets),
+        "mixed": int(draws.mixed),
+        "token_ptr": drawn.token,
+        "log_q_ptr": drawn.log_q,
+        "log_theta_ptr": drawn.log_theta,
+        "log_t_ptr": drawn.log_t,
+        "alpha_ptr": drawn.alpha,
+        "status_ptr": drawn.status,
+        "chunk_sums_ptr": torch.empty(n * chunks * SUMS.value, dtype=torch.float32, device=device),
+        "arrived_ptr": torch.zeros(n if splits > 1 else 0, dtype=torch.int32, device=device),
+        "TILE": launch.DRAW_TILE,
+        "STEP": launch.DRAW_STEP[kind],
+        "LANES": max(32, triton.next_power_of_2(chunks)),
+        "FILTER": draws.inverse_temperature is not None,
+    }
+    return n * splits, arguments
+
+
+def _step(numbers: Tensor | None) -> int:
+    """From one group's seed or offset to the next one's: 0 where one number serves all."""
+    return 0 if numbers is None or numbers.numel() == 1 else 1
+
+
+def _empty_sample(problem: Problem, *shape: int) -> Sample:
+    device = problem.theta.device
+    token = torch.empty(shape, dtype=torch.int64, device=device)
+    log_q, log_theta, log_t = (torch.empty_like(token, dtype=torch.float32) for _ in range(3))
+    alpha = torch.empty(problem.row_count, dtype=torch.float32, device=device)
+    status = torch.empty(problem.row_count, dtype=torch.uint8, device=device)
+    return Sample(token, log_q, log_theta, log_t, alpha, status)
 
 
 def sample(problem: Problem, draws: Draws, num_samples: int) -> Sample:
     """token, log_q, log_theta, log_t [N, num_samples], alpha, status [N]."""
-    n, vocab, options = problem.row_count, problem.vocab, problem.options
-    splits, inputs, results, meeting, flags = _draw_arguments(problem, draws)
-    token = torch.empty(n, num_samples, dtype=torch.int64, device=problem.theta.device)
-    drawn = [torch.empty_like(token, dtype=torch.float32) for _ in range(3)]
-    if n:
-        sample_kernel[(n * splits,)](
-            *inputs, token, *drawn, *results, *meeting, vocab, *_place(problem.theta), *_place(problem.t), splits,
-            options.max_iter, options.tol, num_samples, DRAWS=launch.draws(_device(token.device)[0], num_samples),
-            **flags,
-        )  # fmt: skip
-    return Sample(token, *drawn, *results)
+    drawn = _empty_sample(problem, problem.row_count, num_samples)
+    if problem.row_count:
+        programs, arguments = _draw_arguments(problem, draws, drawn)
+        side_by_side = launch.draws(_device(problem.theta.device)[0], num_samples)
+        sample_kernel[(programs,)](**arguments, num_samples=num_samples, DRAWS=side_by_side)
+    return drawn
 
 
 def verify(problem: Problem, draws: Draws, drafts: Drafts) -> Decided:
-    n, vocab, options = problem.row_count, problem.vocab, problem.options
-    splits, inputs, results, meeting, flags = _draw_arguments(problem, draws)
-    token = torch.empty(n, dtype=torch.int64, device=problem.theta.device)
-    drawn = [torch.empty_like(token, dtype=torch.float32) for _ in range(3)]
-    accepted = torch.empty(n, dtype=torch.bool, device=problem.theta.device)
-    if n:
-        verify_kernel[(n * splits,)](
-            *inputs, drafts.tokens.contiguous(), drafts.lengths, token, *drawn, accepted.view(torch.uint8), *results,
-            *meeting, vocab, drafts.tokens.shape[1] + 1, *_place(problem.theta), *_place(problem.t), splits,
-            options.max_iter, options.tol, MODEL=drafts.model, **flags,
-        )  # fmt: skip
-    return Decided._make((token, *drawn, accepted, *results))
+    drawn = _empty_sample(problem, problem.row_count)
+    accepted = torch.empty_like(drawn.token, dtype=torch.bool)
+    if problem.row_count:
+        programs, arguments = _draw_arguments(problem, draws, drawn)
+        verify_kernel[(programs,)](
+            **arguments,
+            draft_ptr=drafts.tokens.contiguous(),
+            length_ptr=drafts.lengths,
+            accepted_ptr=accepted.view(torch.uint8),
+            positions=drafts.tokens.shape[1] + 1,
+            MODEL=drafts.model,
+        )
+    return Decided(drawn.token, drawn.log_q, drawn.log_theta, drawn.log_t, accepted, drawn.alpha, drawn.status)
 
 
 def backward(problem: Problem, status: Tensor, saved: Tensor, upstream: Upstream) -> Gradients:
     """Gradients in theta and t [N, V], and in alpha [N]."""
-    theta, t, alpha, *temperatures, options = problem
+    alpha, n, device = problem.alpha, problem.row_count, problem.theta.device
     assert alpha is not None
-    n, vocab = problem.row_count, problem.vocab
-    grad_theta = torch.empty(n, vocab, dtype=theta.dtype, device=theta.device)
-    grad_t, grad_given = torch.empty_like(grad_theta), torch.empty_like(alpha)
-    grad_log_q = upstream.log_q
-    if grad_log_q is not None and grad_log_q.stride(-1) != 1:
-        grad_log_q = grad_log_q.contiguous()
+    grad_theta = torch.empty(n, problem.vocab, dtype=problem.theta.dtype, device=device)
+    gradients = Gradients(grad_theta, torch.empty_like(grad_theta), torch.empty_like(alpha))
+    log_q = upstream.log_q
+    if log_q is not None and log_q.stride(-1) != 1:
+        log_q = log_q.contiguous()
     if n:
-        kind, _ = _device(theta.device)
-        shape = launch.shape(kind, theta.dtype)
+        shape = launch.shape(_device(device)[0], problem.theta.dtype)
         gradient_kernel[(n,)](
-            theta, t, alpha, status, saved, *_contiguous(*temperatures),
-            grad_log_q, *_contiguous(upstream.alpha, upstream.log_z), grad_theta, grad_t, grad_given,
-            vocab, *_place(theta), *_place(t), 0 if grad_log_q is None else grad_log_q.stride(0),
-            METHOD=int(options._replace(algorithm="chernoff").code), PACKED=_packed(theta, t), H=shape.half,
+            **_rows(problem),
+            alpha_ptr=alpha,
+            status_ptr=status,
+            saved_ptr=saved,
+            upstream_log_q_ptr=log_q,
+            upstream_alpha_ptr=_contiguous(upstream.alpha),
+            upstream_log_z_ptr=_contiguous(upstream.log_z),
+            grad_theta_ptr=gradients.theta,
+            grad_t_ptr=gradients.t,
+            grad_alpha_ptr=gradients.alpha,
+            stride_upstream=0 if log_q is None else log_q.stride(0),
+            METHOD=int(problem.options._replace(algorithm="chernoff").code),  # bisection has the same root
+            H=shape.half,
             num_warps=shape.num_warps,
-        )  # fmt: skip
-    return Gradients(grad_theta, grad_t, grad_given)
+        )
+    return gradients
 
 
 def token_logprobs(models: Sequence[Model], targets: Targets, entropy: bool) -> TokenLogprobs:
-    """Log-probabilities and log-partitions [M, N] of M models, and entropies where asked for."""
-    from optsample_triton.kernels import logprob
-
-    return logprob.token_logprobs(models, targets, entropy)
+    """log-probabilities [M, N], entropies [M, N] (float32) and log-partitions [M, N] (float64); M is 1 or 2."""
+    model, other = models[0], models[-1]
+    (outer, inner, vocab), device = model.logits.shape, model.logits.device
+    n, count = outer * inner, len(models)
+    log_probs = torch.zeros(count, n, dtype=torch.float32, device=device)  # ignored rows keep the 0
+    found = TokenLogprobs(
+        log_probs=log_probs,
+        entropies=torch.zeros_like(log_probs) if entropy else None,
+        log_partitions=torch.zeros_like(log_probs, dtype=torch.float64),
+    )
+    if n:
+        shape = launch.logprob_shape(_device(device)[0], model.logits.dtype)
+        second, second_temperature = (None, None) if count == 1 else other
+        logprob_kernel[(count * n,)](
+            logits_ptr=model.logits,
+            other_ptr=second,
+            token_ptr=targets.tokens,
+            inverse_temperature_ptr=model.inverse_temperature,
+            other_inverse_temperature_ptr=second_temperature,
+            log_prob_ptr=found.log_probs,
+            entropy_ptr=found.entropies,
+            log_partition_ptr=found.log_partitions,
+            N=n,
+            V=vocab,
+            inner=inner,
+            **_strides(model.logits),
+            **_strides(second, "other_"),
+            ignore_index=targets.ignore_index,
+            H=shape.half,
+            CHUNK=shape.chunk,
+            UNROLL=shape.unroll,
+            PACKED=_packed(model.logits, other.logits),
+            num_warps=shape.num_warps,
+            **shape.limit,
+        )
+    return found
 
 
 def token_logprobs_backward(
@@ -185,10 +295,29 @@ def token_logprobs_backward(
     grad_entropies: Tensor | None,
     out: Tensor,
 ) -> None:
-    """The gradient in one model's logits into ``out``, which may be the logits."""
-    from optsample_triton.kernels import logprob
-
-    logprob.logprobs_backward(
-        model.logits, targets.tokens, model.inverse_temperature, found.log_probs, found.log_partitions,
-        found.entropies, grad_log_probs, grad_entropies, targets.ignore_index, out,
-    )  # fmt: skip
+    """The gradient in one model's logits [outer, inner, V] into ``out``, which may be the logits; all else is [N]."""
+    outer, inner, vocab = model.logits.shape
+    if not out.numel():
+        return
+    shape = launch.shape(_device(out.device)[0], model.logits.dtype)
+    chunks = triton.cdiv(vocab, shape.chunk)
+    logprob_gradient_kernel[(outer * inner * chunks,)](
+        logits_ptr=model.logits,
+        token_ptr=targets.tokens,
+        inverse_temperature_ptr=model.inverse_temperature,
+        log_prob_ptr=found.log_probs,
+        log_partition_ptr=found.log_partitions,
+        entropy_ptr=found.entropies,
+        upstream_log_prob_ptr=grad_log_probs,
+        upstream_entropy_ptr=grad_entropies,
+        grad_ptr=out,
+        V=vocab,
+        inner=inner,
+        **_strides(model.logits),
+        **_strides(out, "grad_"),
+        ignore_index=targets.ignore_index,
+        chunks=chunks,
+        BLOCK=2 * shape.half,
+        CHUNK=shape.chunk,
+        num_warps=shape.num_warps,
+    )

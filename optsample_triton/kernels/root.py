@@ -7,17 +7,31 @@ slope at s = -1/4, 0, 1/4 and the curvature at 0 (docs/theory.md, "Interpolation
 import triton
 import triton.language as tl
 
+from optsample_triton.kernels.constants import (
+    BLURRED,
+    EPSILON,
+    NEGLECTED_EVEN,
+    NEGLECTED_ODD,
+    NOISE_ALWAYS,
+    NOISE_OF_TOP,
+    SD_SHARE,
+)
+from optsample_triton.kernels.records import Bracket, Interpolant, Polynomial
+
 NEWTON_STEPS = tl.constexpr(8)
 ROUNDOFF = tl.constexpr(2.0**-24)  # how far apart float32 numbers lie just below 1
 
 
 @triton.jit
-def _coefficients(psi_low, psi_half, psi_high, slope_low, slope_half, slope_high, curvature):
-    """g's seven coefficients; slopes and curvature are in s."""
+def polynomial(nodes):
+    """g through the ``Nodes`` of psi."""
+    # In s slopes are halved, and the curvature is a quarter.
+    slope_low, slope_half, slope_high = 0.5 * nodes.slope_low, 0.5 * nodes.slope_half, 0.5 * nodes.slope_high
+    curvature = 0.25 * nodes.curvature
     stretch = 16.0 / 15.0
-    g0, g1 = psi_half, slope_half
+    g0, g1 = nodes.psi_half, slope_half
     g2 = 0.5 * curvature + g0
-    low, high = psi_low * stretch, psi_high * stretch
+    low, high = nodes.psi_low * stretch, nodes.psi_high * stretch
     slope_low = (slope_low - 0.5 * low) * stretch
     slope_high = (slope_high + 0.5 * high) * stretch
     # What the Taylor polynomial at 0 leaves at -1/4 and 1/4, split into its odd and even part.
@@ -29,7 +43,7 @@ def _coefficients(psi_low, psi_half, psi_high, slope_low, slope_half, slope_high
     g4 = 128.0 * (6.0 * even - slope_even)
     g5 = 512.0 * (slope_odd - 3.0 * odd)
     g6 = 2048.0 * (slope_even - 4.0 * even)
-    return g0, g1, g2, g3, g4, g5, g6
+    return Polynomial(g0, g1, g2, g3, g4, g5, g6)
 
 
 @triton.jit
@@ -38,70 +52,71 @@ def _horner(value, first, second, s, coefficient):
 
 
 @triton.jit
-def _psi(g, s):
+def psi_of(g, s):
     """psi = (1 - s^2) g and its first two derivatives in s."""
-    v, f, c = _horner(g[6], 0.0 * s, 0.0 * s, s, g[5])
-    v, f, c = _horner(v, f, c, s, g[4])
-    v, f, c = _horner(v, f, c, s, g[3])
-    v, f, c = _horner(v, f, c, s, g[2])
-    v, f, c = _horner(v, f, c, s, g[1])
-    v, f, c = _horner(v, f, c, s, g[0])
+    value, first, second = _horner(g.g6, 0.0 * s, 0.0 * s, s, g.g5)
+    value, first, second = _horner(value, first, second, s, g.g4)
+    value, first, second = _horner(value, first, second, s, g.g3)
+    value, first, second = _horner(value, first, second, s, g.g2)
+    value, first, second = _horner(value, first, second, s, g.g1)
+    value, first, second = _horner(value, first, second, s, g.g0)
     edge = 1.0 - s * s
-    return edge * v, edge * f - 2.0 * s * v, edge * c - 4.0 * s * f - 2.0 * v
+    return edge * value, edge * first - 2.0 * s * value, edge * second - 4.0 * s * first - 2.0 * value
 
 
 @triton.jit
-def interpolate(psi, slope, variance, target, top_share):
-    """alpha, psi(alpha), estimated error and a bracket of the root of psi' = target.
+def interpolate(nodes, target, top_share):
+    """The ``Interpolant`` through the ``Nodes``, for the root of psi' = target.
 
-    ``psi`` and ``slope`` (in alpha) are triples at 3/8, 1/2, 5/8; ``variance`` is psi''(1/2).
+    ``top_share`` is the largest weight at 1/2, of their sum.
     """
-    noise = 1.1920929e-7 * (1.7 + 8.4 * top_share)
-    g = _coefficients(psi[0], psi[1], psi[2], 0.5 * slope[0], 0.5 * slope[1], 0.5 * slope[2], 0.25 * variance)
+    noise = (top_share * NOISE_OF_TOP + NOISE_ALWAYS) * EPSILON
+    g = polynomial(nodes)
     # A node's sign brackets the root only where it stands clear of rounding.
     clear = 4.0 * noise
     nothing = tl.zeros([], tl.float64)
-    low = tl.where(slope[0] - target < -clear, nothing - 0.25, nothing - 1.0)
-    low = tl.where(slope[1] - target < -clear, 0.0, low)
-    low = tl.where(slope[2] - target < -clear, 0.25, low)
-    high = tl.where(slope[2] - target > clear, nothing + 0.25, nothing + 1.0)
-    high = tl.where(slope[1] - target > clear, 0.0, high)
-    high = tl.where(slope[0] - target > clear, -0.25, high)
+    low = tl.where(nodes.slope_low - target < -clear, nothing - 0.25, nothing - 1.0)
+    low = tl.where(nodes.slope_half - target < -clear, 0.0, low)
+    low = tl.where(nodes.slope_high - target < -clear, 0.25, low)
+    high = tl.where(nodes.slope_high - target > clear, nothing + 0.25, nothing + 1.0)
+    high = tl.where(nodes.slope_half - target > clear, 0.0, high)
+    high = tl.where(nodes.slope_low - target > clear, -0.25, high)
     s = tl.minimum(tl.maximum(0.5 * (low + high), -0.375), 0.375)
     inner_low, inner_high = low, high
     for _ in range(NEWTON_STEPS):
-        _, first, second = _psi(g, s)
+        _, first, second = psi_of(g, s)
         excess = first - 0.5 * target
         inner_high = tl.where(excess > 0, s, inner_high)
         inner_low = tl.where(excess > 0, inner_low, s)
         step = s - excess / second
         inside = (step >= inner_low) & (step <= inner_high)
         s = tl.where(inside, step, 0.5 * (inner_low + inner_high))
-    value, _, curvature = _psi(g, s)
+    value, _, curvature = psi_of(g, s)
     # The first neglected terms of g are taken as large as its last odd and even ones.
     beyond = s * s - 0.0625
     edge = 1.0 - s * s
     shape_odd = s * s * beyond * (edge * (3.0 * beyond + 4.0 * s * s) - 2.0 * s * s * beyond)
     shape_even = s * beyond * (edge * (2.0 * beyond + 4.0 * s * s) - 2.0 * s * s * beyond)
-    truncation = 4.0 * (tl.abs(g[5]) + tl.abs(g[6])) * tl.abs(shape_odd) + 0.05 * tl.abs(g[6] * shape_even)
-    # q* feels an error of alpha in units of 1/sd; the estimate is pessimistic enough to count a quarter of that.
-    error = 0.5 * truncation / curvature * tl.maximum(0.25 * tl.sqrt(tl.maximum(variance, 0.0)), 1.0)
+    neglected_odd = (tl.abs(g.g5) + tl.abs(g.g6)) * NEGLECTED_ODD * tl.abs(shape_odd)
+    truncation = neglected_odd + tl.abs(g.g6 * shape_even) * NEGLECTED_EVEN
+    variance = nodes.curvature
+    error = 0.5 * truncation / curvature * tl.maximum(tl.sqrt(tl.maximum(variance, 0.0)) * SD_SHARE, 1.0)
     error += noise / variance
     trusted = (error == error) & (curvature > 0) & (variance > 0)
     error = tl.where(trusted, error, float("inf"))
     # A root that rounding has blurred over its bracket says nothing: go on from the bracket's middle.
-    s = tl.where(error < 0.1, s, 0.5 * (low + high))
-    return 0.5 + 0.5 * s, value, error, 0.5 + 0.5 * low, 0.5 + 0.5 * high
+    s = tl.where(error < BLURRED, s, 0.5 * (low + high))
+    return Interpolant(alpha=0.5 + 0.5 * s, psi=value, error=error, low=0.5 + 0.5 * low, high=0.5 + 0.5 * high)
 
 
 @triton.jit
-def meeting_point(bracket):
+def tangents_meet(bracket):
     """Where the tangents at the bracket's ends meet; NaN where they are not known.
 
     For rows of huge logits F is piecewise linear, and this point finds its corner where halving would need dozens.
     """
-    low, high, value_low, slope_low, value_high, slope_high = bracket
-    return low + (value_low - value_high + slope_high * (high - low)) / (slope_high - slope_low)
+    rise = bracket.value_low - bracket.value_high + bracket.slope_high * (bracket.high - bracket.low)
+    return bracket.low + rise / (bracket.slope_high - bracket.slope_low)
 
 
 @triton.jit
@@ -112,14 +127,16 @@ def safeguarded_step(x, value, slope, variance, third, fourth, bracket, halve, t
     where the end tangents meet, or by the bracket's middle where they are not known, teach nothing new, or ``halve``
     is set.
     """
-    low, high, value_low, slope_low, value_high, slope_high = bracket
     above = slope > 0
-    opposite = tl.where(above, slope_low, slope_high)
-    bracket = (
-        tl.where(above, low, x), tl.where(above, x, high),
-        tl.where(above, value_low, value), tl.where(above, slope_low, slope),
-        tl.where(above, value, value_high), tl.where(above, slope, slope_high),
-    )  # fmt: skip
+    opposite = tl.where(above, bracket.slope_low, bracket.slope_high)
+    bracket = Bracket(
+        low=tl.where(above, bracket.low, x),
+        high=tl.where(above, x, bracket.high),
+        value_low=tl.where(above, bracket.value_low, value),
+        slope_low=tl.where(above, bracket.slope_low, slope),
+        value_high=tl.where(above, value, bracket.value_high),
+        slope_high=tl.where(above, slope, bracket.slope_high),
+    )
     inverse = 1.0 / variance  # one division: in float64 each is a call that registers must survive
     newton = -slope * inverse
     ratio = third * inverse
@@ -128,15 +145,15 @@ def safeguarded_step(x, value, slope, variance, third, fourth, bracket, halve, t
     size = tl.abs(newton)
     error = 2.0 * size * size * size * spread * tl.maximum(tl.sqrt(tl.maximum(variance, 0.0)), 1.0)
     lost = (tl.abs(alpha - x) <= ROUNDOFF) & (error > tol)
-    inside = (alpha >= bracket[0]) & (alpha <= bracket[1]) & (size < 0.5) & (lost == 0)
+    inside = (alpha >= bracket.low) & (alpha <= bracket.high) & (size < 0.5) & (lost == 0)
     # F lies above both tangents and its minimum not above F(x): that bounds how far beyond their meeting it can be.
-    width = bracket[1] - bracket[0]
-    meeting = meeting_point(bracket)
+    width = bracket.high - bracket.low
+    meeting = tangents_meet(bracket)
     away = tl.abs(meeting - x)
     bound = (away + 2.0**-53) * tl.maximum(tl.abs(slope / opposite), 1.0)
     corner = (away <= ROUNDOFF) & (bound <= tol)
-    met = (meeting > bracket[0]) & (meeting < bracket[1]) & (away > ROUNDOFF) & (halve == 0)
-    inner = tl.where(met, meeting, tl.where(corner, x, 0.5 * (bracket[0] + bracket[1])))
+    met = (meeting > bracket.low) & (meeting < bracket.high) & (away > ROUNDOFF) & (halve == 0)
+    inner = tl.where(met, meeting, tl.where(corner, x, 0.5 * (bracket.low + bracket.high)))
     beyond = tl.where(met | corner, tl.minimum(bound, width), width)
     alpha, error = tl.where(inside, alpha, inner), tl.where(inside, error, beyond)
     done = (slope == 0) | (width <= 2.0 * ROUNDOFF)

@@ -1,4 +1,4 @@
-"""What all ops share: the library that they are defined in, their common arguments, and the choice of a backend."""
+"""What all ops share: their library, their common arguments, and the choice of a backend."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from optsample_triton import backend
 
-# The schema of ``Problem`` and of ``Draws``, field by field: torch's schemas know no structures.
+# ``Problem`` and ``Draws`` field by field: torch's schemas have no structures.
 PROBLEM = (
     "Tensor theta, Tensor t, Tensor? alpha, Tensor? inverse_temperature_theta, Tensor? inverse_temperature_t, "
     "str method, str algorithm, float tol, int max_iter, float eps"
@@ -24,7 +24,7 @@ implementations: dict[str, Callable[..., Any]] = {}
 
 
 def implement(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Register the op's implementation for all devices, and the fake one that tells the compiler its outputs."""
+    """Register the op's implementation for all devices, and the fake one that describes its outputs."""
     implementations[name] = function
     for key in ("CPU", "CUDA"):
         library.impl(name, function, key)
@@ -32,10 +32,10 @@ def implement(name: str, function: Callable[..., Any], fake: Callable[..., Any])
 
 
 def refuse_second_gradient(name: str, of: str) -> None:
-    """Make the op ``name``, which computes gradients, raise when it is differentiated, and not pass for a constant."""
+    """Make the op ``name``, which computes gradients, raise when it is differentiated, not act as a constant."""
 
     def refuse(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(f"the gradient of {of} has no gradient of its own, but one was asked for")
+        raise RuntimeError(f"the gradient of {of} cannot be differentiated again")
 
     torch.library.register_autograd(f"optsample::{name}", refuse)
 

@@ -1,7 +1,8 @@
-"""The ops of token log-probabilities from hidden states: the logits exist for a chunk of rows at a time.
+"""The ops of token log-probabilities from hidden states: logits exist for one chunk of rows at a time.
 
-The backward pass makes a chunk's logits again, writes their gradient over them, and multiplies it on: [N, V] never
-exists in either direction. hidden is [N, H], weight [V, H], bias [V], everything else per row [N].
+The backward pass computes a chunk's logits again, writes their gradient over them and multiplies it with the weight and
+the hidden states: [N, V] never exists in either direction. hidden is [N, H], weight [V, H], bias [V]; everything else
+is [N], one number per row.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from optsample_triton.ops.library import backend_of, implement, library, refuse_second_gradient
 from optsample_triton.types import Model, Targets, TokenLogprobs, result_dtype
 
-BLOCK = 4096  # tokens whose product with the hidden states exists at once: a whole one would be a second [V, H]
+BLOCK = 4096  # tokens whose weight gradient is made at a time: for all of them it would be a second [V, H]
 
 _INPUTS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor tokens, Tensor? inverse_temperature, "
@@ -23,7 +24,7 @@ _INPUTS = (
 )
 # The fields of TokenLogprobs of one model; entropies [0] where they were not asked for
 library.define(f"linear_token_logprobs({_INPUTS}) -> (Tensor, Tensor, Tensor)")
-# gradients in hidden, weight and bias, each [0] where it is not needed
+# Gradients in hidden, weight and bias, each [0] where it is not needed
 library.define(
     f"linear_token_logprobs_backward({_INPUTS}, Tensor log_probs, Tensor entropies, Tensor log_partitions, "
     "Tensor grad_log_probs, Tensor grad_entropies, bool[3] needed) -> (Tensor, Tensor, Tensor)"
@@ -43,16 +44,16 @@ class _Head(NamedTuple):
     chunk: int
 
     def pieces(self) -> Iterator[tuple[slice, Model, Targets]]:
-        """Rows, their logits [1, R, V] and their targets; all logits in the same memory, one after another."""
+        """Chunk by chunk the rows, their logits [1, R, V] and their targets; all logits share one buffer."""
         n = self.hidden.shape[0]
-        room = self.hidden.new_empty(min(self.chunk, n), self.weight.shape[0])
+        memory = self.hidden.new_empty(min(self.chunk, n), self.weight.shape[0])
         for start in range(0, n, self.chunk):
             rows = slice(start, min(start + self.chunk, n))
-            logits = torch.mm(self.hidden[rows], self.weight.t(), out=room[: rows.stop - rows.start])
+            logits = torch.mm(self.hidden[rows], self.weight.t(), out=memory[: rows.stop - rows.start])
             if self.bias is not None:
                 logits = logits.add_(self.bias)
-            scale = None if self.inverse_temperature is None else self.inverse_temperature[rows]
-            yield rows, Model(logits[None], scale), Targets(self.tokens[rows], self.ignore_index)
+            inverse = None if self.inverse_temperature is None else self.inverse_temperature[rows]
+            yield rows, Model(logits[None], inverse), Targets(self.tokens[rows], self.ignore_index)
 
 
 def _linear_token_logprobs(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,26 +74,26 @@ def _linear_token_logprobs_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]
     *inputs, log_probs, entropies, log_partitions, grad_log_probs, grad_entropies, needed = args
     head = _Head(*inputs)
     hidden, weight = head.hidden, head.weight
-    wide = result_dtype(hidden.dtype)  # many chunks are added up
+    total_dtype = result_dtype(hidden.dtype)  # many chunks are added up
     grad_hidden = torch.empty_like(hidden) if needed[0] else hidden.new_empty(0)
-    grad_weight = torch.zeros_like(weight, dtype=wide) if needed[1] else hidden.new_empty(0)
-    grad_bias = weight.new_zeros(weight.shape[0], dtype=wide) if needed[2] else hidden.new_empty(0)
+    grad_weight = torch.zeros_like(weight, dtype=total_dtype) if needed[1] else hidden.new_empty(0)
+    grad_bias = weight.new_zeros(weight.shape[0], dtype=total_dtype) if needed[2] else hidden.new_empty(0)
     for rows, model, targets in head.pieces():
         entropy, grad_entropy = (x[rows] if head.entropy else None for x in (entropies, grad_entropies))
         found = TokenLogprobs(log_probs[rows], entropy, log_partitions[rows])
         backend_of(hidden).token_logprobs_backward(
             model, targets, found, grad_log_probs[rows], grad_entropy, model.logits
         )
-        slope = model.logits[0]
+        grad_logits = model.logits[0]
         if needed[0]:
-            torch.mm(slope, weight, out=grad_hidden[rows])
+            torch.mm(grad_logits, weight, out=grad_hidden[rows])
         if needed[1]:
-            # A hidden row that is not finite has no law and no gradient: 0 times what it holds must be 0 as well.
+            # The gradient of a row that is not finite is 0, but 0 times infinity would be NaN.
             states = hidden[rows].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-            for total, columns in zip(grad_weight.split(BLOCK), slope.split(BLOCK, 1), strict=True):
+            for total, columns in zip(grad_weight.split(BLOCK), grad_logits.split(BLOCK, 1), strict=True):
                 total += columns.t() @ states
         if needed[2]:
-            grad_bias += slope.sum(0, dtype=wide)
+            grad_bias += grad_logits.sum(0, dtype=total_dtype)
     return grad_hidden, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
 
 
@@ -123,10 +124,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _differentiate(ctx: Any, grad_log_probs: Tensor, grad_entropies: Tensor, _: Tensor) -> tuple[Any, ...]:
     *tensors, log_probs, entropies, log_partitions = ctx.saved_tensors
     needed = [bool(x) for x in ctx.needs_input_grad[:3]]
+    found = TokenLogprobs(log_probs, entropies, log_partitions)
+    upstream = grad_log_probs.contiguous(), grad_entropies.contiguous()
     grads = torch.ops.optsample.linear_token_logprobs_backward(
-        *tensors, ctx.ignore_index, ctx.entropy, ctx.chunk, log_probs, entropies, log_partitions,
-        grad_log_probs.contiguous(), grad_entropies.contiguous(), needed,
-    )  # fmt: skip
+        *tensors, ctx.ignore_index, ctx.entropy, ctx.chunk, *found, *upstream, needed
+    )
     return *(grad if asked else None for grad, asked in zip(grads, needed, strict=True)), *(None,) * 5
 
 

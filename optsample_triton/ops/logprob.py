@@ -14,12 +14,12 @@ from torch import Tensor
 from optsample_triton.ops.library import backend_of, implement, library, refuse_second_gradient
 from optsample_triton.types import Model, Targets, TokenLogprobs, result_dtype
 
-# The fields of TokenLogprobs for M models; M = 2 where there is another one
+# The fields of TokenLogprobs for M models: M = 2 with ``other``, else 1
 library.define(
     "token_logprobs(Tensor logits, Tensor? inverse_temperature, Tensor? other, Tensor? other_inverse_temperature, "
     "Tensor tokens, int ignore_index, bool entropy, bool inplace) -> (Tensor, Tensor, Tensor)"
 )
-# Of one model: its rows, what the forward found, and the gradients in the log-probabilities and in the entropies
+# Of one model: its rows, the forward's results, and the gradients in the log-probabilities and in the entropies
 _BACKWARD = (
     "Tensor? inverse_temperature, Tensor tokens, int ignore_index, Tensor log_probs, Tensor? entropies, "
     "Tensor log_partitions, Tensor grad_log_probs, Tensor? grad_entropies"
@@ -122,7 +122,7 @@ def _differentiate(ctx: Any, grad_log_probs: Tensor, grad_entropies: Tensor, _: 
         )
         if ctx.inplace:
             torch.ops.optsample.token_logprobs_backward_(*arguments)
-            # Whoever else saved the logits must learn that they are gone.
+            # An operation that saved the logits for its own backward then raises instead of reading the gradient.
             torch.autograd.graph.increment_version(model.logits)
             grads[index] = model.logits.detach()
         else:

@@ -41,9 +41,9 @@ def _solved(problem: Problem, diagnostics: bool, out: Tensor | None) -> Solved:
 
 
 def _solve_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients in theta and t (of their shape and dtype) and in alpha [N], which is the solution's.
+    """Gradients in theta and t (in their shape and dtype) and in alpha [N].
 
-    Method "fixed" says that alpha is an input.
+    The problem's alpha is the solution's; method "fixed" says that it was an input.
     """
     problem, (status, saved, *upstream) = Problem.from_flat(args)
     grads = backend_of(problem.theta).backward(problem, status, saved, Upstream(*upstream))

@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from optsample_triton.pipeline.dataset import Reject
 from optsample_triton.pipeline.job import Job, PipelineError, first_line, need
 from optsample_triton.pipeline.prompts import Prompt
-from optsample_triton.pipeline.rows import Reject
 
-# For tokenisers without a chat template: a lone question stands as it is, a conversation gets its roles' names.
+# For tokenisers without a chat template: a single question stays as it is, a conversation gets its roles' names.
 PLAIN = (
     "{%- if messages | length == 1 -%}{{ messages[0]['content'] }}{%- else -%}"
     "{%- for message in messages -%}"
@@ -20,7 +20,7 @@ PLAIN = (
 
 
 class Encoder:
-    """Both tokenisers. ``encode`` gives pi_theta's prompt, and pi_t's where that one is another."""
+    """Both tokenisers. ``encode`` gives pi_theta's prompt, and pi_t's if it differs."""
 
     def __init__(self, job: Job):
         pair = need("optsample_triton.integrations.huggingface.pair")
@@ -40,7 +40,8 @@ class Encoder:
         self._templates = tuple(
             given or _template_of(tokenizer) for given, tokenizer in ((own, self.tokenizer), (theirs, target))
         )
-        # Of two tokenisers with one vocabulary and one template one may still begin a text with a token of its own.
+        # Two tokenisers count as different even with equal vocabularies and templates, since one of them may add a
+        # token at the start of a text.
         self._same = (
             target is self.tokenizer and self._templates[0] == self._templates[1] and job.target_system_prompt is None
         )
@@ -59,17 +60,17 @@ class Encoder:
                     target_ids = None
         except need("jinja2").TemplateSyntaxError as error:
             raise PipelineError(f"a chat template cannot be read: {first_line(error)}") from error
-        except Exception as error:  # a template may refuse a conversation with whatever it likes
+        except Exception as error:  # a template may refuse a conversation with any exception
             return Reject("malformed", f"the chat template refused the conversation: {first_line(error)}")
         longest = max(len(ids), len(target_ids or ()))
         if not ids or target_ids == []:
             return Reject("empty", "the prompt has no tokens")
         if self.limit is not None and longest > self.limit:
-            return Reject("too_long", f"the prompt has {longest} tokens, at most {self.limit} fit")
+            return Reject("too_long", f"the prompt has {longest} tokens, but at most {self.limit} fit")
         return ids, target_ids
 
     def _limit(self) -> int | None:
-        """How many tokens a prompt may have, so that the answer fits behind it."""
+        """How many tokens a prompt may have so that the answer still fits."""
         given = self.job.max_prompt_tokens
         names = [(self.job.model_theta, self.job.revision_theta), (self.job.model_t, self.job.revision_t)]
         configs = [load_config(name, revision, self.job) for name, revision in names if name is not None]
@@ -80,7 +81,7 @@ class Encoder:
         left = int(min(known)) - self.job.max_new_tokens
         if left < 1:
             raise PipelineError(
-                f"max_new_tokens is {self.job.max_new_tokens}, which leaves no room for a prompt: "
+                f"max_new_tokens is {self.job.max_new_tokens}, which leaves no space for a prompt: "
                 f"the models have {min(known)} positions"
             )
         return left if given is None else min(given, left)
@@ -115,7 +116,7 @@ def _with_system(messages: list[dict[str, str]], text: str | None) -> list[dict[
 
 
 def _template_of(tokenizer: Any) -> str:
-    """The tokeniser's own template; some have several by name, of which the default one is meant."""
+    """The tokeniser's own template, or the default one if it has several."""
     if not tokenizer.chat_template:
         return PLAIN
     try:
@@ -125,12 +126,12 @@ def _template_of(tokenizer: Any) -> str:
 
 
 def template_text(given: str | None, name: str) -> str | None:
-    """A Jinja text, or the name of a file that holds one."""
+    """A Jinja text, given as such or as the name of a file that holds it."""
     if given is None or "{" in given:
         return given
     try:
         return Path(given).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:  # the latter of bytes that are no text
+    except (OSError, ValueError) as error:  # ValueError if the bytes are not text
         raise PipelineError(f"{name} must be a Jinja text or a file, but {given!r} cannot be read") from error
 
 
@@ -139,7 +140,7 @@ def load_config(name: str, revision: str | None, job: Job) -> Any:
 
 
 def commit_of(name: str, revision: str | None) -> str | None:
-    """The commit that a name of the hub stands for now: a branch moves on. Directories have none."""
+    """The commit that a hub name and revision stand for now, since a branch moves; None for most directories."""
     if Path(name).is_dir():
         return revision
     try:
@@ -152,7 +153,7 @@ def commit_of(name: str, revision: str | None) -> str | None:
 
 def load_tokenizer(name: str, revision: str | None, job: Job, default: Any = None) -> Any:
     if default is not None and Path(name).is_dir() and not any(Path(name).glob("*token*")):
-        return default  # checkpoints of a training run often come without one
+        return default  # checkpoints of a training run often have none
     tokenizer = _load("AutoTokenizer", name, revision, job)
     tokenizer.padding_side = "left"
     return tokenizer
@@ -162,8 +163,8 @@ def load_model(name: str, revision: str | None, job: Job, device: str) -> Any:
     model = _load("AutoModelForCausalLM", name, revision, job, dtype=job.dtype)
     try:
         return model.eval().to(device)
-    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
-        raise PipelineError(f"model {name!r} does not go onto {device}: {first_line(error)}") from error
+    except (RuntimeError, AssertionError) as error:  # AssertionError from a torch without CUDA
+        raise PipelineError(f"model {name!r} cannot be moved to {device}: {first_line(error)}") from error
 
 
 def _load(kind: str, name: str, revision: str | None, job: Job, **options: Any) -> Any:
@@ -176,7 +177,7 @@ def _load(kind: str, name: str, revision: str | None, job: Job, **options: Any) 
         return getattr(transformers, kind).from_pretrained(
             name, revision=revision, trust_remote_code=job.trust_remote_code, **options
         )
-    except Exception as error:  # of a damaged file, of the hub, of code that comes with a model
+    except Exception as error:  # from a damaged file, the hub, or code that comes with a model
         what = "tokeniser of model" if kind == "AutoTokenizer" else "model"
         raise PipelineError(
             f"{what} {name!r} could not be loaded, neither from a directory nor from the hub: {first_line(error)}"

@@ -1,4 +1,4 @@
-"""What draws a batch of samples from two models: the transformers engine; pipeline/vllm.py holds the other."""
+"""Engines draw a batch of samples from two models. This is the transformers engine; pipeline/vllm.py has the other."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from optsample_triton.types import Status
 
 
 class Engine(Protocol):
-    """Draws a batch; its result depends on nothing but the batch and the job."""
+    """Draws a batch; the result depends only on the batch and the job."""
 
     def run(self, batch: Sequence[Request]) -> list[Completion]: ...
 
@@ -58,18 +58,31 @@ class TransformersEngine:
             target = {"target_input_ids": target_ids, "target_attention_mask": target_mask}
         try:
             out = self._generate(
-                self._model, self._target, ids, attention_mask=mask, **target,
+                self._model,
+                self._target,
+                ids,
+                attention_mask=mask,
+                **target,
                 seed=torch.tensor([request.seed for request in batch], device=ids.device),
-                method=job.alpha_method, alpha=job.alpha, temperature=job.temperature,
-                temperature_theta=job.temperature_theta, temperature_t=job.temperature_t, min_p=job.min_p,
-                top_k=job.top_k, top_p=job.top_p, vocab_size=job.vocab_size, num_draft_tokens=job.speculative,
-                draft=job.draft, diagnostics=job.save_diagnostics, max_new_tokens=job.max_new_tokens,
+                method=job.alpha_method,
+                alpha=job.alpha,
+                temperature=job.temperature,
+                temperature_theta=job.temperature_theta,
+                temperature_t=job.temperature_t,
+                min_p=job.min_p,
+                top_k=job.top_k,
+                top_p=job.top_p,
+                vocab_size=job.vocab_size,
+                num_draft_tokens=job.speculative,
+                draft=job.draft,
+                diagnostics=job.save_diagnostics,
+                max_new_tokens=job.max_new_tokens,
                 stopping_criteria=[functools.partial(self._stopped, start=ids.shape[1])] if job.stop else None,
-            )  # fmt: skip
+            )
         except torch.cuda.OutOfMemoryError as error:
             raise PipelineError(
-                f"the GPU's memory does not hold a batch of {job.batch_size}: take a smaller --batch-size "
-                "(a new run, since batches are part of the configuration)"
+                f"the GPU's memory does not hold a batch of {job.batch_size}: start a new run with a smaller "
+                "--batch-size, since batches are part of the configuration"
             ) from error
         except ValueError as error:
             raise PipelineError(str(error)) from error
@@ -79,10 +92,9 @@ class TransformersEngine:
         pass
 
     def _stopped(self, ids: torch.Tensor, scores: Any, start: int, **_: Any) -> torch.Tensor:
-        """Rows whose answer has come to a stop text, which may begin and end inside of tokens."""
-        window = max(
-            start, ids.shape[1] - max(len(stop.encode()) for stop in self._job.stop) - 8
-        )  # most tokens are a byte at least
+        """Which rows' answers contain a stop text, which may begin and end inside a token."""
+        # Only the end of the answer is decoded; nearly every token is at least one byte long.
+        window = max(start, ids.shape[1] - max(len(stop.encode()) for stop in self._job.stop) - 8)
         texts = self._tokenizer.batch_decode(ids[:, window:], skip_special_tokens=True)
         found = [any(stop in text for stop in self._job.stop) for text in texts]
         return torch.tensor(found, device=ids.device)
@@ -106,17 +118,19 @@ class TransformersEngine:
         for b in range(count):
             n = lengths[b]
             own = tokens[b, :n].tolist()
-            broken = n < status.shape[1] and int(status[b, n]) == Status.INVALID
+            invalid = n < status.shape[1] and int(status[b, n]) == Status.INVALID
             text = self._tokenizer.decode(own, skip_special_tokens=True)
             ended = n < self._job.max_new_tokens or own[-1] in self._ends or any(x in text for x in self._job.stop)
-            made.append(
-                Completion(
-                    own, text, "invalid" if broken else "stop" if ended else "length", status[b, :n].tolist(),
-                    {name: values[b, :n] for name, values in arrays.items()},
-                    None if out.num_tested is None else int(out.num_tested[b]),
-                    None if out.num_accepted is None else int(out.num_accepted[b]),
-                )
-            )  # fmt: skip
+            completion = Completion(
+                tokens=own,
+                text=text,
+                finish_reason="invalid" if invalid else "stop" if ended else "length",
+                status=status[b, :n].tolist(),
+                diagnostics={name: values[b, :n] for name, values in arrays.items()},
+                num_tested=None if out.num_tested is None else int(out.num_tested[b]),
+                num_accepted=None if out.num_accepted is None else int(out.num_accepted[b]),
+            )
+            made.append(completion)
         return made
 
 

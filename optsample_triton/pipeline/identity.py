@@ -1,8 +1,8 @@
-"""Names that depend on nothing but content: of prompts, of samples, of models, and the random numbers that follow.
+"""Names of prompts, samples and models that depend only on content, and the random streams that follow from them.
 
-A sample's id is a hash of its prompt, of the law that it is drawn from, of the seed and of its place in the dataset;
-its random stream is keyed by that id and by the token's position. So it does not matter when, where or in which run a
-sample is drawn.
+A sample's id is a hash of its prompt, of the distribution (the law) that it is drawn from, of the seed and of its place
+in the dataset. Its random stream is keyed by that id and the token's position. So it does not matter when, where or in
+which run a sample is drawn.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-_BLOCK, _BLOCKS = 4096, 256  # bytes of a block, and how many of them stand for a large file
+_BLOCK, _BLOCKS = 4096, 256  # bytes per block, and how many blocks represent a large file
 
 
 def canonical(value: Any) -> bytes:
@@ -48,11 +48,11 @@ def stream(sample: str) -> int:
 
 
 def model_identity(name: str, revision: str | None) -> str:
-    """A directory by its content, so that it may be moved; a model of the hub by its name and revision.
+    """A directory by its content, so that it may be moved; a hub model by its name and revision.
 
-    Large files count with their size and with blocks all over them, since hashing tens of gigabytes at every start
-    would take minutes. That tells trained weights from others where training has moved more than a few tensors of
-    them; it does not see a change between the blocks.
+    A large file counts with its size and with blocks spread over it, since hashing tens of gigabytes at every start
+    would take minutes. This detects training that changed more than a few tensors; it misses a change between the
+    blocks.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -69,7 +69,7 @@ def model_identity(name: str, revision: str | None) -> str:
 
 
 def _starts(size: int) -> list[int]:
-    """Where the blocks begin that are read: all of a small file, of a large one evenly from its first to its last byte.
+    """The starts of the blocks to read: all of a small file, evenly spread from first to last byte of a large one.
 
     >>> _starts(5000), len(_starts(10**9)), _starts(10**9)[-1]
     ([0, 4096], 256, 999995904)

@@ -1,4 +1,4 @@
-"""What to generate: one frozen object, checked when it is made, with a digest of whatever its output depends on."""
+"""What to generate: one frozen object, checked when it is made, whose fields say what the output depends on."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from optsample_triton.types import DRAFTS, METHODS
 
 BACKENDS = ("hf", "vllm")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+SAFE = "what is committed is safe, continue with --resume"
 
 
 class PipelineError(Exception):
-    """Something that the user can put right, in one sentence."""
+    """Something that the user can correct, in one sentence."""
 
 
 def first_line(error: BaseException) -> str:
-    """What other libraries' errors say, in as many words as a sentence has room for; some say nothing.
+    """The first line of another library's error, or the error's type if it has no message.
 
     >>> first_line(ValueError("no\\nsuch thing")), first_line(AssertionError())
     ('no', 'AssertionError')
@@ -29,11 +30,11 @@ def first_line(error: BaseException) -> str:
 
 
 def need(module: str, extra: str = "pipeline") -> Any:
-    """An optional library, or one sentence about how to get it."""
+    """An optional library, or an error in one sentence that says how to install it."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name is None:  # a package of this one's integrations says itself what it needs
+        if error.name is None:  # raised by optsample_triton.integrations, with a sentence of its own
             raise PipelineError(str(error)) from error
         if error.name != module.partition(".")[0]:
             raise
@@ -43,7 +44,7 @@ def need(module: str, extra: str = "pipeline") -> Any:
 
 
 def encodable(text: str) -> bool:
-    """Whether it has no lone surrogates, which stand for bytes that were no text.
+    """Whether a text has no unpaired surrogates, which stand for bytes that were not UTF-8.
 
     >>> encodable("ü"), encodable("\\udcff")
     (True, False)
@@ -56,7 +57,7 @@ def encodable(text: str) -> bool:
 
 
 def _part(name: str, default: Any = dataclasses.MISSING) -> Any:
-    """A field of the law (a sample's identity depends on it), of the layout (the files do), or of the run alone."""
+    """A field of the "law" (each sample depends on it), of the "layout" (the files depend on it), or of the "run"."""
     return dataclasses.field(default=default, metadata={"part": name})
 
 
@@ -150,24 +151,24 @@ class Job:
         if self.speculative and (self.top_k is not None or self.top_p is not None or self.backend != "hf"):
             raise PipelineError("speculative goes with the hf backend and without top_k and top_p")
         if "" in self.stop:
-            raise PipelineError("stop must be texts of one character at least, but one of them is empty")
+            raise PipelineError("stop must be texts of at least one character, but one of them is empty")
         for name, value in self.fields("law", "layout").items():
             for text in value if isinstance(value, list) else [value]:
                 if isinstance(text, str) and not encodable(text):
                     raise PipelineError(f"{name} must be UTF-8, but is {text!r}")
         if self.prompt_field is not None and self.prompt_template is not None:
-            raise PipelineError("prompt_field and prompt_template say the same thing twice: give one of them")
+            raise PipelineError("prompt_field and prompt_template both choose the prompt: give one of them")
         self._check_places()
         if self.resume and self.overwrite:
-            raise PipelineError("resume keeps what is there and overwrite drops it: give one of them")
+            raise PipelineError("resume keeps the existing output and overwrite deletes it: give one of them")
         if self.ray and self.backend != "hf":
             raise PipelineError(f"ray goes with the hf backend, but backend is {self.backend}")
 
     def _check_places(self) -> None:
-        """What is written must not take the place of what is read, nor change a model's directory."""
+        """The output must not overwrite the dataset or change a model's directory."""
         for path in map(self.path, ("chat", "diagnostics", "rejected", "journal")):
             if path.resolve() == Path(self.dataset).resolve():
-                raise PipelineError(f"output must be another file than dataset, but {path} would be written over")
+                raise PipelineError(f"output must be another file than dataset, but {path} would be overwritten")
             for name, model in (("model_theta", self.model_theta), ("model_t", self.model_t)):
                 if model is not None and path.parent.resolve() == Path(model).resolve():
                     raise PipelineError(f"output must not lie in the directory of {name}, but is {self.output}")
@@ -180,7 +181,7 @@ class Job:
         return chat.with_name(f"{chat.name.removesuffix('.jsonl')}.{kind}.jsonl")
 
     def fields(self, *parts: str) -> dict[str, Any]:
-        """The fields of some parts, as JSON has them."""
+        """The fields of some parts, as JSON represents them."""
         chosen = (f.name for f in dataclasses.fields(self) if f.metadata["part"] in parts)
         return {name: list(v) if isinstance(v := getattr(self, name), tuple) else v for name in chosen}
 

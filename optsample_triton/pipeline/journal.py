@@ -1,11 +1,11 @@
-"""Files that a run appends to batch by batch, so that a kill at any moment leaves nothing torn, lost or doubled.
+"""Files that a run appends to batch by batch, so that a kill at any moment leaves no line incomplete, lost or doubled.
 
-A batch's lines are appended to the files and brought to the disk; only then is one line added to the journal, with
-how long each file is and the checksum of all of it. That line is the commit. Opening the files again drops whatever
-stands behind the last commit, and the batch is redone whole.
+A batch's lines are appended to the files and synced to disk. Only then does the journal get one line, with the size and
+the checksum of each file. That line is the commit. Opening the files again drops everything after the last commit, and
+the run repeats that batch.
 
-The journal's first line holds the configuration. Nothing in it depends on the time or on the machine, so that the
-files of an interrupted run, the journal included, are those of an uninterrupted one.
+The journal's first line holds the configuration. Nothing in it depends on the time or the machine, so the files of an
+interrupted run, journal included, equal those of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from optsample_triton.pipeline.identity import canonical
-from optsample_triton.pipeline.job import PipelineError
+from optsample_triton.pipeline.job import SAFE, PipelineError
 
-fcntl: Any = None  # Windows has no such locks
+fcntl: Any = None  # Windows lacks it
 with contextlib.suppress(ImportError):
     fcntl = importlib.import_module("fcntl")
 
@@ -30,9 +30,10 @@ _BLOCK = 1 << 20
 
 
 class Journal:
-    """The open files of one run. ``state`` is that of the last commit, None where there is none.
+    """The open files of one run. ``state`` is the state of the last commit, None if there is none.
 
-    ``stale`` are files that only another run can have left: they go where a run begins, by ``overwrite`` or empty.
+    ``stale`` are files that only another run can have written. A run that begins anew deletes them, but without
+    ``overwrite`` only if they are empty.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
@@ -81,7 +82,7 @@ class Journal:
             raise
 
     def commit(self, parts: Mapping[str, bytes], state: dict[str, Any]) -> None:
-        """Append to the files, then say so. ``parts`` are whole lines; a file that is not named stays as it is."""
+        """Append whole lines to the files that ``parts`` names, then add the commit to the journal."""
         for name, data in parts.items():
             self._guard(self._paths[name], lambda name=name, data=data: _append(self._files[name], data))  # type: ignore[misc]
             self._sums[name] = zlib.crc32(data, self._sums[name])
@@ -101,15 +102,13 @@ class Journal:
         self.close()
 
     def _check_fresh(self, lines: list[bytes]) -> None:
-        """A run that ended before its first commit may begin again; anything else is somebody's work."""
+        """A run that ended before its first commit may begin again; anything else needs --resume or --overwrite."""
         for path in self._paths.values():
             if len(lines) > 1 or (path.exists() and path.stat().st_size):
-                raise PipelineError(
-                    f"{path} is there already: pass --resume to go on with it or --overwrite to drop it"
-                )
+                raise PipelineError(f"{path} is there already: pass --resume to continue or --overwrite to delete it")
 
     def _lock(self) -> None:
-        """The system drops it with the process, however that ends."""
+        """Keep other processes out. The system releases the lock when the process ends, however it ends."""
         if fcntl is None:
             return
         try:
@@ -118,33 +117,36 @@ class Journal:
             raise PipelineError(f"{self._path} is being written by another process: wait for it or stop it") from error
 
     def _whole_lines(self) -> list[bytes]:
-        """The journal's lines; a last one that is torn was no commit."""
+        """The journal's lines; an incomplete last line is not a commit."""
         lines = self._journal.read().split(b"\n")[:-1]
-        if lines and not _is_json(lines[-1]):  # blocks of a crashed disk may be zeros, with an end of line
+        if lines and not _is_json(lines[-1]):  # after a disk crash, blocks may be zeros with an end of line
             lines.pop()
         for number, line in enumerate(lines, start=1):
             if not _is_json(line):
-                raise PipelineError(f"{self._path} is damaged in line {number}: move the output away and start anew")
+                raise PipelineError(f"{self._path} is damaged in line {number}: move the output away and start again")
         return lines
 
     def _open(self, sizes: Mapping[str, int], *, fresh: bool) -> None:
-        """The files, checked against what the journal says of them before anything is cut."""
+        """Open the files, checked against the journal before anything is cut."""
         for path in self._stale if fresh else ():
             if path.exists() and path.stat().st_size:
-                raise PipelineError(f"{path} is there, but nothing in {self._path} tells of it: pass --overwrite")
+                raise self._unknown(path)
         for name, path in self._paths.items():
             try:
                 file = self._files[name] = _opened(path)
                 size = file.seek(0, os.SEEK_END)
                 if fresh and size:
-                    raise PipelineError(f"{path} is there, but nothing in {self._path} tells of it: pass --overwrite")
+                    raise self._unknown(path)
                 if size < sizes[name] or _sum(file, sizes[name]) != self._sums[name]:
                     raise PipelineError(
-                        f"{path} is not what was written before (its first {sizes[name]} bytes were changed or lost): "
-                        "put it back or start anew elsewhere"
+                        f"{path} differs from what was written (its first {sizes[name]} bytes were changed or lost): "
+                        "restore it or start again elsewhere"
                     )
             except OSError as error:
                 raise _failure(error, path) from error
+
+    def _unknown(self, path: Path) -> PipelineError:
+        return PipelineError(f"{path} is there, but not in {self._path}: pass --overwrite to delete it")
 
     def _begin(self, lines: list[bytes], sizes: Mapping[str, int], header: dict[str, Any]) -> None:
         """Cut what no commit covers; a new journal gets its header."""
@@ -170,7 +172,7 @@ class Journal:
 
 
 def _opened(path: Path) -> IO[bytes]:
-    """For reading and writing, unbuffered: what was written is the system's, even if this process is killed."""
+    """Open for reading and writing, unbuffered, so that a kill of this process loses nothing that was written."""
     return open(path, "r+b", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_CREAT, 0o666))
 
 
@@ -210,9 +212,8 @@ def _check_header(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
     changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
     if changed:
         what = "; ".join(f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in changed)
-        raise PipelineError(f"--resume needs the configuration that {path} was begun with, but {what}")
+        raise PipelineError(f"--resume needs the configuration with which {path} was begun, but {what}")
 
 
 def _failure(error: OSError, path: Path) -> PipelineError:
-    reason = error.strerror or str(error)
-    return PipelineError(f"cannot write {path}: {reason}; what is committed is safe, go on with --resume")
+    return PipelineError(f"cannot write {path}: {error.strerror or error}; {SAFE}")

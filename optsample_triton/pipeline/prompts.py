@@ -1,4 +1,4 @@
-"""From a row's columns to a conversation that wants an answer: which columns those are is found once per dataset."""
+"""From a row's columns to a conversation that awaits an answer. The columns are chosen once per dataset."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import string
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+from optsample_triton.pipeline.dataset import Reject
 from optsample_triton.pipeline.job import PipelineError, encodable, first_line
-from optsample_triton.pipeline.rows import Reject
 
 QUESTIONS = ("prompt", "problem", "question", "query")
 ANSWERS = ("answer", "solution", "response", "completion", "output", "reference")
 ROLES = {
-    "system": "system", "user": "user", "human": "user", "prompter": "user", "assistant": "assistant",
-    "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
-}  # fmt: skip
+    "system": "system",
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant"),
+}
 
 
 class Prompt(NamedTuple):
-    """A conversation whose last message is the user's; ``answer`` is the dataset's own, where it has one."""
+    """A conversation that ends with a user's message; ``answer`` is the dataset's own, if it has one."""
 
     messages: list[dict[str, str]]
     answer: str | None
@@ -28,7 +29,7 @@ Adapter = Callable[[dict[str, Any]], "Prompt | Reject"]
 
 
 def choose(columns: Iterable[str], field: str | None = None, template: str | None = None) -> tuple[str, Adapter]:
-    """A name for the format that the columns show, and what makes prompts of its rows.
+    """The name of the format that the columns indicate, and a function that turns its rows into prompts.
 
     >>> name, adapter = choose(["instruction", "input", "output"])
     >>> name, adapter({"instruction": "Add.", "input": "1 2", "output": "3"}).messages
@@ -57,10 +58,10 @@ def choose(columns: Iterable[str], field: str | None = None, template: str | Non
         return "text", lambda row: _field(row, "text")
     if not asked and len(have) == 1:
         return have[0], lambda row: _field(row, have[0])
-    found = f"any of {', '.join(map(repr, asked))} may be the prompt" if asked else "none of them is known"
+    found = f"any of {', '.join(map(repr, asked))} may be the prompt" if asked else "none of them is known as a prompt"
     raise PipelineError(
-        f"the dataset's columns are {listed}, and {found}: name one with --prompt-field, or write a --prompt-template "
-        "with the columns in braces"
+        f"the dataset's columns are {listed}, and {found}: choose one with --prompt-field, or write a "
+        "--prompt-template with the columns in braces"
     )
 
 
@@ -73,7 +74,7 @@ def adapt(adapter: Adapter, row: dict[str, Any]) -> Prompt | Reject:
         return Reject("empty", "the prompt is empty")
     for text in (*(message["content"] for message in prompt.messages), prompt.answer or ""):
         if not encodable(text):
-            return Reject("undecodable", "the row has bytes or surrogates that are no text")
+            return Reject("undecodable", "the row has bytes or surrogates that are not text")
     return prompt
 
 
@@ -93,12 +94,12 @@ def _filled(template: str, names: list[str], row: dict[str, Any]) -> str | Rejec
             return _missing(name, row, "a text")
     try:
         return template.format(**{name: row[name] for name in names})
-    except (ValueError, KeyError) as error:  # {price:.2f} of a text, {name:{width}}
+    except (ValueError, KeyError) as error:  # such as {price:.2f} for a text, or {name:{width}}
         return Reject("malformed", f"the row does not fit prompt_template: {first_line(error)}")
 
 
 def _field(row: dict[str, Any], name: str) -> Prompt | Reject:
-    """Some datasets keep whole conversations under a prompt's name."""
+    """The prompt in a column, which in some datasets holds a whole conversation."""
     value = row.get(name)
     return _conversation(value, row) if isinstance(value, list) else _asked(value, row, name)
 
@@ -121,7 +122,7 @@ def _asked(text: Any, row: dict[str, Any], name: str = "prompt") -> Prompt | Rej
 
 
 def _conversation(turns: Any, row: dict[str, Any]) -> Prompt | Reject:
-    """The turns up to the user's last one; what was answered to that is the row's answer."""
+    """The turns up to the user's last one; the turn after it is the row's answer."""
     if turns is None or (isinstance(turns, list) and not turns):
         return Reject("empty", "the conversation is empty")
     if not isinstance(turns, list):
@@ -135,7 +136,7 @@ def _conversation(turns: Any, row: dict[str, Any]) -> Prompt | Reject:
         messages.append({"role": ROLES[role.lower()], "content": text})
     last = max((k for k, message in enumerate(messages) if message["role"] == "user"), default=None)
     if last is None:
-        return Reject("malformed", "the conversation has no turn of the user")
+        return Reject("malformed", "the conversation has no turn by the user")
     answer = messages[last + 1]["content"] if last + 1 < len(messages) else _answer(row)
     return Prompt(messages[: last + 1], answer)
 

@@ -9,41 +9,40 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from optsample_triton.pipeline.dataset import Reject
 from optsample_triton.pipeline.prompts import Prompt
-from optsample_triton.pipeline.rows import Reject
 
-# Per token, in the order of the lines: what every backend records, and what takes the whole vocabulary.
+# Diagnostics per token, in the order of a line's keys: DRAWN comes from the drawn token and every backend records it;
+# EXACT is a sum over the vocabulary.
 DRAWN = ("alpha", "log_theta", "log_t", "log_q")
 EXACT = ("kl_theta", "kl_t", "ess_theta", "ess_t", "overlap_theta", "overlap_t")
-
-
-# Per sample, from those.
-SAMPLE_FIGURES = ("mean_alpha", "kl_theta", "kl_t", "ess_theta", "ess_t", "ess_ratio", "log_w_theta", "log_w_t")
+# Diagnostics per sample, computed from those per token.
+PER_SAMPLE = ("mean_alpha", "kl_theta", "kl_t", "ess_theta", "ess_t", "ess_ratio", "log_w_theta", "log_w_t")
 
 
 class Request(NamedTuple):
-    """A sample to draw, as an engine takes it."""
+    """A sample to draw, as an engine sees it."""
 
     id: str
     seed: int
     prompt: list[int]
-    target_prompt: list[int] | None  # where the target reads something else
+    target_prompt: list[int] | None  # if the target reads another prompt
 
 
 class Completion(NamedTuple):
-    """A drawn sample. ``figures`` holds the arrays [n] of DRAWN, and those of EXACT where they were asked for."""
+    """A drawn sample. ``diagnostics`` holds the arrays [n] of DRAWN and, on request, of EXACT."""
 
     tokens: list[int]
     text: str
-    finish_reason: str  # "stop", "length", or "invalid" where the models gave no law
+    finish_reason: str  # "stop", "length", or "invalid" if the models gave no q*
     status: list[int]
-    figures: dict[str, NDArray[np.float32]]
+    diagnostics: dict[str, NDArray[np.float32]]
     num_tested: int | None = None  # drafts, in speculative generation
     num_accepted: int | None = None
 
 
-class Sample(NamedTuple):
-    """Where a sample comes from."""
+class PlannedSample(NamedTuple):
+    """Which sample to draw: its prompt, and its place in the dataset."""
 
     id: str
     prompt_id: str
@@ -52,15 +51,14 @@ class Sample(NamedTuple):
     prompt: Prompt
 
 
-def chat_line(sample: Sample, completion: Completion) -> bytes:
+def chat_line(sample: PlannedSample, completion: Completion) -> bytes:
     answer = {"role": "assistant", "content": completion.text}
     return _line({"messages": [*sample.prompt.messages, answer]})
 
 
-def diagnostics_line(number: int, sample: Sample, completion: Completion) -> bytes:
-    """``number`` is the chat line's, from 0, so that either file leads to the other."""
-    per_token = {name: _floats(completion.figures[name]) for name in DRAWN}
-    exact = {f"token_{name}": _floats(completion.figures[name]) for name in EXACT if name in completion.figures}
+def diagnostics_line(number: int, sample: PlannedSample, completion: Completion) -> bytes:
+    """``number`` is the sample's line in the chat file, counted from 0."""
+    per_token = {name: _floats(values) for name, values in completion.diagnostics.items()}
     return _line(
         {
             "id": sample.id,
@@ -71,38 +69,39 @@ def diagnostics_line(number: int, sample: Sample, completion: Completion) -> byt
             "answer": sample.prompt.answer,
             "finish_reason": completion.finish_reason,
             "num_tokens": len(completion.tokens),
-            **_sample_figures(completion),
+            **_per_sample(completion),
             "num_tested": completion.num_tested,
             "num_accepted": completion.num_accepted,
             "tokens": completion.tokens,
             "status": completion.status,
-            **per_token,
-            **{name: exact.get(name) for name in (f"token_{name}" for name in EXACT)},
+            **{name: per_token[name] for name in DRAWN},
+            **{f"token_{name}": per_token.get(name) for name in EXACT},
         }
     )
 
 
-def rejected_line(row: int, reject: Reject, sample: Sample | None = None) -> bytes:
+def rejected_line(row: int, reject: Reject, sample: PlannedSample | None = None) -> bytes:
     where = {"row": row, "reason": reject.reason, "message": reject.message}
     return _line(where | {"id": None if sample is None else sample.id})
 
 
-def _sample_figures(completion: Completion) -> dict[str, float | None]:
-    """KL over the sequence in nats, ESS over its positions; without the whole vocabulary what the tokens say of them.
+def _per_sample(completion: Completion) -> dict[str, float | None]:
+    """A sequence's KL, summed over its positions in nats, and its ESS, averaged over them.
 
-    The sum of a sequence's per-token KLs has the KL of the sequences' laws for its mean, and so has log q - log pi
-    of what was drawn, with more noise. ESS is 1 / E[w^2], per position, here of the mean position.
+    The KL of two distributions of sequences is the expected sum of the per-token KLs. It is also the expected sum of
+    log q - log pi of the drawn tokens, which has more noise and serves if the exact KLs were not recorded. ESS is
+    1 / E[w^2] per position; without exact values, E[w^2] is the mean over the drawn tokens.
     """
-    figures = {name: np.asarray(values, dtype=np.float64) for name, values in completion.figures.items()}
-    log_w_theta, log_w_t = figures["log_theta"] - figures["log_q"], figures["log_t"] - figures["log_q"]
-    if "kl_theta" in figures:
-        kl_theta, kl_t = _sum(figures["kl_theta"]), _sum(figures["kl_t"])
-        ess_theta, ess_t = _mean(figures["ess_theta"]), _mean(figures["ess_t"])
+    values = {name: np.asarray(column, dtype=np.float64) for name, column in completion.diagnostics.items()}
+    log_w_theta, log_w_t = values["log_theta"] - values["log_q"], values["log_t"] - values["log_q"]
+    if "kl_theta" in values:
+        kl_theta, kl_t = _sum(values["kl_theta"]), _sum(values["kl_t"])
+        ess_theta, ess_t = _mean(values["ess_theta"]), _mean(values["ess_t"])
     else:
         kl_theta, kl_t = _sum(-log_w_theta), _sum(-log_w_t)
         ess_theta, ess_t = (over(1.0, _mean(np.exp(2.0 * log_w))) for log_w in (log_w_theta, log_w_t))
     return {
-        "mean_alpha": _number(_mean(figures["alpha"])),
+        "mean_alpha": _number(_mean(values["alpha"])),
         "kl_theta": _number(kl_theta),
         "kl_t": _number(kl_t),
         "ess_theta": _number(ess_theta),
@@ -119,12 +118,12 @@ def _mean(values: NDArray[np.float64]) -> float:
 
 
 def _sum(values: NDArray[np.float64]) -> float:
-    """With whatever is infinite in it: the models of a DISJOINT token are infinitely far from each other."""
+    """The sum, infinite terms included: at a DISJOINT token the models are infinitely far from each other."""
     return float(values.sum())
 
 
 def over(a: float, b: float) -> float:
-    """a / b, NaN where b is 0: an ESS is 0 where a model gives nothing of what was drawn any mass.
+    """a / b, or NaN if b is 0, such as the ESS of a model that gives the drawn tokens no mass.
 
     >>> over(1.0, 4.0), over(1.0, 0.0)
     (0.25, nan)
@@ -133,12 +132,12 @@ def over(a: float, b: float) -> float:
 
 
 def _number(value: float) -> float | None:
-    """JSON has no NaN and no infinity; nine digits are more than the float32 figures hold."""
+    """A number for JSON, which has no NaN or infinity; nine digits are more than float32 holds."""
     return float(f"{value:.9g}") if math.isfinite(value) else None
 
 
 def _floats(values: NDArray[np.float32]) -> list[float | None]:
-    """The shortest decimals that give the float32 back."""
+    """The shortest decimals that read back as the same float32."""
     return [float(str(x)) if np.isfinite(x) else None for x in np.asarray(values, dtype=np.float32)]
 
 
@@ -159,8 +158,8 @@ def _object(properties: dict[str, Any]) -> dict[str, Any]:
 _ID = {"type": "string", "pattern": "^[0-9a-f]{32}$"}
 _COUNT = {"type": "integer", "minimum": 0}
 _POSSIBLE_COUNT = {"type": ["integer", "null"], "minimum": 0}
-_FIGURE = {"type": ["number", "null"]}
-_FIGURES = {"type": "array", "items": _FIGURE, "minItems": 1}
+_NUMBER = {"type": ["number", "null"]}
+_NUMBERS = {"type": "array", "items": _NUMBER, "minItems": 1}
 _MESSAGE = _object({"role": {"enum": ["system", "user", "assistant"]}, "content": {"type": "string"}})
 
 CHAT_SCHEMA = _object({"messages": {"type": "array", "items": _MESSAGE, "minItems": 2}})
@@ -174,13 +173,13 @@ DIAGNOSTICS_SCHEMA = _object(
         "answer": {"type": ["string", "null"]},
         "finish_reason": {"enum": ["stop", "length"]},
         "num_tokens": {"type": "integer", "minimum": 1},
-        **dict.fromkeys(SAMPLE_FIGURES, _FIGURE),
+        **dict.fromkeys(PER_SAMPLE, _NUMBER),
         "num_tested": _POSSIBLE_COUNT,
         "num_accepted": _POSSIBLE_COUNT,
         "tokens": {"type": "array", "items": _COUNT, "minItems": 1},
         "status": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 4}, "minItems": 1},
-        **dict.fromkeys(DRAWN, _FIGURES),
-        **{f"token_{name}": {**_FIGURES, "type": ["array", "null"]} for name in EXACT},
+        **dict.fromkeys(DRAWN, _NUMBERS),
+        **{f"token_{name}": {**_NUMBERS, "type": ["array", "null"]} for name in EXACT},
     }
 )
 REJECTED_SCHEMA = _object(

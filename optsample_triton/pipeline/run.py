@@ -1,4 +1,4 @@
-"""The run: samples planned in the dataset's order, batches fixed before anything is drawn, each committed whole."""
+"""The run: samples in the dataset's order, in batches that are fixed before drawing and committed one by one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from typing import Any, NamedTuple
 
-from optsample_triton.pipeline import identity, prompts, rows
+from optsample_triton.pipeline import dataset, identity, prompts
+from optsample_triton.pipeline.dataset import Reject
 from optsample_triton.pipeline.encode import Encoder, commit_of, template_text
 from optsample_triton.pipeline.engines import engine
 from optsample_triton.pipeline.job import Job, PipelineError
@@ -17,36 +18,45 @@ from optsample_triton.pipeline.progress import Progress
 from optsample_triton.pipeline.prompts import Prompt
 from optsample_triton.pipeline.records import (
     Completion,
+    PlannedSample,
     Request,
-    Sample,
     chat_line,
     diagnostics_line,
     rejected_line,
 )
-from optsample_triton.pipeline.rows import Reject
 
-FORMAT = 2  # of the files; another one cannot be gone on with
-HEAD = 100  # rows whose columns, taken together, say what the prompts are: a single one may lack some
+FORMAT = 2  # of the files; a run in another format cannot be resumed
+HEAD = 100  # the columns of so many rows together say what the prompts are, since a single row may lack some
 log = logging.getLogger("optsample_triton.pipeline")
 
 
-class Batch(NamedTuple):
-    """Samples that are drawn together, the bad rows found on the way to them, and where the next batch begins."""
+class Position(NamedTuple):
+    """Where a batch begins; the journal keeps it."""
 
-    samples: list[Sample]
+    row: int = 0
+    repeat: int = 0
+    attempted: int = 0  # samples planned so far
+    prompts: str = ""  # digest of all prompts read so far
+
+
+class Batch(NamedTuple):
+    """Samples that are drawn together, the rows rejected before them, and where the next batch begins."""
+
+    samples: list[PlannedSample]
     requests: list[Request]
     rejected: list[bytes]
-    position: dict[str, Any]
+    position: Position
+    done: bool = False  # the last one
 
 
 class Summary(NamedTuple):
     samples: int
     rejected: int
-    drawn: int  # samples of this run, without those that were there
+    drawn: int  # samples of this run, without those that existed before
 
 
 def generate(job: Job) -> Summary:
-    """Draw what the job asks for, or what is missing of it; see ``optsample generate --help``."""
+    """Draw the samples that the job asks for, or those still missing; see ``optsample generate --help``."""
     encoder = Encoder(job)
     files = {kind: job.path(kind) for kind in ("chat", "rejected")}
     if job.save_diagnostics:
@@ -57,12 +67,13 @@ def generate(job: Job) -> Summary:
     with Journal(
         job.path("journal"), files, header, resume=job.resume, overwrite=job.overwrite, stale=stale
     ) as journal:
-        state = journal.state or {"samples": 0, "rejected": 0, "done": False, **_START}
+        state = journal.state or {"samples": 0, "rejected": 0, "done": False, **Position()._asdict()}
         before = state["samples"]
         if state["done"]:
             log.info("%s is complete: %d samples", job.output, before)
             return Summary(before, state["rejected"], 0)
-        planned = plan(job, encoder, identity.digest("law", law), state)
+        start = Position(*(state[name] for name in Position._fields))
+        planned = plan(job, encoder, identity.digest("law", law), start)
         progress = Progress(job.num_samples, state["attempted"], job.log_every)
         with closing(planned), closing(progress), closing(_drawn(job, encoder, planned)) as drawn:
             for batch, completions in drawn:
@@ -74,19 +85,18 @@ def generate(job: Job) -> Summary:
 
 
 def _warn_of_few(job: Job, state: dict[str, Any]) -> None:
-    """A dataset may have fewer rows than were hoped for, or none."""
+    """Warn if there are fewer samples than the job asks for, or none."""
     if state["samples"] < (job.num_samples or 1):
         wanted = "" if job.num_samples is None else f" of the {job.num_samples} that were asked for"
         ended = "" if state["attempted"] == job.num_samples else f", and {job.dataset} has no more rows"
         log.warning("only %d samples%s: %d were rejected%s", state["samples"], wanted, state["rejected"], ended)
 
 
-_OTHER = "--resume needs the dataset that the run was begun with"
-_START = {"row": 0, "repeat": 0, "attempted": 0, "prompts": ""}
+_OTHER = "--resume needs the dataset with which the run was begun"
 
 
 def law_of(job: Job) -> dict[str, Any]:
-    """What a sample's law, and so its identity, depends on; models and files by their content, not by their place."""
+    """What a sample's distribution, and so its id, depends on: models and files by their content, not their path."""
     law = job.fields("law")
     for name in ("chat_template", "target_chat_template"):
         law[name] = template_text(law[name], name)
@@ -97,7 +107,7 @@ def law_of(job: Job) -> dict[str, Any]:
 
 
 class _Read(NamedTuple):
-    """A row as it was read; ``seen`` is a digest of all prompts up to here, this one included."""
+    """A row as it was read; ``seen`` is a digest of all prompts so far, this one included."""
 
     number: int
     name: str
@@ -105,48 +115,39 @@ class _Read(NamedTuple):
     seen: str
 
 
-def plan(job: Job, encoder: Encoder, law: str, start: dict[str, Any]) -> Generator[Batch, None, None]:
-    """Batches from ``start`` on; the last one says that it is, and may have no samples."""
-    attempted, position = start["attempted"], {key: start[key] for key in _START}
-    batch = Batch([], [], [], position)
+def plan(job: Job, encoder: Encoder, law: str, start: Position) -> Generator[Batch, None, None]:
+    """The batches from ``start`` on. The last one is marked ``done`` and may have no samples."""
+    position, batch = start, Batch([], [], [], start)
     for row in _read(job, start):
-        if attempted == job.num_samples:
+        if position.attempted == job.num_samples:
             break
         encoded = row.prompt if isinstance(row.prompt, Reject) else encoder.encode(row.prompt)
         if isinstance(row.prompt, Reject) or isinstance(encoded, Reject):
             batch.rejected.append(rejected_line(row.number, encoded))  # type: ignore[arg-type]
-            position = {"row": row.number + 1, "repeat": 0, "attempted": attempted, "prompts": row.seen}
+            position = Position(row.number + 1, 0, position.attempted, row.seen)
             continue
-        first = start["repeat"] if row.number == start["row"] else 0
+        first = start.repeat if row.number == start.row else 0
         for repeat in range(first, job.samples_per_prompt):
-            if attempted == job.num_samples:
+            if position.attempted == job.num_samples:
                 break
-            sample = Sample(
-                identity.sample_id(row.name, law, row.number, repeat), row.name, row.number, repeat, row.prompt
-            )
-            batch.samples.append(sample)
-            batch.requests.append(Request(sample.id, identity.stream(sample.id), *encoded))
-            attempted += 1
-            ended = repeat + 1 == job.samples_per_prompt
-            position = {
-                "row": row.number + ended,
-                "repeat": 0 if ended else repeat + 1,
-                "attempted": attempted,
-                "prompts": row.seen,
-            }
+            sample_id = identity.sample_id(row.name, law, row.number, repeat)
+            batch.samples.append(PlannedSample(sample_id, row.name, row.number, repeat, row.prompt))
+            batch.requests.append(Request(sample_id, identity.stream(sample_id), *encoded))
+            following = (row.number, repeat + 1) if repeat + 1 < job.samples_per_prompt else (row.number + 1, 0)
+            position = Position(*following, position.attempted + 1, row.seen)
             if len(batch.samples) == job.batch_size:
-                yield batch._replace(position=position | {"done": False})
+                yield batch._replace(position=position)
                 batch = Batch([], [], [], position)
-    yield batch._replace(position=position | {"done": True})
+    yield batch._replace(position=position, done=True)
 
 
-def _read(job: Job, start: dict[str, Any]) -> Iterator[_Read]:
-    """The rows from ``start`` on. Those before it are read too: so it shows whether the dataset is still the same."""
-    stream = rows.read(job.dataset, job.dataset_config, job.split)
+def _read(job: Job, start: Position) -> Iterator[_Read]:
+    """The rows from ``start`` on. Earlier rows are read too, to check that the dataset is still the same."""
+    stream = dataset.read(job.dataset, job.dataset_config, job.split)
     head = list(itertools.islice(stream, HEAD))
     columns = dict.fromkeys(name for row in head if not isinstance(row, Reject) for name in row)
     adapter, seen, number = None, "", -1
-    last = start["row"] - (start["repeat"] == 0)  # a row that is drawn in part was read, too
+    last = start.row - (start.repeat == 0)  # the last row read before; with repeats left it is drawn further
     for number, row in enumerate(itertools.chain(head, stream)):
         prompt: Prompt | Reject
         if isinstance(row, Reject):
@@ -158,12 +159,12 @@ def _read(job: Job, start: dict[str, Any]) -> Iterator[_Read]:
             prompt = prompts.adapt(adapter, row)
         name = prompt.reason if isinstance(prompt, Reject) else identity.prompt_id(prompt.messages)
         seen = identity.digest(seen, name)
-        if number == last and seen != start["prompts"]:
-            raise PipelineError(f"{_OTHER}, but the first {number + 1} rows of {job.dataset} are others now")
-        if number >= start["row"]:
+        if number == last and seen != start.prompts:
+            raise PipelineError(f"{_OTHER}, but the first {number + 1} rows of {job.dataset} have changed")
+        if number >= start.row:
             yield _Read(number, name, prompt, seen)
     if number < last:
-        raise PipelineError(f"{_OTHER}, but {job.dataset} has {number + 1} rows now and had {last + 1} at least")
+        raise PipelineError(f"{_OTHER}, but {job.dataset} has {number + 1} rows now and had at least {last + 1}")
 
 
 def _drawn(
@@ -175,7 +176,7 @@ def _drawn(
         yield from drawn(job, planned)
         return
     first = next(iterator := iter(planned))
-    if not first.requests:  # nothing to draw, so no models are loaded
+    if not first.requests:  # nothing to draw: do not load the models
         yield from ((batch, []) for batch in itertools.chain([first], iterator))
         return
     with closing(engine(job, encoder)) as running:
@@ -186,18 +187,18 @@ def _drawn(
 def _lines(
     job: Job, batch: Batch, completions: list[Completion], state: dict[str, Any]
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """What a batch adds to each file, and the state behind it."""
+    """What a batch adds to each file, and the state after it."""
     number = state["samples"]
-    chat, figures, rejected = [], [], list(batch.rejected)
+    parts: dict[str, list[bytes]] = {"chat": [], "rejected": list(batch.rejected), "diagnostics": []}
     for sample, completion in zip(batch.samples, completions, strict=True):
         if completion.finish_reason == "invalid":
-            why = f"the models gave no law for token {len(completion.tokens)} (NaN, +inf or nothing finite)"
-            rejected.append(rejected_line(sample.row, Reject("invalid_logits", why), sample))
+            why = f"the models gave no q* for token {len(completion.tokens)} (NaN, +inf or nothing finite)"
+            parts["rejected"].append(rejected_line(sample.row, Reject("invalid_logits", why), sample))
             continue
-        chat.append(chat_line(sample, completion))
+        parts["chat"].append(chat_line(sample, completion))
         if job.save_diagnostics:
-            figures.append(diagnostics_line(number, sample, completion))
+            parts["diagnostics"].append(diagnostics_line(number, sample, completion))
         number += 1
-    parts = {"chat": chat, "rejected": rejected} | ({"diagnostics": figures} if job.save_diagnostics else {})
-    counts = {"samples": number, "rejected": state["rejected"] + len(rejected)}
-    return {name: b"".join(lines) for name, lines in parts.items() if lines}, counts | batch.position
+    counts = {"samples": number, "rejected": state["rejected"] + len(parts["rejected"])}
+    following = {**counts, **batch.position._asdict(), "done": batch.done}
+    return {name: b"".join(lines) for name, lines in parts.items() if lines}, following

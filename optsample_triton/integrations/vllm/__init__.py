@@ -1,7 +1,7 @@
 """q* inside vLLM: a logits processor that holds the target, mixes both models' logits and keeps records of the tokens.
 
-``LLM(..., logits_processors=["optsample_triton.integrations.vllm:OptimalSampling"])`` is all that it takes, with the
-target's path in ``additional_config={"optsample": {"target": ...}}``; ``OptimalSampling`` says the rest.
+Pass ``logits_processors=["optsample_triton.integrations.vllm:OptimalSampling"]`` and the target's path in
+``additional_config={"optsample": {"target": ...}}`` to ``LLM``. ``OptimalSampling`` documents the rest.
 """
 
 try:

@@ -16,16 +16,16 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as Logits
 from optsample_triton.integrations.huggingface.cached import can_rewind
 from optsample_triton.integrations.huggingface.pair import shared_entries
 from optsample_triton.integrations.vllm.mixer import Mixer
-from optsample_triton.integrations.vllm.prompts import Prompts
+from optsample_triton.integrations.vllm.persistent_batch import PersistentBatch
+from optsample_triton.integrations.vllm.prompts import TargetPrompts
 from optsample_triton.integrations.vllm.records import Record, Recorder
-from optsample_triton.integrations.vllm.rows import Rows
-from optsample_triton.integrations.vllm.settings import Settings, Wish
+from optsample_triton.integrations.vllm.settings import RequestOptions, Settings
 from optsample_triton.integrations.vllm.slots import Slots
 from optsample_triton.integrations.vllm.target import Target
 
 
 class OptimalSampling(LogitsProcessor, LogitsProcessorV2):
-    """q* of the served model (pi_theta) and a target (pi_t), drawn from by vLLM's own sampler.
+    """Makes vLLM sample from q* of the served model (pi_theta) and a target (pi_t).
 
     ::
 
@@ -37,33 +37,33 @@ class OptimalSampling(LogitsProcessor, LogitsProcessorV2):
         )
         llm.generate(prompts, SamplingParams(extra_args={"optsample": True}))
 
-    ``Settings`` says what additional_config may hold. A request's extra_args may hold ``optsample`` (on or off),
-    ``optsample_method``, ``optsample_alpha``, ``optsample_target_prompt`` (a text, or token ids, that the target reads
-    in place of the prompt) and ``optsample_id`` (the name of its record).
+    ``Settings`` lists the keys of additional_config. A request opts in through its extra_args: ``optsample`` (on or
+    off), ``optsample_method``, ``optsample_alpha``, ``optsample_target_prompt`` (a text or token ids that the target
+    reads instead of the prompt) and ``optsample_id`` (the name of its record).
 
-    The logits of a request that asks become log q*; those of others are not touched. Grammars, allowed tokens, bad
-    words, min_tokens and logit_bias act on pi_theta before the mixture; temperature, top-k, top-p and min-p on q*.
+    The logits of such a request become log q*; other requests are unchanged. Grammars, allowed tokens, bad words,
+    min_tokens and logit_bias act on pi_theta before the mixture; temperature, top-k, top-p and min-p act on q*.
     """
 
     def __init__(self, vllm_config: Any, device_or_states: Any, is_pin_memory: bool = False) -> None:
         if vllm_config.speculative_config is not None:
-            raise ValueError("speculative_config must be None, since drafts are not verified against q*")
+            raise ValueError("speculative_config must be None, since drafts would not be verified against q*")
         if getattr(vllm_config.parallel_config, "enable_batch_sharded_sampling", None):
-            raise ValueError("enable_batch_sharded_sampling must be off, since each rank would know its own rows alone")
+            raise ValueError("enable_batch_sharded_sampling must be off, since each rank would see only its own rows")
         self.settings = settings = Settings.read(vllm_config.additional_config)
         served = vllm_config.model_config
         second = hasattr(device_or_states, "all_token_ids")
         recorded = settings.records is not None or settings.callback is not None
         if recorded and not second and vllm_config.scheduler_config.async_scheduling:
             raise ValueError(
-                "async_scheduling must be False for records in this model runner, since it does not show the last "
-                "token of a request otherwise"
+                "async_scheduling must be False for records in this model runner, since it would not show the last "
+                "token of a request"
             )
         if second and served.enable_prompt_embeds:
             raise ValueError(
                 "enable_prompt_embeds must be False, since this model runner does not show which prompts are embeddings"
             )
-        # This runner loads the target where vLLM keeps what sleep at level 2 throws away; only pi_theta comes back.
+        # This runner loads the target into memory that sleep at level 2 discards; vLLM restores only pi_theta.
         if second and served.enable_sleep_mode:
             raise ValueError(
                 "enable_sleep_mode must be False, since this model runner would lose the target's weights in deep sleep"
@@ -71,58 +71,59 @@ class OptimalSampling(LogitsProcessor, LogitsProcessorV2):
         device = torch.device(device_or_states.device if second else device_or_states)
         model = AutoModelForCausalLM.from_pretrained(settings.target, dtype=settings.dtype, **settings.model_kwargs)
         if not can_rewind(model):
-            raise ValueError(f"target must keep keys and values alone, but {type(model).__name__} has other states")
+            raise ValueError(f"target must cache only keys and values, but {type(model).__name__} has other states")
         model = model.requires_grad_(False).eval().to(device)
         target = Target(model, cache_tokens=settings.cache_tokens, prefill_chunk=settings.prefill_chunk)
         shared = shared_entries([served.get_vocab_size(), target.vocab], settings.vocab_size)
-        self._prompts = Prompts(settings, served, shared)
-        # Every rank of a tensor-parallel group mixes, since each of them samples. All keep records, which tell when a
-        # request ends: their batches of the target, and with these the last bits of q*, must not differ. One writes.
+        self._prompts = TargetPrompts(settings, served, shared)
+        # Every rank of a tensor-parallel group samples, so every rank mixes. Every rank also keeps records, since they
+        # show when a request ends: the ranks must form the same target batches, or the last bits of q* would differ.
+        # Only the first rank writes them.
         first = not model_parallel_is_initialized() or get_tensor_model_parallel_rank() == 0
         self._recorded = recorded
         recorder = Recorder(settings.records, settings.callback) if first else Recorder()
         self.mixer = Mixer(settings, target, recorder, shared)
-        self.door: Any = (
+        self.tracker: Any = (
             Slots(self.mixer, self._admit, device_or_states, served.max_model_len)
             if second
-            else Rows(self.mixer, self._admit)
+            else PersistentBatch(self.mixer, self._admit)
         )
         atexit.register(_close, weakref.ref(self))
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
-        """Refuse what extra_args gets wrong, at admission."""
-        Wish.read(sampling_params.extra_args)
+        """Refuse invalid extra_args when the request is admitted."""
+        RequestOptions.read(sampling_params.extra_args)
 
     def is_argmax_invariant(self) -> bool:
         return False
 
     def update_state(self, batch_update: Any) -> None:
-        self.door.update(batch_update)
+        self.tracker.update(batch_update)
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
-        mixed: bool = self.door.add(req_idx, sampling_params)
+        mixed: bool = self.tracker.add(req_idx, sampling_params)
         return mixed
 
     def apply_staged_writes(self) -> None:
-        self.door.flush()
+        self.tracker.flush()
 
     def apply(self, logits: Tensor, ctx: Any = None) -> Tensor:
-        mixed: Tensor = self.door.apply(logits, ctx)
+        mixed: Tensor = self.tracker.apply(logits, ctx)
         return mixed
 
     def _admit(self, kind: Any, params: Any, prompt_tokens: int, output: Any) -> Any:
-        """The request as ``kind`` of it, or None where it is not mixed."""
-        wish = Wish.read(params.extra_args)
-        if not (self.settings.always if wish.mixed is None else wish.mixed):
+        """A ``BatchRow`` or ``Slot`` (``kind``) for the request, or None if it is not mixed."""
+        options = RequestOptions.read(params.extra_args)
+        if not (self.settings.always if options.mixed is None else options.mixed):
             return None
-        method, alpha = wish.law(self.settings)
-        record = Record(wish.id, prompt_tokens, output) if self._recorded else None
-        return kind(method, alpha, self._prompts.of(wish), record, params)
+        method, alpha = options.method_and_alpha(self.settings)
+        record = Record(options.id, prompt_tokens, output) if self._recorded else None
+        return kind(method, alpha, self._prompts.of(options), record, params)
 
 
 def _close(reference: weakref.ref[OptimalSampling]) -> None:
-    """At the end of the process: records of requests that are still running."""
+    """At the end of the process: hand over the records of requests that are still running."""
     processor = reference()
     if processor is not None:
-        processor.door.close()
+        processor.tracker.close()

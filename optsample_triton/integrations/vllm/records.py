@@ -1,4 +1,4 @@
-"""Per-token figures of each request: gathered while it runs, handed over when it ends."""
+"""The per-token diagnostics of each request: gathered while it runs, handed over when it ends."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from typing import Any
 from vllm.logger import init_logger
 
 logger = init_logger("vllm.optsample_triton")  # below vLLM's own loggers, so that its handlers print it
-FIGURES = ("log_q", "log_theta", "log_t", "alpha", "status")
+DIAGNOSTICS = ("log_q", "log_theta", "log_t", "alpha", "status")
 
 
 class Recorder:
-    """Where finished requests go: a file, a function, both or neither.
+    """Where the records of finished requests go: a file, a function, both or neither.
 
-    The file gets one line in one write for each, so that several engines may append to it and a reader finds whole
-    lines at any time, whichever process dies.
+    Each record is one line in one write. Several engines may therefore append to the same file, and a reader always
+    finds whole lines, even if a process dies.
     """
 
     def __init__(self, path: str | None = None, callback: str | None = None):
         self._file: int | None = None
-        self._torn = False  # whether the last write left a part of a line
+        self._torn = False  # whether the last write left an incomplete line
         self._call: Callable[[dict[str, Any]], Any] | None = None
         if path is not None:
             try:
@@ -53,24 +53,24 @@ class Recorder:
                 self._torn = written < len(line)
                 if self._torn:
                     raise OSError(f"{written} of {len(line)} bytes were written")
-            except OSError:  # a full disk must not end the engine either
+            except OSError:  # a full disk must not stop the engine
                 logger.exception("the record of request %r was not written", record["id"])
         if self._call is not None:
             try:
                 self._call(record)
-            except Exception:  # a reader's mistake must not end the engine
+            except Exception:  # nor must an error in the user's function
                 logger.exception("the callback failed on the record of request %r", record["id"])
 
 
 def _end_the_last_line(file: int) -> None:
-    """What a process that died left half-written must not swallow the next line."""
+    """End an incomplete line that another process left, so that the next record starts on a line of its own."""
     size = os.fstat(file).st_size
     if stat.S_ISREG(os.fstat(file).st_mode) and size and os.pread(file, 1, size - 1) != b"\n":
         os.write(file, b"\n")
 
 
 class Record:
-    """One request's tokens, and the figures of those from the ``start``-th on."""
+    """One request's tokens, and the diagnostics of those from the ``start``-th on."""
 
     def __init__(self, name: str | int | None, prompt_tokens: int, tokens: Sequence[int]):
         self.name = name
@@ -78,47 +78,48 @@ class Record:
 
     def begin(self, prompt_tokens: int, tokens: Sequence[int]) -> None:
         self.prompt_tokens, self.tokens, self.start = prompt_tokens, list(tokens), len(tokens)
-        self.figures: dict[str, list[float | int | None]] = {name: [] for name in FIGURES}
+        self.diagnostics: dict[str, list[float | int | None]] = {name: [] for name in DIAGNOSTICS}
 
-    def append(self, token: int, figures: Sequence[float]) -> None:
+    def append(self, token: int, values: Sequence[float]) -> None:
+        """Add a token with its diagnostics, in the order of ``DIAGNOSTICS``."""
         self.tokens.append(token)
-        for name, value in zip(FIGURES, figures, strict=True):
+        for name, value in zip(DIAGNOSTICS, values, strict=True):
             kept = int(value) if name == "status" else value if math.isfinite(value) else None
-            self.figures[name].append(kept)
+            self.diagnostics[name].append(kept)
 
     def cut(self, count: int) -> None:
-        """Forget what stands behind the first ``count`` tokens, if anything."""
+        """Keep only the first ``count`` tokens."""
         self.start = min(self.start, count)
-        for values in self.figures.values():
+        for values in self.diagnostics.values():
             del values[count - self.start :]
         del self.tokens[count:]
 
     def hand_over(self, recorder: Recorder) -> None:
-        """Write what is there, if anything, and go on behind it."""
+        """Write what is new, if anything; a later call writes only what comes after it."""
         if len(self.tokens) > self.start:
             whole = {"id": self.name, "prompt_tokens": self.prompt_tokens, "start": self.start, "tokens": self.tokens}
-            part = {**whole, **self.figures}
-            self.begin(self.prompt_tokens, self.tokens)  # with lists of its own: a reader may change what it is given
+            part = {**whole, **self.diagnostics}
+            self.begin(self.prompt_tokens, self.tokens)  # with new lists, since a callback may change those it receives
             recorder.write(part)
 
 
 def read_records(
     path: str | Path, expected: Mapping[str | int, int] | None = None, timeout: float = 10.0, *, offset: int = 0
 ) -> list[dict[str, Any]]:
-    """The records of a file, those of requests that were interrupted put together.
+    """The records of a file, with the parts of interrupted requests joined.
 
-    A request that the engine preempts leaves a line then and another at its end, whose ``start`` says how many of its
-    tokens stood in earlier ones. Each record has the keys id (``optsample_id`` of the request), prompt_tokens (how
-    many), tokens, and for every token log_q, log_theta, log_t, alpha and status; None stands where a figure does not
-    exist. Torn lines are left out.
+    A request that the engine preempts writes one line at that moment and another at its end, whose ``start`` says how
+    many of its tokens the earlier lines hold. Each record has the keys id (``optsample_id`` of the request),
+    prompt_tokens (how many), tokens, and for every token log_q, log_theta, log_t, alpha and status; a value that does
+    not exist is None. Incomplete lines are skipped.
 
     Args:
         path: ``records`` of the engine's settings.
-        expected: how many tokens were generated for each id, n samples counted together. An engine in a process of its
-            own writes a request's record just after it has answered; this waits until those are there. Older records
-            of the same id would count as well: either the ids are new in the file, or ``offset`` leaves those out.
+        expected: how many tokens were generated for each id, n samples counted together. An engine in another process
+            writes a request's record just after it has answered; this waits until all are there. Older records of the
+            same id count too, so use ids that are new in the file, or skip the older records with ``offset``.
         timeout: seconds to wait for them before a TimeoutError.
-        offset: how many bytes of the file to leave out, such as its size before the requests were made.
+        offset: how many bytes at the start of the file to skip, such as its size before the requests were made.
     """
     deadline = time.monotonic() + timeout
     while True:
@@ -143,16 +144,16 @@ def _read(path: str | Path, offset: int) -> list[dict[str, Any]]:
         start = part.pop("start")
         earlier = _beginning(part, records, start) if start else None
         if earlier is None:
-            records.append({**part, **{name: [None] * start + part[name] for name in FIGURES}})
+            records.append({**part, **{name: [None] * start + part[name] for name in DIAGNOSTICS}})
         else:
             earlier["tokens"] = part["tokens"]
-            for name in FIGURES:
+            for name in DIAGNOSTICS:
                 earlier[name][start:] = part[name]
     return records
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
-    """None for what is no record, such as the half of one."""
+    """The record in a line; None if there is none, such as in an incomplete line."""
     try:
         part = json.loads(line)
     except ValueError:
@@ -161,9 +162,9 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def _beginning(part: dict[str, Any], records: list[dict[str, Any]], start: int) -> dict[str, Any] | None:
-    """The record that a part goes on with."""
+    """The earlier record that a part continues."""
     names = ("id", "prompt_tokens")
     own = [one for one in records if all(part[name] == one[name] for name in names)]
     shared = [one for one in own if one["tokens"][:start] == part["tokens"][:start]]
-    # Usually one of just these tokens; but the engine may drop the last one of a request that it preempts.
+    # Usually it has exactly these tokens, but the engine may drop the last token of a request that it preempts.
     return min(shared, key=lambda one: len(one["tokens"]), default=None)

@@ -1,4 +1,4 @@
-"""What the engine's additional_config and a request's extra_args may say."""
+"""The keys of the engine's additional_config and of a request's extra_args."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 from optsample_triton.types import METHODS
 
-SECTION = "optsample"  # of additional_config, and the beginning of the names in extra_args
-LARGEST_ALPHA = 1e6  # far beyond any use, and far below where float32 loses the law
+SECTION = "optsample"  # the key in additional_config, and the prefix of the keys in extra_args
+LARGEST_ALPHA = 1e6  # far beyond any use, and far below the values at which float32 cannot represent q*
 REQUEST_KEYS = tuple(SECTION + end for end in ("", "_method", "_alpha", "_target_prompt", "_id"))
 
 
@@ -19,21 +19,21 @@ class Settings:
     """``additional_config["optsample"]`` of the engine.
 
     Args:
-        target: path or name of pi_t, a causal language model of the served model's tokeniser.
-        dtype: of the target's weights, "auto" for the checkpoint's own.
+        target: path or name of pi_t, a causal language model with the served model's tokeniser.
+        dtype: dtype of the target's weights; "auto" keeps the checkpoint's.
         model_kwargs: further arguments of ``AutoModelForCausalLM.from_pretrained``.
         method, alpha, temperature_theta, temperature_t, tol, max_iter: as for ``solve``; a request may choose its own
-            method or alpha. The sampling temperature of a request acts on q*, these on the two models.
-        vocab_size: how many entries the vocabularies share, by default those of the smaller one; q* is 0 beyond.
-        target_prompt_template: text with ``{prompt}`` in it. The target reads the served prompt's own tokens between
-            the tokens of what stands around ``{prompt}``, a leading bos token before all.
-        always: mix every request that does not say ``"optsample": False``; by default only those that ask for it.
+            method or alpha. These temperatures act on the two models; a request's sampling temperature acts on q*.
+        vocab_size: how many entries the vocabularies share, by default all of the smaller one; q* is 0 beyond them.
+        target_prompt_template: text that contains ``{prompt}``. The target reads the served prompt's own tokens
+            between the tokens of the text around ``{prompt}``; a leading bos token stays first.
+        always: mix every request that does not say ``"optsample": False``; by default only those that opt in.
         cache_tokens: how many tokens the target's caches may hold together, padding included. What does not fit is
             dropped and read again when it is needed.
         prefill_chunk: how many tokens the target reads at once.
-        records: a file to which a JSON line is appended for each request that ended.
+        records: a file to which one JSON line is appended for each finished request.
         callback: "module:function", called with each such record.
-        log_interval: seconds between two log lines with counts; 0 for none.
+        log_interval: seconds between two log lines with counts; 0 turns them off.
     """
 
     target: str
@@ -59,7 +59,7 @@ class Settings:
         given = additional_config.get(SECTION) if isinstance(additional_config, Mapping) else None
         if not isinstance(given, Mapping):
             raise ValueError(
-                f'additional_config must have an entry "{SECTION}" with the key "target" at least, but has '
+                f'additional_config must have an entry "{SECTION}" with at least the key "target", but has '
                 f"{sorted(additional_config) if isinstance(additional_config, Mapping) else additional_config!r}"
             )
         unknown = set(given) - {one.name for one in fields(cls)}
@@ -72,7 +72,7 @@ class Settings:
         return settings
 
     def _check(self) -> None:
-        _law(self.method, self.alpha, "method", "alpha")
+        _check_method(self.method, self.alpha, "method", "alpha")
         for name in ("temperature_theta", "temperature_t"):
             value = getattr(self, name)
             if not _number(value) or value <= 0:
@@ -102,8 +102,8 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What one request asks for; None where it leaves the choice to the engine's settings."""
+class RequestOptions:
+    """The options of one request; None leaves the choice to the engine's settings."""
 
     mixed: bool | None = None
     method: str | None = None
@@ -112,11 +112,11 @@ class Wish:
     id: str | int | None = None
 
     @classmethod
-    def read(cls, extra_args: Mapping[str, Any] | None) -> Wish:
-        """Raises a ValueError in one sentence for whatever does not make sense."""
+    def read(cls, extra_args: Mapping[str, Any] | None) -> RequestOptions:
+        """The options in extra_args; a ValueError in one sentence if they are invalid."""
         given = {key: value for key, value in (extra_args or {}).items() if str(key).startswith(SECTION)}
         if not given:
-            return NO_WISH
+            return NO_OPTIONS
         unknown = set(given) - set(REQUEST_KEYS)
         if unknown:
             raise ValueError(
@@ -125,12 +125,12 @@ class Wish:
         mixed, method, alpha, prompt, name = (given.get(key) for key in REQUEST_KEYS)
         if mixed is None:
             mixed = True if set(given) - {f"{SECTION}_id"} else None
-        # The server's schema, which knows numbers, strings and lists, makes 1 and 0 of booleans.
+        # The server's schema knows numbers, strings and lists, so a boolean arrives as 1 or 0.
         elif mixed not in (True, False) or not isinstance(mixed, int):
             raise ValueError(f"{SECTION} must be true or false (or 1 or 0), but is {mixed!r}")
         if not mixed and any(value is not None for value in (method, alpha, prompt)):
             raise ValueError(f"{SECTION} is off, but extra_args has other {SECTION}_ keys that need it")
-        _law("kl_symmetry" if method is None else method, alpha, f"{SECTION}_method", f"{SECTION}_alpha")
+        _check_method("kl_symmetry" if method is None else method, alpha, f"{SECTION}_method", f"{SECTION}_alpha")
         if prompt is not None and not (_text(prompt) or _token_ids(prompt)):
             raise ValueError(f"{SECTION}_target_prompt must be a text or a list of token ids, but is {prompt!r}")
         prompt = tuple(prompt) if isinstance(prompt, list) else prompt
@@ -138,8 +138,8 @@ class Wish:
             raise ValueError(f"{SECTION}_id must be a string or an integer, but is {name!r}")
         return cls(None if mixed is None else bool(mixed), method, alpha, prompt, name)
 
-    def law(self, settings: Settings) -> tuple[str, float | None]:
-        """method and alpha of this request: its own, or the engine's."""
+    def method_and_alpha(self, settings: Settings) -> tuple[str, float | None]:
+        """This request's own choice, or else the engine's."""
         if self.alpha is not None:
             return "fixed", float(self.alpha)
         if self.method is not None:
@@ -149,7 +149,7 @@ class Wish:
         return settings.method, None
 
 
-NO_WISH = Wish()
+NO_OPTIONS = RequestOptions()
 
 
 def _number(value: Any) -> bool:
@@ -157,7 +157,7 @@ def _number(value: Any) -> bool:
 
 
 def _text(value: Any) -> bool:
-    """Whether a tokeniser can read it: half of a surrogate pair, which JSON can name, it cannot."""
+    """Whether a tokeniser can read it. It cannot read half of a surrogate pair, which JSON can express."""
     return isinstance(value, str) and value != "" and not any("\ud800" <= char <= "\udfff" for char in value)
 
 
@@ -165,7 +165,7 @@ def _token_ids(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and bool(value) and all(type(x) is int and 0 <= x < 2**31 for x in value)
 
 
-def _law(method: Any, alpha: Any, method_name: str, alpha_name: str) -> None:
+def _check_method(method: Any, alpha: Any, method_name: str, alpha_name: str) -> None:
     if method not in METHODS:
         raise ValueError(f"{method_name} must be one of {', '.join(METHODS)}, but is {method!r}")
     if alpha is None:

@@ -1,4 +1,4 @@
-"""The V2 model runner: slots that are taken again, tokens on the device, no word of a request's end."""
+"""The V2 model runner: slots that are reused, tokens on the device, and no message when a request ends."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optsample_triton.integrations.vllm.mixer import Mixed, Mixer
+from optsample_triton.integrations.vllm.mixer import MixedRequest, Mixer
+from optsample_triton.integrations.vllm.target import Texts
 
 
 @dataclass(eq=False)
-class Slot(Mixed):
+class Slot(MixedRequest):
     index: int = 0
-    served: int = 0  # tokens of the served text at the last step, the prompt included
-    generated: int = 0  # of them
+    served: int = 0  # tokens of the served text at the last step, prompt included
+    generated: int = 0  # how many of them were generated
 
 
 class Slots:
     """Which request is in which slot.
 
-    The runner says when a slot is taken, never when it is left. So a request ends here as soon as its own parameters
-    say so. What they do not tell (stop strings, an abort) shows when a step runs without it, which is when its record
-    is handed over; its cache goes when nobody has asked for it for a while, or the slot is taken again.
+    The runner reports when a slot is filled, never when it is freed. A request ends here as soon as its own parameters
+    say so. Other ends (a stop string, an abort) are noticed when a step runs without the request: then its record is
+    handed over. Its cache is dropped when it has not been used for a while, or when the slot is refilled.
     """
 
     def __init__(self, mixer: Mixer, admit: Callable[..., Slot | None], states: Any, max_model_len: int):
@@ -33,8 +34,8 @@ class Slots:
         self._ran: list[Slot] = []
 
     def add(self, index: int, params: Any) -> bool:
-        """A request takes a slot; whether it is mixed."""
-        self._settle()  # while the device still holds the tokens of the one before
+        """Put a request into a slot; return whether it is mixed."""
+        self._settle()  # while the device still holds the tokens of the slot's last request
         self.mixer.end(self.requests.pop(index, None))
         request = self.admit(Slot, params, 0, ())
         if request is None:
@@ -44,10 +45,10 @@ class Slots:
         return True
 
     def flush(self) -> None:
-        """Called before every step, also before those that run nothing."""
+        """Called before every step, even one that runs nothing."""
         self._settle()
         for one in self._ran:
-            # Its slot may have been taken again since.
+            # Its slot may have been refilled since.
             if self.requests.get(one.index) is one and self._ended(one):
                 self.mixer.end(self.requests.pop(one.index))
         self._ran = []
@@ -62,7 +63,7 @@ class Slots:
         for row, index in enumerate(running):
             request = self.requests.get(index)
             length = int(context.seq_lens_upper_bound_np[row])  # exact without speculation
-            # A row inside a prompt: what is drawn from it is thrown away.
+            # The prompt is still being read: the engine discards what is drawn from this row.
             if request is None or length < int(self.states.prefill_len.np[index]):
                 continue
             request.served = length
@@ -76,20 +77,23 @@ class Slots:
         self._ran = requests
         if not rows:
             return logits
-        lengths = [one.prompt.length(one.served - one.generated) + one.generated for one in requests]
-        last = context.input_ids[torch.tensor(rows, device=context.input_ids.device)]
-        return self.mixer.mix(logits, rows, requests, lengths, last.long(), lambda i: self._text(requests[i]))
+        texts = Texts(
+            [one.prompt.length(one.served - one.generated) + one.generated for one in requests],
+            context.input_ids[torch.tensor(rows, device=context.input_ids.device)].long(),
+            lambda i: self._text(requests[i]),
+        )
+        return self.mixer.mix(logits, rows, requests, texts)
 
     def close(self) -> None:
         try:
             self._settle()
-        finally:  # a device that failed does not take what is known already with it
+        finally:  # even if the device fails, hand over what is already known
             for one in self.requests.values():
                 self.mixer.end(one)
             self.requests = {}
 
     def _text(self, one: Slot) -> list[int]:
-        """All that the target has to read; waits for the device."""
+        """All tokens that the target has to read. Waits for the device."""
         served, start = self._served(one), one.served - one.generated
         prompt = one.prompt.ids(served[:start])
         return prompt and [*prompt, *served[start:]]
@@ -111,7 +115,7 @@ class Slots:
         self.mixer.settle([token if drawn else None for token, drawn in found])
 
     def _ended(self, one: Slot) -> bool:
-        """Whether the engine stops this request, by its length or, where the tokens are fetched, by the last one."""
+        """Whether the engine stops this request: by its length or, if its tokens are recorded, by the last one."""
         params, limit = one.params, one.params.max_tokens
         if one.served + 1 >= self.max_model_len or (limit is not None and one.generated + 1 >= limit):
             return True

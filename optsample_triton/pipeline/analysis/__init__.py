@@ -1,4 +1,4 @@
-"""The report on what generation has recorded: one pass over the diagnostics in bounded memory, figures, two documents.
+"""The report on recorded diagnostics: one pass in bounded memory, then figures and two documents.
 
 ``tally`` reads, ``figures`` draws, ``report`` writes.
 """
@@ -28,9 +28,9 @@ def analyze(diagnostics: str | Path, output_dir: str | Path = "analysis", *, wor
     """Read FILE.diagnostics.jsonl and write report.md, report.html, summary.json and the figures into a folder.
 
     Args:
-        diagnostics: what ``generate`` with ``save_diagnostics`` has written. The chat lines beside it, where they are,
-            give the worst samples their texts.
-        worst: how many samples of the lowest effective sample size to list.
+        diagnostics: the file that ``generate`` wrote with ``save_diagnostics``. The texts of the worst samples come
+            from the chat file beside it, if there is one.
+        worst: how many samples with the lowest effective sample size to list.
     """
     if worst < 0:
         raise PipelineError(f"worst must be at least 0, but is {worst}")

@@ -23,7 +23,7 @@ from optsample_triton.pipeline.analysis.tally import (
 from optsample_triton.pipeline.job import need
 
 THETA, T, GREY, BAND = "#2f6db3", "#d9822b", "#5f6670", "#cfe3cf"
-DRAWN_WORST = 50  # samples at most in the picture; the table has all that were asked for
+DRAWN_WORST = 50  # at most so many samples in the figure; the table has all that were asked for
 
 
 class Figure(NamedTuple):
@@ -34,7 +34,7 @@ class Figure(NamedTuple):
 
 
 def draw(tally: Tally, folder: Path) -> list[Figure]:
-    """All figures that the recorded figures suffice for."""
+    """All figures for which the file has the diagnostics."""
     figure_class = need("matplotlib.figure").Figure
     drawn = []
     for name, title, draw_one in _FIGURES:
@@ -46,14 +46,14 @@ def draw(tally: Tally, folder: Path) -> list[Figure]:
         caption = draw_one(tally, axes)
         if caption is not None:
             path = folder / f"{name}.png"
-            # Without the version of matplotlib in it the same data give the same file.
+            # Without matplotlib's version in it, the same data give the same file.
             figure.savefig(path, dpi=130, metadata={"Software": None})
             drawn.append(Figure(name, title, caption, path))
     return drawn
 
 
 def k_hat(reservoir: Reservoir, column: int) -> float:
-    """The tail index of importance weights; NaN where there are too few, all are equal, or arviz-stats is missing."""
+    """The tail index of importance weights; NaN if there are too few, all are equal, or arviz-stats is missing."""
     import torch
 
     values = reservoir.values()[:, column]
@@ -74,7 +74,7 @@ def _alpha(tally: Tally, axes: Any) -> str | None:
     axes.axvline(mean, color=GREY, linestyle="--", linewidth=1.2, label=f"mean {mean:.3f}")
     axes.set(xlabel="α  (0 is π_t, 1 is π_θ)", ylabel="share of tokens", xlim=(0, 1))
     axes.legend(frameon=False)
-    return f"α of {tally.tokens:,} tokens; the band is [0.2, 0.8]. What lies outside [0, 1] is in the outer bars."
+    return f"α of {tally.tokens:,} tokens; the band is [0.2, 0.8]. The outer bars include values outside [0, 1]."
 
 
 def _positions(tally: Tally, axes: Any) -> str | None:
@@ -92,11 +92,11 @@ def _positions(tally: Tally, axes: Any) -> str | None:
     axes.set(xlabel="position in the answer", ylabel="α", ylim=(0, 1))
     if right[-1] > 128:
         axes.set_xscale("symlog", linthresh=32)
-        axes.set_xlim(left=0)  # the scale has negative numbers, too
+        axes.set_xlim(left=0)  # a symlog axis would show negative numbers too
     else:
         axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False)
-    return "α from the first token of an answer to the last; late positions rest on the long answers alone."
+    return "α from the first token of an answer to the last; only long answers reach the late positions."
 
 
 def _ratio(tally: Tally, axes: Any) -> str | None:
@@ -104,10 +104,10 @@ def _ratio(tally: Tally, axes: Any) -> str | None:
         return None
     edges = np.exp(RATIO_EDGES)
     _shade(axes, *BANDS["ess_ratio"])
-    told = "of samples"
+    of = "of samples"
     axes.stairs(tally.ratio_of_samples / tally.ratio_of_samples.sum(), edges, color=T, linewidth=1.6, label="samples")
     if tally.ratio_of_tokens.sum():
-        told = "of tokens and of samples (the ratio of the means over their positions)"
+        of = "of tokens and of samples (the ratio of the means over their positions)"
         share = tally.ratio_of_tokens / tally.ratio_of_tokens.sum()
         axes.stairs(share, edges, fill=True, color=THETA, alpha=0.6, label="tokens")
     axes.set_xscale("log")
@@ -117,13 +117,13 @@ def _ratio(tally: Tally, axes: Any) -> str | None:
     ticker = need("matplotlib.ticker")
     plain = ticker.FormatStrFormatter("%g")
     axes.xaxis.set_major_formatter(plain)
-    # Over several decades the labels between them would lie on one another.
+    # Over several decades the minor labels would overlap.
     axes.xaxis.set_minor_formatter(plain if high < 20 * low else ticker.NullFormatter())
     axes.set(xlabel="ESS_θ / ESS_t", ylabel="share")
     axes.legend(frameon=False)
     return (
-        f"Balance of the effective sample sizes {told}; the band is [0.9, 1.1], and what lies beyond "
-        f"{edges[0]:.1g} or {edges[-1]:.0f} is in the outer bars."
+        f"Balance of the effective sample sizes {of}; the band is [0.9, 1.1]. The outer bars include values beyond "
+        f"{edges[0]:.1g} and {edges[-1]:.0f}."
     )
 
 
@@ -135,11 +135,11 @@ def _kl(tally: Tally, axes: Any) -> str | None:
     line = np.array([0.0, top])
     axes.fill_between(line, line - 0.05, line + 0.05, color=BAND, alpha=0.7, linewidth=0, label="difference < 0.05")
     axes.plot(line, line, color=GREY, linewidth=0.8)
-    look = {"s": 7, "alpha": 0.35} if len(points) > 500 else {"s": 24, "alpha": 0.7}  # a few are seen on the line, too
+    look = {"s": 7, "alpha": 0.35} if len(points) > 500 else {"s": 24, "alpha": 0.7}  # few points must show on the line
     axes.scatter(points[:, 0], points[:, 1], color=THETA, linewidths=0, zorder=3, **look)
     axes.set(xlabel="KL(q* ‖ π_θ), nats", ylabel="KL(q* ‖ π_t), nats", xlim=(0, top), ylim=(0, top))
     axes.legend(frameon=False, loc="upper left")
-    return f"KL symmetry of {len(points):,} tokens taken at random; the exact solution lies on the diagonal."
+    return f"KL symmetry of {len(points):,} random tokens; the exact solution lies on the diagonal."
 
 
 def _tails(tally: Tally, axes: Any) -> str | None:
@@ -156,9 +156,9 @@ def _tails(tally: Tally, axes: Any) -> str | None:
     axes.set(xlabel="importance weight w", ylabel="share of weights above w")
     axes.legend(frameon=False, fontsize=8, loc="lower left")
     return (
-        "Tails of the weights of whole answers and of tokens. k̂ is the Pareto index of the tail: above 0.7 means over "
-        "these weights cannot be trusted, above 1 they do not converge at all. Where most weights are nearly 1, as of "
-        "tokens that both models agree on, the fitted tail begins there and k̂ is too high: look at the curve."
+        "Tails of the weights of whole answers and of tokens. k̂ is the Pareto index of the tail: above 0.7, means over "
+        "these weights cannot be trusted; above 1, they do not converge at all. If most weights are nearly 1, as for "
+        "tokens on which both models agree, the fitted tail begins there and k̂ is too high: look at the curve."
     )
 
 
@@ -171,21 +171,21 @@ def _acceptance(tally: Tally, axes: Any) -> str | None:
         axes.stairs(
             share, SHARE_EDGES, color=colour, fill=k == 0, alpha=0.6 if k == 0 else 1, linewidth=1.6, label=label
         )
-    told = "No drafts were made in this run."
+    drafts = "No drafts were made in this run."
     if tally.tested:
         rate = tally.accepted / tally.tested
         axes.axvline(rate, color=GREY, linestyle="--", linewidth=1.2, label=f"measured {rate:.3f}")
-        told = f"In this run {tally.accepted:,} of {tally.tested:,} tested drafts were accepted."
+        drafts = f"In this run {tally.accepted:,} of {tally.tested:,} tested drafts were accepted."
     axes.set(xlabel="Σ min(π, q*)", ylabel="share of tokens", xlim=(0, 1))
     axes.legend(frameon=False, loc="upper left")
-    return f"The probability that speculative sampling accepts a draft. {told}"
+    return f"The probability that speculative sampling accepts a draft. {drafts}"
 
 
 def _worst(tally: Tally, axes: Any) -> str | None:
     records = [record for record in tally.worst() if record["token_ess_theta"] is not None][:DRAWN_WORST]
     if not records:
         return None
-    axes.figure.set_figheight(max(4.0, 1.0 + 0.16 * len(records)))  # a line of text for each
+    axes.figure.set_figheight(max(4.0, 1.0 + 0.16 * len(records)))  # one line of text per sample
     width = max(record["num_tokens"] for record in records)
     ess = np.full((len(records), width), np.nan)
     for k, record in enumerate(records):
@@ -198,7 +198,7 @@ def _worst(tally: Tally, axes: Any) -> str | None:
     axes.set(xlabel="position in the answer")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.figure.colorbar(shown, ax=axes, label="log10 of the smaller ESS")
-    return "Where the samples with the lowest effective sample size lose it: dark positions are drawn from afar."
+    return "The samples with the lowest effective sample size: at dark positions the models are far from q*."
 
 
 _FIGURES: tuple[tuple[str, str, Callable[[Tally, Any], str | None]], ...] = (
@@ -217,7 +217,7 @@ def _shade(axes: Any, low: float, high: float) -> None:
 
 
 def _quantile(counts: Any, q: float) -> Array:
-    """Of histograms [P, bins], linear within a bin."""
+    """The quantiles of histograms [P, bins], linear within a bin."""
     running = np.concatenate([np.zeros((len(counts), 1)), counts.cumsum(-1)], -1)
     wanted = q * running[:, -1]
     return np.array([np.interp(w, r, ALPHA_EDGES) for w, r in zip(wanted, running, strict=True)])

@@ -1,4 +1,4 @@
-"""The two documents, from one list of parts: Markdown with its figures beside it, HTML with everything in it."""
+"""The two documents, from one list of parts: Markdown with its figures beside it, HTML with its figures inside."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from optsample_triton.pipeline.analysis.figures import Figure, k_hat
 from optsample_triton.pipeline.analysis.tally import Tally
 from optsample_triton.types import Status
 
-ASKED = 0.95  # of the positions, for a criterion to be met
+REQUIRED = 0.95  # share of the positions that must meet a criterion
 _EXCERPT = 80
 
 
 class Criterion(NamedTuple):
-    """One of the documents' acceptance criteria, as measured; ``met`` is None where it was not recorded."""
+    """One of the documents' acceptance criteria, as measured; ``met`` is None if it was not recorded."""
 
     name: str
     asked: str
@@ -40,7 +40,7 @@ Part = str | Table | Figure  # a str is a paragraph, or a heading after "# "
 
 
 def criteria_of(tally: Tally) -> list[Criterion]:
-    """A criterion is met where 95 % of the positions (of the samples, where positions were not recorded) meet it."""
+    """A criterion is met if 95 % of the positions meet it (of the samples, if positions were not recorded)."""
     found = []
     for key, name, asked in (
         ("ess_ratio", "balance: ESS_θ / ESS_t", "in [0.9, 1.1]"),
@@ -49,7 +49,7 @@ def criteria_of(tally: Tally) -> list[Criterion]:
     ):
         tokens, samples = tally.of_tokens[key], tally.of_samples[key]
         judged = tokens if tokens.count else samples
-        met = judged.share >= ASKED if judged.count else None
+        met = judged.share >= REQUIRED if judged.count else None
         found.append(Criterion(name, asked, tokens.share, samples.share, judged.mean, judged.deviation, met))
     return found
 
@@ -80,19 +80,19 @@ def compose(
 def _head(tally: Tally, criteria: list[Criterion], source: Path) -> list[Part]:
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(tally.reasons.items()))
     statuses = ", ".join(f"{count:,} {Status(code).name}" for code, count in sorted(tally.statuses.items()))
-    skipped = f" {tally.skipped:,} lines were no records and were left out." if tally.skipped else ""
+    skipped = f" {tally.skipped:,} lines were not records and were skipped." if tally.skipped else ""
     rows = [[c.name, c.asked, *_measured(c)] for c in criteria]
-    head = ["criterion", "asked", "tokens that meet it", "samples", "mean ± deviation", f"verdict ({ASKED:.0%})"]
+    head = ["criterion", "required", "tokens that meet it", "samples", "mean ± deviation", f"verdict ({REQUIRED:.0%})"]
     return [
-        f"{source.name}: {tally.samples:,} samples, {tally.tokens:,} tokens, the longest {tally.longest:,}; ended by: "
-        f"{reasons}; status of the tokens: {statuses}.{skipped}",
+        f"{source.name}: {tally.samples:,} samples, {tally.tokens:,} tokens, the longest {tally.longest:,}; "
+        f"ended by: {reasons}; status of the tokens: {statuses}.{skipped}",
         "# Acceptance criteria",
         Table(head, rows),
         "The first and the third are properties of the two models, not of the sampler: KL symmetry implies balanced "
-        "effective sample sizes only for close models, and α leaves [0.2, 0.8] where one is much sharper. Where "
-        "balance itself is wanted, generate with --alpha-method ess_balance. The second holds by construction wherever "
-        "α was solved for; it fails for the methods entropy and fixed.",
-    ]  # fmt: skip
+        "effective sample sizes only for close models, and α leaves [0.2, 0.8] if one model is much sharper. If you "
+        "need balance, generate with --alpha-method ess_balance. The second holds by construction if α was solved for; "
+        "it fails for the methods entropy and fixed.",
+    ]
 
 
 def _weight_parts(weights: list[dict[str, Any]]) -> list[Part]:
@@ -102,9 +102,9 @@ def _weight_parts(weights: list[dict[str, Any]]) -> list[Part]:
     ]
     return [
         "# Importance weights",
-        Table(["weights", "seen", "effective share of them", "k̂", "largest one's share of the sum"], rows),
-        "The effective share is (Σw)² / (n Σw²). k̂ above 0.7 says that a mean over these weights is not to be trusted: "
-        "use token weights, clip, or reshape them (see is_reshape). What has a weight of 0 or infinity is left out.",
+        Table(["weights", "number", "effective share", "k̂", "largest weight's share of the sum"], rows),
+        "The effective share is (Σw)² / (n Σw²). If k̂ is above 0.7, do not trust a mean over these weights: use token "
+        "weights, or clip or reshape them (see is_reshape). Weights of 0 or infinity are left out.",
     ]
 
 
@@ -130,15 +130,15 @@ def _worst_table(tally: Tally, texts: dict[int, tuple[str, str]]) -> Table:
     rows = []
     for record in tally.worst():
         question, answer = texts.get(record["line"], ("", ""))
-        figures = ("mean_alpha", "ess_theta", "ess_t", "kl_theta", "log_w_theta", "log_w_t")
-        numbers = [str(record["line"]), str(record["num_tokens"]), *(_number(record[name]) for name in figures)]
+        names = ("mean_alpha", "ess_theta", "ess_t", "kl_theta", "log_w_theta", "log_w_t")
+        numbers = [str(record["line"]), str(record["num_tokens"]), *(_number(record[name]) for name in names)]
         rows.append([*numbers, _excerpt(question), _excerpt(answer)])
     head = ["line", "tokens", "α", "ESS_θ", "ESS_t", "KL_θ", "log w_θ", "log w_t", "question", "answer"]
     return Table(head, rows)
 
 
 def _summary(tally: Tally, criteria: list[Criterion], weights: list[dict[str, Any]]) -> str:
-    """The same for programs."""
+    """The report's numbers as JSON, for programs."""
     found = {
         "samples": tally.samples,
         "tokens": tally.tokens,
@@ -154,7 +154,7 @@ def _summary(tally: Tally, criteria: list[Criterion], weights: list[dict[str, An
 
 
 def _finite(value: Any) -> Any:
-    """NaN is no JSON."""
+    """Replace NaN and infinity, which JSON lacks, by None."""
     if isinstance(value, dict):
         return {key: _finite(x) for key, x in value.items()}
     if isinstance(value, (list, tuple)):

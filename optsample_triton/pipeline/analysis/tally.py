@@ -1,4 +1,4 @@
-"""One pass over a diagnostics file of any size: counts, histograms, a random part of what has no histogram."""
+"""One pass over a diagnostics file of any size: counts, histograms, and random samples of what has no histogram."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optsample_triton.pipeline.job import PipelineError
-from optsample_triton.pipeline.records import DRAWN, EXACT, SAMPLE_FIGURES
+from optsample_triton.pipeline.records import DRAWN, EXACT, PER_SAMPLE
 from optsample_triton.types import Status
 
 Array = NDArray[np.float64]
 
 ALPHA_EDGES = np.linspace(0.0, 1.0, 51)
-RATIO_EDGES = np.linspace(-5.0, 5.0, 201)  # of log ESS_theta / ESS_t; what lies beyond is counted in the last bins
+RATIO_EDGES = np.linspace(-5.0, 5.0, 201)  # of log ESS_theta / ESS_t; the outer bins count values beyond
 SHARE_EDGES = np.linspace(0.0, 1.0, 51)
-# Positions one by one at first, then in pieces that grow.
+# The first positions one by one, later ones in bins of growing width.
 POSITION_EDGES = np.unique(np.concatenate([np.arange(33), np.geomspace(33, 2**20, 120).astype(int)]))
-KEPT = 100_000  # of each reservoir; up to so many its figures are exact
-SCATTERED = 4_000
+KEPT = 100_000  # size of a reservoir of weights; up to so many, the statistics are exact
+SCATTERED = 4_000  # points of the scatter plot
 BANDS = {"ess_ratio": (0.9, 1.1), "kl_difference": (-0.05, 0.05), "alpha": (0.2, 0.8)}
 
 
 class Reservoir:
-    """A uniform part of a stream of rows, the same for the same stream.
+    """A uniform sample of a stream of rows, the same for the same stream.
 
     >>> import numpy as np
     >>> some = Reservoir(100, columns=1)
@@ -57,8 +57,8 @@ class Reservoir:
         return self._rows[: min(self.seen, len(self._rows))]
 
 
-class Share:
-    """How much of a quantity lies in its band, and its moments."""
+class Band:
+    """How many values of a quantity lie between two bounds, and the moments of the values."""
 
     def __init__(self, low: float, high: float):
         self.low, self.high = low, high
@@ -66,7 +66,7 @@ class Share:
         self.sum = self.squares = 0.0
 
     def add(self, values: Array) -> None:
-        """NaN is no value; what is infinite lies outside, and has no part in the moments."""
+        """Ignore NaN; count infinite values as outside, without a part in the moments."""
         values = values[~np.isnan(values)]
         self.count += values.size
         self.inside += int(((values >= self.low) & (values <= self.high)).sum())
@@ -89,20 +89,20 @@ class Share:
 
 
 class Tally:
-    """What the report is made of. Its size does not depend on the file's."""
+    """Everything that the report needs. Its size does not depend on the file's."""
 
     def __init__(self, worst: int):
         self.samples = self.tokens = self.skipped = 0
         self.reasons: Counter[str] = Counter()
         self.statuses: Counter[int] = Counter()
         self.longest = 0
-        self.of_tokens = {name: Share(*band) for name, band in BANDS.items()}
-        self.of_samples = {name: Share(*band) for name, band in BANDS.items()}
+        self.of_tokens = {name: Band(*bounds) for name, bounds in BANDS.items()}
+        self.of_samples = {name: Band(*bounds) for name, bounds in BANDS.items()}
         self.alpha = np.zeros(len(ALPHA_EDGES) - 1, dtype=np.int64)
         self.alpha_by_position = np.zeros((len(POSITION_EDGES) - 1, len(ALPHA_EDGES) - 1), dtype=np.int64)
         self.ratio_of_tokens, self.ratio_of_samples = np.zeros((2, len(RATIO_EDGES) - 1), dtype=np.int64)
         self.overlaps = np.zeros((2, len(SHARE_EDGES) - 1), dtype=np.int64)
-        self.overlap = {name: Share(0.0, 1.0) for name in ("theta", "t")}
+        self.overlap = {name: Band(0.0, 1.0) for name in ("theta", "t")}
         self.tested = self.accepted = 0
         self.kl = Reservoir(SCATTERED, 2)
         self.log_w_of_samples, self.log_w_of_tokens = Reservoir(KEPT, 2), Reservoir(KEPT, 2)
@@ -110,29 +110,29 @@ class Tally:
         self._keep = worst
 
     def add(self, record: dict[str, Any]) -> None:
-        """A line of the file; raises where it is no record, before any of it is counted."""
-        figures = _figures(record)
+        """Count a line of the file; raises before counting anything if it is not a record."""
+        diagnostics = _per_token(record)
         log_w = _array([record["log_w_theta"], record["log_w_t"]])
-        far = np.array(record["status"]) == Status.DISJOINT  # models that are infinitely far from each other
+        disjoint = np.array(record["status"]) == Status.DISJOINT  # the models are infinitely far from each other
         difference = _array([record["kl_theta"]]) - _array([record["kl_t"]])
-        difference[far.any(keepdims=True)] = math.inf
-        alpha, log_q = figures["alpha"], figures["log_q"]
+        difference[disjoint.any(keepdims=True)] = math.inf
+        alpha, log_q = diagnostics["alpha"], diagnostics["log_q"]
         self.samples += 1
         self.tokens += alpha.size
         self.longest = max(self.longest, alpha.size)
         self.reasons[record["finish_reason"]] += 1
         self.statuses.update(record["status"])
         self._add_alpha(alpha)
-        if "token_kl_theta" in figures:
-            self._add_exact(figures, far)
+        if "token_kl_theta" in diagnostics:
+            self._add_exact(diagnostics, disjoint)
         ratio = _array([record["ess_ratio"]])
         self.of_samples["alpha"].add(_array([record["mean_alpha"]]))
         self.of_samples["ess_ratio"].add(ratio)
         self.of_samples["kl_difference"].add(difference / alpha.size)
-        with np.errstate(divide="ignore"):  # an answer that pi_theta gives no mass has a ratio of 0
+        with np.errstate(divide="ignore"):  # the ratio is 0 if pi_theta gives the answer no mass
             _count(self.ratio_of_samples, np.log(ratio), RATIO_EDGES)
         self.log_w_of_samples.add(_finite(*log_w[:, None]))
-        self.log_w_of_tokens.add(_finite(figures["log_theta"] - log_q, figures["log_t"] - log_q))
+        self.log_w_of_tokens.add(_finite(diagnostics["log_theta"] - log_q, diagnostics["log_t"] - log_q))
         self.tested += record["num_tested"] or 0
         self.accepted += record["num_accepted"] or 0
         self._add_worst(record)
@@ -145,21 +145,22 @@ class Tally:
         bin_ = np.clip((alpha[known] * (len(ALPHA_EDGES) - 1)).astype(int), 0, len(ALPHA_EDGES) - 2)
         np.add.at(self.alpha_by_position, (position[known].clip(max=len(POSITION_EDGES) - 2), bin_), 1)
 
-    def _add_exact(self, figures: dict[str, Array], far: NDArray[np.bool_]) -> None:
-        """What only the whole vocabulary tells."""
-        kl_theta, kl_t, ess_theta, ess_t, overlap_theta, overlap_t = (figures[f"token_{name}"] for name in EXACT)
+    def _add_exact(self, diagnostics: dict[str, Array], disjoint: NDArray[np.bool_]) -> None:
+        """Count the diagnostics that are sums over the vocabulary."""
+        exact = {name: diagnostics[f"token_{name}"] for name in EXACT}
         with np.errstate(divide="ignore", invalid="ignore"):
-            ratio = ess_theta / ess_t
+            ratio = exact["ess_theta"] / exact["ess_t"]
             _count(self.ratio_of_tokens, np.log(ratio), RATIO_EDGES)
         self.of_tokens["ess_ratio"].add(ratio)
-        self.of_tokens["kl_difference"].add(np.where(far, math.inf, kl_theta - kl_t))
-        self.kl.add(_finite(kl_theta, kl_t))
-        for k, (name, overlap) in enumerate((("theta", overlap_theta), ("t", overlap_t))):
+        self.of_tokens["kl_difference"].add(np.where(disjoint, math.inf, exact["kl_theta"] - exact["kl_t"]))
+        self.kl.add(_finite(exact["kl_theta"], exact["kl_t"]))
+        for k, name in enumerate(("theta", "t")):
+            overlap = exact[f"overlap_{name}"]
             self.overlap[name].add(overlap)
             _count(self.overlaps[k], overlap, SHARE_EDGES)
 
     def _add_worst(self, record: dict[str, Any]) -> None:
-        """The lowest effective sample size is the worst; of equal ones the first."""
+        """Keep the samples with the lowest effective sample size; among equal ones, the first."""
         known = [x for x in (record["ess_theta"], record["ess_t"]) if x is not None]
         item = (-min(known, default=0.0), -self.samples, record)
         if len(self._worst) < self._keep:
@@ -172,7 +173,7 @@ class Tally:
 
 
 def read(path: Path, worst: int) -> Tally:
-    """Lines that are no record (a run may still be writing the last one) are counted and left out."""
+    """Tally a file. Lines that are not records, such as one still being written, are counted and skipped."""
     tally = Tally(worst)
     try:
         size = path.stat().st_size
@@ -193,11 +194,11 @@ def read(path: Path, worst: int) -> Tally:
 
 
 def excerpts(path: Path, numbers: list[int]) -> dict[int, tuple[str, str]]:
-    """Question and answer of some lines of the chat file beside the diagnostics, where there is one that has them."""
+    """Question and answer of some lines, from the chat file beside the diagnostics, if it exists and has them."""
     stem = path.name.removesuffix(".diagnostics.jsonl")
     chat = path.with_name(f"{stem}.jsonl")
     if not chat.is_file():
-        chat = path.with_name(stem)  # of an output that does not end in .jsonl
+        chat = path.with_name(stem)  # the output's name may not end in .jsonl
     if chat == path or not chat.is_file():
         return {}
     wanted, found = set(numbers), {}
@@ -206,7 +207,7 @@ def excerpts(path: Path, numbers: list[int]) -> dict[int, tuple[str, str]]:
             if number in wanted:
                 try:
                     question, answer = (str(message["content"]) for message in json.loads(line)["messages"][-2:])
-                except (ValueError, KeyError, TypeError):  # somebody has edited it
+                except (ValueError, KeyError, TypeError):  # the file may have been edited
                     continue
                 found[number] = question, answer
                 if len(found) == len(wanted):
@@ -222,13 +223,13 @@ def _bar(size: int) -> Any:
     return tqdm(total=size, unit="B", unit_scale=True, dynamic_ncols=True)
 
 
-def _figures(record: dict[str, Any]) -> dict[str, Array]:
-    """A record's figures per token, those that were recorded; an error where it is none."""
+def _per_token(record: dict[str, Any]) -> dict[str, Array]:
+    """The recorded diagnostics per token; an error if the line is not a record."""
     names = [*DRAWN, *(f"token_{name}" for name in EXACT if record[f"token_{name}"] is not None)]
-    figures = {name: _array(record[name]) for name in names}
-    numbers = _array([record[name] for name in SAMPLE_FIGURES])
+    diagnostics = {name: _array(record[name]) for name in names}
+    numbers = _array([record[name] for name in PER_SAMPLE])
     counts = [record["line"], record["num_tokens"], record["num_tested"] or 0, record["num_accepted"] or 0]
-    shapes = {(len(record["status"]),), *(values.shape for values in figures.values())}
+    shapes = {(len(record["status"]),), *(values.shape for values in diagnostics.values())}
     if (
         shapes != {(record["num_tokens"],)}
         or not record["num_tokens"]
@@ -238,8 +239,8 @@ def _figures(record: dict[str, Any]) -> dict[str, Array]:
         or not isinstance(record["finish_reason"], str)
         or not set(record["status"]) <= set(Status)
     ):
-        raise ValueError("the line is no record of a sample")
-    return figures
+        raise ValueError("the line is not a record of a sample")
+    return diagnostics
 
 
 def _array(values: list[float | None]) -> Array:

@@ -1,4 +1,4 @@
-"""Two random models on the disk for what is about files, and two trained ones for what is about numbers."""
+"""Two random models on disk for tests of files; tests of numbers train their own."""
 
 import os
 

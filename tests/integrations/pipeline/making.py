@@ -1,4 +1,4 @@
-"""Models, a tokeniser and datasets made from nothing: a language of sums, at which the target is better."""
+"""Models, a tokeniser and datasets made from nothing: a language of sums, which the target knows better."""
 
 from __future__ import annotations
 
@@ -31,15 +31,23 @@ def make_tokenizer(*, chat: bool = False) -> PreTrainedTokenizerFast:
 def make_model(vocab: int, seed: int, positions: int = 64, scale: float = 0.2) -> LlamaForCausalLM:
     set_seed(seed)
     config = LlamaConfig(
-        vocab_size=vocab, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=3,
-        num_key_value_heads=3, max_position_embeddings=positions, initializer_range=scale, pad_token_id=0,
-        bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=vocab,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        max_position_embeddings=positions,
+        initializer_range=scale,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     return LlamaForCausalLM(config).eval()
 
 
 def text(generator: torch.Generator, right: float) -> str:
-    """A sum; with probability 1 - right its result is one off or two."""
+    """A sum; with probability 1 - right its result may be off by up to two."""
     a, b = torch.randint(LARGEST + 1, (2,), generator=generator).tolist()
     result = a + b
     if float(torch.rand((), generator=generator)) > right:

@@ -1,4 +1,4 @@
-"""optsample generate --ray on a cluster of this machine: the same files, also when a worker is killed in the middle."""
+"""optsample generate --ray on a cluster of this machine: the same files, even if a worker is killed in the middle."""
 
 import os
 import pickle
@@ -13,19 +13,25 @@ from making import questions, write_rows
 from test_generate import contents
 
 from optsample_triton.pipeline import Job, PipelineError, generate
-from optsample_triton.pipeline.cluster import Share, Worker, share
+from optsample_triton.pipeline.cluster import Worker, Workers, workers_for
 from optsample_triton.pipeline.records import Request
 
-ray = pytest.importorskip("ray")  # a requirement of this folder: where it is missing, that is the finding
+ray = pytest.importorskip("ray")  # a requirement of this folder; the skip reports that it is missing
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
 
 
 def job(folder: Path, models: dict[str, str], name: str, **more) -> Job:
     rows = [*questions(20), {"question": ""}, *questions(20)]
     return Job(
-        model_theta=models["policy"], model_t=models["target"], max_new_tokens=24, batch_size=4, save_diagnostics=True,
-        dataset=write_rows(folder / "rows.jsonl", rows), output=str(folder / name / "out.jsonl"), **more,
-    )  # fmt: skip
+        model_theta=models["policy"],
+        model_t=models["target"],
+        max_new_tokens=24,
+        batch_size=4,
+        save_diagnostics=True,
+        dataset=write_rows(folder / "rows.jsonl", rows),
+        output=str(folder / name / "out.jsonl"),
+        **more,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +75,8 @@ def test_a_worker_killed_in_the_middle_changes_nothing(tmp_path: Path, models: d
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
 
 
-def test_a_run_goes_on_in_a_cluster_and_back(tmp_path: Path, models: dict[str, str], cluster) -> None:
-    """Begun on one machine, gone on with in the cluster: what was drawn where does not show."""
+def test_a_run_resumes_in_a_cluster(tmp_path: Path, models: dict[str, str], cluster) -> None:
+    """Begun on one machine, continued in the cluster: the files are the same."""
     assert generate(job(tmp_path, models, "one")).samples == 40
     whole = contents(tmp_path / "one")
     out = tmp_path / "one"
@@ -82,7 +88,7 @@ def test_a_run_goes_on_in_a_cluster_and_back(tmp_path: Path, models: dict[str, s
 
 
 def test_what_a_worker_cannot_do_comes_back_as_a_sentence(tmp_path: Path, models: dict[str, str]) -> None:
-    """Damaged weights are found where they are loaded, in the worker."""
+    """Damaged weights are found when the worker loads them."""
     broken = tmp_path / "broken"
     shutil.copytree(models["target"], broken)
     (broken / "model.safetensors").write_bytes(b"short")
@@ -97,18 +103,20 @@ def test_what_a_worker_cannot_do_comes_back_as_a_sentence(tmp_path: Path, models
 
 
 def test_what_a_worker_takes() -> None:
-    def of(have: dict[str, float], **more) -> Share:
-        return share(Job(model_theta="a", model_t="b", dataset="d", output="o", ray=True, **more), have)
+    def of(have: dict[str, float], **more) -> Workers:
+        return workers_for(Job(model_theta="a", model_t="b", dataset="d", output="o", ray=True, **more), have)
 
-    assert of({"CPU": 64, "GPU": 8}) == Share(8, 1.0, 1.0)
-    assert of({"CPU": 64, "GPU": 8}, gpus_per_worker=2.0) == Share(4, 1.0, 2.0)
-    assert of({"CPU": 8}) == Share(4, 1.0, 0.0)
-    assert of({"CPU": 2}, workers=2, cpus_per_worker=0.5) == Share(2, 0.5, 0.0)
-    assert of({"CPU": 4, "GPU": 1}, gpus_per_worker=0.1, cpus_per_worker=0.1) == Share(10, 0.1, 0.1)
-    assert of({"CPU": 8, "GPU": 8}, gpus_per_worker=0.0) == Share(4, 1.0, 0.0)
+    assert of({"CPU": 64, "GPU": 8}) == Workers(8, 1.0, 1.0)
+    assert of({"CPU": 64, "GPU": 8}, gpus_per_worker=2.0) == Workers(4, 1.0, 2.0)
+    assert of({"CPU": 8}) == Workers(4, 1.0, 0.0)
+    assert of({"CPU": 2}, workers=2, cpus_per_worker=0.5) == Workers(2, 0.5, 0.0)
+    assert of({"CPU": 4, "GPU": 1}, gpus_per_worker=0.1, cpus_per_worker=0.1) == Workers(10, 0.1, 0.1)
+    assert of({"CPU": 8, "GPU": 8}, gpus_per_worker=0.0) == Workers(4, 1.0, 0.0)
     for have, more in (
-        ({"CPU": 2}, {"workers": 2}), ({"CPU": 8, "GPU": 8}, {}), ({"CPU": 64}, {"gpus_per_worker": 1.0}),
+        ({"CPU": 2}, {"workers": 2}),
+        ({"CPU": 8, "GPU": 8}, {}),
+        ({"CPU": 64}, {"gpus_per_worker": 1.0}),
         ({"CPU": 64, "GPU": 4}, {"workers": 5}),
-    ):  # fmt: skip
+    ):
         with pytest.raises(PipelineError, match="would wait for ever"):
             of(have, **more)

@@ -21,13 +21,26 @@ SCRIPT = Path(sys.executable).with_name("optsample")
 
 
 def test_kill_9_at_random_moments(tmp_path: Path, models: dict[str, str]) -> None:
-    """Dozens of kills anywhere from the start to the end; every file, the journal too, ends as if there were none."""
+    """After many kills at any moment, every file, journal included, is the same as without them."""
     rows = [*questions(12), {"question": ""}, *questions(12), {"question": "so " * 90}]
     argv = [
-        "generate", "--model-theta", models["policy"], "--model-t", models["target"], "--max-new-tokens", "6",
-        "--dataset", write_rows(tmp_path / "rows.jsonl", rows), "--batch-size", "4",
-        "--save-diagnostics", "--samples-per-prompt", "3", "--num-samples", "40",
-    ]  # fmt: skip
+        "generate",
+        "--model-theta",
+        models["policy"],
+        "--model-t",
+        models["target"],
+        "--max-new-tokens",
+        "6",
+        "--dataset",
+        write_rows(tmp_path / "rows.jsonl", rows),
+        "--batch-size",
+        "4",
+        "--save-diagnostics",
+        "--samples-per-prompt",
+        "3",
+        "--num-samples",
+        "40",
+    ]
     outputs = [str(tmp_path / f"run{k}" / "out.jsonl") for k in range(12)]
     command = [sys.executable, str(Path(__file__).with_name("killing.py")), *outputs, "--", *argv]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -61,15 +74,31 @@ def right_sums(chat: list[dict]) -> float:
 
 
 def test_from_nothing_to_a_report(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """200 samples, the installed command killed twice and gone on with; then what the numbers should say."""
+    """200 samples from the installed command, killed twice and resumed; then the numbers are checked."""
     monkeypatch.chdir(trained)
 
     def command(name: str, *more: str) -> list[str]:
         return [
-            "generate", "--model_theta", "policy", "--model_t", "target", "--dataset", "prompts.jsonl",
-            "--output", f"{name}/out.jsonl", "--alpha_method", "kl_symmetry", "--num_samples", "200",
-            "--max-new-tokens", "12", "--batch-size", "8", "--save_diagnostics", *more,
-        ]  # fmt: skip
+            "generate",
+            "--model_theta",
+            "policy",
+            "--model_t",
+            "target",
+            "--dataset",
+            "prompts.jsonl",
+            "--output",
+            f"{name}/out.jsonl",
+            "--alpha_method",
+            "kl_symmetry",
+            "--num_samples",
+            "200",
+            "--max-new-tokens",
+            "12",
+            "--batch-size",
+            "8",
+            "--save_diagnostics",
+            *more,
+        ]
 
     assert cli.main(command("whole")) == 0
     journal = trained / "broken" / "out.journal.jsonl"
@@ -101,7 +130,7 @@ def test_from_nothing_to_a_report(trained: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_readme_walk_through_runs_as_written(trained: Path, tmp_path: Path) -> None:
-    """The shell block of README's section, in a folder with models and prompts of the names that it uses."""
+    """The shell block of README's section, in a folder that has the models and prompts it names."""
     section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Training data")[1].split("\n## ")[0]
     (block,) = re.findall(r"^```sh\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
     commands = "\n".join(line for line in block.splitlines() if not line.startswith("pip install"))

@@ -44,9 +44,19 @@ class Runner:
     def __call__(self, name: str = "out", *more: str, code: int = 0, dataset: str | None = None) -> Path:
         out = self.folder / name
         argv = [
-            "generate", "--model-theta", self.models["policy"], "--dataset", dataset or self.dataset,
-            "--output", str(out / "out.jsonl"), "--max-new-tokens", "6", "--batch-size", "4", *more,
-        ]  # fmt: skip
+            "generate",
+            "--model-theta",
+            self.models["policy"],
+            "--dataset",
+            dataset or self.dataset,
+            "--output",
+            str(out / "out.jsonl"),
+            "--max-new-tokens",
+            "6",
+            "--batch-size",
+            "4",
+            *more,
+        ]
         if "--model-t" not in more and "--target-system-prompt" not in more:
             argv += ["--model-t", self.models["target"]]
         assert cli.main(argv) == code
@@ -70,14 +80,14 @@ def test_files_fit_their_schemas_and_each_other(run: Runner) -> None:
     bad = write_rows(run.folder / "bad.jsonl", [*questions(9), {"question": ""}, {"question": "so " * 90}, {"q": 1}])
     out = run("out", "--save_diagnostics", "--samples-per-prompt", "2", dataset=bad)
     check_schemas(out)
-    chat, figures = lines(out / "out.jsonl"), lines(out / "out.diagnostics.jsonl")
-    assert len(chat) == len(figures) == 18
-    assert [record["line"] for record in figures] == list(range(18))
-    assert len({record["id"] for record in figures}) == 18
-    assert len({record["prompt_id"] for record in figures}) == 9
-    assert [record["answer"] for record in figures] == [row["answer"] for row in questions(9) for _ in "ab"]
+    chat, diagnostics = lines(out / "out.jsonl"), lines(out / "out.diagnostics.jsonl")
+    assert len(chat) == len(diagnostics) == 18
+    assert [record["line"] for record in diagnostics] == list(range(18))
+    assert len({record["id"] for record in diagnostics}) == 18
+    assert len({record["prompt_id"] for record in diagnostics}) == 9
+    assert [record["answer"] for record in diagnostics] == [row["answer"] for row in questions(9) for _ in "ab"]
     tokenizer = AutoTokenizer.from_pretrained(run.models["policy"])
-    for line, record in zip(chat, figures, strict=True):
+    for line, record in zip(chat, diagnostics, strict=True):
         assert line["messages"][-1]["content"] == tokenizer.decode(record["tokens"], skip_special_tokens=True)
         lengths = {len(record[name]) for name in ("tokens", "status", *records.DRAWN)}
         lengths |= {len(record[f"token_{name}"]) for name in records.EXACT}
@@ -97,7 +107,7 @@ def test_files_fit_their_schemas_and_each_other(run: Runner) -> None:
 
 @pytest.mark.parametrize("told", [False, True], ids=["one prompt", "some told more"])
 def test_figures_are_those_of_the_models(told: bool, run: Runner) -> None:
-    """Each token's figures against float64 truth from the models' own logits, without batch, padding or cache.
+    """Each token's diagnostics against float64 truth from the models' own logits, without batch, padding or cache.
 
     The target may read something else in some rows of a batch, here not in the first one.
     """
@@ -137,18 +147,26 @@ def test_trl_and_datasets_read_the_files(run: Runner) -> None:
 
     out = run("out", "--save-diagnostics")
     cache = str(run.folder / "cache")
-    chat, figures = (
+    chat, diagnostics = (
         datasets.load_dataset("json", data_files=str(out / name), split="train", cache_dir=cache)
         for name in ("out.jsonl", "out.diagnostics.jsonl")
     )
     assert chat.column_names == ["messages"]
-    assert len(chat) == len(figures) == 21
-    assert figures[3]["alpha"] == lines(out / "out.diagnostics.jsonl")[3]["alpha"]
+    assert len(chat) == len(diagnostics) == 21
+    assert diagnostics[3]["alpha"] == lines(out / "out.diagnostics.jsonl")[3]["alpha"]
     tokenizer = make_tokenizer(chat=True)
     config = SFTConfig(
-        output_dir=str(run.folder / "sft"), max_steps=1, per_device_train_batch_size=4, report_to="none", use_cpu=True,
-        save_strategy="no", bf16=False, max_length=48, disable_tqdm=True, logging_steps=1,
-    )  # fmt: skip
+        output_dir=str(run.folder / "sft"),
+        max_steps=1,
+        per_device_train_batch_size=4,
+        report_to="none",
+        use_cpu=True,
+        save_strategy="no",
+        bf16=False,
+        max_length=48,
+        disable_tqdm=True,
+        logging_steps=1,
+    )
     model = AutoModelForCausalLM.from_pretrained(run.models["policy"])
     trainer = SFTTrainer(model, args=config, train_dataset=chat, processing_class=tokenizer)
     assert math.isfinite(trainer.train().training_loss)
@@ -176,19 +194,19 @@ def test_options(options: list[str], run: Runner) -> None:
     options = [run.models.get(option, option) for option in options]
     out = run("out", "--save-diagnostics", "--num-samples", "8", *options)
     check_schemas(out)
-    figures = lines(out / "out.diagnostics.jsonl")
-    assert len(figures) == 8
+    diagnostics = lines(out / "out.diagnostics.jsonl")
+    assert len(diagnostics) == 8
     assert (
         contents(run("again", "--save-diagnostics", "--num-samples", "8", *options))["out.jsonl"]
         == (out / "out.jsonl").read_bytes()
     )
     if "fixed" in options:
-        assert {x for record in figures for x in record["alpha"]} == {0.25}
+        assert {x for record in diagnostics for x in record["alpha"]} == {0.25}
     if "--speculative" in options:
-        assert sum(record["num_tested"] for record in figures) > 0
-        assert all(0 <= record["num_accepted"] <= record["num_tested"] for record in figures)
+        assert sum(record["num_tested"] for record in diagnostics) > 0
+        assert all(0 <= record["num_accepted"] <= record["num_tested"] for record in diagnostics)
     if "--stop" in options:
-        stopped = [r for r in figures if r["finish_reason"] == "stop" and r["tokens"][-1] != 2]
+        stopped = [r for r in diagnostics if r["finish_reason"] == "stop" and r["tokens"][-1] != 2]
         assert all(r["num_tokens"] <= 6 for r in stopped)
     text = (out / "out.jsonl").read_text()
     if any("arget" in option for option in options):
@@ -202,7 +220,7 @@ def test_options(options: list[str], run: Runner) -> None:
 
 
 def test_a_sample_does_not_depend_on_its_batch(run: Runner) -> None:
-    """Ids and random numbers are the sample's own; the tokens too, as far as the forward passes round alike."""
+    """Ids and random numbers belong to the sample; so do the tokens, if the forward passes round alike."""
     first, second = (
         lines(run(name, "--save-diagnostics", "--batch-size", size) / "out.diagnostics.jsonl")
         for name, size in (("a", "3"), ("b", "21"))
@@ -216,14 +234,14 @@ def test_a_sample_does_not_depend_on_its_batch(run: Runner) -> None:
 
 def test_repeated_prompts_are_samples_of_their_own(run: Runner) -> None:
     same = write_rows(run.folder / "same.jsonl", [{"prompt": "1 plus"}] * 12)
-    figures = lines(run("out", "--save-diagnostics", dataset=same) / "out.diagnostics.jsonl")
-    assert len({r["id"] for r in figures}) == 12
-    assert len({r["prompt_id"] for r in figures}) == 1
-    assert len({tuple(r["tokens"]) for r in figures}) > 6
+    diagnostics = lines(run("out", "--save-diagnostics", dataset=same) / "out.diagnostics.jsonl")
+    assert len({r["id"] for r in diagnostics}) == 12
+    assert len({r["prompt_id"] for r in diagnostics}) == 1
+    assert len({tuple(r["tokens"]) for r in diagnostics}) > 6
 
 
 def test_logits_that_are_no_law_reject_their_sample_alone(run: Runner) -> None:
-    """An embedding of NaN: whoever reads the word gives no law; the others are drawn as ever."""
+    """An embedding of NaN: rows that read this word get no q*; the others are drawn as usual."""
     tokenizer = make_tokenizer()
     broken = make_model(len(tokenizer), seed=2)
     word = tokenizer.convert_tokens_to_ids("careful")
@@ -283,7 +301,7 @@ def test_wrong_arguments_and_missing_things_are_one_sentence(run: Runner, capsys
         (["--alpha", "0.5"], "alpha_method fixed"),
         (["--alpha-method", "fixed"], "alpha_method fixed"),
         (["--batch-size", "0"], "batch_size must be"),
-        (["--max-new-tokens", "64"], "no room for a prompt"),
+        (["--max-new-tokens", "64"], "no space for a prompt"),
         (["--prompt-field", "nothing"], "'question', 'answer'"),
         (["--dataset", "nobody/nothing"], "'nobody/nothing' could not be loaded"),
         (["--device", "cuda:7"], "cuda:7"),
@@ -302,17 +320,30 @@ def test_wrong_arguments_and_missing_things_are_one_sentence(run: Runner, capsys
 
 
 def test_a_full_disk_ends_with_a_sentence(run: Runner) -> None:
-    """A file that may not grow stops a real process in the middle; with room it goes on to the same bytes."""
+    """A limit on file sizes stops a real process in the middle; without it the run resumes to the same bytes."""
     whole = contents(run("whole", "--save-diagnostics"))
     out = run.folder / "full"
     command = [
-        sys.executable, "-c",
+        sys.executable,
+        "-c",
         "import resource, sys; from optsample_triton import cli\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(whole['out.diagnostics.jsonl']) // 2}, -1))\n"
         "sys.exit(cli.main(sys.argv[1:]))",
-        "generate", "--model-theta", run.models["policy"], "--model-t", run.models["target"], "--dataset", run.dataset,
-        "--output", str(out / "out.jsonl"), "--max-new-tokens", "6", "--batch-size", "4", "--save-diagnostics",
-    ]  # fmt: skip
+        "generate",
+        "--model-theta",
+        run.models["policy"],
+        "--model-t",
+        run.models["target"],
+        "--dataset",
+        run.dataset,
+        "--output",
+        str(out / "out.jsonl"),
+        "--max-new-tokens",
+        "6",
+        "--batch-size",
+        "4",
+        "--save-diagnostics",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OPTSAMPLE_BACKEND": "auto"})
     assert done.returncode == 1
     assert "cannot write" in done.stderr.splitlines()[-1]
@@ -330,7 +361,7 @@ def test_progress_is_logged_where_there_is_no_terminal(run: Runner, capsys: pyte
 
 
 def test_a_terminal_gets_a_bar(run: Runner) -> None:
-    """A pseudo-terminal in place of one."""
+    """Run in a pseudo-terminal."""
     import fcntl
     import pty
     import struct
@@ -339,10 +370,21 @@ def test_a_terminal_gets_a_bar(run: Runner) -> None:
     main, other = pty.openpty()
     fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
     command = [
-        sys.executable, "-c", "import sys; from optsample_triton import cli; sys.exit(cli.main(sys.argv[1:]))",
-        "generate", "--model-theta", run.models["policy"], "--model-t", run.models["target"], "--dataset", run.dataset,
-        "--output", str(run.folder / "bar" / "out.jsonl"), "--max-new-tokens", "4",
-    ]  # fmt: skip
+        sys.executable,
+        "-c",
+        "import sys; from optsample_triton import cli; sys.exit(cli.main(sys.argv[1:]))",
+        "generate",
+        "--model-theta",
+        run.models["policy"],
+        "--model-t",
+        run.models["target"],
+        "--dataset",
+        run.dataset,
+        "--output",
+        str(run.folder / "bar" / "out.jsonl"),
+        "--max-new-tokens",
+        "4",
+    ]
     process = subprocess.Popen(command, stderr=other, stdout=subprocess.DEVNULL)
     os.close(other)
     shown = b""
@@ -384,7 +426,7 @@ def test_parquet_and_saved_datasets(run: Runner) -> None:
 
 
 def test_prompts_as_the_models_read_them(models: dict[str, str], tmp_path: Path) -> None:
-    """Without a template a question stands alone and a conversation has names; the target may be told more."""
+    """Without a template a single question stays as it is and a conversation gets names; pi_t may read more."""
     from optsample_triton.pipeline import Job
     from optsample_triton.pipeline.encode import PLAIN, Encoder
     from optsample_triton.pipeline.prompts import Prompt
@@ -410,7 +452,7 @@ def test_prompts_as_the_models_read_them(models: dict[str, str], tmp_path: Path)
 
 
 def test_a_damaged_parquet_file_ends_with_a_sentence(run: Runner, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its first pages are sound, so that what they hold is committed before the rest is found to be damaged."""
+    """Its first pages are intact, so their rows are committed before the damage is found."""
     import pyarrow
     from pyarrow import parquet
 
@@ -482,7 +524,7 @@ def test_the_default_of_several_chat_templates(run: Runner, capsys: pytest.Captu
 def test_a_branch_of_the_hub_that_has_moved_on_is_another_model(
     run: Runner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The hub's cache as the hub's library lays it out, with two commits of one name."""
+    """The hub's cache in its library's layout, with two commits of one name."""
     cache = run.folder / "cache" / "models--some--model"
     for commit, model in ("a" * 40, "target"), ("b" * 40, "policy"):
         shutil.copytree(run.models[model], cache / "snapshots" / commit)

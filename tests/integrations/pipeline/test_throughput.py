@@ -1,4 +1,4 @@
-"""The benchmark of the pipeline runs, checks what it times, and says what it has measured."""
+"""The pipeline's benchmark runs, checks what it times, and reports what it measured."""
 
 import pytest
 import torch

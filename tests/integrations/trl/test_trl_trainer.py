@@ -33,9 +33,17 @@ def folder(tmp_path_factory):
     tokenizer.save_pretrained(path)
     torch.manual_seed(0)
     configuration = LlamaConfig(
-        vocab_size=len(WORDS), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, eos_token_id=1, bos_token_id=1,
-    )  # fmt: skip
+        vocab_size=len(WORDS),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=1,
+    )
     LlamaForCausalLM(configuration).save_pretrained(path)
     return path
 
@@ -47,10 +55,23 @@ def many_a(completions, **kwargs):
 def arguments_of(tmp_path, **options):
     """Two optimiser steps. num_iterations = 2: the second has ratios beside 1."""
     return GRPOConfig(
-        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", save_strategy="no", max_steps=2,
-        per_device_train_batch_size=4, num_generations=4, num_iterations=2, max_completion_length=6, optim="sgd",
-        learning_rate=1.0, logging_steps=1, disable_tqdm=True, seed=0, **options,
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+        max_steps=2,
+        per_device_train_batch_size=4,
+        num_generations=4,
+        num_iterations=2,
+        max_completion_length=6,
+        optim="sgd",
+        learning_rate=1.0,
+        logging_steps=1,
+        disable_tqdm=True,
+        seed=0,
+        **options,
+    )
 
 
 def prompts():
@@ -84,10 +105,16 @@ def start(folder):
 
 @pytest.mark.parametrize(
     "options",
-    [{"loss_type": "grpo"}, {"loss_type": "bnpo"}, {"loss_type": "dr_grpo"}, {"loss_type": "dapo"},
-     {"loss_type": "grpo", "beta": 0.1}, {"loss_type": "bnpo", "beta": 0.1, "use_bias_correction_kl": False}],
+    [
+        {"loss_type": "grpo"},
+        {"loss_type": "bnpo"},
+        {"loss_type": "dr_grpo"},
+        {"loss_type": "dapo"},
+        {"loss_type": "grpo", "beta": 0.1},
+        {"loss_type": "bnpo", "beta": 0.1, "use_bias_correction_kl": False},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_gamma_1_is_grpo_without_its_clip(options, folder, tmp_path):
     ours, trainer = trained(folder, tmp_path, ISReshapeGRPOTrainer, {"gamma": 1.0}, **options)
     theirs, _ = trained(folder, tmp_path, GRPOTrainer, epsilon=0.9999, epsilon_high=1e6, **options)
@@ -110,7 +137,7 @@ def test_sech2_is_trls_sapo(folder, tmp_path):
 
 
 def test_gamma_star_trains(folder, tmp_path):
-    """The default: gamma from the batch, 1 where the policy has not moved and below it after that."""
+    """The default: gamma comes from the batch; it is 1 before the policy moves and smaller afterwards."""
     ours, trainer = trained(folder, tmp_path, ISReshapeGRPOTrainer, {"rho_min": 0.99}, gradient_accumulation_steps=2)
     assert all(bool(value.isfinite().all()) for value in ours.values())
     assert distance(ours, start(folder)) > 1e-2

@@ -1,4 +1,4 @@
-"""The losses in the real verl: found by name, with its aggregation and configuration, through its ppo_loss."""
+"""The losses in the real verl: by name, with verl's aggregation and configuration, through its ppo_loss."""
 
 import math
 import os
@@ -25,9 +25,12 @@ MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean",
 
 def config(loss_mode, **options):
     return ActorConfig(
-        strategy="fsdp", rollout_n=4, ppo_micro_batch_size_per_gpu=2, policy_loss=PolicyLossConfig(loss_mode=loss_mode),
+        strategy="fsdp",
+        rollout_n=4,
+        ppo_micro_batch_size_per_gpu=2,
+        policy_loss=PolicyLossConfig(loss_mode=loss_mode),
         **options,
-    )  # fmt: skip
+    )
 
 
 def batch():
@@ -47,9 +50,12 @@ def run(loss_mode, agg_mode="token-mean", weights=None, **options):
     given = batch()
     log_prob = given.pop("log_prob").requires_grad_()
     loss, metrics = get_policy_loss_fn(loss_mode)(
-        **given, log_prob=log_prob, loss_agg_mode=agg_mode, config=config(loss_mode, **options),
+        **given,
+        log_prob=log_prob,
+        loss_agg_mode=agg_mode,
+        config=config(loss_mode, **options),
         rollout_is_weights=weights,
-    )  # fmt: skip
+    )
     return loss, torch.autograd.grad(loss, log_prob)[0], metrics
 
 
@@ -111,7 +117,7 @@ def test_rollout_weights_multiply():
 
 
 def test_through_ppo_loss():
-    """verl's own entry: padded log-probabilities of a batch without padding, entropy and KL terms off."""
+    """verl's own entry point: padded log-probabilities of a batch without padding, entropy and KL terms off."""
     given = batch()
     lengths = given["response_mask"].sum(-1)
     prompts = torch.full((4,), 2)

@@ -16,13 +16,13 @@ import warnings
 
 import pytest
 
-with warnings.catch_warnings():  # what vLLM and its packages warn of while they are imported is not ours
+with warnings.catch_warnings():  # vLLM and its packages warn while they are imported
     warnings.simplefilter("ignore")
     from engines import Engine, checkpoints
 
 
 def pytest_configure(config):
-    # The engine and its packages warn of one another; warnings of this package's own code remain errors.
+    # The engine and its packages warn about each other; warnings from this package's own code remain errors.
     config.addinivalue_line("filterwarnings", "ignore")
     config.addinivalue_line("filterwarnings", "error:::optsample_triton")
 
@@ -35,7 +35,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def start(models):
-    """Start an engine; it is gone when the next one starts, and at the end of the file."""
+    """Start an engine; it stops when the next one starts, or at the end of the file."""
     engines = []
 
     def stop():
@@ -53,7 +53,7 @@ def start(models):
 
 @pytest.fixture
 def caplog_vllm():
-    """What vLLM's logger is told; it does not propagate, so that caplog would not hear it."""
+    """The lines sent to vLLM's logger, which does not propagate, so caplog would not see them."""
     lines = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())

@@ -1,4 +1,4 @@
-"""Checkpoints, engines, and generation from q* as one would write it with transformers: no cache, no batch."""
+"""Checkpoints, engines, and a plain transformers loop that generates from q* without a cache or a batch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SHAPE = {
 
 
 def tokenizer(swapped: bool = False) -> PreTrainedTokenizerFast:
-    """A token for every byte; ``swapped`` is another one of the same size."""
+    """A token for every byte; ``swapped`` makes a different tokeniser of the same size."""
     entries = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     if swapped:
         entries[-2:] = reversed(entries[-2:])
@@ -43,7 +43,7 @@ def tokenizer(swapped: bool = False) -> PreTrainedTokenizerFast:
 
 
 def checkpoints(folder: Path, target: dict[str, Any] | None = None) -> Path:
-    """A Llama and a Qwen of one tokeniser; the second has a padded vocabulary, and ``target`` of its configuration."""
+    """A Llama and a Qwen with one tokeniser. The Qwen has a padded vocabulary; ``target`` changes its configuration."""
     words = tokenizer()
     set_seed(1)
     policy = LlamaForCausalLM(LlamaConfig(vocab_size=259, **SHAPE))
@@ -70,7 +70,7 @@ class Pair:
 
     @torch.no_grad()
     def law(self, prompt: list[int], made: list[int], extra: dict[str, Any], **options: Any) -> Tensor:
-        """[V] float64: log q* (or log pi_theta where it is off) behind what was made."""
+        """[V] float64: log q* of the next token, or log pi_theta if the request does not opt in."""
         theta = self.models[0](input_ids=torch.tensor([prompt + made]), use_cache=False).logits[0, -1].double()
         if not extra:
             return theta.log_softmax(-1)
@@ -111,13 +111,13 @@ class Engine(Pair):
         return outputs
 
     def settle(self) -> None:
-        """The step with nothing to run that an engine in a process of its own makes by itself."""
+        """Run the empty last step that an engine in a process of its own makes by itself."""
         assert not self.llm.llm_engine.step()
 
     def left_over(self) -> tuple[int, int, int]:
         """Requests, caches and tokens in them that the processor still holds."""
         one = self.processor
-        return len(one.door.requests), len(one.mixer.target), one.mixer.target.tokens
+        return len(one.tracker.requests), len(one.mixer.target), one.mixer.target.tokens
 
     def stop(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()

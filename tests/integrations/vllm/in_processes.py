@@ -16,11 +16,17 @@ TOKENS = 12
 
 def main(folder: str, path: str, ranks: str, output: str) -> None:
     llm = LLM(
-        f"{folder}/policy", dtype="float32", max_model_len=256, enforce_eager=True, seed=0, max_num_batched_tokens=64,
-        tensor_parallel_size=int(ranks), max_num_seqs=3,
+        f"{folder}/policy",
+        dtype="float32",
+        max_model_len=256,
+        enforce_eager=True,
+        seed=0,
+        max_num_batched_tokens=64,
+        tensor_parallel_size=int(ranks),
+        max_num_seqs=3,
         logits_processors=["optsample_triton.integrations.vllm:OptimalSampling"],
         additional_config={"optsample": {"target": f"{folder}/target", "records": path}},
-    )  # fmt: skip
+    )
     params = [greedy(TOKENS, {**(EXTRAS[k % 4] or {"optsample": False}), "optsample_id": k}) for k in range(8)]
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], params, use_tqdm=False)
     made = [list(output.outputs[0].token_ids) for output in outputs]

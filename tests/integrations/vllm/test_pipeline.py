@@ -1,4 +1,4 @@
-"""optsample generate --backend vllm: its figures are those of the models, and a run that was cut goes on."""
+"""optsample generate --backend vllm: its diagnostics match the models, and an interrupted run resumes."""
 
 import json
 from pathlib import Path
@@ -13,24 +13,46 @@ from reference import truth
 VOCAB = 259
 PROMPTS = ["two plus two", "the sky", "", "once upon a time", "a", "more text here"]
 ENGINE = {
-    "enforce_eager": True, "max_model_len": 128, "enable_chunked_prefill": False, "enable_prefix_caching": False,
-}  # fmt: skip
+    "enforce_eager": True,
+    "max_model_len": 128,
+    "enable_chunked_prefill": False,
+    "enable_prefix_caching": False,
+}
 
 
 def generate(models: Path, output: Path, *more: str) -> None:
     prompts = output.parent.parent / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
     argv = [
-        "generate", "--backend", "vllm", "--model-theta", str(models / "policy"), "--model-t", str(models / "target"),
-        "--dataset", str(prompts), "--output", str(output), "--max-new-tokens", "8", "--save-diagnostics",
-        "--batch-size", "3", "--vocab-size", str(VOCAB), "--dtype", "float32",
-        "--engine-args", json.dumps(ENGINE), *more,
-    ]  # fmt: skip
+        "generate",
+        "--backend",
+        "vllm",
+        "--model-theta",
+        str(models / "policy"),
+        "--model-t",
+        str(models / "target"),
+        "--dataset",
+        str(prompts),
+        "--output",
+        str(output),
+        "--max-new-tokens",
+        "8",
+        "--save-diagnostics",
+        "--batch-size",
+        "3",
+        "--vocab-size",
+        str(VOCAB),
+        "--dtype",
+        "float32",
+        "--engine-args",
+        json.dumps(ENGINE),
+        *more,
+    ]
     assert cli.main(argv) == 0
 
 
 @pytest.mark.parametrize("system", [None, "be kind"])
-def test_figures_are_those_of_the_models(system: str | None, models: Path, tmp_path: Path) -> None:
+def test_diagnostics_match_the_models(system: str | None, models: Path, tmp_path: Path) -> None:
     output = tmp_path / "data" / "out.jsonl"
     generate(models, output, *(["--target-system-prompt", system] if system else []))
     chat = [json.loads(line) for line in output.read_text().splitlines()]
@@ -60,7 +82,7 @@ def test_figures_are_those_of_the_models(system: str | None, models: Path, tmp_p
         assert record["finish_reason"] in ("stop", "length")
 
 
-def test_a_run_that_was_cut_goes_on(models: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes(models: Path, tmp_path: Path) -> None:
     output = tmp_path / "data" / "out.jsonl"
     generate(models, output)
     whole = {path.name: path.read_bytes() for path in output.parent.iterdir()}

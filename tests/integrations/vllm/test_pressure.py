@@ -1,4 +1,4 @@
-"""Engines that are short of memory: prompts read in chunks, requests preempted, target caches dropped."""
+"""Engines short of memory: prompts read in chunks, requests preempted, target caches dropped."""
 
 from engines import greedy, some_prompts
 
@@ -13,7 +13,7 @@ EXTRAS = [
 
 
 def crowd(engine, lengths, steps, seed):
-    """Many requests at once; each must say what it would say alone."""
+    """Many requests at once; each must generate what it would generate alone."""
     prompts = some_prompts(lengths, seed=seed)
     extras = [EXTRAS[k % len(EXTRAS)] for k in range(len(prompts))]
     named = [None if extra is None else {**extra, "optsample_id": k} for k, extra in enumerate(extras)]
@@ -29,12 +29,15 @@ def test_chunked_prefill_and_preemption(start, tmp_path):
     path = tmp_path / "records.jsonl"
     engine = start(
         {"records": str(path), "prefill_chunk": 7},
-        num_gpu_blocks_override=9, block_size=32, max_num_batched_tokens=32, max_num_seqs=8,
+        num_gpu_blocks_override=9,
+        block_size=32,
+        max_num_batched_tokens=32,
+        max_num_seqs=8,
         enable_prefix_caching=False,
-    )  # fmt: skip
+    )
     made = crowd(engine, [50, 20, 31, 33, 64, 5, 40, 90], steps=24, seed=1)
     assert engine.count("num_preemptions") > 0
-    # A preempted request has lines for its parts, which belong together.
+    # A preempted request has one line for each part; read_records joins them.
     assert len(path.read_text().splitlines()) > len(read_records(path))
     records = {one["id"]: one for one in read_records(path)}
     assert {name: one["tokens"] for name, one in records.items()} == {k: made[k] for k in records}
@@ -64,7 +67,7 @@ def test_target_caches_are_bounded(start):
         assert (target.evicted > 0) == (limit < 1000)
         used.append(highest)
     assert used[0] == 0 < used[1] < used[2] < used[3]
-    # Samples of one prompt start from one cache, and count for themselves when they go on.
+    # Samples of one prompt start from one cache; once they continue, each counts separately.
     (prompt,) = some_prompts([30], seed=3)
     target.cache_tokens, target.evicted, highest = 100, 0, 0
     outputs = engine.generate([prompt] * 5, [greedy(6, {"optsample": True})] * 5)

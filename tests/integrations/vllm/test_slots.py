@@ -1,22 +1,22 @@
 """The V2 runner's interface, which needs a GPU to run, driven by a stand-in for the runner's own bookkeeping.
 
-The processor is built by vLLM's loader for that runner, holds the real target, and is called as the runner calls it.
-What the stand-in takes for granted, each read in vLLM 0.32.0, below ``vllm/v1/worker/gpu``:
+vLLM's loader for that runner builds the processor, which holds the real target and is called as the runner calls it.
+The stand-in assumes the following, all of it read in vLLM 0.32.0 below ``vllm/v1/worker/gpu``:
 
-* ``states.py``: a request takes the slot that was freed last. Its prompt_len and prefill_len (behind a preemption the
-  answer so far is part of the latter) are on the host at once; its tokens and total_len are staged writes.
-* ``model_runner.py``, execute_model: in each step, also in one that runs nothing, the slots of ended and preempted
-  requests are freed without a word, then add_request is called for new ones, then staged writes are made, ours last.
+* ``states.py``: a request takes the slot that was freed last. Its prompt_len and prefill_len are on the host at once;
+  after a preemption prefill_len includes the answer so far. Its tokens and total_len are staged writes.
+* ``model_runner.py``, execute_model: each step, even one that runs nothing, first frees the slots of ended and
+  preempted requests without telling the processor, then calls add_request for new ones, then makes the staged writes,
+  the processor's last.
 * ``model_runner.py``, prepare_inputs: without drafts there is one row of logits per running request, in any order,
-  also for a prompt that is read in chunks. seq_lens_cpu_upper_bound is then exact.
-* ``sample/sampler.py``: apply is called where any processor's add_request was true of a running request, so also
-  without one of ours, with a float32 copy of the logits on which grammars, logit_bias, penalties and bad words have
-  acted; input_ids holds each row's last token. What is drawn from a row whose length is below prefill_len counts as
-  nothing.
-* ``input_batch.py``, post_update: the drawn token is in all_token_ids at total_len, which grows by one, before the next
-  step begins.
-* ``vllm/v1/core/sched``: a request that its length ends is not scheduled again; one that a token ends may run once
-  more, since the next step is scheduled before the token is known.
+  even for a prompt that is read in chunks. seq_lens_cpu_upper_bound is then exact.
+* ``sample/sampler.py``: apply is called if any processor's add_request returned true for a running request, so it may
+  be called without a request of ours. It gets a float32 copy of the logits after grammars, logit_bias, penalties and
+  bad words; input_ids holds each row's last token. A token drawn from a row shorter than prefill_len is discarded.
+* ``input_batch.py``, post_update: before the next step begins, the drawn token is in all_token_ids at total_len, and
+  total_len grows by one.
+* ``vllm/v1/core/sched``: a request that ends by its length is not scheduled again. A request that ends by a token may
+  run once more, since the next step is scheduled before the token is known.
 """
 
 from __future__ import annotations
@@ -75,15 +75,17 @@ def config(
         enable_sleep_mode=sleep,
     )
     usual = {
-        "speculative_config": None, "model_config": served, "parallel_config": SimpleNamespace(),
+        "speculative_config": None,
+        "model_config": served,
+        "parallel_config": SimpleNamespace(),
         "scheduler_config": SimpleNamespace(async_scheduling=async_scheduling),
         "additional_config": {"optsample": {"target": str(folder), "log_interval": 0, **given}},
-    }  # fmt: skip
+    }
     return SimpleNamespace(**{**usual, **more})
 
 
 class Request:
-    """The plain truth about a request."""
+    """A request, and what its tokens and logits must be."""
 
     def __init__(self, name: int, prompt: list[int], extra: dict[str, Any] | None, max_tokens: int):
         self.name, self.prompt, self.extra, self.output, self.computed = name, prompt, extra, [], 0
@@ -108,16 +110,21 @@ class Request:
 
 
 class Runner:
-    """What the runner keeps, with tensors of the CPU in place of its buffers."""
+    """What the runner keeps, with CPU tensors instead of its buffers."""
 
     def __init__(self, folder: Any, settings: dict[str, Any], **more: Any):
         def tensor(*shape: int) -> Any:
             return SimpleNamespace(gpu=torch.full(shape, -7, dtype=torch.int32), np=np.full(shape, -7, dtype=np.int32))
 
         self.states = SimpleNamespace(
-            device=torch.device("cpu"), max_num_reqs=SLOTS, vocab_size=VOCAB, all_token_ids=tensor(SLOTS, LONGEST),
-            prompt_len=tensor(SLOTS), prefill_len=tensor(SLOTS), total_len=tensor(SLOTS),
-        )  # fmt: skip
+            device=torch.device("cpu"),
+            max_num_reqs=SLOTS,
+            vocab_size=VOCAB,
+            all_token_ids=tensor(SLOTS, LONGEST),
+            prompt_len=tensor(SLOTS),
+            prefill_len=tensor(SLOTS),
+            total_len=tensor(SLOTS),
+        )
         (self.processor,) = build_custom_logits_processors(config(folder, settings, **more), self.states, False, [NAME])
         self.model = LlamaForCausalLM.from_pretrained(folder).eval()
         self.free = list(range(SLOTS))
@@ -144,7 +151,7 @@ class Runner:
         self.processor.apply_staged_writes()
 
     def step(self, scheduled: list[tuple[Request, int]], seed: int) -> None:
-        """Run the model on so many more tokens of each, check the logits, draw."""
+        """Run the model on ``count`` more tokens of each request, check the logits, draw."""
         for request, count in scheduled:
             request.computed += count
         slots = torch.tensor([self.slots[request] for request, _ in scheduled])
@@ -154,11 +161,14 @@ class Runner:
         given = logits.clone()
         if seed % 2 or any(self.mixed[request] for request, _ in scheduled):
             context = LogitsContext(
-                expanded_idx_mapping=slots, idx_mapping=slots, idx_mapping_np=slots.numpy(),
-                expanded_local_pos=torch.zeros_like(slots), pos=ends - 1,
+                expanded_idx_mapping=slots,
+                idx_mapping=slots,
+                idx_mapping_np=slots.numpy(),
+                expanded_local_pos=torch.zeros_like(slots),
+                pos=ends - 1,
                 input_ids=torch.tensor([r.text[r.computed - 1] for r, _ in scheduled], dtype=torch.int32),
                 seq_lens_upper_bound_np=ends.numpy().astype(np.int32),
-            )  # fmt: skip
+            )
             logits = self.processor.apply(logits, context)
         for row, (request, _) in enumerate(scheduled):
             whole = request.computed == len(request.text)
@@ -177,7 +187,7 @@ class Runner:
         if length < LONGEST:
             self.states.all_token_ids.gpu[slot, length] = token
         self.states.total_len.gpu[slot] += 1
-        if not request.ended:  # else one step too many, and nobody looks
+        if not request.ended:  # the token of an extra step is discarded
             request.output.append(token)
             request.laws.append(theta)
 
@@ -188,7 +198,7 @@ def test_speculation_is_refused(target):
 
 
 def test_embeddings_are_refused(target):
-    """This runner would show the zeros that stand in their place."""
+    """This runner would show zeros in place of the embeddings."""
     with pytest.raises(ValueError, match="enable_prompt_embeds must be False"):
         Runner(target, {}, embeds=True)
 
@@ -200,7 +210,7 @@ def test_sleep_is_refused(target):
 
 
 def test_ranks_hold_the_same_batches(target, tmp_path, monkeypatch):
-    """Whichever rank writes the records: stop tokens end a request's cache on all of them in the same step."""
+    """Only one rank writes records, but a stop token ends a request's cache on all of them in the same step."""
     seen = []
     for rank in range(2):
         monkeypatch.setattr(processor, "model_parallel_is_initialized", lambda: True)
@@ -224,7 +234,7 @@ def test_ranks_hold_the_same_batches(target, tmp_path, monkeypatch):
             batches = list(dict.fromkeys(id(one.batch) for one in caches.values()))
             states.append([(k.index, x.length, x.row, batches.index(id(x.batch))) for k, x in caches.items()])
         runner.begin()
-        runner.processor.door.close()
+        runner.processor.tracker.close()
         seen.append(states)
         assert path.exists() == (rank == 0)
         assert stopped > 5
@@ -249,7 +259,7 @@ def test_a_record_of_a_text_that_the_target_cannot_read(target, tmp_path):
 
 
 def test_a_target_prompt_without_tokens(target):
-    """No tokeniser is at hand here, so that a text has none: there is no q*, not one of the answer alone either."""
+    """Without a tokeniser a text has no tokens, so there is no q*, not even one of the answer without a prompt."""
     runner = Runner(target, {})
     request = Request(0, [1, 2], {"optsample_target_prompt": "look"}, 4)
     request.law = lambda _, theta: theta.double()
@@ -316,7 +326,7 @@ def test_any_order_of_events(target, tmp_path_factory, data):
                 elif request not in over:
                     over.append(request)
     assert runner.processor.mixer.target.tokens <= limit
-    runner.processor.door.close()
+    runner.processor.tracker.close()
     assert len(runner.processor.mixer.target) == 0
     records = {one["id"]: one for one in read_records(path)}
     assert set(records) == {one.name for one in requests if one.extra is not None and one.output}
@@ -324,5 +334,5 @@ def test_any_order_of_events(target, tmp_path_factory, data):
         assert one["tokens"] == requests[name].output
         assert one["prompt_tokens"] == len(requests[name].prompt)
         assert one["status"] == [0] * len(one["tokens"])
-        for token, figure, theta in zip(one["tokens"], one["log_theta"], requests[name].laws, strict=True):
-            assert figure == pytest.approx(float(theta.double().log_softmax(-1)[token]), abs=2e-5)
+        for token, log_theta, theta in zip(one["tokens"], one["log_theta"], requests[name].laws, strict=True):
+            assert log_theta == pytest.approx(float(theta.double().log_softmax(-1)[token]), abs=2e-5)

@@ -1,4 +1,4 @@
-"""What an engine refuses to start with, and the settings that it starts with."""
+"""The settings that an engine starts with, and those that it refuses."""
 
 import json
 import re
@@ -9,14 +9,14 @@ from engines import checkpoints, greedy, some_prompts, tokenizer
 from transformers import AutoModelForCausalLM
 
 from optsample_triton.integrations.vllm import Settings, read_records
-from optsample_triton.integrations.vllm.prompts import Prompts
-from optsample_triton.integrations.vllm.settings import Wish
+from optsample_triton.integrations.vllm.prompts import TargetPrompts
+from optsample_triton.integrations.vllm.settings import RequestOptions
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (None, 'additional_config must have an entry "optsample" with the key "target" at least'),
+        (None, 'additional_config must have an entry "optsample" with at least the key "target"'),
         ({}, "target must be a path or a name of a model, but is None"),
         ({"target": "t", "metod": 1}, "optsample of additional_config has no key 'metod'"),
         ({"target": "t", "method": "mean"}, "method must be one of kl_symmetry, ess_balance, entropy, fixed"),
@@ -45,29 +45,29 @@ def test_wrong_settings(given, message):
 @pytest.mark.parametrize("alpha", [1e300, -3e38, 1.1e6, 10**400])
 def test_an_alpha_that_float32_cannot_hold(alpha):
     with pytest.raises(ValueError, match=r"^optsample_alpha must be a finite number between -1e6 and 1e6, but is "):
-        Wish.read({"optsample_alpha": alpha})
-    assert Wish.read({"optsample_alpha": -(10**6)}).alpha == -1e6
+        RequestOptions.read({"optsample_alpha": alpha})
+    assert RequestOptions.read({"optsample_alpha": -(10**6)}).alpha == -1e6
 
 
 @pytest.mark.parametrize("method", ["", [], 0, False, "mean"])
 def test_a_method_that_is_none(method):
     """Also one that Python takes for no value at all: the solver would refuse it in the middle of the engine's step."""
     with pytest.raises(ValueError, match=r"^optsample_method must be one of kl_symmetry, .*, but is "):
-        Wish.read({"optsample_method": method})
+        RequestOptions.read({"optsample_method": method})
 
 
 @pytest.mark.parametrize("prompt", ["", [], (), 5, [1.0], [True], [-1], [2**31], [2**63], "half a \ud83d", ["a"]])
 def test_a_target_prompt_that_no_model_can_read(prompt):
-    """What a tensor of integers cannot hold, or a tokeniser cannot take, must not come as far as the engine's step."""
+    """An id that a tensor cannot hold, or a text that a tokeniser cannot read, must not reach the engine's step."""
     with pytest.raises(ValueError, match=r"^optsample_target_prompt must be a text or a list of token ids, but is "):
-        Wish.read({"optsample_target_prompt": prompt})
-    assert Wish.read({"optsample_target_prompt": [2**31 - 1]}).target_prompt == (2**31 - 1,)
-    assert Wish.read({"optsample_target_prompt": "\U0001f600"}).target_prompt == "\U0001f600"
+        RequestOptions.read({"optsample_target_prompt": prompt})
+    assert RequestOptions.read({"optsample_target_prompt": [2**31 - 1]}).target_prompt == (2**31 - 1,)
+    assert RequestOptions.read({"optsample_target_prompt": "\U0001f600"}).target_prompt == "\U0001f600"
 
 
 @pytest.mark.parametrize("trusted", [None, False, True])
 def test_a_tokeniser_with_code_of_its_own(tmp_path, trusted):
-    """It is loaded as the target is; nobody is asked on a terminal."""
+    """It is loaded with the target's arguments; transformers asks nothing on the terminal."""
     words = tokenizer()
     words.save_pretrained(tmp_path)
     code = "import transformers\n\n\nclass Own(transformers.PreTrainedTokenizerFast):\n    pass\n"
@@ -76,8 +76,8 @@ def test_a_tokeniser_with_code_of_its_own(tmp_path, trusted):
     own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "tokenization_own.Own"]}}
     path.write_text(json.dumps({**json.loads(path.read_text()), **own}))
     settings = Settings(str(tmp_path), model_kwargs={} if trusted is None else {"trust_remote_code": trusted})
-    prompts = Prompts(settings, SimpleNamespace(skip_tokenizer_init=True), 259)
-    assert prompts.of(Wish(target_prompt="look")).own == (tuple(words("look").input_ids) if trusted else ())
+    prompts = TargetPrompts(settings, SimpleNamespace(skip_tokenizer_init=True), 259)
+    assert prompts.of(RequestOptions(target_prompt="look")).own == (tuple(words("look").input_ids) if trusted else ())
 
 
 @pytest.mark.parametrize("what", ["vocabulary", "tokeniser", "speculation", "records", "callback"])
@@ -110,11 +110,18 @@ def test_an_engine_that_cannot_work_does_not_start(start, models, tmp_path, what
 
 
 def test_every_request_with_a_template(start):
-    """The engine's own defaults: all requests, alpha, temperatures, a prompt around the prompt."""
+    """The engine's defaults: every request mixed, alpha, temperatures, text around the prompt."""
     engine = start(
-        {"always": True, "alpha": 0.4, "target_prompt_template": "hint {prompt} so:", "temperature_t": 0.8,
-         "temperature_theta": 1.3, "vocab_size": 250, "dtype": "float32"}
-    )  # fmt: skip
+        {
+            "always": True,
+            "alpha": 0.4,
+            "target_prompt_template": "hint {prompt} so:",
+            "temperature_t": 0.8,
+            "temperature_theta": 1.3,
+            "vocab_size": 250,
+            "dtype": "float32",
+        }
+    )
     words = tokenizer()
     before, after = words("hint ").input_ids, words(" so:").input_ids
     first, second, third, fourth = some_prompts([5, 8, 6, 7])
@@ -134,7 +141,7 @@ def test_every_request_with_a_template(start):
 
 
 def test_a_text_longer_than_the_target_can_read(start, models, tmp_path):
-    """It is served by the policy from there on; the others are not disturbed."""
+    """The policy serves it from there on; other requests are unchanged."""
     checkpoints(tmp_path, target={"max_position_embeddings": 30})
     path = tmp_path / "records.jsonl"
     engine = start({"target": str(tmp_path / "target"), "records": str(path)})

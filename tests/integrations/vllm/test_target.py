@@ -1,11 +1,11 @@
-"""The target's caches without an engine: models of other kinds, texts that advance together and apart."""
+"""The target's caches without an engine: several kinds of models, texts that advance together and separately."""
 
 import pytest
 import torch
 from engines import SHAPE
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM, set_seed
 
-from optsample_triton.integrations.vllm.target import IDLE_STEPS, Target
+from optsample_triton.integrations.vllm.target import IDLE_STEPS, Target, Texts
 
 MODELS = {
     "sliding window": lambda: MistralForCausalLM(MistralConfig(vocab_size=50, sliding_window=4, **SHAPE)),
@@ -19,7 +19,7 @@ MODELS = {
 def read(target, texts):
     names = list(texts)
     last = torch.tensor([texts[name][-1] for name in names])
-    return target.read(names, [len(texts[name]) for name in names], last, lambda i: texts[names[i]])
+    return target.read(names, Texts([len(texts[name]) for name in names], last, lambda i: texts[names[i]]))
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -51,7 +51,7 @@ def test_rows_that_advance_together_and_apart(kind):
 
 
 @torch.no_grad()
-def test_what_nobody_asks_for_goes():
+def test_an_idle_cache_is_dropped():
     set_seed(0)
     target = Target(MODELS["sliding window"]().eval(), cache_tokens=1000, prefill_chunk=100)
     texts = {"a": [1, 2, 3], "b": [4, 5]}
@@ -83,7 +83,7 @@ def test_the_usual_step_regroups_nothing():
 
 
 @torch.no_grad()
-def test_a_cache_holds_its_own_logits_alone():
+def test_a_cache_holds_only_its_own_logits():
     set_seed(0)
     target = Target(MODELS["sliding window"]().eval(), cache_tokens=1000, prefill_chunk=100)
     texts = {"a": [1, 2, 3], "b": [4, 5], "c": [6]}
@@ -94,7 +94,7 @@ def test_a_cache_holds_its_own_logits_alone():
 
 
 def grow(target, texts, steps):
-    """How often texts were read from their beginning in each step, and how many batches there were behind it."""
+    """For each step: how many texts were read from their beginning, and how many batches there were afterwards."""
     seen = []
     for token in range(steps):
         before = target.built
@@ -109,14 +109,14 @@ def grow(target, texts, steps):
 @pytest.mark.parametrize("order", ["first", "last"])
 @torch.no_grad()
 def test_one_long_text_does_not_push_out_the_others(order):
-    """One batch of all would hold 4 * 31 tokens at the second step already; the texts themselves have less than 80."""
+    """One batch of all would hold 4 * 31 tokens in the second step already; the texts themselves have fewer than 80."""
     set_seed(0)
     model = MODELS["bfloat16"]().float().eval()
     target = Target(model, cache_tokens=80, prefill_chunk=100)
     texts = {name: torch.randint(50, (length,)).tolist() for name, length in zip("abcd", (30, 5, 7, 6), strict=True)}
     if order == "last":
         texts = dict(reversed(texts.items()))
-    # The long one by itself and the short ones together, without anything read again; at the end all by themselves.
+    # The long one by itself and the short ones together, and nothing is read again. In the last read each is alone.
     assert grow(target, texts, 7) == [(4, 4), *[(0, 2)] * 6]
     assert target.evicted == 0
     for name, row in zip(texts, read(target, texts), strict=True):
@@ -126,15 +126,15 @@ def test_one_long_text_does_not_push_out_the_others(order):
 
 @torch.no_grad()
 def test_what_does_not_fit_at_all():
-    """The shortest text that is enough is read again in each step; the others keep their caches."""
+    """Each step reads again the shortest text that frees enough; the others keep their caches."""
     set_seed(0)
     model = MODELS["bfloat16"]().float().eval()
     target = Target(model, cache_tokens=60, prefill_chunk=100)
     texts = {name: torch.randint(50, (length,)).tolist() for name, length in zip("abcd", (30, 5, 12, 12), strict=True)}
-    # First b is enough, then one of c and d, for which b comes back.
+    # First b is enough; then one of c and d is left out, and b is cached again.
     assert [built for built, _ in grow(target, texts, 5)] == [4, 1, 1, 2, 1]
     assert {"a", "b"} < set(target._caches) < set("abcd")
-    # A text longer than the limit is never kept, and disturbs nobody.
+    # A text longer than the limit is never cached and does not affect the others.
     target.cache_tokens = 50
     texts = {"e": torch.randint(50, (55,)).tolist(), "b": texts["b"], "c": texts["c"]}
     assert [built for built, _ in grow(target, texts, 3)][1:] == [1, 1]
@@ -143,7 +143,7 @@ def test_what_does_not_fit_at_all():
 
 @torch.no_grad()
 def test_a_token_that_the_target_does_not_have():
-    """What the served model alone can say ends what the target can read of a text, with a cache or without."""
+    """After a token that only the served model has, the target cannot read the text, with a cache or without."""
     set_seed(0)
     target = Target(MODELS["sliding window"]().eval(), cache_tokens=1000, prefill_chunk=100)
     texts = {"a": [1, 2, 3], "b": [4, 5]}
@@ -156,7 +156,7 @@ def test_a_token_that_the_target_does_not_have():
     assert read(target, texts).isnan().all(-1).tolist() == [True, False]
 
 
-def test_a_target_that_says_less_than_it_reads_is_refused():
+def test_a_target_with_fewer_logits_than_tokens_is_refused():
     set_seed(0)
     model = MODELS["sliding window"]().eval()
     model.lm_head = torch.nn.Linear(SHAPE["hidden_size"], 49)

@@ -1,12 +1,11 @@
 """The documents' tables, generated from bench/results: never typed by hand. `python -m bench.plot` writes them.
 
-Each table stands between <!-- bench: NAME --> and <!-- /bench --> in one of TARGETS.
+Each table stands between <!-- bench: NAME --> and <!-- /bench --> in PAGE.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench import tables
@@ -18,61 +17,20 @@ from .cases import SHORT
 from .expected import bound_of, expectations
 from .results import Measurement
 
-# The documents that hold tables, and their language.
-TARGETS = {ROOT / "docs" / "performance.md": "en"}
+PAGE = ROOT / "docs" / "performance.md"
 BLOCK = re.compile(r"(<!-- bench: (\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
-CHINESE = {
-    "case": "用例",
-    "reference": "参考实现",
-    "this package": "本包",
-    "speed-up": "加速比",
-    "of copy speed": "占拷贝速度",
-    "work": "任务",
-    "kernel": "内核",
-    "target": "目标架构",
-    "slots / pair": "发射槽 / 对",
-    "exps / pair": "指数 / 对",
-    "load": "读取宽度",
-    "registers": "寄存器",
-    "spills": "溢出",
-    "goal": "目标",
-    "measured": "实测",
-    "time": "时间",
-    "bound": "下界",
-    "graph replay": "图重放",
-    "reached": "达到",
-    "missed": "未达到",
-    "at least": "至少",
-    "at most": "至多",
-    "memory": "显存",
-    "cache": "缓存",
-    "issue": "发射",
-    "special": "特殊函数",
-    "float32": "float32",
-    "threads": "线程",
-    "commit": "提交",
-    "No GPU has been measured yet.": "尚未在 GPU 上实测。",
-}
 # What the table of compiled kernels shows.
 KERNELS = ("solve bf16", "solve fp32", "gradient bf16")
 
 
-def words(text: str, language: str) -> str:
-    return CHINESE.get(text, text) if language == "zh" else text
-
-
-def markdown(heading: Sequence[str], lines: Sequence[Sequence[str]], language: str) -> str:
-    return tables.markdown([words(cell, language) for cell in heading], lines)
-
-
-def origin(row: Measurement, language: str) -> str:
+def origin(row: Measurement) -> str:
     """Where a table's rows come from, in one line."""
-    threads = f", {row.threads} {words('threads', language)}" if row.kind == "cpu" else ""
-    commit = words("commit", language)
+    threads = f", {row.threads} threads" if row.kind == "cpu" else ""
+    commit = "commit"
     return f"{row.device}{threads}; torch {row.torch}, triton {row.triton}; {commit} {row.commit}, {row.date}"
 
 
-def cpu(language: str) -> str:
+def cpu() -> str:
     """The package against the reference on each CPU that was measured."""
     blocks = []
     for rows in _measured("cpu"):
@@ -90,18 +48,18 @@ def cpu(language: str) -> str:
                     ]
                 )
         heading = ("case", "reference", "this package", "speed-up")
-        blocks.append(origin(rows[0], language) + "\n\n" + markdown(heading, lines, language))
+        blocks.append(origin(rows[0]) + "\n\n" + tables.markdown(heading, lines))
     return "\n".join(blocks)
 
 
-def gpu(language: str) -> str:
+def gpu() -> str:
     """The goals on each GPU that was measured, with the time of their cases and the bound that no run can beat."""
     blocks = []
     for rows in _measured("cuda"):
         lines = []
         for each in goals.measured(rows, "cuda"):
-            sign = words("at least" if each.is_floor else "at most", language)
-            verdict = words("reached" if each.reached else "missed", language)
+            sign = "at least" if each.is_floor else "at most"
+            verdict = "reached" if each.reached else "missed"
             goal = f"{each.goal.quantity}: {sign} {each.goal.limit:g}"
             package = results.of(rows, each.goal.case)["package"]
             limit = bound_of(package)
@@ -109,27 +67,25 @@ def gpu(language: str) -> str:
             time = f"{table.milliseconds(package.p50_ms)} ms"
             lines.append([f"`{each.goal.case}`", goal, table.number(each.value), verdict, time, least])
         heading = ("case", "goal", "measured", "reached", "time", "bound")
-        blocks.append(origin(rows[0], language) + "\n\n" + markdown(heading, lines, language))
+        blocks.append(origin(rows[0]) + "\n\n" + tables.markdown(heading, lines))
     if not blocks:
-        return words("No GPU has been measured yet.", language) + "\n"
+        return "No GPU has been measured yet." + "\n"
     return "\n".join(blocks)
 
 
-def bounds(language: str) -> str:
+def bounds() -> str:
     """The least time on each device, with what sets it."""
     found = expectations()
     devices = list(next(iter(found.values())))
     heading = ["work", *(("" if device.measured else "~") + device.name for device in devices)]
     lines = []
     for case, of_case in found.items():
-        cells = [
-            f"{of_case[device].seconds * 1e6:,.0f} µs ({words(of_case[device].limit, language)})" for device in devices
-        ]
+        cells = [f"{of_case[device].seconds * 1e6:,.0f} µs ({of_case[device].limit})" for device in devices]
         lines.append([f"`{case.work}` {SHORT[case.dtype]} {case.N:,} × {case.V:,}", *cells])
-    return markdown(heading, lines, language)
+    return tables.markdown(heading, lines)
 
 
-def kernels(language: str) -> str:
+def kernels() -> str:
     """What was read off the compiled kernels' main loops."""
     rows = [row for row in check.read_rows() if row["pass"] == "main" and row["kernel"] in KERNELS]
     lines = [
@@ -143,26 +99,25 @@ def kernels(language: str) -> str:
         ]
         for row in rows
     ]
-    return markdown(("kernel", "slots / pair", "exps / pair", "load", "registers", "spills"), lines, language)
+    return tables.markdown(("kernel", "slots / pair", "exps / pair", "load", "registers", "spills"), lines)
 
 
 BLOCKS = {"cpu": cpu, "gpu": gpu, "bounds": bounds, "kernels": kernels}
 
 
-def filled(text: str, language: str) -> str:
+def filled(text: str) -> str:
     """The text with every marked table written anew."""
 
     def block(match: re.Match[str]) -> str:
         if match[2] not in BLOCKS:
             raise ValueError(f"the marker names the table {match[2]!r}, expected one of: {', '.join(BLOCKS)}")
-        return f"{match[1]}{BLOCKS[match[2]](language)}{match[3]}"
+        return f"{match[1]}{BLOCKS[match[2]]()}{match[3]}"
 
     return BLOCK.sub(block, text)
 
 
-def write(targets: Mapping[Path, str] = TARGETS) -> None:
-    for path, language in targets.items():
-        path.write_text(filled(path.read_text(encoding="utf-8"), language), encoding="utf-8")
+def write(path: Path = PAGE) -> None:
+    path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def _measured(kind: str) -> list[list[Measurement]]:

@@ -1,4 +1,4 @@
-"""The V1 runner's real batch of requests, driven at random: additions, removals, refilled rows, moves and swaps."""
+"""The V1 runner's real InputBatch, driven at random: additions, removals, refilled rows, moves and swaps."""
 
 import math
 import random
@@ -18,24 +18,36 @@ from optsample_triton.integrations.vllm import OptimalSampling, read_records
 
 
 class Batch:
-    """``ahead``: with asynchronous scheduling a token is not known until the next step is under way."""
+    """The runner's batch. ``ahead``: with asynchronous scheduling a token is known only after the next step began."""
 
     def __init__(self, folder, given, ahead=False):
         self.ahead = ahead
         self.processor = OptimalSampling(config(folder, given, async_scheduling=ahead), torch.device("cpu"), False)
         self.batch = InputBatch(
-            max_num_reqs=SLOTS, max_model_len=LONGEST, max_num_batched_tokens=64, device=torch.device("cpu"),
-            vocab_size=VOCAB, block_sizes=[16], max_num_blocks_per_req=[2],
-            logitsprocs=LogitsProcessors([self.processor]), logitsprocs_need_output_token_ids=True,
-        )  # fmt: skip
+            max_num_reqs=SLOTS,
+            max_model_len=LONGEST,
+            max_num_batched_tokens=64,
+            device=torch.device("cpu"),
+            vocab_size=VOCAB,
+            block_sizes=[16],
+            max_num_blocks_per_req=[2],
+            logitsprocs=LogitsProcessors([self.processor]),
+            logitsprocs_need_output_token_ids=True,
+        )
         self.model = LlamaForCausalLM.from_pretrained(folder).eval()
         self.running: dict[str, Request] = {}
 
     def add(self, request):
         state = CachedRequestState(
-            req_id=str(request.name), prompt_token_ids=request.prompt, mm_features=[], sampling_params=request.params,
-            generator=None, block_ids=([0],), num_computed_tokens=0, output_token_ids=request.output,
-        )  # fmt: skip
+            req_id=str(request.name),
+            prompt_token_ids=request.prompt,
+            mm_features=[],
+            sampling_params=request.params,
+            generator=None,
+            block_ids=([0],),
+            num_computed_tokens=0,
+            output_token_ids=request.output,
+        )
         self.batch.add_request(state)
         self.running[str(request.name)] = request
 
@@ -92,7 +104,7 @@ def test_any_order_of_events(target, tmp_path_factory, data):  # noqa: F811
             one.batch.swap_states(first, second)
         one.batch.refresh_metadata()
         mixed = [request for request in one.running.values() if request.extra is not None]
-        assert len(one.processor.door.requests) == len(mixed)
+        assert len(one.processor.tracker.requests) == len(mixed)
         assert len(one.processor.mixer.target) <= len(mixed)
         if one.running:
             one.step(number, data.draw(st.sets(st.sampled_from(sorted(one.running)))))
@@ -100,13 +112,13 @@ def test_any_order_of_events(target, tmp_path_factory, data):  # noqa: F811
         one.remove(request)
     one.batch.condense()
     one.batch.refresh_metadata()
-    assert len(one.processor.mixer.target) == len(one.processor.door.requests) == 0
+    assert len(one.processor.mixer.target) == len(one.processor.tracker.requests) == 0
     records = {record["id"]: record for record in read_records(path)}
     assert set(records) == {request.name for request in requests if request.extra is not None and request.output}
     for name, record in records.items():
         assert record["tokens"] == requests[name].output
-        for token, figure, theta in zip(record["tokens"], record["log_theta"], requests[name].laws, strict=True):
-            assert figure == pytest.approx(float(theta.double().log_softmax(-1)[token]), abs=2e-5)
+        for token, log_theta, theta in zip(record["tokens"], record["log_theta"], requests[name].laws, strict=True):
+            assert log_theta == pytest.approx(float(theta.double().log_softmax(-1)[token]), abs=2e-5)
 
 
 def test_steps_that_begin_before_the_last_tokens_are_known(target):  # noqa: F811
@@ -124,11 +136,11 @@ def test_steps_that_begin_before_the_last_tokens_are_known(target):  # noqa: F81
         if one.running:
             one.step(number, {name for name in one.running if chance.random() < 0.1})
     built = one.processor.mixer.target.built
-    assert 0 < built <= read  # a token that was not filled in would have ended what the target can read
+    assert 0 < built <= read  # a missing token would have made the text unreadable for the target
 
 
 def test_prompts_given_as_embeddings(target):  # noqa: F811
-    """The target cannot read them; a prompt of its own it can."""
+    """The target cannot read embeddings, but it can read a prompt of its own."""
     processor = OptimalSampling(config(target, {}, async_scheduling=False), torch.device("cpu"), False)
     asked = [SamplingParams(extra_args=EXTRAS[k]) for k in (1, 3)]
     added = [(row, params, None, []) for row, params in enumerate(asked)]
@@ -155,10 +167,10 @@ def test_a_law_that_float32_cannot_hold_never_reaches_the_sampler(target, tmp_pa
     )
     logits, output = torch.randn(1, VOCAB), []
     one_row(processor, {"optsample_alpha": 0.3, "optsample_id": "a"}, output, logits)
-    processor.door.requests[0].alpha = 1e300  # what admission would have refused
+    processor.tracker.requests[0].alpha = 1e300  # what admission would have refused
     assert torch.equal(processor.apply(logits.clone()), logits)
     output.append(7)  # drawn when the process ends
-    processor.door.close()
+    processor.tracker.close()
     (record,) = read_records(path)
     assert record["status"] == [3]
     assert record["alpha"] == [None]
@@ -166,7 +178,7 @@ def test_a_law_that_float32_cannot_hold_never_reaches_the_sampler(target, tmp_pa
 
 
 def test_a_grammar_that_allows_nothing_shared(target, tmp_path):  # noqa: F811
-    """There is no q*, so the policy's row stays, and with it what is allowed beyond the shared entries."""
+    """There is no q*, so the policy's row stays, including the tokens allowed beyond the shared entries."""
     path = tmp_path / "records.jsonl"
     given = {"records": str(path), "vocab_size": VOCAB - 3, "temperature_theta": 2.0}
     processor = OptimalSampling(config(target, given, async_scheduling=False), torch.device("cpu"), False)
@@ -176,7 +188,7 @@ def test_a_grammar_that_allows_nothing_shared(target, tmp_path):  # noqa: F811
     assert torch.equal(mixed, logits / 2)
     output.append(VOCAB - 1)
     processor.update_state(None)
-    processor.door.close()
+    processor.tracker.close()
     (record,) = read_records(path)
     assert record["status"] == [3]
     assert record["log_q"] == record["log_theta"] == [pytest.approx(-math.log1p(math.exp(-1)))]
@@ -184,7 +196,7 @@ def test_a_grammar_that_allows_nothing_shared(target, tmp_path):  # noqa: F811
 
 
 def test_tokens_that_the_engine_takes_back(target, tmp_path):  # noqa: F811
-    """It does so where keys and values that it had counted on could not be loaded."""
+    """The engine does this if it could not load keys and values from an external cache."""
     path = tmp_path / "records.jsonl"
     processor = OptimalSampling(
         config(target, {"records": str(path)}, async_scheduling=False), torch.device("cpu"), False
@@ -192,7 +204,7 @@ def test_tokens_that_the_engine_takes_back(target, tmp_path):  # noqa: F811
     logits, request = torch.randn(1, VOCAB), Request(0, [3, 4], {"optsample": True}, 9)
     model, output = LlamaForCausalLM.from_pretrained(target), request.output
     one_row(processor, request.extra, output, logits)
-    for kept, token in [(1, 5), (1, 6), (2, 7), (1, 8)]:  # how many are there still, and what is drawn behind them
+    for kept, token in [(1, 5), (1, 6), (2, 7), (1, 8)]:  # how many tokens stay, and the next one drawn
         output.append(token)
         del output[kept:]
         processor.update_state(None)
@@ -200,7 +212,7 @@ def test_tokens_that_the_engine_takes_back(target, tmp_path):  # noqa: F811
         mixed = processor.apply(logits.clone())
         torch.testing.assert_close(mixed[0].double(), expected, atol=2e-5, rtol=1e-5)
     output.append(9)
-    processor.door.close()
+    processor.tracker.close()
     (record,) = read_records(path)
     assert record["tokens"] == output == [5, 9]
     assert record["log_q"][1] == pytest.approx(float(expected[9]), abs=2e-5)

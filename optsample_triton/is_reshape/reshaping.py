@@ -1,13 +1,13 @@
 """The family f(r) and its gradient weights g(r) = r f'(r): powers, localised kernels, and gamma per token.
 
-A localised kernel K has K(0) = 1 and a bounded x K(x). It enters through f_K(r) = integral of K(t - 1) from 1 to r, so
-that the gradient of f_K in log r is r K(r - 1). Mixed with plain likelihood by gamma (docs/theory.md, section 12):
+A localised kernel K has K(0) = 1 and a bounded x K(x). It enters through f_K(r) = integral of K(t - 1) from 1 to r,
+whose derivative in log r is r K(r - 1). gamma mixes it with plain likelihood (docs/theory.md, section 12):
 
     power        f = (r^gamma - 1)/gamma                   g = r^gamma
     localised    f = (1 - gamma) log r + gamma f_K(r)      g = (1 - gamma) + gamma r K(r - 1)
 
-gamma = 0 is likelihood (SFT) in both, gamma = 1 of the power importance-weighted RL. Everything works elementwise and
-takes log r, of which r - 1 = expm1(log r) keeps its digits near r = 1.
+gamma = 0 is likelihood (SFT) in both; gamma = 1 in the power family is importance-weighted RL. All functions work
+elementwise and take log r, since r - 1 = expm1(log r) keeps its digits near r = 1.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _gaussian_integral(x: Tensor, width: Tensor) -> Tensor:
 
 
 def _laplace_integral(x: Tensor, width: Tensor) -> Tensor:
-    # By a sign that is never 0: at x = 0 the slope is 1, and abs or sign would make it 0.
+    # A sign that is never 0: the derivative at x = 0 is 1, but abs or sign would make it 0.
     side = torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
     return -side * width * torch.expm1(-side * x / width)
 
@@ -83,7 +83,8 @@ def reshaped_ratio(log_r: Tensor, gamma: float | Tensor, kernel: str = "power", 
     check_kernel(kernel, width)
     gamma = gamma_like(gamma, log_r)
     if kernel == "power":
-        # So small that expm1(gamma log r)/gamma is log r to rounding, while upstream/gamma could overflow.
+        # For such a small gamma, expm1(gamma log r)/gamma equals log r up to rounding, and the division by gamma in
+        # the backward pass could overflow.
         likelihood = gamma < (1e-22 if log_r.dtype == torch.float64 else 1e-13)
         divisor = torch.where(likelihood, 1.0, gamma)
         power = torch.expm1((divisor * log_r).clamp(max=exponent_bound(log_r.dtype))) / divisor
@@ -108,13 +109,13 @@ def _excess(log_r: Tensor) -> Tensor:
     return torch.expm1(log_r.clamp(max=exponent_bound(log_r.dtype)))
 
 
-# gamma per token. All are constants of the loss.
+# gamma per token. The loss treats all of them as constants.
 
 
 def gamma_from_correctness(
     log_r: Tensor, advantage: Tensor, gamma_base: float = 0.0, gamma_max: float = 1.0, tau_c: float = 1.0
 ) -> Tensor:
-    """Larger where the policy is wrong, that is A log r < 0: base + (max - base) sigmoid(-A log r / tau_c)."""
+    """Larger if the policy is wrong, that is A log r < 0: base + (max - base) sigmoid(-A log r / tau_c)."""
     check_gamma(gamma_base, "gamma_base")
     check_gamma(gamma_max, "gamma_max")
     check_width(tau_c, "tau_c")
@@ -123,10 +124,10 @@ def gamma_from_correctness(
 
 
 def gamma_from_magnitude(advantage: Tensor, beta: float = 1.0) -> Tensor:
-    """Larger where the reward signal is strong: sigmoid(beta |A|), at least 1/2."""
+    """Larger if the reward signal is strong: sigmoid(beta |A|), at least 1/2."""
     return torch.sigmoid(beta * advantage.detach().abs())
 
 
 def gamma_combined(log_r: Tensor, advantage: Tensor, beta: float = 1.0, tau_c: float = 1.0) -> Tensor:
-    """The product of both: a strong signal against a wrong policy."""
+    """The product of both: large if a strong signal meets a wrong policy."""
     return gamma_from_magnitude(advantage, beta) * gamma_from_correctness(log_r, advantage, tau_c=tau_c)

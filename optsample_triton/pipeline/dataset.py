@@ -1,6 +1,6 @@
-"""Rows of a dataset in its own order: a file, a directory or a name of the hub; a bad row is one ``Reject``.
+"""The rows of a dataset in its own order, from a file, a directory or the hub; an unusable row becomes a ``Reject``.
 
-Text formats are read line by line here rather than by ``datasets``, which gives up a whole file for one bad line.
+Text formats are read line by line here and not by ``datasets``, which drops a whole file for one bad line.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from optsample_triton.pipeline.job import PipelineError, first_line, need
+from optsample_triton.pipeline.job import SAFE, PipelineError, first_line, need
 
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
@@ -30,16 +30,13 @@ Row = dict[str, Any] | Reject
 
 
 def read(dataset: str, config: str | None = None, split: str = "train") -> Iterator[Row]:
-    """All rows, one at a time, bad ones included, so that a row's number is its place."""
+    """All rows, one at a time. Rejected rows are included, so a row's number is its place in the dataset."""
     try:
         yield from _rows(dataset, config, split)
     except PipelineError:
         raise
-    except Exception as error:  # of the disk, of a decompressor, of the hub, of whatever a dataset runs
-        raise PipelineError(
-            f"dataset {dataset} cannot be read further: {first_line(error)}; what is committed is safe, go on with "
-            "--resume"
-        ) from error
+    except Exception as error:  # from the disk, a decompressor, the hub, or code that a dataset runs
+        raise PipelineError(f"dataset {dataset} cannot be read further: {first_line(error)}; {SAFE}") from error
 
 
 def _rows(dataset: str, config: str | None, split: str) -> Iterator[Row]:
@@ -50,7 +47,7 @@ def _rows(dataset: str, config: str | None, split: str) -> Iterator[Row]:
         return _directory(path, config, split)
     if path.is_file():
         if suffix not in FORMATS:
-            raise PipelineError(f"dataset {dataset} must end in one of {', '.join(FORMATS)} (or .gz behind it)")
+            raise PipelineError(f"dataset {dataset} must end in one of {', '.join(FORMATS)}, or one of them and .gz")
         return _file(path, suffix)
     if suffix in FORMATS:
         raise PipelineError(f"dataset {dataset} was not found: there is no such file")
@@ -73,7 +70,7 @@ def _file(path: Path, suffix: str) -> Iterator[Row]:
 
 
 def _lines(file: BinaryIO, parse: Any) -> Iterator[Row]:
-    """Blank lines are no rows."""
+    """One row per line; blank lines are skipped."""
     for number, line in enumerate(file, start=1):
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
@@ -114,10 +111,10 @@ def _array(file: BinaryIO, path: Path) -> Iterator[Row]:
 
 def _table(file: BinaryIO, delimiter: str) -> Iterator[Row]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    # A byte that is not UTF-8 becomes a lone surrogate, which the prompt's own check refuses row by row.
+    # A byte that is not UTF-8 becomes an unpaired surrogate; the check of the prompts then rejects that row alone.
     lines = (line.decode("utf-8-sig" if k == 0 else "utf-8", "surrogateescape") for k, line in enumerate(file))
     rows = csv.DictReader(lines, delimiter=delimiter)
-    if rows.fieldnames is None:  # without a header no record has a meaning, so an error in it is the dataset's
+    if rows.fieldnames is None:  # an empty file; an error in the header is an error of the whole dataset
         return
     for number in itertools.count(1):
         try:
@@ -128,7 +125,7 @@ def _table(file: BinaryIO, delimiter: str) -> Iterator[Row]:
             yield Reject("undecodable", f"record {number} cannot be read: {error}")
             continue
         if None in row or None in row.values():
-            yield Reject("malformed", f"record {number} has not as many fields as the header")
+            yield Reject("malformed", f"record {number} does not have as many fields as the header")
         else:
             yield dict(row)
 
@@ -138,7 +135,7 @@ def _parquet(path: Path) -> Iterator[Row]:
     try:
         opened = parquet.ParquetFile(path)
     except (OSError, ValueError) as error:
-        raise PipelineError(f"dataset {path} is no Parquet file: {first_line(error)}") from error
+        raise PipelineError(f"dataset {path} is not a Parquet file: {first_line(error)}") from error
     for batch in opened.iter_batches(batch_size=256):
         try:
             yield from batch.to_pylist()
@@ -166,7 +163,7 @@ def _hub(name: str, config: str | None, split: str) -> Iterator[Row]:
     datasets = need("datasets")
     try:
         return iter(datasets.load_dataset(name, config, split=split, streaming=True))
-    except Exception as error:  # the hub's errors are of many libraries
+    except Exception as error:  # the hub's errors come from many libraries
         raise PipelineError(
             f"dataset {name!r} could not be loaded, neither as a file nor from the hub: {first_line(error)}"
         ) from error

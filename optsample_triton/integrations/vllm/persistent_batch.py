@@ -1,4 +1,4 @@
-"""The V1 model runner: rows that are added, removed and moved, tokens in lists on the host."""
+"""The V1 model runner: a persistent batch whose rows are added, removed and moved, with tokens in lists on the host."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from vllm.v1.sample.logits_processor import MoveDirectionality
 
-from optsample_triton.integrations.vllm.mixer import Mixed, Mixer
+from optsample_triton.integrations.vllm.mixer import MixedRequest, Mixer
+from optsample_triton.integrations.vllm.target import Texts
 
 
 @dataclass(eq=False)
-class Row(Mixed):
-    ids: list[int] = field(default_factory=list)  # the target's prompt; empty where there is none that it could read
+class BatchRow(MixedRequest):
+    ids: list[int] = field(default_factory=list)  # the target's prompt; empty if the target cannot read it
     output: list[int] = field(default_factory=list)  # the engine's own list, which grows
 
     @property
@@ -23,26 +24,26 @@ class Row(Mixed):
         return len(self.ids) + len(self.output)
 
 
-class Rows:
+class PersistentBatch:
     """Which request is in which row of the batch.
 
-    A request that is preempted, or left out of a step, is removed, and later added again with what it has generated;
-    its cache is made anew then.
+    The engine removes a request that it preempts or leaves out of a step, and adds it again later with what it has
+    generated. Its cache is then rebuilt.
     """
 
-    def __init__(self, mixer: Mixer, admit: Callable[..., Row | None]):
+    def __init__(self, mixer: Mixer, admit: Callable[..., BatchRow | None]):
         self.mixer, self.admit = mixer, admit
-        self.requests: dict[int, Row] = {}
+        self.requests: dict[int, BatchRow] = {}
 
     def update(self, batch_update: Any) -> None:
-        """What changed since the last step; called before every one."""
+        """Apply what changed since the last step. The engine calls this before every step."""
         self._settle()
         if batch_update is not None:
             for row in batch_update.removed:
                 self._free(row)
             for row, params, prompt, output in batch_update.added:
-                self._free(row)  # a row that is taken again in the same step is not among the removed
-                request = self.admit(Row, params, len(prompt or ()), output)
+                self._free(row)  # a row that is refilled in the same step is not listed as removed
+                request = self.admit(BatchRow, params, len(prompt or ()), output)
                 if request is not None:
                     request.ids, request.output = request.prompt.ids(prompt), output
                     self.requests[row] = request
@@ -57,12 +58,13 @@ class Rows:
         requests = [self.requests[row] for row in rows]
         for one in requests:
             if one.record is not None:
-                one.record.cut(len(one.output))  # the engine takes tokens back whose keys and values were not loaded
-        last = torch.tensor([(one.output or one.ids or [0])[-1] for one in requests])
-        return self.mixer.mix(
-            logits, rows, requests, [one.length for one in requests], last,
+                one.record.cut(len(one.output))  # the engine takes tokens back if it could not load their KV cache
+        texts = Texts(
+            [one.length for one in requests],
+            torch.tensor([(one.output or one.ids or [0])[-1] for one in requests]),
             lambda i: requests[i].ids and [*requests[i].ids, *requests[i].output],
-        )  # fmt: skip
+        )
+        return self.mixer.mix(logits, rows, requests, texts)
 
     def close(self) -> None:
         self._settle()
@@ -70,7 +72,7 @@ class Rows:
             self._free(row)
 
     def _settle(self) -> None:
-        """Between two steps the lists are complete; one that did not grow is of a prompt that is still being read."""
+        """Between two steps the lists are complete. One that did not grow belongs to a prompt still being read."""
         waiting = self.mixer.waiting()
         self.mixer.settle([one.output[k] if k < len(one.output) else None for one, k in waiting])
 
@@ -84,4 +86,4 @@ class Rows:
         if swap and other is not None:
             self.requests[source] = other
         elif not swap:
-            self.mixer.end(other)  # a move onto a row that ended is all that tells of its end
+            self.mixer.end(other)  # the engine reports this request's end only by moving another onto its row

@@ -1,0 +1,48 @@
+"""The numbers that several kernels use, in the form in which a kernel may read them; most are those of numerics.py."""
+
+import triton.language as tl
+
+from optsample_triton import numerics
+from optsample_triton.numerics import Method, Status, Stream
+from optsample_triton.types import Saved
+
+KL_SYMMETRY = tl.constexpr(Method.KL_SYMMETRY.value)
+BISECT = tl.constexpr(Method.BISECT.value)
+ESS_BALANCE = tl.constexpr(Method.ESS_BALANCE.value)
+ENTROPY = tl.constexpr(Method.ENTROPY.value)
+FIXED = tl.constexpr(Method.FIXED.value)
+
+OK = tl.constexpr(Status.OK.value)
+IDENTICAL = tl.constexpr(Status.IDENTICAL.value)
+DISJOINT = tl.constexpr(Status.DISJOINT.value)
+INVALID = tl.constexpr(Status.INVALID.value)
+NOT_CONVERGED = tl.constexpr(Status.NOT_CONVERGED.value)
+
+PLACE = tl.constexpr(Stream.PLACE.value)
+TOKEN = tl.constexpr(Stream.TOKEN.value)
+ACCEPT = tl.constexpr(Stream.ACCEPT.value)
+RECOVER_PLACE = tl.constexpr(Stream.RECOVER_PLACE.value)
+RECOVER_TOKEN = tl.constexpr(Stream.RECOVER_TOKEN.value)
+STREAMS = tl.constexpr(numerics.STREAMS)
+
+NODE_LOW = tl.constexpr(numerics.NODES[1])
+NODE_HIGH = tl.constexpr(numerics.NODES[3])
+NARROW = tl.constexpr(numerics.NARROW)
+REACH = tl.constexpr(numerics.REACH)
+PLAIN = tl.constexpr(numerics.PLAIN)
+FAR = tl.constexpr(numerics.FAR)
+NOISE_ALWAYS = tl.constexpr(numerics.NOISE[0])
+NOISE_OF_TOP = tl.constexpr(numerics.NOISE[1])
+NEGLECTED_ODD = tl.constexpr(numerics.NEGLECTED[0])
+NEGLECTED_EVEN = tl.constexpr(numerics.NEGLECTED[1])
+SD_SHARE = tl.constexpr(numerics.SD_SHARE)
+BLURRED = tl.constexpr(numerics.BLURRED)
+SLACK = tl.constexpr(numerics.SLACK)
+LOWEST = tl.constexpr(numerics.LOWEST)
+SAVED = tl.constexpr(len(Saved._fields))
+
+LOG2E = tl.constexpr(1.4426950408889634)
+EPSILON = tl.constexpr(1.1920929e-7)  # of float32
+# The node sums hold the eighth roots of weights as powers of two: what one power more means in nats, 8 log 2.
+NATS_PER_POWER = tl.constexpr(5.545177444479562)
+WILD = tl.constexpr(30.0)  # Chernoff information beyond which no reference is known before a sweep

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import pytest
 
+from tests import cases
 from tests.cases import Case
 
 Item = TypeVar("Item")
@@ -27,22 +28,25 @@ CASES = {
 # These tests go through methods, dtypes and temperatures rather than rows: fewer cases are enough.
 FEW_CASES = {"random std 3", "same top 0.999", "masked, theta", "one common token", "V=17", "every status"}
 WITH_FEW_CASES = {
-    "test_half_precision_is_exact_for_the_rounded_rows", "test_other_methods", "test_alpha_per_row", "test_temperatures",
+    "test_alpha_gradient_against_truth", "test_alpha_gradient_of_other_methods", "test_alpha_per_row",
+    "test_half_precision_is_exact_for_the_rounded_rows", "test_other_methods", "test_temperatures",
 }  # fmt: skip
+
+NAMES = {case.name for case in cases.CASES}
 
 # 2. In these files a test runs, on each backend, with each value of each of its arguments once or more. That covers
 # every dtype, layout, method and option; what is deep is their combinations.
 COVERED = {
     "test_device", "test_dropin", "test_is_reshape_loss", "test_is_reshape_presets", "test_linear_token_logprobs",
-    "test_ops", "test_pipeline_run", "test_reference_precision", "test_reference_rows", "test_sample", "test_sharded",
-    "test_solve_cases", "test_solve_memory", "test_token_logprobs", "test_verify",
+    "test_ops", "test_pipeline_run", "test_reference_precision", "test_reference_rows", "test_sample", "test_saved",
+    "test_sharded", "test_solve_cases", "test_solve_memory", "test_token_logprobs", "test_verify",
 }  # fmt: skip
 
 # 3. Tests that are deep as a whole, (), or where their id holds one of these.
 EVERYTHING = ()
 DEEP: dict[str, tuple[str, ...]] = {
     # A kernel takes many seconds to compile, those that draw most of a minute: what is core is for one GPU.
-    "test_nothing_got_worse": ("sm_80", "sm_100", "gfx942", "fp32", "log_q", "diagnostics", "sample", "verify"),
+    "test_nothing_got_worse": ("deep",),
     "test_main_configurations": ("gfx942",),
     "test_planted_regressions_of_the_solver_are_caught": EVERYTHING,
     "test_the_check_fails_and_the_rest_of_the_file_stays": EVERYTHING,
@@ -57,6 +61,8 @@ DEEP: dict[str, tuple[str, ...]] = {
     "test_half_precision_of_whole_vocabularies": EVERYTHING,
     "test_the_law_of_whole_vocabularies": ("V=151936",),
     "test_the_law_over_several_chunks": ("zipf", "random", "near-delta"),
+    "test_gradients_are_finite_whatever_the_row": ("ess_balance", "entropy"),
+    "test_arbitrary_rows_disturb_nobody": ("triton-3",),
     "test_ill_posed_cases": ("huge 1e30", "bisect"),
     "test_balanced_alpha_beside_a_ban": ("-1000.0", "3.4e+38"),
     "test_realistic_rows_take_at_most_1_7_sweeps": ("triton",),
@@ -88,8 +94,11 @@ def _arguments(item: pytest.Function) -> dict[str, object]:
 
 
 def _is_of_core_rows(name: str, item: pytest.Function) -> bool:
-    chosen = FEW_CASES if name in WITH_FEW_CASES else CASES
-    return all(value.name in chosen for value in _arguments(item).values() if isinstance(value, Case))
+    given = _arguments(item).values()
+    chosen = {value.name for value in given if isinstance(value, Case)}
+    if name not in WITH_FEW_CASES:
+        return chosen <= CASES
+    return chosen | {value for value in given if isinstance(value, str) and value in NAMES} <= FEW_CASES
 
 
 def _values(item: pytest.Function) -> set[tuple[str, str, str]]:

@@ -78,9 +78,14 @@ def rows(shape, dtype, offset=0):
 
 def works(a, b, n):
     """Each kind of launch on rows [n, V]."""
-    drafts, stacked = torch.zeros(n, 1, dtype=torch.int64), (torch.stack([a, a], 1), torch.stack([b, b], 1))
-    seeds, token = torch.arange(n), torch.zeros(n, dtype=torch.int64)
-    graded = [x.detach().clone().requires_grad_() for x in (a, b)]
+    drafts, seeds, token = torch.zeros(n, 1, dtype=torch.int64), torch.arange(n), torch.zeros(n, dtype=torch.int64)
+
+    def stacked():
+        return torch.stack([a, a], 1), torch.stack([b, b], 1)
+
+    def graded():
+        return [x.detach().clone().requires_grad_() for x in (a, b)]
+
     return {
         "solve": lambda: ost.solve(a, b),
         "bisect": lambda: ost.solve(a, b, algorithm="bisect"),
@@ -93,15 +98,15 @@ def works(a, b, n):
         "sample": lambda: ost.sample(a, b, seed=1),
         "sample, seeds": lambda: ost.sample(a, b, seed=seeds, offset=torch.tensor(7)),
         "sample, filtered": lambda: ost.sample(a, b, seed=2**62, temperature=0.7, min_p=0.1, num_samples=3),
-        "verify": lambda: ost.verify(drafts, *stacked, seed=1),
-        "verify, filtered": lambda: ost.verify(drafts, *stacked, draft="t", seed=seeds, temperature=0.7),
+        "verify": lambda: ost.verify(drafts, *stacked(), seed=1),
+        "verify, filtered": lambda: ost.verify(drafts, *stacked(), draft="t", seed=seeds, temperature=0.7),
         "dropin": lambda: ost.OptimalSamplingDistribution()(a.float(), b.float()),
-        "gradient": lambda: ost.log_q(*graded).sum().backward(),
-        "gradient of alpha": lambda: ost.solve(*graded).alpha.sum().backward(),
-        "gradient, ess_balance": lambda: ost.log_q(*graded, method="ess_balance").sum().backward(),
-        "token_logprobs": lambda: ost.token_logprobs(graded[0], token).sum().backward(),
-        "token_logprobs, entropy": lambda: sum(ost.token_logprobs(graded[0], token, entropy=True)).sum().backward(),
-        "token_logprobs, both": lambda: ost.token_logprobs(graded[0], token, logits_t=b)[0].sum().backward(),
+        "gradient": lambda: ost.log_q(*graded()).sum().backward(),
+        "gradient of alpha": lambda: ost.solve(*graded()).alpha.sum().backward(),
+        "gradient, ess_balance": lambda: ost.log_q(*graded(), method="ess_balance").sum().backward(),
+        "token_logprobs": lambda: ost.token_logprobs(graded()[0], token).sum().backward(),
+        "token_logprobs, entropy": lambda: sum(ost.token_logprobs(graded()[0], token, entropy=True)).sum().backward(),
+        "token_logprobs, both": lambda: ost.token_logprobs(graded()[0], token, logits_t=b)[0].sum().backward(),
     }
 
 

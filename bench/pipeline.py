@@ -115,7 +115,10 @@ def _package(folder: Path, name: str, *, diagnostics: bool) -> None:
 @torch.no_grad()
 def _loop(models: list[Any], vocab: int, samples: int) -> None:
     """What one would write with the documents' function: no files, no diagnostics."""
+    from optsample_triton.integrations.huggingface.cached import cache_name
+
     optimal = OptimalSamplingDistribution()
+    names = [cache_name(model) for model in models]
     for begin in range(0, samples, BATCH):
         rows = torch.arange(begin, min(begin + BATCH, samples))[:, None]
         ids = (1 + (31 * rows + torch.arange(PROMPT)) % (vocab - 1)).to(models[0].device)
@@ -123,8 +126,8 @@ def _loop(models: list[Any], vocab: int, samples: int) -> None:
         for _ in range(TOKENS):
             laws = []
             for k, model in enumerate(models):
-                out = model(input_ids=ids, past_key_values=caches[k], use_cache=True, logits_to_keep=1)
-                caches[k] = out.past_key_values
+                out = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{names[k]: caches[k]})
+                caches[k] = out[names[k]]
                 laws.append(out.logits[:, -1].float().softmax(-1))
             q_star, alpha, _ = optimal(*laws)
             ids = torch.multinomial(q_star, 1)

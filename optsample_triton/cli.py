@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -19,7 +19,8 @@ from . import backend
 from ._version import __version__
 from .api.solve import solve
 
-# Their versions come from metadata, since an import that fails or is slow must not stop the doctor.
+# Their versions come from metadata, since an import that fails must not stop the doctor. Only transformers is imported,
+# to be tried.
 _PACKAGES = ("torch", "triton", "numpy", "transformers", "vllm", "trl", "ray")
 _OPTIONAL = ("transformers", "vllm", "trl", "ray")
 
@@ -100,6 +101,14 @@ def _doctor(argv: Sequence[str]) -> int:
             lines.append(("  self-check", f"FAILED: {type(error).__name__}: {error}"))
             failures.append(f"the self-check on {device} raised {type(error).__name__}")
 
+    if versions["transformers"]:
+        version = versions["transformers"]
+        try:
+            lines.append(("hugging face", f"{_try_transformers()} with two tiny models: ok"))
+        except Exception as error:  # as above
+            lines.append(("hugging face", f"FAILED: {type(error).__name__}: {_first_line(error)}"))
+            failures.append(f"generate with transformers {version} raised {type(error).__name__}")
+
     width = max(len(label) for label, _ in lines)
     for label, text in lines:
         print(f"{label:<{width}}  {text}")
@@ -134,8 +143,50 @@ def _self_check(device: torch.device) -> float:
     return float(solve(row[None], row.flip(0)[None]).alpha)
 
 
+def _try_transformers() -> str:
+    """Generate from two tiny random models with the installed transformers, and score it; what was tried."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from .integrations.huggingface import OptimalSamplingLogitsProcessor, generate, score
+
+    config = LlamaConfig(
+        vocab_size=16,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    policy, target = (LlamaForCausalLM(config).eval() for _ in range(2))
+    ids, mask = torch.tensor([[3, 4, 5], [0, 6, 7]]), torch.tensor([[1, 1, 1], [0, 1, 1]])
+    run: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 3}
+    # On the CPU, whatever backend serves the devices: it is transformers that is tried here.
+    chosen = os.environ.get("OPTSAMPLE_BACKEND")
+    os.environ["OPTSAMPLE_BACKEND"] = "eager"
+    try:
+        for drafts in (0, 1):
+            out = generate(policy, target, ids, seed=0, num_draft_tokens=drafts, **run)
+            score(policy, target, out.sequences, attention_mask=out.attention_mask)
+        policy.generate(ids, logits_processor=[OptimalSamplingLogitsProcessor(target, attention_mask=mask)], **run)
+    finally:
+        if chosen is None:
+            del os.environ["OPTSAMPLE_BACKEND"]
+        else:
+            os.environ["OPTSAMPLE_BACKEND"] = chosen
+    return "generate, score and the logits processor"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
+
+
 def _advice(failures: Sequence[str], versions: dict[str, str | None]) -> str:
     """One line: the most useful thing to do next."""
+    if failures and failures[0].startswith("generate with transformers"):
+        return f"To do: install another transformers, pip install 'transformers>=4.57', since {failures[0]}."
     if failures and os.environ.get("OPTSAMPLE_BACKEND", "auto") != "auto":
         return f"To do: unset OPTSAMPLE_BACKEND and run again, since {failures[0]}."
     if failures:

@@ -101,9 +101,16 @@ def speculate(pair: Pair, rows: Rows, target_ids: Tensor, _: list[Any]) -> None:
         theta, t = (own, others) if drafter is pair.theta else (others, own)
         theta, t = aligned(theta, t, settings.vocab_size, rows.ids.device)
         checked = verify(
-            drafts, theta, t, draft=settings.draft, draft_lengths=lengths.clamp(max=count), seed=rows.seed,
-            offset=rows.offset, **settings.law, **settings.filters,
-        )  # fmt: skip
+            drafts,
+            theta,
+            t,
+            draft=settings.draft,
+            draft_lengths=lengths.clamp(max=count),
+            seed=rows.seed,
+            offset=rows.offset,
+            **settings.law,
+            **settings.filters,
+        )
         records = {name: getattr(checked, name) for name in _RECORDS}
         if settings.diagnostics:
             records |= _figures(theta, t, records["alpha"], settings)
@@ -125,9 +132,14 @@ def _drafts(model: CachedModel, last: Tensor, count: int, rows: Rows, settings: 
         if k < count:
             # Both laws are the same, so alpha does not matter.
             token = sample(
-                row, row, alpha=1.0, seed=rows.seed, offset=rows.offset + k, temperature_theta=temperature,
+                row,
+                row,
+                alpha=1.0,
+                seed=rows.seed,
+                offset=rows.offset + k,
+                temperature_theta=temperature,
                 temperature_t=temperature,
-            ).token.clamp(min=0)[:, None]  # fmt: skip
+            ).token.clamp(min=0)[:, None]
             drafts.append(token)
     return torch.cat(drafts, 1) if drafts else last[:, :0].to(rows.ids.device), torch.stack(logits, 1)
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
@@ -144,39 +144,9 @@ def _self_check(device: torch.device) -> float:
 
 
 def _try_transformers() -> str:
-    """Generate from two tiny random models with the installed transformers, and score it; what was tried."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from .integrations.huggingface.trial import try_installed
 
-    from .integrations.huggingface import OptimalSamplingLogitsProcessor, generate, score
-
-    config = LlamaConfig(
-        vocab_size=16,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    policy, target = (LlamaForCausalLM(config).eval() for _ in range(2))
-    ids, mask = torch.tensor([[3, 4, 5], [0, 6, 7]]), torch.tensor([[1, 1, 1], [0, 1, 1]])
-    run: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 3}
-    # On the CPU, whatever backend serves the devices: it is transformers that is tried here.
-    chosen = os.environ.get("OPTSAMPLE_BACKEND")
-    os.environ["OPTSAMPLE_BACKEND"] = "eager"
-    try:
-        for drafts in (0, 1):
-            out = generate(policy, target, ids, seed=0, num_draft_tokens=drafts, **run)
-            score(policy, target, out.sequences, attention_mask=out.attention_mask)
-        policy.generate(ids, logits_processor=[OptimalSamplingLogitsProcessor(target, attention_mask=mask)], **run)
-    finally:
-        if chosen is None:
-            del os.environ["OPTSAMPLE_BACKEND"]
-        else:
-            os.environ["OPTSAMPLE_BACKEND"] = chosen
-    return "generate, score and the logits processor"
+    return try_installed()
 
 
 def _first_line(error: Exception) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import inspect
 import json
 import statistics
 import tempfile
@@ -137,10 +138,9 @@ def _package(folder: Path, name: str, *, diagnostics: bool) -> None:
 @torch.no_grad()
 def _loop(models: list[Any], vocab: int, samples: int) -> None:
     """What one would write with the documents' function: no files, no diagnostics."""
-    from optsample_triton.integrations.huggingface.cached import cache_name
-
     optimal = OptimalSamplingDistribution()
-    names = [cache_name(model) for model in models]
+    # transformers 5.24 calls a model's cache another name.
+    names = ["cache" if "cache" in inspect.signature(m.forward).parameters else "past_key_values" for m in models]
     for begin in range(0, samples, BATCH):
         rows = torch.arange(begin, min(begin + BATCH, samples))[:, None]
         ids = (1 + (31 * rows + torch.arange(PROMPT)) % (vocab - 1)).to(models[0].device)

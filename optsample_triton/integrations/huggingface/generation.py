@@ -1,4 +1,4 @@
-"""One door to generation from q*: a plain function and transformers' custom_generate in one."""
+"""`generate`: a plain function and a custom_generate of transformers in one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from optsample_triton.integrations.huggingface.pair import (
     special_tokens,
     vocabulary,
 )
-from optsample_triton.integrations.huggingface.rows import Rows, Settings
+from optsample_triton.integrations.huggingface.rows import Generated, Settings
 from optsample_triton.types import DRAFTS
 
 _TEXT = ("inputs", "input_ids", "attention_mask")
@@ -244,7 +244,7 @@ def _decode(
         CachedModel(settings.target_model, target_padding, rewindable=speculative),
         settings,
     )
-    state = Rows(input_ids, padding, settings, stopping_criteria, generation_config)
+    state = Generated(input_ids, padding, settings, stopping_criteria, generation_config)
     (speculate if speculative else step_by_step)(pair, state, target_ids, processors)
     out = state.output()
     return out if generation_config.return_dict_in_generate else out.sequences

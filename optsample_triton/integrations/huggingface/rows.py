@@ -66,7 +66,7 @@ class Settings(NamedTuple):
     streamer: Any
 
 
-class Rows:
+class Generated:
     """The rows that are generated: their tokens and records, which are at their end, and their random numbers."""
 
     def __init__(self, ids: Tensor, padding: Tensor, settings: Settings, criteria: Any, config: Any):

@@ -3,7 +3,7 @@
 import transformers
 
 from optsample_triton import cli
-from optsample_triton.integrations import huggingface
+from optsample_triton.integrations.huggingface import trial
 
 
 def test_it_tries_what_is_installed(capsys):
@@ -19,7 +19,7 @@ def test_it_says_in_one_sentence_what_fails(capsys, monkeypatch):
     def generate(*args, **kwargs):
         raise TypeError("forward() got an unexpected keyword argument\nand more of it")
 
-    monkeypatch.setattr(huggingface, "generate", generate)
+    monkeypatch.setattr(trial, "generate", generate)
     assert cli.main(["doctor"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert any(line.endswith("FAILED: TypeError: forward() got an unexpected keyword argument") for line in lines)

@@ -17,7 +17,7 @@ from optsample_triton.kernels.constants import (
     NODE_LOW,
     OK,
 )
-from optsample_triton.kernels.records import Ends, ModelRow, Nodes, NodeSums, Row, Survey
+from optsample_triton.kernels.records import Ends, FirstSweep, ModelRow, Nodes, NodeSums, Row, Survey
 from optsample_triton.kernels.root import interpolate
 from optsample_triton.kernels.rows import (
     as_logits,
@@ -234,7 +234,7 @@ def kept_nodes(chunk_sums_ptr, chunks, LANES: tl.constexpr):
 
 @triton.jit
 def first_sweep(batch, meeting, tile, later, CHUNK: tl.constexpr, UNROLL: tl.constexpr, KEEP: tl.constexpr):
-    """A program's row, opened, with what ``nodes`` gives: (index, row, chunk_sums_ptr, total, last)."""
+    """A program's row, opened, with what ``nodes`` gives."""
     program = tl.program_id(0)
     index = (program // meeting.splits).to(tl.int64)
     row = open_row(batch, index, later)
@@ -250,7 +250,7 @@ def first_sweep(batch, meeting, tile, later, CHUNK: tl.constexpr, UNROLL: tl.con
         UNROLL,
         KEEP,
     )
-    return index, row, chunk_sums_ptr, total, last
+    return FirstSweep(index, row, chunk_sums_ptr, total, last)
 
 
 @triton.jit

@@ -28,12 +28,21 @@ theory: $(STAMP)
 	$(BIN)/python -m bench.theory $(THEORY_ARGS)
 
 # Each folder of tests/integrations names its packages in requirements.txt and gets an environment of its own; packages
-# of no-deps.txt, where there is one, come without the packages that they in turn ask for.
+# of no-deps.txt, where there is one, come without the packages that they in turn ask for. FOLDERS names some of them;
+# TRANSFORMERS=5.23.0 puts that release in the place of the one that they name, in an environment of its own, where trl
+# and datasets are what goes with it.
+TRANSFORMERS ?=
+FOLDERS ?= $(if $(TRANSFORMERS),huggingface pipeline,*)
 test-integrations: $(STAMP)
 	@set -eu; found=; \
-	for requirements in tests/integrations/*/requirements.txt; do \
+	for requirements in $(FOLDERS:%=tests/integrations/%/requirements.txt); do \
 	  [ -e "$$requirements" ] || continue; \
-	  found=yes; folder=$$(dirname "$$requirements"); venv=.venvs/$$(basename "$$folder"); \
+	  found=yes; folder=$$(dirname "$$requirements"); venv=.venvs/$$(basename "$$folder")$(TRANSFORMERS:%=-%); \
+	  if [ -n "$(TRANSFORMERS)" ]; then \
+	    mkdir -p "$$venv"; named=$$requirements; requirements=$$venv/requirements.txt; \
+	    sed -E -e 's/^transformers[=<>].*/transformers==$(TRANSFORMERS)/' -e 's/^(trl|datasets)==.*/\1/' "$$named" > "$$requirements.new"; \
+	    cmp -s "$$requirements.new" "$$requirements" || cp "$$requirements.new" "$$requirements"; \
+	  fi; \
 	  echo "== $$folder"; \
 	  if ! [ "$$venv/.installed" -nt "$$requirements" ] || ! [ "$$venv/.installed" -nt $(STAMP) ]; then \
 	    $(PYTHON) -m venv "$$venv"; \

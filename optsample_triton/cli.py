@@ -19,7 +19,8 @@ from . import backend
 from ._version import __version__
 from .api.solve import solve
 
-# Their versions come from metadata, since an import that fails or is slow must not stop the doctor.
+# Their versions come from metadata, since an import that fails must not stop the doctor. Only transformers is imported,
+# to be tried.
 _PACKAGES = ("torch", "triton", "numpy", "transformers", "vllm", "trl", "ray")
 _OPTIONAL = ("transformers", "vllm", "trl", "ray")
 
@@ -100,6 +101,14 @@ def _doctor(argv: Sequence[str]) -> int:
             lines.append(("  self-check", f"FAILED: {type(error).__name__}: {error}"))
             failures.append(f"the self-check on {device} raised {type(error).__name__}")
 
+    if versions["transformers"]:
+        version = versions["transformers"]
+        try:
+            lines.append(("hugging face", f"{_try_transformers()} with two tiny models: ok"))
+        except Exception as error:  # as above
+            lines.append(("hugging face", f"FAILED: {type(error).__name__}: {_first_line(error)}"))
+            failures.append(f"generate with transformers {version} raised {type(error).__name__}")
+
     width = max(len(label) for label, _ in lines)
     for label, text in lines:
         print(f"{label:<{width}}  {text}")
@@ -134,8 +143,20 @@ def _self_check(device: torch.device) -> float:
     return float(solve(row[None], row.flip(0)[None]).alpha)
 
 
+def _try_transformers() -> str:
+    from .integrations.huggingface.trial import try_installed
+
+    return try_installed()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
+
+
 def _advice(failures: Sequence[str], versions: dict[str, str | None]) -> str:
     """One line: the most useful thing to do next."""
+    if failures and failures[0].startswith("generate with transformers"):
+        return f"To do: install another transformers, pip install 'transformers>=4.57', since {failures[0]}."
     if failures and os.environ.get("OPTSAMPLE_BACKEND", "auto") != "auto":
         return f"To do: unset OPTSAMPLE_BACKEND and run again, since {failures[0]}."
     if failures:

@@ -51,16 +51,16 @@ def _kernel(
     tile: tl.constexpr = Tile(H, False, False)
     batch = Batch(theta_ptr, t_ptr, None, None, Place(V, 0, stride_theta), Place(V, 0, stride_t), V, 0.0)
     meeting = Meeting(chunk_sums_ptr, arrived_ptr, 1)
-    index, row, chunk_sums_ptr, _, _ = first_sweep(batch, meeting, tile, tile, CHUNK, 1, True)
+    first = first_sweep(batch, meeting, tile, tile, CHUNK, 1, True)
     chunks = tl.cdiv(V, CHUNK)
-    total = kept_nodes(chunk_sums_ptr, chunks, LANES)
-    row, ends, root = solved(row, total, index, Request(None, 1e-4, 20), tile, KL_SYMMETRY, False)
+    total = kept_nodes(first.chunk_sums_ptr, chunks, LANES)
+    _, ends, root = solved(first.row, total, first.index, Request(None, 1e-4, 20), tile, KL_SYMMETRY, False)
     alpha = root.alpha
     level = alpha * ends.A + (1.0 - alpha) * ends.B + root.psi
-    masses, misplaced = interpolated_masses(chunk_sums_ptr, chunks, alpha, level, LANES)
-    tl.store(alpha_ptr + index, alpha)
-    tl.store(misplaced_ptr + index, misplaced / tl.sum(masses, 0))
-    tl.store(mass_ptr + index * LANES + tl.arange(0, LANES), masses)
+    masses, misplaced = interpolated_masses(first.chunk_sums_ptr, chunks, alpha, level, LANES)
+    tl.store(alpha_ptr + first.index, alpha)
+    tl.store(misplaced_ptr + first.index, misplaced / tl.sum(masses, 0))
+    tl.store(mass_ptr + first.index * LANES + tl.arange(0, LANES), masses)
 
 
 def interpolated(a, b):

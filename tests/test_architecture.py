@@ -31,7 +31,7 @@ ROOMS = {
     "is_reshape": "types api",
     "integrations": PUBLIC,
     "pipeline": f"{PUBLIC} _version integrations",
-    "cli": f"{PUBLIC} _version backend pipeline bench",
+    "cli": f"{PUBLIC} _version backend integrations pipeline bench",
     "": f"{PUBLIC} _version integrations pipeline",  # the package itself, optsample_triton/__init__.py
 }
 # The same for what stands beside the package; "ost" is what users import.
@@ -54,6 +54,7 @@ LAZY = {
     ("ops", "eager"): "the choice of a backend stands in one place",
     ("ost", "pipeline"): "solving and learning do not need it",
     ("cli", "pipeline"): "the other commands do not need it",
+    ("cli", "integrations"): "transformers need not be installed",
     ("cli", "bench"): "it is there in a clone of the repository only",
     ("pipeline", "pipeline"): "an engine, a cluster or the figures where a job asks for them",
     ("pipeline", "integrations"): "these import transformers or vLLM",

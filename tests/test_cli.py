@@ -1,5 +1,6 @@
 """The command optsample: exit codes, its one-sentence errors, and what the doctor says."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,18 @@ def test_doctor_names_optional_packages_only_where_installed(
     assert lines["vllm"] == "9.9"
     assert lines["triton"] == "not installed"
     assert "transformers" not in lines
+
+
+def test_doctor_survives_a_transformers_that_cannot_be_imported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("OPTSAMPLE_BACKEND", raising=False)
+    monkeypatch.setattr(cli, "_installed_version", {"torch": "2.0", "triton": "3.7", "transformers": "9.9"}.get)
+    monkeypatch.setitem(sys.modules, "transformers", None)  # an import of it raises ImportError
+    assert exit_code(["doctor"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("hugging face" in line and "FAILED: ModuleNotFoundError: " in line for line in lines) == 1
+    assert lines[-1].endswith("since generate with transformers 9.9 raised ModuleNotFoundError.")
 
 
 def test_bench_is_handed_its_arguments(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import inspect
 import json
 import statistics
 import tempfile
@@ -71,10 +72,19 @@ def measure(vocab: int, samples: int) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rates = {f"{name}_samples_per_s": f"{samples / statistics.median(s):.4g}" for name, s in seconds.items()}
     return {
-        "vocab": vocab, "batch": BATCH, "tokens": TOKENS, "layers": LAYERS, "width": WIDTH, "samples": samples, **rates,
-        "device": device, "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "date": date.today().isoformat(), "commit": results.current_commit(),
-    }  # fmt: skip
+        "vocab": vocab,
+        "batch": BATCH,
+        "tokens": TOKENS,
+        "layers": LAYERS,
+        "width": WIDTH,
+        "samples": samples,
+        **rates,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "date": date.today().isoformat(),
+        "commit": results.current_commit(),
+    }
 
 
 def _prepare(folder: Path, vocab: int, samples: int) -> list[Any]:
@@ -89,10 +99,18 @@ def _prepare(folder: Path, vocab: int, samples: int) -> list[Any]:
     for seed, name in enumerate(("policy", "target")):
         transformers.set_seed(seed)
         config = transformers.LlamaConfig(
-            vocab_size=vocab, hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=LAYERS,
-            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128, initializer_range=0.1,
-            pad_token_id=0, bos_token_id=None, eos_token_id=None,
-        )  # fmt: skip
+            vocab_size=vocab,
+            hidden_size=WIDTH,
+            intermediate_size=2 * WIDTH,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=128,
+            initializer_range=0.1,
+            pad_token_id=0,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
         model = transformers.LlamaForCausalLM(config).eval()
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -106,17 +124,23 @@ def _package(folder: Path, name: str, *, diagnostics: bool) -> None:
     """The whole command: models loaded, files written and brought to the disk."""
     generate(
         Job(
-            model_theta=str(folder / "policy"), model_t=str(folder / "target"), dataset=str(folder / "prompts.txt"),
-            output=str(folder / name / "out.jsonl"), batch_size=BATCH, max_new_tokens=TOKENS,
+            model_theta=str(folder / "policy"),
+            model_t=str(folder / "target"),
+            dataset=str(folder / "prompts.txt"),
+            output=str(folder / name / "out.jsonl"),
+            batch_size=BATCH,
+            max_new_tokens=TOKENS,
             save_diagnostics=diagnostics,
         )
-    )  # fmt: skip
+    )
 
 
 @torch.no_grad()
 def _loop(models: list[Any], vocab: int, samples: int) -> None:
     """What one would write with the documents' function: no files, no diagnostics."""
     optimal = OptimalSamplingDistribution()
+    # transformers 5.24 calls a model's cache another name.
+    names = ["cache" if "cache" in inspect.signature(m.forward).parameters else "past_key_values" for m in models]
     for begin in range(0, samples, BATCH):
         rows = torch.arange(begin, min(begin + BATCH, samples))[:, None]
         ids = (1 + (31 * rows + torch.arange(PROMPT)) % (vocab - 1)).to(models[0].device)
@@ -124,8 +148,8 @@ def _loop(models: list[Any], vocab: int, samples: int) -> None:
         for _ in range(TOKENS):
             laws = []
             for k, model in enumerate(models):
-                out = model(input_ids=ids, past_key_values=caches[k], use_cache=True, logits_to_keep=1)
-                caches[k] = out.past_key_values
+                out = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{names[k]: caches[k]})
+                caches[k] = out[names[k]]
                 laws.append(out.logits[:, -1].float().softmax(-1))
             q_star, alpha, _ = optimal(*laws)
             ids = torch.multinomial(q_star, 1)

@@ -1,4 +1,8 @@
-"""The numbers that several kernels use, in the form in which a kernel may read them; most are those of numerics.py."""
+"""The numbers that several kernels use, in the form in which a kernel may read them; most are those of numerics.py.
+
+In a product or a sum they stand to the right of a tensor: to its left, Triton's interpreter would take the result for a
+constant.
+"""
 
 import triton.language as tl
 
@@ -43,6 +47,8 @@ SAVED = tl.constexpr(len(Saved._fields))
 
 LOG2E = tl.constexpr(1.4426950408889634)
 EPSILON = tl.constexpr(1.1920929e-7)  # of float32
-# The node sums hold the eighth roots of weights as powers of two: what one power more means in nats, 8 log 2.
-NATS_PER_POWER = tl.constexpr(5.545177444479562)
+# The node sums are of weights whose eighth roots are powers of two: what one power more means in nats, 8 log 2, and its
+# square, both as float32 holds them.
+NATS_PER_POWER = tl.constexpr(5.5451774597167969)
+NATS_PER_POWER_SQUARED = tl.constexpr(30.748992919921875)
 WILD = tl.constexpr(30.0)  # Chernoff information beyond which no reference is known before a sweep

@@ -12,6 +12,7 @@ import triton.language as tl
 from optsample_triton.kernels.constants import (
     LOG2E,
     NATS_PER_POWER,
+    NATS_PER_POWER_SQUARED,
     NEGLECTED_EVEN,
     NEGLECTED_ODD,
     NODE_HIGH,
@@ -81,7 +82,7 @@ def interpolated_masses(chunk_sums_ptr, chunks, x, base, LANES: tl.constexpr):
     mean_low = sums.first_low * NATS_PER_POWER / sums.mass_low
     mean_half = sums.first_half * NATS_PER_POWER / sums.mass_half
     mean_high = sums.first_high * NATS_PER_POWER / sums.mass_high
-    square = sums.second_half * (NATS_PER_POWER * NATS_PER_POWER) / sums.mass_half
+    square = sums.second_half * NATS_PER_POWER_SQUARED / sums.mass_half
     nodes = Nodes(
         psi_low=tl.log(sums.mass_low) - chord * NODE_LOW - log_t,
         psi_half=tl.log(sums.mass_half) - 0.5 * chord - log_t,

@@ -7,8 +7,17 @@ reads the interpolant's data off the sums; ``survey`` looks again at a row whose
 import triton
 import triton.language as tl
 
-from optsample_triton.kernels.constants import DISJOINT, INVALID, LOG2E, NATS_PER_POWER, NODE_HIGH, NODE_LOW, OK
-from optsample_triton.kernels.records import Ends, ModelRow, Nodes, NodeSums, Row, Survey
+from optsample_triton.kernels.constants import (
+    DISJOINT,
+    INVALID,
+    LOG2E,
+    NATS_PER_POWER,
+    NATS_PER_POWER_SQUARED,
+    NODE_HIGH,
+    NODE_LOW,
+    OK,
+)
+from optsample_triton.kernels.records import Ends, FirstSweep, ModelRow, Nodes, NodeSums, Row, Survey
 from optsample_triton.kernels.root import interpolate
 from optsample_triton.kernels.rows import (
     as_logits,
@@ -225,7 +234,7 @@ def kept_nodes(chunk_sums_ptr, chunks, LANES: tl.constexpr):
 
 @triton.jit
 def first_sweep(batch, meeting, tile, later, CHUNK: tl.constexpr, UNROLL: tl.constexpr, KEEP: tl.constexpr):
-    """A program's row, opened, with what ``nodes`` gives: (index, row, chunk_sums_ptr, total, last)."""
+    """A program's row, opened, with what ``nodes`` gives."""
     program = tl.program_id(0)
     index = (program // meeting.splits).to(tl.int64)
     row = open_row(batch, index, later)
@@ -241,7 +250,7 @@ def first_sweep(batch, meeting, tile, later, CHUNK: tl.constexpr, UNROLL: tl.con
         UNROLL,
         KEEP,
     )
-    return index, row, chunk_sums_ptr, total, last
+    return FirstSweep(index, row, chunk_sums_ptr, total, last)
 
 
 @triton.jit
@@ -257,7 +266,7 @@ def interpolant_start(row, total, PROBS: tl.constexpr):
         slope_low=total.first_low / total.mass_low * NATS_PER_POWER - chord,
         slope_half=mean_half * NATS_PER_POWER - chord,
         slope_high=total.first_high / total.mass_high * NATS_PER_POWER - chord,
-        curvature=(total.second_half / total.mass_half - mean_half * mean_half) * (NATS_PER_POWER * NATS_PER_POWER),
+        curvature=(total.second_half / total.mass_half - mean_half * mean_half) * NATS_PER_POWER_SQUARED,
     )
     target = tl.zeros([], tl.float64)
     if PROBS:  # rows that are not renormalised: their root condition is L' = 0, not L' = A - B

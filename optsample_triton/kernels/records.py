@@ -100,6 +100,16 @@ class Meeting(NamedTuple):
     splits: tl.tensor  # programs per row
 
 
+class FirstSweep(NamedTuple):
+    """What a program has after its share of the first sweep."""
+
+    index: tl.tensor  # of its row
+    row: Row
+    chunk_sums_ptr: tl.tensor  # the row's
+    total: NodeSums
+    last: tl.tensor  # whether it goes on with the row
+
+
 class Survey(NamedTuple):
     """What a row holds: flags, and the largest |logit| of the common support."""
 
@@ -417,6 +427,15 @@ class Filters(NamedTuple):
 
     inverse_temperature_ptr: tl.tensor
     min_p_ptr: tl.tensor
+
+
+class Filtering(NamedTuple):
+    """A row's filters."""
+
+    inverse_temperature: tl.tensor
+    floor: tl.tensor  # of z, below which min_p cuts
+    active: tl.tensor  # whether they change q*
+    usable: tl.tensor  # whether they and alpha mean anything
 
 
 class Key(NamedTuple):

@@ -24,6 +24,7 @@ from optsample_triton.kernels.records import (
     Drafts,
     Drawing,
     Drawn,
+    Filtering,
     Filters,
     Key,
     Law,
@@ -45,31 +46,31 @@ OFF = tl.constexpr(2.0**-16)  # how far from 1 float32 may leave the whole mass
 
 
 @triton.jit
-def _filters_of(filters, index, x, FILTER: tl.constexpr):
-    """q*'s 1/temperature, the floor that min_p makes, whether they change q*, and whether x and they are usable."""
+def _filtering(filters, index, x, FILTER: tl.constexpr):
+    """The row's ``Filtering``, with x for alpha."""
     inverse_temperature, floor = tl.full([], 1.0, tl.float32), tl.full([], -float("inf"), tl.float32)
-    filtered = tl.zeros([], tl.int1)
+    active = tl.zeros([], tl.int1)
     usable = x - x == 0.0
     if FILTER:
         inverse_temperature = tl.load(filters.inverse_temperature_ptr + index)
         min_p = tl.load(filters.min_p_ptr + index)
         # SLACK keeps tokens that rounding would drop.
         floor = tl.where(min_p > 0.0, tl.log(min_p) - SLACK, floor)
-        filtered = (inverse_temperature != 1.0) | (min_p > 0.0)
+        active = (inverse_temperature != 1.0) | (min_p > 0.0)
         usable = usable & (inverse_temperature > 0.0) & (inverse_temperature < float("inf")) & (min_p >= 0.0)
-    return inverse_temperature, floor, filtered, usable
+    return Filtering(inverse_temperature, floor, active, usable)
 
 
 @triton.jit
-def settled(row, index, chunk_sums_ptr, request, filters, drawn, drawing, tile, METHOD: tl.constexpr):
+def settled(first, request, filters, drawn, drawing, tile, METHOD: tl.constexpr):
     """From the chunks' node sums to a normalised law, ``Settled``; alpha and status are stored."""
-    chunks = tl.cdiv(row.V, drawing.CHUNK)
-    total = kept_nodes(chunk_sums_ptr, chunks, drawing.LANES)
-    row, ends, root = solved(row, total, index, request, tile, METHOD, False)
+    index, chunks = first.index, tl.cdiv(first.row.V, drawing.CHUNK)
+    total = kept_nodes(first.chunk_sums_ptr, chunks, drawing.LANES)
+    row, ends, root = solved(first.row, total, index, request, tile, METHOD, False)
     disjoint = root.status == DISJOINT
     x = tl.where(disjoint, 1.0, rounded(root.alpha))
-    inverse_temperature, floor, filtered, usable = _filters_of(filters, index, x, drawing.FILTER)
-    status = tl.where(usable, root.status, INVALID)
+    filtering = _filtering(filters, index, x, drawing.FILTER)
+    status = tl.where(filtering.usable, root.status, INVALID)
     tl.store(drawn.alpha_ptr + index, tl.where(status == INVALID, float("nan"), x).to(tl.float32))
     tl.store(drawn.status_ptr + index, status.to(tl.uint8))
     own_theta, own_t = ends.A, ends.B
@@ -79,17 +80,17 @@ def settled(row, index, chunk_sums_ptr, request, filters, drawn, drawing, tile, 
     psi = tl.where(disjoint, 0.0, root.psi)
     log_mass = tl.where(disjoint, own_theta, x * ends.A + (1.0 - x) * ends.B + psi)
     # A low temperature would blow float32's rounding up, and a threshold would cut by it.
-    far = (ends.shrink < 1.0) | (psi < -FAR) | filtered
-    if (ends.shrink < 1.0) | filtered:
+    far = (ends.shrink < 1.0) | (psi < -FAR) | filtering.active
+    if (ends.shrink < 1.0) | filtering.active:
         # Huge logits round psi by many nats, and at a low temperature q's own normalisation would underflow.
         log_mass = tilted_top(row_q, x, tile)
     base = tl.where(far, log_mass, rounded(log_mass))
-    law = Law(x, base, inverse_temperature, floor, far, tl.full([], float("inf"), tl.float32))
-    masses, misplaced = interpolated_masses(chunk_sums_ptr, chunks, x, base, drawing.LANES)
+    law = Law(x, base, filtering.inverse_temperature, filtering.floor, far, tl.full([], float("inf"), tl.float32))
+    masses, misplaced = interpolated_masses(first.chunk_sums_ptr, chunks, x, base, drawing.LANES)
     # Beyond the models, and where sums are denormal, the nodes do not see every token that counts.
     seen = (ends.shrink == 1.0) & (x >= 0.0) & (x <= 1.0) & (ends.psi_half > -FAR)
     whole = tl.sum(masses, 0)
-    trusted = seen & (filtered == 0) & (disjoint == 0) & (misplaced <= whole * MISPLACED)
+    trusted = seen & (filtering.active == 0) & (disjoint == 0) & (misplaced <= whole * MISPLACED)
     if not alpha_is_known(METHOD):
         # The solver knows the whole mass. Beside a finite mask L bends within a hair of an end, unseen by the nodes.
         trusted = trusted & (tl.abs(whole - 1.0) <= OFF)
@@ -270,10 +271,10 @@ def sample_kernel(
     # The sweeps after the first keep more values per pair: half the tile holds their registers down.
     tile: tl.constexpr = Tile(H, PACKED, False)
     later: tl.constexpr = Tile(H // 2, PACKED, False)
-    index, row, chunk_sums_ptr, _, last = first_sweep(batch, meeting, tile, later, CHUNK, UNROLL, True)
-    if last:
-        drawn_from = settled(row, index, chunk_sums_ptr, request, filters, drawn, drawing, later, METHOD)
-        _store_samples(drawn_from, index, seeds, num_samples, drawn, drawing, DRAWS)
+    first = first_sweep(batch, meeting, tile, later, CHUNK, UNROLL, True)
+    if first.last:
+        drawn_from = settled(first, request, filters, drawn, drawing, later, METHOD)
+        _store_samples(drawn_from, first.index, seeds, num_samples, drawn, drawing, DRAWS)
 
 
 @triton.jit(
@@ -341,7 +342,7 @@ def verify_kernel(
     # The sweeps after the first keep more values per pair: half the tile holds their registers down.
     tile: tl.constexpr = Tile(H, PACKED, False)
     later: tl.constexpr = Tile(H // 2, PACKED, False)
-    index, row, chunk_sums_ptr, _, last = first_sweep(batch, meeting, tile, later, CHUNK, UNROLL, True)
-    if last:
-        drawn_from = settled(row, index, chunk_sums_ptr, request, filters, drawn, drawing, later, METHOD)
-        _store_decision(drawn_from, index, seeds, drafts, drawn, drawing, later, MODEL)
+    first = first_sweep(batch, meeting, tile, later, CHUNK, UNROLL, True)
+    if first.last:
+        drawn_from = settled(first, request, filters, drawn, drawing, later, METHOD)
+        _store_decision(drawn_from, first.index, seeds, drafts, drawn, drawing, later, MODEL)

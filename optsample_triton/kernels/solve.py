@@ -239,7 +239,9 @@ def _search_start(row, total, index, request, tile, METHOD: tl.constexpr, NORMAL
         sweeps += 1
         shrink = tl.full([], LARGEST, tl.float32) / tl.maximum(size, LARGEST)
         reference_theta, reference_t = 0.0 * shrink, 0.0 * shrink
-        alpha, low, high, A, B, psi_half = _blank()
+        nothing = tl.zeros([], tl.float64)
+        alpha, low, high = nothing + 0.5, nothing, nothing + 1.0
+        A, B, psi_half = nothing, nothing, nothing - float("inf")
         task = tl.where(status == OK, FIND_A, DONE)
     row = with_references(row, reference_theta, reference_t)
     if alpha_is_known(METHOD):
@@ -292,13 +294,6 @@ def agreement(row, ends, alpha, status, tile):
     if (status == OK) & (ends.psi_half > -NARROW) & (tl.abs(alpha - half) >= REACH):
         same = evaluate(row, half, ends, tile).width <= 0.0
     return tl.where(same & (status == OK), IDENTICAL, status)
-
-
-@triton.jit
-def _blank():
-    """alpha, bracket, A, B and psi(1/2) of a row of which nothing is known."""
-    nothing = tl.zeros([], tl.float64)
-    return nothing + 0.5, nothing, nothing + 1.0, nothing, nothing, nothing - float("inf")
 
 
 @triton.jit
@@ -359,11 +354,11 @@ def solve_kernel(
     # The sweeps after the first keep more values per pair: half the tile holds their registers down.
     tile: tl.constexpr = Tile(H, PACKED, PROBS)
     later: tl.constexpr = Tile(H // 2, PACKED, PROBS)
-    index, row, _, total, last = first_sweep(batch, meeting, tile, later, CHUNK, UNROLL, False)
-    if last:
-        request = Request(given_alpha_ptr, tol, max_iter)
-        row, ends, root = solved(row, total, index, request, later, METHOD, True)
-        _finish(row, ends, root, index, results, later)
+    request = Request(given_alpha_ptr, tol, max_iter)
+    first = first_sweep(batch, meeting, tile, later, CHUNK, UNROLL, False)
+    if first.last:
+        row, ends, root = solved(first.row, first.total, first.index, request, later, METHOD, True)
+        _finish(row, ends, root, first.index, results, later)
 
 
 @triton.jit

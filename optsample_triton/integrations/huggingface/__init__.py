@@ -1,8 +1,8 @@
 """q* in transformers: generation with two models, speculative or not, a logits processor, and scores of given text.
 
-``generate`` is a function and a ``custom_generate`` at once. It is the exact and the fast door: the fused sampler, and
-every token's log-probabilities. ``OptimalSamplingLogitsProcessor`` serves the other modes of ``model.generate``.
-``score`` gives alpha, q* and diagnostics of sequences that exist already. Needs transformers 4.57 or newer.
+``generate`` is a function and a ``custom_generate`` at once. It is exact and fast: it draws with the fused sampler and
+returns every token's log-probabilities. ``OptimalSamplingLogitsProcessor`` works in all other modes of
+``model.generate``. ``score`` gives alpha, q* and diagnostics of existing sequences. Needs transformers 4.57 or newer.
 """
 
 try:

@@ -13,6 +13,8 @@ from transformers import DynamicCache
 ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 # Models that take no positions because they only look at distances.
 DISTANCES = ("bloom", "mpt")
+# What transformers calls a model's cache: the first since 5.24, the second before, and in code that comes with a model.
+CACHES = ("cache", "past_key_values")
 
 
 class CachedModel:
@@ -45,6 +47,7 @@ class CachedModel:
         self._needs_positions = inner.config.model_type not in DISTANCES
         self._positions = _learned_positions(inner)
         self._keep = "logits_to_keep" if "logits_to_keep" in accepted else None
+        self._cache_name = cache_name(inner)
         if self.padded:
             self.check_positions("padded rows")
 
@@ -72,7 +75,8 @@ class CachedModel:
             inputs["position_ids"] = positions if self.last is None else positions.clamp(max=self.last)
         if self._keep:
             inputs[self._keep] = keep
-        outputs = self.model(**inputs, past_key_values=self.cache, use_cache=True, return_dict=True)
+        inputs[self._cache_name] = self.cache
+        outputs = self.model(**inputs, use_cache=True, return_dict=True)
         if not self.width:
             self._check_outputs(outputs, ids.shape[1])
         self.width += ids.shape[1]
@@ -110,7 +114,7 @@ class CachedModel:
         found = self.cache.get_seq_length()
         if found != width:
             raise ValueError(
-                f"{self._name} must keep each token that it reads in past_key_values, but holds {found} after {width}: "
+                f"{self._name} must keep each token that it reads in its cache, but holds {found} after {width}: "
                 "models with other states or with virtual tokens are not supported, and gradient checkpointing keeps "
                 "no cache until model.eval()"
             )
@@ -189,16 +193,30 @@ def check_model(model: Any) -> None:
     # PEFT's generate would go past the virtual tokens, to the model inside.
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise ValueError(f"{name} must have no virtual tokens before the text, but its adapter adds some: use another")
-    if "past_key_values" not in inspect.signature(inner.forward).parameters:
-        raise ValueError(
-            f"{name}.forward must name past_key_values, but does not: models with other states (Mamba, RWKV) are not "
-            "supported, and of a wrapper pass the model inside"
-        )
+    cache_name(inner)
     supports = getattr(inner, "_supports_default_dynamic_cache", None)
     if supports is not None and not supports():
         raise ValueError(
             f"{name} must take a DynamicCache, but needs a cache of its own in this version of transformers"
         )
+    try:
+        DynamicCache(config=inner.config).get_seq_length()
+    except ValueError as error:  # what a cache of states alone says, which does not know how long its text is
+        raise ValueError(
+            f"{name} must keep keys and values, but does not: models with other states (Mamba, RWKV) are not supported"
+        ) from error
+
+
+def cache_name(model: Any) -> str:
+    """What the forward method of a model calls its cache."""
+    accepted = inspect.signature(innermost(model).forward).parameters
+    for name in CACHES:
+        if name in accepted:
+            return name
+    raise ValueError(
+        f"{type(innermost(model)).__name__}.forward must name {' or '.join(CACHES)}, but does not: models with other "
+        "states (Mamba, RWKV) are not supported, and of a wrapper pass the model inside"
+    )
 
 
 def sees_images(model: Any) -> bool:

@@ -1,4 +1,4 @@
-"""One door to generation from q*: a plain function and transformers' custom_generate in one."""
+"""`generate`: a plain function and a custom_generate of transformers in one."""
 
 from __future__ import annotations
 
@@ -12,26 +12,35 @@ import torch
 from torch import Tensor
 from transformers import StopStringCriteria, TopKLogitsWarper, TopPLogitsWarper
 
-from optsample_triton.integrations.huggingface.cached import CachedModel, check_model, input_device, sees_images
+from optsample_triton.integrations.huggingface.cached import (
+    CACHES,
+    CachedModel,
+    check_model,
+    input_device,
+    sees_images,
+)
 from optsample_triton.integrations.huggingface.configuration import PENALTIES, penalties_of, without_filters
 from optsample_triton.integrations.huggingface.loops import Pair, speculate, step_by_step
 from optsample_triton.integrations.huggingface.pair import (
+    check_edges,
     check_ids,
     check_positions,
     check_tokenizers,
     expand,
     left_padding,
-    padding_token,
+    padding_tokens,
+    special_tokens,
     vocabulary,
-    warn_of_padding,
 )
-from optsample_triton.integrations.huggingface.rows import Rows, Settings
+from optsample_triton.integrations.huggingface.rows import Generated, Settings
 from optsample_triton.types import DRAFTS
 
 _TEXT = ("inputs", "input_ids", "attention_mask")
 # Which tokens are images: none where all is 0.
 _KINDS = ("token_type_ids", "mm_token_type_ids")
-_KNOWN = ("position_ids", "use_cache", "logits_to_keep", "cache_position", "past_key_values")
+# What to do where transformers drops a mask of ones, so that it cannot be told from none.
+_OWN_DOOR = ", to generate(model, target_model, ...) itself where it is all ones"
+_KNOWN = ("position_ids", "use_cache", "logits_to_keep", "cache_position", *CACHES)
 
 
 def generate(
@@ -76,7 +85,8 @@ def generate(
             itself, with a prompt of its own.
         inputs: ``target_model, input_ids`` or ``input_ids``, [B, S], padded at the left.
         target_input_ids, target_attention_mask: [B, S_t], the target's own prompts (a hint, a system prompt), padded at
-            the left; those of the model by default. Without a mask leading padding tokens are taken for padding.
+            the left; those of the model by default. Without a mask leading padding tokens are taken for padding, if
+            they can be nothing else; rows whose ends may be padding or text are refused.
         seed: an int, a generator, a tensor [B] or [B * num_return_sequences], by default a number of torch's generator.
             With a tensor a row's tokens depend on its own seed and prompt, whatever the batch and its padding: token n
             takes the offset n, counted from the beginning of the prompt, and return sequence j adds j * 2^32.
@@ -119,13 +129,26 @@ def generate(
     warpers: list[Any] = [] if not top_k else [TopKLogitsWarper(top_k)]
     warpers += [] if top_p is None or top_p == 1.0 else [TopPLogitsWarper(top_p)]
     settings = Settings(
-        model if target_model is None else target_model, target_input_ids, target_attention_mask, seed,
-        {"method": method, "alpha": alpha, "temperature_theta": temperature_theta, "temperature_t": temperature_t,
-         "tol": tol, "max_iter": max_iter},
-        {"temperature": temperature, "min_p": min_p}, warpers,
+        model if target_model is None else target_model,
+        target_input_ids,
+        target_attention_mask,
+        seed,
+        {
+            "method": method,
+            "alpha": alpha,
+            "temperature_theta": temperature_theta,
+            "temperature_t": temperature_t,
+            "tol": tol,
+            "max_iter": max_iter,
+        },
+        {"temperature": temperature, "min_p": min_p},
+        warpers,
         vocabulary(model, model if target_model is None else target_model, vocab_size),
-        num_draft_tokens, draft, diagnostics, streamer,
-    )  # fmt: skip
+        num_draft_tokens,
+        draft,
+        diagnostics,
+        streamer,
+    )
     if called_by_transformers:
         (input_ids,) = inputs
         return _decode(model, input_ids, settings, generation_config=generation_config, **kwargs)
@@ -135,10 +158,7 @@ def generate(
         raise TypeError(f"input_ids must be a tensor [B, S], but is {type(inputs[0]).__name__}")
     inputs = tuple(check_ids(x, "input_ids").to(place) for x in inputs)
     kwargs |= {name: x.to(place) for name, x in kwargs.items() if name in _TEXT and isinstance(x, Tensor)}
-    ids = inputs[0] if inputs else kwargs.get("input_ids", kwargs.get("inputs"))
-    if kwargs.get("attention_mask") is None and isinstance(ids, Tensor):
-        warn_of_padding(ids, model, "attention_mask")
-    named = frozenset(kwargs)
+    named = frozenset(name for name, value in kwargs.items() if name != "attention_mask" or value is not None)
     kwargs.setdefault("return_dict_in_generate", True)
     kwargs.setdefault("do_sample", True)  # transformers would not return several sequences otherwise
     stop_strings = kwargs.get("stop_strings") or getattr(generation_config, "stop_strings", None)
@@ -162,17 +182,18 @@ def _decode(
     logits_processor: Any,
     stopping_criteria: Any,
     generation_config: Any,
-    named: Collection[str] = (),
+    named: Collection[str] | None = None,
     **model_kwargs: Any,
 ) -> Any:
     """What transformers calls, its own arguments prepared, rows repeated for num_return_sequences.
 
-    ``named`` are the settings that the caller is known to have asked for.
+    ``named`` are the settings that the caller is known to have asked for, None where only transformers knows.
     """
     mask = model_kwargs.pop("attention_mask", None)
-    cache = model_kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length():
-        raise ValueError("past_key_values must be empty, since the target has none of the same text: pass all ids")
+    for name in CACHES:
+        cache = model_kwargs.get(name)
+        if cache is not None and cache.get_seq_length():
+            raise ValueError(f"{name} must be empty, since the target has none of the same text: pass all ids")
     unknown = [name for name, value in model_kwargs.items() if name not in _KNOWN and not _no_image(model, name, value)]
     if unknown:
         raise ValueError(f"{unknown[0]} is not understood: generation from q* takes ids and masks alone")
@@ -183,22 +204,26 @@ def _decode(
     input_ids = check_ids(input_ids, "input_ids").to(input_device(model))
     processors = without_filters(logits_processor, generation_config) + settings.warpers
     rows, copies = input_ids.shape[0], generation_config.num_return_sequences or 1
+    tokens = padding_tokens(generation_config, special_tokens(settings.target_model))
+    if not (_has_zeros(mask) if named is None else "attention_mask" in named):
+        # transformers has taken its own padding token for padding where that is no eos token; any other is text to it.
+        other = tokens.sure - padding_tokens(generation_config).sure
+        unseen = tokens._replace(first=tokens.first | other)
+        check_edges(input_ids[::copies], unseen, "attention_mask", _OWN_DOOR if named is None else "")
     target_ids, target_mask = settings.target_input_ids, settings.target_attention_mask
     if target_ids is None:
         if target_mask is not None:
             raise ValueError("target_attention_mask goes with target_input_ids, which was not given")
-        target_ids, target_mask, pad_token = input_ids, mask, None  # transformers has looked for a mask
+        target_ids, target_mask = input_ids, mask
     else:
         target_ids = check_ids(target_ids, "target_input_ids")
-        pad_token = padding_token(settings.target_model)
-        if target_mask is None:
-            warn_of_padding(target_ids, settings.target_model, "target_attention_mask")
-        else:
+        if target_mask is not None:
             target_mask = expand(target_mask, rows, copies, "target_attention_mask")
         target_ids = expand(target_ids, rows, copies, "target_input_ids").to(input_ids.device)
     padding = left_padding(input_ids, mask, "attention_mask")
     check_positions(model_kwargs.get("position_ids"), padding, input_ids.shape[1])
-    target_padding = left_padding(target_ids, target_mask, "target_attention_mask", pad_token)
+    hinted = settings.target_input_ids is not None  # else the mask is that of transformers, which may be None
+    target_padding = left_padding(target_ids, target_mask, "target_attention_mask", tokens if hinted else None)
     speculative = settings.num_draft_tokens > 0
     penalties = penalties_of(generation_config)
     if speculative and processors:
@@ -208,7 +233,7 @@ def _decode(
             f"speculative generation takes no processors, but there is {names}" + f": pass {advice}" * bool(advice)
         )
     for name, value in penalties.items():
-        if name not in named and value == getattr(getattr(model, "generation_config", None), name, None):
+        if name not in (named or ()) and value == getattr(getattr(model, "generation_config", None), name, None):
             warnings.warn(
                 f"{name}={value} of the model's generation configuration changes pi_theta before the mixture: pass "
                 f"{name}={PENALTIES[name]} for the model's own law",
@@ -219,10 +244,14 @@ def _decode(
         CachedModel(settings.target_model, target_padding, rewindable=speculative),
         settings,
     )
-    state = Rows(input_ids, padding, settings, stopping_criteria, generation_config)
+    state = Generated(input_ids, padding, settings, stopping_criteria, generation_config)
     (speculate if speculative else step_by_step)(pair, state, target_ids, processors)
     out = state.output()
     return out if generation_config.return_dict_in_generate else out.sequences
+
+
+def _has_zeros(mask: Tensor | None) -> bool:
+    return mask is not None and not bool(mask.all())
 
 
 def _no_image(model: Any, name: str, value: Any) -> bool:

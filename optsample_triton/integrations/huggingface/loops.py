@@ -12,7 +12,7 @@ from optsample_triton.api.sample import sample, verify
 from optsample_triton.api.solve import log_q, solve
 from optsample_triton.integrations.huggingface.cached import CachedModel
 from optsample_triton.integrations.huggingface.pair import aligned
-from optsample_triton.integrations.huggingface.rows import Rows, Settings
+from optsample_triton.integrations.huggingface.rows import Generated, Settings
 from optsample_triton.types import Sample, Verified
 
 _RECORDS = ("log_q", "log_theta", "log_t", "alpha", "status")
@@ -29,7 +29,7 @@ class Pair(NamedTuple):
         return aligned(theta, t, self.settings.vocab_size, ids.device)
 
 
-def step_by_step(pair: Pair, rows: Rows, target_ids: Tensor, processors: list[Any]) -> None:
+def step_by_step(pair: Pair, rows: Generated, target_ids: Tensor, processors: list[Any]) -> None:
     first = next((k for k, x in enumerate(processors) if type(x).__name__.endswith("LogitsWarper")), len(processors))
     before, after = LogitsProcessorList(processors[:first]), LogitsProcessorList(processors[first:])
     ids, target = rows.ids, target_ids
@@ -43,7 +43,9 @@ def step_by_step(pair: Pair, rows: Rows, target_ids: Tensor, processors: list[An
         ids = target = drawn.token.masked_fill(~rows.running, rows.pad)[:, None]
 
 
-def _draw(rows: Rows, theta: Tensor, t: Tensor, settings: Settings, before: Any, after: Any) -> tuple[Sample, Tensor]:
+def _draw(
+    rows: Generated, theta: Tensor, t: Tensor, settings: Settings, before: Any, after: Any
+) -> tuple[Sample, Tensor]:
     """A token of every row, and pi_theta's logits as it was drawn with: the fused sampler's alone where it can be."""
     if not before and not after:
         return sample(theta, t, seed=rows.seed, offset=rows.offset, **settings.law, **settings.filters), theta
@@ -81,7 +83,7 @@ def _figures(theta: Tensor, t: Tensor, alpha: Tensor, settings: Settings) -> dic
     return found._asdict()
 
 
-def speculate(pair: Pair, rows: Rows, target_ids: Tensor, _: list[Any]) -> None:
+def speculate(pair: Pair, rows: Generated, target_ids: Tensor, _: list[Any]) -> None:
     """Rounds of K drafts. Both caches hold all but a row's last token at the beginning of each."""
     settings = pair.settings
     for model in (pair.theta, pair.t):
@@ -101,9 +103,16 @@ def speculate(pair: Pair, rows: Rows, target_ids: Tensor, _: list[Any]) -> None:
         theta, t = (own, others) if drafter is pair.theta else (others, own)
         theta, t = aligned(theta, t, settings.vocab_size, rows.ids.device)
         checked = verify(
-            drafts, theta, t, draft=settings.draft, draft_lengths=lengths.clamp(max=count), seed=rows.seed,
-            offset=rows.offset, **settings.law, **settings.filters,
-        )  # fmt: skip
+            drafts,
+            theta,
+            t,
+            draft=settings.draft,
+            draft_lengths=lengths.clamp(max=count),
+            seed=rows.seed,
+            offset=rows.offset,
+            **settings.law,
+            **settings.filters,
+        )
         records = {name: getattr(checked, name) for name in _RECORDS}
         if settings.diagnostics:
             records |= _figures(theta, t, records["alpha"], settings)
@@ -115,7 +124,7 @@ def speculate(pair: Pair, rows: Rows, target_ids: Tensor, _: list[Any]) -> None:
         _take_back(pair, count - checked.num_accepted, count + 1, rows.running)
 
 
-def _drafts(model: CachedModel, last: Tensor, count: int, rows: Rows, settings: Settings) -> tuple[Tensor, Tensor]:
+def _drafts(model: CachedModel, last: Tensor, count: int, rows: Generated, settings: Settings) -> tuple[Tensor, Tensor]:
     """Tokens [B, count] of the model's own law, and its logits [B, count + 1, V] at their places and behind them."""
     temperature = settings.law["temperature_" + settings.draft]
     drafts, logits, token = [], [], last
@@ -125,9 +134,14 @@ def _drafts(model: CachedModel, last: Tensor, count: int, rows: Rows, settings: 
         if k < count:
             # Both laws are the same, so alpha does not matter.
             token = sample(
-                row, row, alpha=1.0, seed=rows.seed, offset=rows.offset + k, temperature_theta=temperature,
+                row,
+                row,
+                alpha=1.0,
+                seed=rows.seed,
+                offset=rows.offset + k,
+                temperature_theta=temperature,
                 temperature_t=temperature,
-            ).token.clamp(min=0)[:, None]  # fmt: skip
+            ).token.clamp(min=0)[:, None]
             drafts.append(token)
     return torch.cat(drafts, 1) if drafts else last[:, :0].to(rows.ids.device), torch.stack(logits, 1)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +17,65 @@ def check_ids(ids: Tensor, name: str) -> Tensor:
     return ids.long()
 
 
-def left_padding(ids: Tensor, mask: Tensor | None, name: str, pad_token_id: int | None = None) -> Tensor:
-    """How many slots [B] of ids [B, S] are padding, which must stand at the left; without a mask, the pad tokens."""
+class Padding(NamedTuple):
+    """Tokens that may be padding, as far as configurations tell."""
+
+    sure: frozenset[int]  # nothing else
+    first: frozenset[int]  # padding or text where a row begins
+    last: frozenset[int]  # and where it ends
+    twice: frozenset[int]  # padding or text where two of them begin or end a row
+
+
+def padding_tokens(*configurations: Any) -> Padding:
+    """What the configurations of models that share a tokeniser say of padding."""
+    pads, ends, begins = (
+        frozenset[int]().union(*(_token_ids(one, name) for one in configurations))
+        for name in ("pad_token_id", "eos_token_id", "bos_token_id")
+    )
+    # Where no padding is named most people pad with the token that ends a text; where another one is, some still do.
+    sure = pads - ends - begins
+    return Padding(sure, (pads - sure) or (frozenset() if pads else ends), pads or ends, ends)
+
+
+def special_tokens(model: Any) -> Any:
+    """The configuration that names a model's special tokens."""
+    return getattr(model, "generation_config", None) or model.config
+
+
+def _token_ids(configuration: Any, name: str) -> frozenset[int]:
+    value = getattr(configuration, name, None)
+    return frozenset(value if isinstance(value, (list, tuple)) else () if value is None else (value,))
+
+
+def check_edges(ids: Tensor, tokens: Padding, name: str, hint: str = "") -> None:
+    """Refuse rows that begin or end with what may be padding, where no mask tells it from text."""
+    if ids.shape[1] == 1:  # the only token of a row is no padding
+        return
+    for column, doubtful, verb in ((0, tokens.first, "begins"), (-1, tokens.last, "ends")):
+        two = ids[:, :2] if column == 0 else ids[:, -2:]
+        rows = _among(ids[:, column], doubtful) | _among(two, tokens.twice).all(-1)
+        if bool(rows.any()):
+            row = int(rows.long().argmax())
+            raise ValueError(
+                f"{name} must be given, since row {row} {verb} with token {int(ids[row, column])}, which may be "
+                f"padding or text: pass the tokenizer's mask, 1 for text and 0 for padding{hint}"
+            )
+
+
+def _among(ids: Tensor, tokens: frozenset[int]) -> Tensor:
+    return torch.isin(ids, torch.tensor(sorted(tokens), dtype=ids.dtype, device=ids.device))
+
+
+def left_padding(ids: Tensor, mask: Tensor | None, name: str, tokens: Padding | None = None) -> Tensor:
+    """How many slots [B] of ids [B, S] are padding, which must stand at the left.
+
+    Without a mask those are the leading tokens that are surely padding; without tokens either, none.
+    """
+    guessed = mask is None
     if mask is None:
-        mask = (ids == (-1 if pad_token_id is None else pad_token_id)).long().cumprod(-1) == 0
+        if tokens is not None:
+            check_edges(ids, tokens._replace(last=frozenset()), name)
+        mask = _among(ids, frozenset() if tokens is None else tokens.sure).long().cumprod(-1) == 0
     if mask.shape != ids.shape:
         raise ValueError(f"{name} must have the shape of its ids, {list(ids.shape)}, but has {list(mask.shape)}")
     mask = mask.to(ids.device) != 0
@@ -31,6 +85,8 @@ def left_padding(ids: Tensor, mask: Tensor | None, name: str, pad_token_id: int 
     empty = (padding == ids.shape[1]).nonzero().flatten().tolist()
     if empty:
         raise ValueError(f"{name} must leave every row a token, but row {empty[0]} has none that is not padding")
+    if guessed and tokens is not None:
+        check_edges(ids, tokens._replace(first=frozenset()), name)
     return padding
 
 
@@ -45,39 +101,6 @@ def check_positions(positions: Tensor | None, padding: Tensor, width: int) -> No
         raise ValueError(
             "position_ids must count each row's own tokens from 0, as they are counted without it, but holds others"
         )
-
-
-def padding_token(model: Any) -> int | None:
-    """The model's padding token, if it can be nothing else."""
-    token, others = _special_tokens(model)
-    return None if token in others["eos_token_id"] | others["bos_token_id"] else token
-
-
-def warn_of_padding(ids: Tensor, model: Any, name: str) -> None:
-    """Say so where rows look padded with a token that may mean something else, and there is no mask that tells."""
-    token, others = _special_tokens(model)
-    if padding_token(model) is not None:
-        return
-    # Where there is none, most people pad with the token that ends a text.
-    padding = sorted((others["eos_token_id"] if token is None else {token}) - {None})
-    leading = torch.isin(ids, torch.tensor(padding, dtype=ids.dtype, device=ids.device)).long().cumprod(-1).sum(-1)
-    # One of them may be the token that every text begins with.
-    if bool((leading > int(not others["bos_token_id"].isdisjoint(padding))).any()):
-        warnings.warn(
-            f"{name} was not given and leading tokens {', '.join(map(str, padding))} are taken for text, since they "
-            f"may be no padding: pass {name}",
-            stacklevel=2,
-        )
-
-
-def _special_tokens(model: Any) -> tuple[int | None, dict[str, set[Any]]]:
-    """The padding token, and the tokens that end and begin texts."""
-    config = getattr(model, "generation_config", None) or model.config
-    others: dict[str, set[Any]] = {}
-    for name in ("eos_token_id", "bos_token_id"):
-        value = getattr(config, name, None)
-        others[name] = set(value) if isinstance(value, (list, tuple)) else {value}
-    return getattr(config, "pad_token_id", None), others
 
 
 def expand(value: Tensor, rows: int, copies: int, name: str) -> Tensor:

@@ -11,12 +11,13 @@ from transformers import LogitsProcessor
 from optsample_triton.api.solve import log_q
 from optsample_triton.integrations.huggingface.cached import CachedModel, can_rewind, check_model
 from optsample_triton.integrations.huggingface.pair import (
+    Padding,
     check_ids,
     expand,
     left_padding,
-    padding_token,
+    padding_tokens,
     shared_entries,
-    warn_of_padding,
+    special_tokens,
 )
 
 
@@ -36,8 +37,9 @@ class OptimalSamplingLogitsProcessor(LogitsProcessor):
     Args:
         target_model: a causal language model of the same tokeniser.
         attention_mask: [B, S] of the prompts, for batches padded at the left. Without it leading ``pad_token_id`` are
-            taken for padding.
-        pad_token_id: by default the target's, unless that is also its eos or bos token.
+            taken for padding, and prompts whose ends may be padding or text are refused.
+        pad_token_id: by default the target's, unless that is also its eos or bos token. One that is given is padding
+            wherever a prompt begins with it.
         target_input_ids, target_attention_mask: [B, S_t], prompts for the target alone; a processor with such prompts,
             or with an ``attention_mask``, serves their prompts only.
         vocab_size: how many entries the vocabularies share, by default those of the smaller one; q* is 0 beyond.
@@ -67,13 +69,21 @@ class OptimalSamplingLogitsProcessor(LogitsProcessor):
             target_input_ids = check_ids(target_input_ids, "target_input_ids")
         self.target_model = target_model
         self.attention_mask = attention_mask
-        self.pad_token_id = padding_token(target_model) if pad_token_id is None else pad_token_id
+        self._padding = padding_tokens(special_tokens(target_model))
+        if pad_token_id is not None:
+            only = frozenset((pad_token_id,))
+            self._padding = Padding(only, frozenset(), only, frozenset())
+        self.pad_token_id = next(iter(self._padding.sure), None)
         self.target_input_ids, self.target_attention_mask = target_input_ids, target_attention_mask
         self.vocab_size = vocab_size
         self._law: dict[str, Any] = {
-            "method": method, "alpha": alpha, "temperature_theta": temperature_theta, "temperature_t": temperature_t,
-            "tol": tol, "max_iter": max_iter,
-        }  # fmt: skip
+            "method": method,
+            "alpha": alpha,
+            "temperature_theta": temperature_theta,
+            "temperature_t": temperature_t,
+            "tol": tol,
+            "max_iter": max_iter,
+        }
         if not any(isinstance(value, Tensor) for value in self._law.values()):
             nothing = torch.empty(1, 1, device="meta")
             log_q(nothing, nothing, **self._law)  # wrong values are found now, not in the first step
@@ -122,6 +132,15 @@ class OptimalSamplingLogitsProcessor(LogitsProcessor):
             return None
         return shared
 
+    def _continued(self, ids: Tensor) -> bool:
+        """Whether these are the prompts that were read last, with what was generated behind them."""
+        start = self._start
+        return (
+            len(ids) == len(self._seen)
+            and ids.shape[1] > start > 0
+            and torch.equal(ids[:, :start], self._seen[:, :start])
+        )
+
     def _parents(self, ids: Tensor, seen: Tensor) -> Tensor:
         """For each row the one before, of the same prompt, that agrees with it longest, itself where that does."""
         rows = ids.shape[0]
@@ -164,9 +183,11 @@ class OptimalSamplingLogitsProcessor(LogitsProcessor):
             prompt = expand(prompt, ids.shape[0], copies, "target_input_ids")
         if mask is not None:
             mask = expand(mask, ids.shape[0], copies, name)
-        elif self.pad_token_id is None:
-            warn_of_padding(prompt, self.target_model, name)
-        padding = left_padding(prompt, mask, name, self.pad_token_id)
+        tokens = self._padding
+        if self.target_input_ids is None and self._continued(ids):
+            # What stands behind a row's end is not asked about.
+            tokens = tokens._replace(last=frozenset(), twice=frozenset())
+        padding = left_padding(prompt, mask, name, tokens)
         # A cache that forgets what leaves a sliding window could not follow drafts that are taken back.
         self._target = CachedModel(self.target_model, padding, rewindable=self._rewindable)
         self._start, self._seen, self._prompt = ids.shape[1], ids.clone(), served.clone()

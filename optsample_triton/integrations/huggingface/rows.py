@@ -66,7 +66,7 @@ class Settings(NamedTuple):
     streamer: Any
 
 
-class Rows:
+class Generated:
     """The rows that are generated: their tokens and records, which are at their end, and their random numbers."""
 
     def __init__(self, ids: Tensor, padding: Tensor, settings: Settings, criteria: Any, config: Any):
@@ -147,11 +147,15 @@ class Rows:
         slots = torch.arange(ids.shape[1], device=ids.device)
         own = (slots >= self.padding[:, None]) & (slots < self.start + self.lengths[:, None])
         return OptimalGeneration(
-            sequences=ids, attention_mask=own.long(), tokens=ids[:, self.start :], lengths=self.lengths, **records,
+            sequences=ids,
+            attention_mask=own.long(),
+            tokens=ids[:, self.start :],
+            lengths=self.lengths,
+            **records,
             diagnostics=Diagnostics(*figures) if figures else None,
             num_tested=self.tested if self.speculative else None,
             num_accepted=self.accepted if self.speculative else None,
-        )  # fmt: skip
+        )
 
 
 def _seeds(seed: Any, rows: int, copies: int, device: torch.device) -> tuple[Any, Tensor]:

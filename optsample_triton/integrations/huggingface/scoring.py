@@ -11,7 +11,14 @@ from torch import Tensor
 from optsample_triton.api.logprobs import token_logprobs
 from optsample_triton.api.solve import log_q, solve
 from optsample_triton.integrations.huggingface.cached import CachedModel, input_device
-from optsample_triton.integrations.huggingface.pair import aligned, check_ids, vocabulary
+from optsample_triton.integrations.huggingface.pair import (
+    aligned,
+    check_edges,
+    check_ids,
+    padding_tokens,
+    special_tokens,
+    vocabulary,
+)
 from optsample_triton.types import Diagnostics
 
 
@@ -78,7 +85,8 @@ def score_chunks(
         model, target_model: as for ``generate``; None for the target is the model itself, with its own prompt.
         input_ids, attention_mask: [B, S], whole sequences: padded at the left, at the right, or both.
         target_input_ids, target_attention_mask: [B, S_t], the same for the target, with another prompt. The last
-            num_tokens columns must be those of input_ids. Without a mask every token is of the text.
+            num_tokens columns must be those of input_ids. Without a mask every token is of the text, and rows that
+            begin or end with what may be padding are refused.
         num_tokens: how many tokens at the end of the sequences to score, S - 1 by default.
         chunk_size: all at once by default.
         q_star: also yield log q* over the vocabulary.
@@ -113,14 +121,24 @@ def score_chunks(
     if bool(((tokens != target_input_ids[:, -count:]) & mask).any()):
         raise ValueError(f"target_input_ids must end with the {count} tokens that input_ids ends with: pass num_tokens")
     law: dict[str, Any] = {
-        "method": method, "temperature_theta": temperature_theta, "temperature_t": temperature_t, "tol": tol,
+        "method": method,
+        "temperature_theta": temperature_theta,
+        "temperature_t": temperature_t,
+        "tol": tol,
         "max_iter": max_iter,
-    }  # fmt: skip
+    }
     vocab = vocabulary(model, target_model, vocab_size)
     theta, t = _Reader(model, input_ids, own, count), _Reader(target_model, target_input_ids, target_own, count)
     step = count if chunk_size is None else chunk_size
     if step < 1:
         raise ValueError(f"chunk_size must be at least 1, but is {step}")
+    padding = padding_tokens(special_tokens(model), special_tokens(target_model))
+    for ids, given, name in (
+        (input_ids, attention_mask, "attention_mask"),
+        (target_input_ids, target_attention_mask, "target_attention_mask"),
+    ):
+        if given is None:
+            check_edges(ids, padding._replace(first=padding.first | padding.sure), name)
     for start in range(0, count, step):
         stop = min(start + step, count)
         here = slice(start, stop)
@@ -137,9 +155,16 @@ def score_chunks(
             for x in (star.gather(-1, index[..., None])[..., 0], *theirs)
         )
         yield SequenceScores(
-            tokens[:, here], mask[:, here], of_q, of_theta, of_t, found.alpha, found.status, found.diagnostics,
+            tokens[:, here],
+            mask[:, here],
+            of_q,
+            of_theta,
+            of_t,
+            found.alpha,
+            found.status,
+            found.diagnostics,
             star if q_star else None,
-        )  # fmt: skip
+        )
 
 
 class _Reader:

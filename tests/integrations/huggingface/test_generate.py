@@ -712,33 +712,88 @@ def test_tokens_beyond_the_targets_embeddings(drafts):
         model.generate(ids, attention_mask=mask, logits_processor=[processor], max_new_tokens=1)
 
 
+REFUSED = r"^{}attention_mask must be given, since row \d {} with token \d, which may be padding or text: pass the "
+
+
 @pytest.mark.parametrize("pad", [2, None])
-def test_padding_that_may_be_something_else(pad):
-    """GPT-2's padding is its end of text in most people's hands: nothing but a mask tells where the text begins."""
+@pytest.mark.parametrize("first", [1, 2], ids=["bos", "bos is eos"])
+@pytest.mark.parametrize("lengths", [(3, 6, 5), (6, 5, 6)], ids=str)
+def test_padding_that_may_be_something_else(pad, first, lengths):
+    """Padding is the end of text in most people's hands: nothing but a mask tells where the text begins."""
     model, target = llama(seed=1), gpt2(seed=2)
     for one in (model, target):
-        one.generation_config.eos_token_id = 2
-        one.generation_config.pad_token_id = pad
-    ids, mask = prompts()
+        one.generation_config.update(eos_token_id=2, pad_token_id=pad, bos_token_id=first)
+    ids, mask = prompts(lengths)
     padded = ids.masked_fill(mask == 0, 2)
     processor = functools.partial(OptimalSamplingLogitsProcessor, target)
     once = {"max_new_tokens": 1, "do_sample": False}
-    with pytest.warns(UserWarning, match="attention_mask was not given and leading tokens 2 are taken for text"):
-        generate(model, target, padded, max_new_tokens=1)
-    with pytest.warns(UserWarning, match="attention_mask was not given and leading tokens 2 are taken for text"):
-        generate(model, None, padded, target_input_ids=ids, target_attention_mask=mask, max_new_tokens=1)
-    with pytest.warns(UserWarning, match="target_attention_mask was not given and leading tokens 2 are taken for text"):
-        generate(model, target, ids, attention_mask=mask, target_input_ids=padded, max_new_tokens=1)
-    with pytest.warns(UserWarning, match="attention_mask was not given and leading tokens 2 are taken for text"):
-        model.generate(padded, attention_mask=mask, logits_processor=[processor()], **once)
+    hinted = {"target_input_ids": ids, "target_attention_mask": mask}
+    custom = functools.partial(model.generate, custom_generate=generate, target_model=target, max_new_tokens=1)
+    for text, verb in ((padded, "begins"), (padded.flip(1), "ends")):
+        ours, theirs = REFUSED.format("", verb), REFUSED.format("target_", verb)
+        with pytest.raises(ValueError, match=ours):
+            generate(model, target, text, max_new_tokens=1)
+        with pytest.raises(ValueError, match=ours):
+            generate(model, None, text, max_new_tokens=1, **hinted)
+        with pytest.raises(ValueError, match=theirs):
+            generate(model, target, ids, attention_mask=mask, target_input_ids=text, max_new_tokens=1)
+        with pytest.raises(ValueError, match=ours):
+            model.generate(text, attention_mask=mask, logits_processor=[processor()], **once)
+        with pytest.raises(ValueError, match=theirs):
+            model.generate(ids, attention_mask=mask, logits_processor=[processor(target_input_ids=text)], **once)
+        with pytest.raises(
+            ValueError, match=ours + r".*, to generate\(model, target_model, ...\) itself where it is all"
+        ):
+            custom(text)
+        with pytest.raises(ValueError, match=ours):
+            score(model, target, text)
+        with pytest.raises(ValueError, match=theirs):
+            score(model, None, text, attention_mask=mask if text is padded else mask.flip(1), target_input_ids=text)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        generate(model, target, padded, attention_mask=mask, max_new_tokens=1)
-        generate(model, target, ids[1:2], max_new_tokens=1)
-        kwargs = {"target_input_ids": padded, "target_attention_mask": mask}
-        generate(model, target, ids, attention_mask=mask, max_new_tokens=1, **kwargs)
+        generate(model, target, ids[1:2, -4:], max_new_tokens=1)
+        generate(model, target, torch.tensor([[2]]), max_new_tokens=1)  # of one token none is padding
+        masked = {"target_input_ids": padded, "target_attention_mask": mask}
+        out = generate(model, target, padded, attention_mask=mask, max_new_tokens=1, seed=0)
+        assert torch.equal(custom(padded, attention_mask=mask, seed=0), out.sequences)
+        generate(model, target, ids, attention_mask=mask, max_new_tokens=1, **masked)
+        score(model, target, padded, attention_mask=mask)
         for given in ({"attention_mask": mask}, {"pad_token_id": 2}):
-            model.generate(padded, attention_mask=mask, logits_processor=[processor(**given)], **once)
+            made = model.generate(padded, attention_mask=mask, logits_processor=[processor(**given)], **once)
+            assert made.shape == (3, 7)
+    # A mask says what it is, and another law is what would come of none.
+    text = generate(model, target, padded, attention_mask=torch.ones_like(mask), max_new_tokens=1, seed=0)
+    row = int(mask.sum(-1).argmin())
+    alone = next_logits(target, own(ids, mask, row)).log_softmax(-1)[out.tokens[row, 0]]
+    torch.testing.assert_close(out.log_t[row, 0], alone, atol=1e-4, rtol=1e-4)
+    assert (text.log_t - out.log_t)[row].abs() > 0.01
+
+
+def test_padding_of_another_token_than_the_models():
+    """The tokeniser's padding is often set by hand, and not that of both models' configurations."""
+    model, target = llama(seed=1), gpt2(seed=2)
+    ids, mask = prompts()
+    run = functools.partial(generate, model, target, max_new_tokens=1, seed=0)
+    for text in (ids.masked_fill(mask == 0, 2), ids.masked_fill(mask == 0, 2).flip(1)):  # the end, and 0 is padding
+        with pytest.raises(ValueError, match=r"^attention_mask must be given, since row 0 (begins|ends) with token 2"):
+            run(text)
+        with pytest.raises(ValueError, match=r"^target_attention_mask must be given, since row 0 \w+ with token 2"):
+            run(ids, attention_mask=mask, target_input_ids=text)
+    with pytest.raises(ValueError, match=r"^target_attention_mask must be given, since row 0 ends with token 0"):
+        run(ids, attention_mask=mask, target_input_ids=ids.flip(1))
+    with pytest.raises(ValueError, match=r"^attention_mask must be given, since row 0 ends with token 0"):
+        run(ids.flip(1))
+    with pytest.raises(ValueError, match=r"^attention_mask must be given, since row 0 begins with token 0"):
+        score(model, target, ids)
+    with pytest.raises(ValueError, match=r"^attention_mask must be given, since row 0 begins with token 0"):
+        run(ids, eos_token_id=[2, 0])  # which makes it the end of a text for transformers
+    hinted = run(ids, attention_mask=mask, target_input_ids=ids)
+    model.generation_config.pad_token_id = None
+    with pytest.raises(ValueError, match=r"^attention_mask must be given, since row 0 begins with token 0"):
+        run(ids)  # transformers would take it for text
+    target.generation_config.pad_token_id, model.generation_config.pad_token_id = None, 0
+    again = run(ids, attention_mask=mask, target_input_ids=ids)  # they share a tokeniser
+    assert torch.equal(again.log_t, hinted.log_t)
 
 
 def test_importing_the_package_imports_no_transformers():

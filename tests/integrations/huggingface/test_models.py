@@ -10,7 +10,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BartConfig, BartForCausalLM, GPT2LMHeadModel, set_seed
 
 from optsample_triton.integrations.huggingface import OptimalSamplingLogitsProcessor, generate, score
-from optsample_triton.integrations.huggingface.cached import can_rewind
+from optsample_triton.integrations.huggingface.cached import CACHES, cache_name, can_rewind
 
 # What PEFT and transformers say of each other's ways.
 pytestmark = [
@@ -118,7 +118,10 @@ def states(kind):
 def test_models_without_keys_and_values_are_refused(kind):
     model, other = llama(seed=1), states(kind)
     ids, _ = prompts((5,))
-    message = "ForCausalLM.forward must name past_key_values, but does not: models with other states"
+    # Since transformers 5.24 Mamba's states are a cache of the same name as the others'.
+    message = (
+        r"ForCausalLM\S* must (name cache or past_key_values|keep keys and values), but does not: models with other"
+    )
     for a, b in ((model, other), (other, model)):
         with pytest.raises(ValueError, match=message):
             generate(a, b, ids, max_new_tokens=2)
@@ -154,17 +157,45 @@ def test_virtual_tokens_are_refused():
 
 
 def test_a_cache_that_does_not_follow_the_text_is_refused():
-    """A model that takes past_key_values and keeps something else there, virtual tokens for example."""
+    """A model that takes a cache and keeps something else there, virtual tokens for example."""
 
     class Prefixed(GPT2LMHeadModel):
         def forward(self, input_ids=None, past_key_values=None, **kwargs):
+            inside = {cache_name(gpt2()): past_key_values}
             if not past_key_values.get_seq_length():
-                super().forward(input_ids=input_ids[:, :1], past_key_values=past_key_values)
-            return super().forward(input_ids=input_ids, past_key_values=past_key_values, **kwargs)
+                super().forward(input_ids=input_ids[:, :1], **inside)
+            return super().forward(input_ids=input_ids, **inside, **kwargs)
 
     target = Prefixed(gpt2(seed=2).config).eval()
-    with pytest.raises(ValueError, match="must keep each token that it reads in past_key_values, but holds 6 after 5"):
+    with pytest.raises(ValueError, match="must keep each token that it reads in its cache, but holds 6 after 5"):
         generate(llama(seed=1), target, prompts((5,))[0], max_new_tokens=2)
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+@pytest.mark.parametrize("name", CACHES)
+def test_either_name_of_a_cache(name, drafts):
+    """Code that comes with a model may have the old name under a new transformers, and the other way round."""
+    own = cache_name(gpt2())
+
+    class Named(GPT2LMHeadModel):
+        if name == "cache":
+
+            def forward(self, input_ids=None, cache=None, attention_mask=None, position_ids=None, **kwargs):
+                return self._inside(cache, input_ids, attention_mask, position_ids, kwargs)
+
+        else:
+
+            def forward(self, input_ids=None, past_key_values=None, attention_mask=None, position_ids=None, **kwargs):
+                return self._inside(past_key_values, input_ids, attention_mask, position_ids, kwargs)
+
+        def _inside(self, cache, ids, mask, positions, kwargs):
+            given = {"attention_mask": mask, "position_ids": positions, own: cache}
+            return super().forward(input_ids=ids, **given, **kwargs)
+
+    target = Named(gpt2().config).eval()
+    target.load_state_dict(gpt2(seed=2).state_dict())
+    assert cache_name(target) == name
+    check(llama(seed=1), target, drafts)
 
 
 def test_models_without_logits_are_refused():
@@ -202,7 +233,7 @@ def test_wrappers_that_hide_the_model_are_refused():
         def forward(self, **kwargs):
             return self.inside(**kwargs)
 
-    with pytest.raises(ValueError, match=r"Hidden.forward must name past_key_values.* pass the model inside"):
+    with pytest.raises(ValueError, match=r"Hidden.forward must name cache or past_key_values.* pass the model inside"):
         generate(llama(seed=1), Hidden(gpt2(seed=2)), prompts((5,))[0], max_new_tokens=2)
 
 

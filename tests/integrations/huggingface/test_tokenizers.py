@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import gpt2, llama, train
+from models import gpt2, llama, next_logits, train
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
@@ -18,13 +18,13 @@ WORDS = [
 ]  # fmt: skip
 
 
-def tokenizer(words=WORDS):
+def tokenizer(words=WORDS, pad="<pad>"):
     vocabulary = {word: k for k, word in enumerate(["<pad>", "<s>", "</s>", *words])}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=made,
-        pad_token="<pad>",
+        pad_token=pad,
         bos_token="<s>",
         eos_token="</s>",
         padding_side="left",
@@ -62,10 +62,14 @@ def test_stop_strings(worded):
     assert len(set(out.lengths.tolist())) > 1
 
 
-def test_the_examples_of_the_readme_and_the_reference(worded, tmp_path, monkeypatch):
+@pytest.mark.parametrize("pad", ["<pad>", "</s>"])
+def test_the_examples_of_the_readme_and_the_reference(worded, tmp_path, monkeypatch, pad):
+    """Where padding ends a text as well, as in most instruction models, the masks alone tell it from text."""
+    made = tokenizer(pad=pad)
     for name, model in zip(("policy", "target"), worded, strict=True):
+        monkeypatch.setattr(model.generation_config, "pad_token_id", made.pad_token_id)
         model.save_pretrained(tmp_path / name)
-    tokenizer().save_pretrained(tmp_path / "policy")
+    made.save_pretrained(tmp_path / "policy")
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     for page in ("README.md", "docs/reference.md"):  # the second goes on from the first
@@ -78,11 +82,17 @@ def test_the_examples_of_the_readme_and_the_reference(worded, tmp_path, monkeypa
     assert torch.equal(names["sequences"], out.sequences)
     assert len(names["texts"]) == 2
     assert names["hinted"].tokens.shape[0] == names["beams"].shape[0] == 2
+    assert names["hints"].attention_mask[1, 0] == 0
+    for row, hint in enumerate(["the answer is four . two plus two is", "look up . the sky is"]):
+        law = next_logits(worded[0], torch.tensor(made(hint).input_ids)).log_softmax(-1)
+        alone = law[names["hinted"].tokens[row, 0]]
+        torch.testing.assert_close(names["hinted"].log_t[row, 0], alone, atol=1e-4, rtol=1e-4)
     assert 0 < names["quick"].acceptance < 1
     assert prompts.attention_mask[1, 0] == 0
     for name in ("log_q", "log_theta", "log_t"):
         torch.testing.assert_close(getattr(names["scores"], name), out[name], atol=1e-3, rtol=1e-3)
-    alone = score(*worded, out.sequences[1:, 1 : start + int(out.lengths[1])], num_tokens=int(out.lengths[1]))
+    text = out.sequences[1:, 1 : start + int(out.lengths[1])]
+    alone = score(*worded, text, attention_mask=torch.ones_like(text), num_tokens=int(out.lengths[1]))
     torch.testing.assert_close(names["scores"].log_q[1, : out.lengths[1]], alone.log_q[0], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(names["weights"], (out.log_theta - out.log_q).exp() * out.mask)
     assert out.mask.all() or (names["weights"][~out.mask] == 0).all()

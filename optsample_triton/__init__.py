@@ -20,8 +20,9 @@ from optsample_triton.api.dropin import (
     solve_kl_symmetry_batch,
 )
 from optsample_triton.api.logprobs import linear_token_logprobs, token_logprobs
-from optsample_triton.api.sample import sample, verify
+from optsample_triton.api.sample import sample
 from optsample_triton.api.solve import log_q, solve
+from optsample_triton.api.verify import verify
 from optsample_triton.is_reshape import is_reshape_loss
 from optsample_triton.types import Diagnostics, Sample, Solution, Status, Verified
 

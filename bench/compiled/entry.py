@@ -137,7 +137,7 @@ def entries(kind: str) -> list[Entry]:
 
     def draw(name: str, *present: str, **flags: Any) -> Entry:
         flags = {"CHUNK": launch.DRAW_CHUNK, **flags}
-        kernel = f"sample:{name.split()[0]}_kernel"
+        kernel = "{0}:{0}_kernel".format(name.split()[0])
         return entry(name, kernel, limit, 2, present=present, constexprs=flags, passes=step)
 
     def gradient(name: str, **rest: Any) -> Entry:

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from optsample_triton.types import ALGORITHMS, INPUT_DTYPES, METHODS, Options, Problem, result_dtype
+from optsample_triton.types import ALGORITHMS, INPUT_DTYPES, METHODS, Draws, Options, Problem, result_dtype
 
 LARGEST = 1e37  # float32 holds this number and its inverse
 INTEGERS = (int, np.integer)
 NUMBERS = (*INTEGERS, float, np.floating)
+Number = int | Tensor
 
 
 def check_rows(theta: Tensor, t: Tensor, name_theta: str, name_t: str) -> None:
@@ -163,3 +164,60 @@ def inverse_temperature(value: float | Tensor, theta: Tensor, name: str) -> Tens
         if value == 1.0:
             return None
     return per_row(value, theta, name).reciprocal()
+
+
+def detached(value: Any) -> Any:
+    """Drawn tokens have no gradient."""
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def as_draws(
+    seed: Number | torch.Generator,
+    offset: Number,
+    filters: tuple[Tensor | None, Tensor | None],
+    batch: torch.Size,
+    device: torch.device,
+) -> Draws:
+    if isinstance(seed, torch.Generator):
+        drawn = torch.randint(2**63 - 1, (), generator=seed, device=seed.device)
+        # A CPU generator's number is read without waiting for a device; a GPU's stays a tensor, for CUDA graphs.
+        seed = int(drawn) if seed.device.type == "cpu" else drawn
+    mixed = not isinstance(seed, Tensor) or seed.dim() == 0
+    seed, seeds = _number(seed, batch, device, "seed")
+    offset, offsets = _number(offset, batch, device, "offset")
+    return Draws(seed, offset, seeds, offsets, mixed, *filters)
+
+
+def _number(value: Number, batch: torch.Size, device: torch.device, name: str) -> tuple[int, Tensor | None]:
+    """A number for all rows, or 0 and a tensor that replaces it."""
+    if not isinstance(value, Tensor):
+        if isinstance(value, bool) or not isinstance(value, INTEGERS):
+            raise TypeError(f"{name} must be an int or a tensor of integers, but is {type(value).__name__}")
+        if not -(2**63) <= value < 2**63:
+            raise ValueError(f"{name} must be a signed 64-bit integer, but is {value}")
+        return int(value), None
+    check_integers(value, name)
+    if value.dim() and value.shape != batch:
+        raise ValueError(f"{name} must be an int or have shape {list(batch)}, but has {list(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"{name} must be on the logits' device {device}, but is on {value.device}")
+    return 0, value.reshape(-1).long()
+
+
+def check_integers(value: Tensor, name: str) -> None:
+    if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
+        raise TypeError(f"{name} must hold integers, but is {value.dtype}")
+
+
+def as_filters(
+    temperature: float | Tensor, min_p: float | Tensor, theta: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """1 / temperature and min_p, [N] each, or None for both if both are no-ops."""
+    temperature, min_p = detached(temperature), detached(min_p)
+    if not isinstance(min_p, Tensor) and not (isinstance(min_p, NUMBERS) and 0.0 <= min_p <= 1.0):
+        raise ValueError(f"min_p must be between 0 and 1, but is {min_p!r}")
+    inverse = inverse_temperature(temperature, theta, "temperature")
+    if inverse is None and not isinstance(min_p, Tensor) and min_p == 0.0:
+        return None, None
+    threshold = per_row(min_p, theta, "min_p").clamp(0, 1)
+    return per_row(1.0, theta, "temperature") if inverse is None else inverse, threshold

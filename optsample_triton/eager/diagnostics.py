@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from optsample_triton.eager.log_q import by_precision
+from optsample_triton.eager.one_model import OwnMoments, own_moments
 from optsample_triton.eager.rows import Rows, outside_common_support
-from optsample_triton.eager.single import OwnMoments, own_moments
 from optsample_triton.eager.state import State
 from optsample_triton.types import DIAGNOSTIC_COUNT, Diagnostics
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from optsample_triton.eager import gradient, logprob
-from optsample_triton.eager import sample as sampling
 from optsample_triton.eager.diagnostics import diagnostics as diagnostics_of
 from optsample_triton.eager.log_q import write_log_q
 from optsample_triton.eager.rows import Rows
+from optsample_triton.eager.sample import sample as sample_rows
 from optsample_triton.eager.solve import solve as solve_rows
+from optsample_triton.eager.verify import verify as verify_rows
 from optsample_triton.types import (
     DIAGNOSTIC_COUNT,
     Decided,
@@ -59,12 +60,12 @@ def sample(problem: Problem, draws: Draws, num_samples: int) -> Sample:
 
 def sample_on(rows: Rows, problem: Problem, draws: Draws, num_samples: int) -> Sample:
     """``sample`` of rows that may be one process's part of the vocabulary."""
-    return sampling.sample(rows, solve_rows(rows, problem), draws, num_samples)
+    return sample_rows(rows, solve_rows(rows, problem), draws, num_samples)
 
 
 def verify(problem: Problem, draws: Draws, drafts: Drafts) -> Decided:
     rows = Rows.of(problem)
-    return sampling.verify(rows, solve_rows(rows, problem), draws, drafts)
+    return verify_rows(rows, solve_rows(rows, problem), draws, drafts)
 
 
 def backward(problem: Problem, status: Tensor, saved: Tensor, upstream: Upstream) -> Gradients:

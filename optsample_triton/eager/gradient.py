@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from optsample_triton.eager.moments import Tilted, TiltedMoments, tilted_exponent, tilted_moments, weighted_excess
+from optsample_triton.eager.one_model import own_moments
 from optsample_triton.eager.rows import Pair, Rows, outside_common_support
-from optsample_triton.eager.single import own_moments
 from optsample_triton.numerics import Status
 from optsample_triton.types import Gradients, Problem, Saved, Upstream
 

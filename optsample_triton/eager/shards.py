@@ -2,7 +2,7 @@
 
 Every process gathers the others' few numbers per row and merges them in the order of the ranks, so that all of them
 hold the same bits and take the same decisions. Each kind of sums is merged where it is made: ``nodes``, ``moments``,
-``single``.
+``one_model``.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ from torch import Tensor
 from optsample_triton.eager.evaluate import Group, groups, plain_slope, settle
 from optsample_triton.eager.moments import tilted_moments
 from optsample_triton.eager.nodes import NodeSums, node_sums
+from optsample_triton.eager.one_model import own_moments, probability_entropies
 from optsample_triton.eager.root import Bracket, Derivatives, Interpolant, Resolution, interpolate, safeguarded_step
 from optsample_triton.eager.rows import Rows
-from optsample_triton.eager.single import own_moments, probability_entropies
 from optsample_triton.eager.state import State, full_status, rows_where
 from optsample_triton.numerics import BLURRED, FAR, Status
 from optsample_triton.types import Options, Problem

@@ -6,9 +6,9 @@ import triton.language as tl
 from optsample_triton.kernels.constants import DISJOINT, INVALID, LOG2E
 from optsample_triton.kernels.evaluate import evaluate, rounded
 from optsample_triton.kernels.moments import tilted
+from optsample_triton.kernels.one_model import own_moments
 from optsample_triton.kernels.records import Ends, LawSums, ProbabilitySums
 from optsample_triton.kernels.rows import load_pair
-from optsample_triton.kernels.single import own_moments
 from optsample_triton.types import DIAGNOSTIC_COUNT, Diagnostics
 
 DIAGNOSTICS = tl.constexpr(DIAGNOSTIC_COUNT)

@@ -14,8 +14,9 @@ from optsample_triton import backend, launch
 from optsample_triton.kernels.gradient import gradient_kernel
 from optsample_triton.kernels.logprob import logprob_gradient_kernel, logprob_kernel
 from optsample_triton.kernels.nodes import SUMS
-from optsample_triton.kernels.sample import sample_kernel, verify_kernel
+from optsample_triton.kernels.sample import sample_kernel
 from optsample_triton.kernels.solve import solve_kernel
+from optsample_triton.kernels.verify import verify_kernel
 from optsample_triton.types import (
     DIAGNOSTIC_COUNT,
     Decided,

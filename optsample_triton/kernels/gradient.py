@@ -14,6 +14,7 @@ import triton.language as tl
 from optsample_triton.kernels.constants import DISJOINT, ENTROPY, ESS_BALANCE, FIXED, INVALID, LOG2E, OK
 from optsample_triton.kernels.evaluate import evaluate, rounded
 from optsample_triton.kernels.moments import weighted_excess
+from optsample_triton.kernels.one_model import own_moments
 from optsample_triton.kernels.records import (
     Batch,
     Ends,
@@ -38,7 +39,6 @@ from optsample_triton.kernels.rows import (
     relative,
     with_references,
 )
-from optsample_triton.kernels.single import own_moments
 from optsample_triton.kernels.solve import PER_CALL, load_saved
 
 UNKNOWN = tl.constexpr(-1e30)  # a saved psi(1/2) below it says that the row was solved with references 0

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from optsample_triton.kernels.constants import STREAMS
+from optsample_triton.kernels.records import Key
 
 
 @triton.jit
@@ -31,3 +32,11 @@ def number(ptr, value, index, step):
         return value.to(tl.int64)
     else:
         return tl.load(ptr + index * step)
+
+
+@triton.jit
+def key_of(seeds, group, count):
+    """The random key of a group of rows, ``count`` draws on."""
+    seed = number(seeds.seed_ptr, seeds.seed, group, seeds.seed_step)
+    offset = number(seeds.offset_ptr, seeds.offset, group, seeds.offset_step)
+    return Key(seed, offset + count, group * seeds.mixed)

@@ -30,6 +30,7 @@ from optsample_triton.kernels.evaluate import evaluate, rounded
 from optsample_triton.kernels.log_q import store_log_q
 from optsample_triton.kernels.moments import gap_difference, narrow_moments
 from optsample_triton.kernels.nodes import first_sweep, interpolant_start, survey
+from optsample_triton.kernels.one_model import own_moments, probability_entropies
 from optsample_triton.kernels.records import (
     Batch,
     Bracket,
@@ -47,7 +48,6 @@ from optsample_triton.kernels.records import (
 )
 from optsample_triton.kernels.root import safeguarded_step
 from optsample_triton.kernels.rows import reference_gap, reference_in_nats, with_references
-from optsample_triton.kernels.single import own_moments, probability_entropies
 from optsample_triton.types import Saved
 
 # Numbers that change from call to call are not specialised: new values never recompile.

@@ -8,3 +8,4 @@ from optsample_triton.ops import linear_logprob as linear_logprob  # importing a
 from optsample_triton.ops import logprob as logprob
 from optsample_triton.ops import sample as sample
 from optsample_triton.ops import solve as solve
+from optsample_triton.ops import verify as verify

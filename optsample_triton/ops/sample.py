@@ -1,4 +1,4 @@
-"""The ops that draw: sample and verify. Neither is differentiable; the callers detach."""
+"""The op that draws tokens. It is not differentiable; the caller detaches."""
 
 from __future__ import annotations
 
@@ -8,15 +8,10 @@ import torch
 from torch import Tensor
 
 from optsample_triton.ops.library import DRAWS, PROBLEM, backend_of, implement, library
-from optsample_triton.types import Decided, Drafts, Draws, Problem, Sample, Verified, result_dtype, row_count
+from optsample_triton.types import Draws, Problem, Sample, result_dtype, row_count
 
 # The fields of Sample: token, log_q, log_theta, log_t [N, num_samples], alpha, status [N]
 library.define(f"sample({PROBLEM}, {DRAWS}, SymInt num_samples) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
-# The fields of Verified: num_accepted [B], the others [B, K + 1]
-library.define(
-    f"verify({PROBLEM}, {DRAWS}, Tensor drafts, Tensor lengths, int model) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
 
 
 def _sample(*args: Any) -> tuple[Tensor, ...]:
@@ -24,22 +19,6 @@ def _sample(*args: Any) -> tuple[Tensor, ...]:
     draws, (num_samples,) = Draws.from_flat(rest)
     drawn: Sample = backend_of(problem.theta).sample(problem, draws, num_samples)
     return tuple(drawn)
-
-
-def _verify(*args: Any) -> tuple[Tensor, ...]:
-    problem, rest = Problem.from_flat(args)
-    draws, drafts = Draws.from_flat(rest)
-    return tuple(_until_refused(backend_of(problem.theta).verify(problem, draws, Drafts(*drafts)), *drafts[:1]))
-
-
-def _until_refused(decided: Decided, drafts: Tensor) -> Verified:
-    """A sequence ends with its first token that is not an accepted draft; behind it stand -1 and 0."""
-    batch, positions = drafts.shape[0], drafts.shape[1] + 1
-    token, log_q, log_theta, log_t, accepted, alpha, status = (x.view(batch, positions) for x in decided)
-    num_accepted = accepted.long().cumprod(-1).sum(-1)
-    ended = torch.arange(positions, device=drafts.device) > num_accepted[:, None]
-    log_q, log_theta, log_t = (x.masked_fill(ended, 0.0) for x in (log_q, log_theta, log_t))
-    return Verified(token.masked_fill(ended, -1), num_accepted, log_q, log_theta, log_t, alpha, status)
 
 
 def _fake_sample(theta: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -52,16 +31,4 @@ def _fake_sample(theta: Tensor, *args: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _fake_verify(theta: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    drafts, dtype = args[-3], result_dtype(theta.dtype)
-    batch, positions = drafts.shape[0], drafts.shape[1] + 1
-    return (
-        theta.new_empty(batch, positions, dtype=torch.int64),
-        theta.new_empty(batch, dtype=torch.int64),
-        *(theta.new_empty(batch, positions, dtype=dtype) for _ in range(4)),
-        theta.new_empty(batch, positions, dtype=torch.uint8),
-    )
-
-
 implement("sample", _sample, _fake_sample)
-implement("verify", _verify, _fake_verify)

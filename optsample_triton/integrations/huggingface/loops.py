@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from optsample_triton.api.sample import sample, verify
+from optsample_triton.api.sample import sample
 from optsample_triton.api.solve import log_q, solve
+from optsample_triton.api.verify import verify
 from optsample_triton.integrations.huggingface.cached import CachedModel
 from optsample_triton.integrations.huggingface.pair import aligned
 from optsample_triton.integrations.huggingface.rows import Generated, Settings

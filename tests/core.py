@@ -28,8 +28,8 @@ CASES = {
 # every dtype, layout, method and option; what is deep is their combinations.
 COVERED = {
     "test_device", "test_dropin", "test_is_reshape_loss", "test_is_reshape_presets", "test_linear_token_logprobs",
-    "test_ops", "test_pipeline_run", "test_reference_precision", "test_reference_rows", "test_sample", "test_sharded",
-    "test_solve_cases", "test_solve_memory", "test_token_logprobs", "test_verify",
+    "test_ops", "test_pipeline_run", "test_reference_precision", "test_reference_rows", "test_sample", "test_saved",
+    "test_sharded", "test_solve_cases", "test_solve_memory", "test_token_logprobs", "test_verify",
 }  # fmt: skip
 
 # 3. Tests that are deep as a whole, (), or where their id holds one of these.

@@ -19,12 +19,17 @@ QUANTITIES = {
     "psi_half": "psi_half",
     "alpha": "alpha",
 }
-ALL = [case for case in cases.CASES if case.name != "close but for a ban" and case.make()[0].numel()]
+# The last digit of an alpha so close to 1 is worth more than the tolerance in "close but for a ban".
+SMALL = [
+    case
+    for case in cases.CASES
+    if case.name != "close but for a ban" and case.make()[0].shape[-1] <= 5000 and case.make()[0].numel()
+]
 FEW = [
     cases.by_name(name)
     for name in (
         "random std 1", "masked, theta", "V=17", "tops differ 0.9999", "nearly identical 1e-3", "huge shift 1e4",
-        "huge 1e4", "every status",
+        "huge 1e4", "every status", "zipf, std 2, V=151936",
     )
 ]  # fmt: skip
 # Weights underflow between the nodes: psi(1/2) is not known in float32, and of huge logits not in float64.
@@ -75,14 +80,15 @@ def test_the_columns_are_the_fields_in_their_order():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("case", FEW, ids=ids)
 def test_on_both_backends(case, dtype, device, interpreted):
-    count = 1 if interpreted and case.name != "every status" else None
+    large = case.make()[0].shape[-1] > 5000
+    count = 1 if large or (interpreted and case.name != "every status") else None
     a, b = (x[:count] for x in case.logits(dtype, device))
     known = case.name not in NO_PSI_HALF[torch.float32]
     assert_saved(solved(a, b), a, b, case.name, psi_half_known=known)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
-@pytest.mark.parametrize("case", ALL, ids=ids)
+@pytest.mark.parametrize("case", SMALL, ids=ids)
 def test_every_case(case, dtype, monkeypatch):
     monkeypatch.setenv("OPTSAMPLE_BACKEND", "eager")
     a, b = case.logits(dtype)

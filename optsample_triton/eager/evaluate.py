@@ -12,7 +12,7 @@ from torch import Tensor
 from optsample_triton.eager.moments import TiltedMoments, tilted_moments
 from optsample_triton.eager.rows import Rows, outside_common_support
 from optsample_triton.eager.state import State
-from optsample_triton.numerics import NARROW, PLAIN, REACH, Status
+from optsample_triton.numerics import NARROW, PLAIN, REACH
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def evaluate(rows: Rows, x: Tensor, state: State, *, narrow: bool) -> Evaluation
     psi = x * from_theta + (1.0 - x) * from_t + moments.log_mass
     slope = moments.mean - chord
     if narrow:
-        to_theta, to_t = moments.excess.unbind(-1)
+        to_theta, to_t = moments.gaps.unbind(-1)
         # A psi of this size, as beyond a finite mask outside of [0, 1], has digits enough, and G would overflow.
         near = ((x - 0.5).abs() < REACH) & (psi.abs() < PLAIN)
         psi = torch.where(near, -x * to_theta - (1.0 - x) * to_t, psi)
@@ -65,23 +65,6 @@ def groups(rows: Rows, state: State, index: Tensor) -> Iterator[Group]:
     for part, is_narrow in ((index[narrow], True), (index[~narrow], False)):
         if part.numel():
             yield Group(part, is_narrow, rows.select(part), state.part(part))
-
-
-def settle(state: State, at: Evaluation, alpha: Tensor, dtype: torch.dtype) -> None:
-    """Take alpha, as it will be reported, with psi(alpha) by Taylor from x. Identical rows end here, at 1/2."""
-    state.alpha_unrounded, alpha = alpha, alpha.to(dtype).double()
-    move, moments = alpha - at.x, at.moments
-    higher_orders = move * (moments.variance / 2.0 + move * moments.third / 6.0)
-    # At a corner the series has no meaning, and the tangent's error is as small beside psi as the move.
-    smooth = move.square() * (moments.variance + move.square() * moments.fourth) <= 1.0
-    psi = at.psi + move * (at.slope + torch.where(smooth, higher_orders, 0.0))
-    identical = moments.identical
-    state.alpha = torch.where(identical, 0.5, alpha)
-    state.psi = torch.where(identical, 0.0, psi)
-    state.error = torch.where(identical, 0.0, state.error)
-    state.status[identical] = int(Status.IDENTICAL)
-    state.centre_at(moments.top_theta, moments.top_t)
-    state.sweeps += 1
 
 
 class PlainSlope(NamedTuple):

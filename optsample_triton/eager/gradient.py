@@ -47,7 +47,7 @@ class _Solved:
         chord = torch.where(empty, 0.0, saved.log_partition_theta - saved.log_partition_t)
         points = [torch.ones_like(x), torch.zeros_like(x), 2.0 - x, -x][: 4 if method == "ess_balance" else 2]
         moments = tilted_moments(rows, x, chord, torch.stack(points, -1))
-        kl_theta, kl_t = (torch.where(empty, 0.0, excess) for excess in moments.excess[:, :2].unbind(-1))
+        kl_theta, kl_t = (torch.where(empty, 0.0, gap) for gap in moments.gaps[:, :2].unbind(-1))
         log_partition = x * moments.top_theta + (1.0 - x) * moments.top_t + moments.log_mass
         mean, log_partition = (torch.where(empty, 0.0, z) for z in (moments.mean, log_partition))
         return _Solved(
@@ -143,7 +143,7 @@ def _kl_symmetry(solved: _Solved) -> _Method:
     zero, one = torch.zeros_like(x), torch.ones_like(x)
     points = torch.stack([one, zero], -1)
     weights = Pair(torch.stack([-one, zero], -1), torch.stack([zero, one], -1))
-    return _Tilts(moments.variance, 2.0 * x - 1.0, points, moments.excess[:, :2], weights)
+    return _Tilts(moments.variance, 2.0 * x - 1.0, points, moments.gaps[:, :2], weights)
 
 
 def _ess_balance(rows: Rows, solved: _Solved) -> _Method:
@@ -156,7 +156,7 @@ def _ess_balance(rows: Rows, solved: _Solved) -> _Method:
         torch.stack([zero, two, x - 1.0, -1.0 - x], -1),
     )
     rate = tilted_moments(rows, -x, chord).mean - tilted_moments(rows, 2.0 - x, chord).mean
-    return _Tilts(rate, 2.0 - 4.0 * x, points, solved.moments.excess, weights)
+    return _Tilts(rate, 2.0 - 4.0 * x, points, solved.moments.gaps, weights)
 
 
 class _OwnEntropy(NamedTuple):

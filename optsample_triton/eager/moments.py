@@ -39,7 +39,7 @@ class TiltedMoments(NamedTuple):
     third: Tensor
     fourth: Tensor
     identical: Tensor  # the rows agree up to the rounding of their entries; looked at with points only
-    excess: Tensor  # [N, K]: G(points - x)
+    gaps: Tensor  # [N, K]: G(points - x)
 
 
 class Tilted(NamedTuple):
@@ -222,13 +222,13 @@ def _moments(total: _Sums, x: Tensor, centre: Tensor, points: Tensor | None) -> 
     # Where one token has all the weight, what is left is rounding and no moment.
     spread = variance > SPREAD * m1.square()
     variance, third, fourth = (torch.where(spread, moment, 0.0) for moment in (variance, third, fourth))
-    excess = total.sums[:, MOMENTS:] / mass[:, None]
+    gaps = excess = total.sums[:, MOMENTS:] / mass[:, None]
     identical = torch.zeros_like(mass, dtype=torch.bool)
     if points is not None:
         identical = total.highest <= total.lowest
         linear = (points - x[:, None]) * m1[:, None]
         beyond = linear + excess
         # Far from 0 the linear terms no longer cancel, and the excess would be the one that does.
-        excess = torch.where(beyond.abs() < NEAR, excess + log1p_excess(beyond), beyond.log1p() - linear)
+        gaps = torch.where(beyond.abs() < NEAR, excess + log1p_excess(beyond), beyond.log1p() - linear)
     top_theta, top_t = total.at_top.unbind(-1)
-    return TiltedMoments(mass.log(), top_theta, top_t, centre + m1, variance, third, fourth, identical, excess)
+    return TiltedMoments(mass.log(), top_theta, top_t, centre + m1, variance, third, fourth, identical, gaps)

@@ -11,11 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optsample_triton.eager.rows import Pair, Rows, outside_common_support
+from optsample_triton.eager.rows import Pair, Rows, outside_common_support, references
 from optsample_triton.eager.shards import Shard
-from optsample_triton.numerics import NODES
+from optsample_triton.numerics import NODES, Status
 
-REFERENCE_TOKENS = 1024  # enough to place the references within the range of exponentials
 UNDERFLOW = 1e6  # smallest normal numbers: a shard whose sum is below this many has lost mass between the nodes
 
 # The rows of a tensor of sums: of the weights at the nodes; of the weights times d at the inner three, and times
@@ -40,24 +39,6 @@ class NodeSums(NamedTuple):
     def finite(self) -> Tensor:
         """Rows whose sums can be used, [N]."""
         return torch.isfinite(self.log_partition).all(0) & torch.isfinite(self.variance)
-
-
-def references(rows: Rows) -> Pair:
-    """A maximum of a and b per row, over the first piece of it with common support; [N], 0 where none has."""
-    n, dtype = rows.count, rows.working_dtype
-    found = torch.full((n, 2), -torch.inf, dtype=dtype, device=rows.device)
-    missing = torch.arange(n, device=rows.device)
-    for piece in (slice(0, REFERENCE_TOKENS), *rows.chunks()):
-        part = rows.select(missing)
-        for block in part.blocks(piece.stop - piece.start):
-            a, b = part.read(block, piece, dtype)
-            outside = outside_common_support(a, b)
-            tops = [logits.masked_fill(outside, -torch.inf).amax(-1) for logits in (a, b)]
-            found[missing[block]] = torch.stack(tops, -1)
-        missing = torch.isneginf(found).any(-1).nonzero().squeeze(-1)
-        if not missing.numel():
-            break
-    return Pair(*found.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).unbind(-1))
 
 
 class _Sums(NamedTuple):
@@ -152,3 +133,19 @@ def _merged(shard: Shard, read: _Sums, least: float) -> _Sums:
     merged = torch.cat([factor * mass, factor[:, INNER] * first, factor[:, at_half] * second], 1).sum(0)
     merged = merged.masked_fill(lost.any(0), torch.nan)
     return _Sums(merged, (factor[:, HALF] * top).amax(0), Pair(*common))
+
+
+def survey(rows: Rows) -> Tensor:
+    """OK, DISJOINT or INVALID for rows whose sums are not finite, by looking at every entry."""
+    flags = torch.zeros(rows.count, 4, dtype=torch.bool, device=rows.device)
+    for block in rows.blocks():
+        for chunk in rows.chunks():
+            a, b = rows.read(block, chunk, rows.working_dtype)
+            invalid = torch.isnan(a) | torch.isnan(b) | torch.isposinf(a) | torch.isposinf(b)
+            some_a, some_b = a > -torch.inf, b > -torch.inf
+            flags[block] |= torch.stack([z.any(-1) for z in (invalid, some_a, some_b, some_a & some_b)], -1)
+    invalid, any_theta, any_t, any_common = rows.largest(flags).unbind(-1)
+    status = torch.full((rows.count,), int(Status.OK), device=rows.device)
+    status[~any_common] = int(Status.DISJOINT)
+    status[invalid | ~any_theta | ~any_t] = int(Status.INVALID)
+    return status

@@ -146,9 +146,9 @@ def _truncation(g: Tensor, s: Tensor) -> Tensor:
     (1 - s^2) s^k (s^2 - H^2)^2 with k = 3 and, more cautiously weighted, k = 2.
     """
     square = s * s
-    gap, edge = square - H * H, 1.0 - square
-    shape_odd = square * gap * (edge * (3.0 * gap + 4.0 * square) - 2.0 * square * gap)
-    shape_even = s * gap * (edge * (2.0 * gap + 4.0 * square) - 2.0 * square * gap)
+    beyond, edge = square - H * H, 1.0 - square
+    shape_odd = square * beyond * (edge * (3.0 * beyond + 4.0 * square) - 2.0 * square * beyond)
+    shape_even = s * beyond * (edge * (2.0 * beyond + 4.0 * square) - 2.0 * square * beyond)
     odd, even = NEGLECTED
     return odd * (g[5].abs() + g[6].abs()) * shape_odd.abs() + even * g[6].abs() * shape_even.abs()
 
@@ -197,8 +197,8 @@ class Bracket(NamedTuple):
         steps where halving would need dozens.
         """
         rise = self.slope_high - self.slope_low
-        gap = self.value_low - self.value_high + self.slope_high * (self.high - self.low)
-        return self.low + gap / rise
+        fall = self.value_low - self.value_high + self.slope_high * (self.high - self.low)
+        return self.low + fall / rise
 
 
 class Derivatives(NamedTuple):

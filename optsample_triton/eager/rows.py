@@ -18,6 +18,7 @@ from optsample_triton.types import Problem
 # PyTorch splits a single row's sum over threads, so that a row's bits do not depend on the batch.
 CHUNK = 16384
 BLOCK_ELEMENTS = 1 << 17
+REFERENCE_TOKENS = 1024  # enough to place the references within the range of exponentials
 
 
 def chunk_size(vocab: int) -> int:
@@ -176,3 +177,21 @@ class Rows:
 def outside_common_support(a: Tensor, b: Tensor) -> Tensor:
     """True where a token is -inf in either row: q* gives it no mass whatever alpha is."""
     return torch.isneginf(a) | torch.isneginf(b)
+
+
+def references(rows: Rows) -> Pair:
+    """A maximum of a and b per row, over the first piece of it with common support; [N], 0 where none has."""
+    n, dtype = rows.count, rows.working_dtype
+    found = torch.full((n, 2), -torch.inf, dtype=dtype, device=rows.device)
+    missing = torch.arange(n, device=rows.device)
+    for piece in (slice(0, REFERENCE_TOKENS), *rows.chunks()):
+        part = rows.select(missing)
+        for block in part.blocks(piece.stop - piece.start):
+            a, b = part.read(block, piece, dtype)
+            outside = outside_common_support(a, b)
+            tops = [logits.masked_fill(outside, -torch.inf).amax(-1) for logits in (a, b)]
+            found[missing[block]] = torch.stack(tops, -1)
+        missing = torch.isneginf(found).any(-1).nonzero().squeeze(-1)
+        if not missing.numel():
+            break
+    return Pair(*found.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).unbind(-1))

@@ -7,13 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optsample_triton.eager.evaluate import Group, groups, plain_slope, settle
+from optsample_triton.eager.evaluate import Evaluation, Group, groups, plain_slope
 from optsample_triton.eager.moments import tilted_moments
-from optsample_triton.eager.nodes import NodeSums, node_sums
+from optsample_triton.eager.nodes import NodeSums, node_sums, survey
 from optsample_triton.eager.one_model import own_moments, probability_entropies
 from optsample_triton.eager.root import Bracket, Derivatives, Interpolant, Resolution, interpolate, safeguarded_step
 from optsample_triton.eager.rows import Rows
-from optsample_triton.eager.state import State, full_status, rows_where
+from optsample_triton.eager.state import State, rows_where
 from optsample_triton.numerics import BLURRED, FAR, Status
 from optsample_triton.types import Options, Problem
 
@@ -96,13 +96,13 @@ def _ends(rows: Rows, nodes: NodeSums, finite: Tensor) -> _Ends:
     log_partition_theta = nodes.log_partition[-1] + nodes.reference_theta.double()
     log_partition_t = nodes.log_partition[0] + nodes.reference_t.double()
     slope_theta = torch.full_like(log_partition_theta, torch.nan)
-    status = full_status(rows.count, rows.device)
+    status = torch.full((rows.count,), int(Status.OK), device=rows.device)
     ends = _Ends(
         log_partition_theta, log_partition_t, slope_theta, slope_theta.clone(), status, torch.ones_like(status)
     )
     special = rows_where(~finite)
     if special.numel():
-        ends.status[special] = _survey(rows.select(special))
+        ends.status[special] = survey(rows.select(special))
         ends.sweeps[special] += 1
         valid = special[ends.status[special] == Status.OK]
         if valid.numel():  # weights between the nodes underflow, or logits lie beyond the references
@@ -118,22 +118,6 @@ def _read_ends(rows: Rows, ends: _Ends, index: Tensor) -> None:
     ends.log_partition_t[index] = at_t.log_mass + at_t.top_t
     ends.slope_theta[index], ends.slope_t[index] = at_theta.mean, at_t.mean
     ends.sweeps[index] += 2
-
-
-def _survey(rows: Rows) -> Tensor:
-    """OK, DISJOINT or INVALID for rows whose sums are not finite, by looking at every entry."""
-    flags = torch.zeros(rows.count, 4, dtype=torch.bool, device=rows.device)
-    for block in rows.blocks():
-        for chunk in rows.chunks():
-            a, b = rows.read(block, chunk, rows.working_dtype)
-            invalid = torch.isnan(a) | torch.isnan(b) | torch.isposinf(a) | torch.isposinf(b)
-            some_a, some_b = a > -torch.inf, b > -torch.inf
-            flags[block] |= torch.stack([z.any(-1) for z in (invalid, some_a, some_b, some_a & some_b)], -1)
-    invalid, any_theta, any_t, any_common = rows.largest(flags).unbind(-1)
-    status = full_status(rows.count, rows.device)
-    status[~any_common] = int(Status.DISJOINT)
-    status[invalid | ~any_theta | ~any_t] = int(Status.INVALID)
-    return status
 
 
 def _first_bracket(found: Interpolant, ends: _Ends, target: Tensor, finite: Tensor) -> Bracket:
@@ -176,6 +160,23 @@ def _pin(rows: Rows, state: State, index: Tensor, options: Options) -> None:
         group.put_into(state)
 
 
+def _settle(state: State, at: Evaluation, alpha: Tensor, dtype: torch.dtype) -> None:
+    """Take alpha, as it will be reported, with psi(alpha) by Taylor from x. Identical rows end here, at 1/2."""
+    state.alpha_unrounded, alpha = alpha, alpha.to(dtype).double()
+    move, moments = alpha - at.x, at.moments
+    higher_orders = move * (moments.variance / 2.0 + move * moments.third / 6.0)
+    # At a corner the series has no meaning, and the tangent's error is as small beside psi as the move.
+    smooth = move.square() * (moments.variance + move.square() * moments.fourth) <= 1.0
+    psi = at.psi + move * (at.slope + torch.where(smooth, higher_orders, 0.0))
+    identical = moments.identical
+    state.alpha = torch.where(identical, 0.5, alpha)
+    state.psi = torch.where(identical, 0.0, psi)
+    state.error = torch.where(identical, 0.0, state.error)
+    state.status[identical] = int(Status.IDENTICAL)
+    state.centre_at(moments.top_theta, moments.top_t)
+    state.sweeps += 1
+
+
 def _refine(rows: Rows, state: State, options: Options, tol: float) -> None:
     """Safeguarded steps for every row whose error estimate is above tol."""
 
@@ -192,7 +193,7 @@ def _refine(rows: Rows, state: State, options: Options, tol: float) -> None:
             derivatives = Derivatives(at.x, value, at.residual, moments.variance, moments.third, moments.fourth)
             step = safeguarded_step(derivatives, part.bracket, part.sweeps % 3 == 0, resolution)
             part.bracket, part.error = step.bracket, step.error
-            settle(part, at, step.alpha, rows.working_dtype)
+            _settle(part, at, step.alpha, rows.working_dtype)
             group.put_into(state)
 
 
@@ -217,7 +218,7 @@ def _bisect_careful(group: Group, dtype: torch.dtype) -> None:
     at = group.evaluate(part.bracket.middle)
     part.bracket = part.bracket.halved(at.x, at.residual < 0)
     part.error = part.bracket.width
-    settle(part, at, part.bracket.middle, dtype)
+    _settle(part, at, part.bracket.middle, dtype)
 
 
 def _bisect_plain(rows: Rows, state: State, index: Tensor) -> None:
@@ -254,21 +255,21 @@ def _balance_ess(rows: Rows, state: State, options: Options, tol: float) -> None
 
 
 def _balance_step(group: Group, resolution: Resolution) -> None:
-    """The slope whose root is sought is -gap = psi(-alpha) - psi(2 - alpha), which rises with alpha."""
+    """A step for the root of psi(-alpha) - psi(2 - alpha), which rises with alpha."""
     part = group.state
     x = part.alpha
     upper, lower, at = (group.evaluate(y) for y in (2.0 - x, -x, x))
-    gap = upper.psi - lower.psi
+    difference = upper.psi - lower.psi
     if group.rows.from_probabilities:  # not renormalised: the ends of the chord do not count
-        gap = gap + 2.0 * part.chord
-    fall = upper.moments.mean - lower.moments.mean  # -d gap / d alpha > 0
+        difference = difference + 2.0 * part.chord
+    fall = upper.moments.mean - lower.moments.mean  # -d difference / d alpha > 0
     curvature = lower.moments.variance - upper.moments.variance
     unknown = torch.full_like(x, torch.nan)
-    derivatives = Derivatives(x, unknown, -gap, fall, curvature, torch.zeros_like(x))
+    derivatives = Derivatives(x, unknown, -difference, fall, curvature, torch.zeros_like(x))
     step = safeguarded_step(derivatives, part.bracket, unknown == 0, resolution)
     part.bracket = step.bracket
-    part.error = torch.where(gap == 0, 0.0, (step.alpha - x).abs())
-    settle(part, at, step.alpha, group.rows.working_dtype)
+    part.error = torch.where(difference == 0, 0.0, (step.alpha - x).abs())
+    _settle(part, at, step.alpha, group.rows.working_dtype)
 
 
 def _finish(rows: Rows, state: State, options: Options, tol: float) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-import torch
 from torch import Tensor
 
 from optsample_triton.eager.root import Bracket
@@ -85,7 +84,3 @@ _NAMES = tuple(field.name for field in fields(State) if field.name != "bracket")
 def rows_where(condition: Tensor) -> Tensor:
     """The numbers of the rows for which [N] holds."""
     return condition.nonzero().squeeze(-1)
-
-
-def full_status(count: int, device: torch.device, status: Status = Status.OK) -> Tensor:
-    return torch.full((count,), int(status), device=device)

@@ -530,6 +530,8 @@ def test_a_branch_of_the_hub_that_has_moved_on_is_another_model(
         shutil.copytree(run.models[model], cache / "snapshots" / commit)
     (cache / "refs").mkdir()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache.parent))
+    # transformers 4 has read it when it was imported.
+    monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", str(cache.parent), raising=False)
     (cache / "refs" / "main").write_text("a" * 40)
     out = run("out", "--model-t", "some/model")
     assert lines(out / "out.journal.jsonl")[0]["model_t"] == "some/model@" + "a" * 40

@@ -22,8 +22,9 @@ NVIDIA_TOOLS = ("/usr/local/cuda/bin",)
 BUDGET = "<budget>"
 # Tests of text, of compiled code, of the reference, and of what never touches a kernel: a GPU cannot change them.
 NOT_OF_THE_DEVICE = (
-    *("arguments", "bench", "cli", "codegen", "device_arithmetic", "docs", "is_reshape", "kernels_compiled"),
-    *("launches", "packaging", "pipeline", "reference", "sharded", "theory_report", "token_logprobs_compiled"),
+    *("architecture", "arguments", "bench", "cli", "codegen", "core", "device_arithmetic", "docs", "is_reshape"),
+    *("kernels_compiled", "launches", "packaging", "pipeline", "reference", "sharded", "theory_report"),
+    "token_logprobs_compiled",
 )
 FIRST_TESTS = ("device", "solve_sweeps")
 NEXT_TESTS = ("solve_cases", "sample", "verify", "token_logprobs", "ops", "solve_memory")

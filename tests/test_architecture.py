@@ -41,7 +41,7 @@ BESIDE = {
     "bench": f"{PUBLIC_AND_MACHINE} reference tests bench.compiled bench.speed bench.gpu bench.theory",  # the commands
     "bench.compiled": f"{PUBLIC_AND_MACHINE} numerics kernels bench",
     "bench.speed": f"{PUBLIC_AND_MACHINE} reference tests bench bench.compiled",  # of the tests: cases.py, the rows
-    "bench.theory": f"{PUBLIC_AND_MACHINE} reference tests bench bench.speed",
+    "bench.theory": f"{PUBLIC_AND_MACHINE} reference tests bench",
     "bench.gpu": f"{PUBLIC_AND_MACHINE} reference bench bench.compiled bench.speed",
 }
 # What is imported in functions only, and nothing else is: the rest stands at the top of its file.

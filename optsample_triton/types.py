@@ -281,9 +281,9 @@ class Solution(NamedTuple):
 class Sample(NamedTuple):
     """Drawn tokens with their log-probabilities, each [...], or [..., num_samples] where that was asked for.
 
-    ``log_q`` is of the law that was drawn from, with ``temperature`` and ``min_p`` applied; ``log_theta`` and
-    ``log_t`` are of the models' whole laws at their own temperatures. A row with status INVALID has token -1 and
-    log-probabilities NaN; so has one whose alpha, temperature or min_p, given as a tensor, means nothing.
+    ``log_q`` belongs to the distribution that was drawn from, with ``temperature`` and ``min_p`` applied; ``log_theta``
+    and ``log_t`` belong to the whole models at their own temperatures. A row with status INVALID has token -1 and
+    log-probabilities NaN; so has one whose alpha, temperature or min_p, given as a tensor, is not valid.
     """
 
     token: Tensor  # int64
@@ -305,10 +305,10 @@ class Sample(NamedTuple):
 
 
 class Verified(NamedTuple):
-    """What speculative verification emits: ``num_accepted`` [B], the other fields [B, K + 1].
+    """The output of speculative verification: ``num_accepted`` [B], the other fields [B, K + 1].
 
-    Sequence b emits the num_accepted[b] accepted drafts and one more token. Behind that token stands -1, and 0 for
-    the log-probabilities, so that their sum is that of the emitted tokens; alpha and status are those of all rows.
+    Sequence b gets its num_accepted[b] accepted drafts and one more token. After that token stand -1, and 0 for the
+    log-probabilities, so that their sum is that of the tokens; alpha and status are those of all rows.
     """
 
     tokens: Tensor  # int64

@@ -9,7 +9,7 @@ from optsample_triton.kernels.constants import KL_SYMMETRY
 from optsample_triton.kernels.draw import interpolated_masses
 from optsample_triton.kernels.nodes import SUMS, first_sweep, kept_nodes
 from optsample_triton.kernels.random import number, uniforms
-from optsample_triton.kernels.records import Batch, Key, Meeting, Place, Request, Tile
+from optsample_triton.kernels.records import Batch, Key, Matrix, Meeting, Place, Request, Tile
 from optsample_triton.kernels.solve import solved
 
 LANES, DRAWS = 32, 64
@@ -49,7 +49,8 @@ def _kernel(
     LANES: tl.constexpr,
 ):
     tile: tl.constexpr = Tile(H, False, False)
-    batch = Batch(theta_ptr, t_ptr, None, None, Place(V, 0, stride_theta), Place(V, 0, stride_t), V, 0.0)
+    theta, t = Matrix(theta_ptr, None, Place(V, 0, stride_theta)), Matrix(t_ptr, None, Place(V, 0, stride_t))
+    batch = Batch(theta, t, V, 0.0)
     meeting = Meeting(chunk_sums_ptr, arrived_ptr, 1)
     first = first_sweep(batch, meeting, tile, tile, CHUNK, 1, True)
     chunks = tl.cdiv(V, CHUNK)

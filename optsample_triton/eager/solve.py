@@ -1,4 +1,4 @@
-"""alpha*, psi(alpha*) and a status per row: the two-sweep solver and the bisection of the documents."""
+"""alpha*, psi(alpha*) and a status per row: a loop over sweeps for each method, after the first sweep."""
 
 from __future__ import annotations
 

@@ -121,11 +121,13 @@ def tangents_meet(bracket):
 
 @triton.jit
 def safeguarded_step(x, value, slope, variance, third, fourth, bracket, halve, tol):
-    """One third-order step for the root of F' = slope inside a bracket: the next point, its error, the bracket.
+    """One third-order step for the root of F' inside a bracket: the next point, its error, the bracket.
+
+    ``value`` and ``slope`` are F(x) and F'(x), the next three the moments that give its derivatives.
 
     A step that leaves the bracket, or is lost in x's rounding with an error above tol, is replaced: by the point
-    where the end tangents meet, or by the bracket's middle where they are not known, teach nothing new, or ``halve``
-    is set.
+    where the end tangents meet, or by the bracket's middle where they are not known, add nothing new, or ``halve`` is
+    set.
     """
     above = slope > 0
     opposite = tl.where(above, bracket.slope_low, bracket.slope_high)

@@ -97,11 +97,12 @@ def _linear_token_logprobs_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]
     return grad_hidden, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
 
 
-def _fake(hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    n, dtype = hidden.shape[0], result_dtype(hidden.dtype)
+def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    head = _Head(*args)
+    hidden, n, dtype = head.hidden, head.hidden.shape[0], result_dtype(head.hidden.dtype)
     return (
         hidden.new_empty(n, dtype=dtype),
-        hidden.new_empty(n if args[-2] else 0, dtype=dtype),
+        hidden.new_empty(n if head.entropy else 0, dtype=dtype),
         hidden.new_empty(n, dtype=torch.float64),
     )
 

@@ -73,12 +73,21 @@ def _token_logprobs_backward_(logits: Tensor, *args: Any) -> None:
     _backward_into(logits, logits, *args)
 
 
-def _fake(logits: Tensor, _: Tensor | None, other: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(
+    logits: Tensor,
+    inverse_temperature: Tensor | None,
+    other: Tensor | None,
+    other_inverse_temperature: Tensor | None,
+    tokens: Tensor,
+    ignore_index: int,
+    entropy: bool,
+    inplace: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     n, models = logits.shape[0] * logits.shape[1], 1 if other is None else 2
     dtype = result_dtype(logits.dtype)
     return (
         logits.new_empty(models, n, dtype=dtype),
-        logits.new_empty(models if args[-2] else 0, n, dtype=dtype),
+        logits.new_empty(models if entropy else 0, n, dtype=dtype),
         logits.new_empty(models, n, dtype=torch.float64),
     )
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from optsample_triton.ops.library import DRAWS, PROBLEM, backend_of, implement, library
-from optsample_triton.types import Draws, Problem, Sample, result_dtype, row_count
+from optsample_triton.types import Draws, Problem, Sample, result_dtype
 
 # The fields of Sample: token, log_q, log_theta, log_t [N, num_samples], alpha, status [N]
 library.define(f"sample({PROBLEM}, {DRAWS}, SymInt num_samples) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
@@ -21,8 +21,10 @@ def _sample(*args: Any) -> tuple[Tensor, ...]:
     return tuple(drawn)
 
 
-def _fake_sample(theta: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    n, num_samples, dtype = row_count(theta), args[-1], result_dtype(theta.dtype)
+def _fake_sample(*args: Any) -> tuple[Tensor, ...]:
+    problem, rest = Problem.from_flat(args)
+    _, (num_samples,) = Draws.from_flat(rest)
+    theta, n, dtype = problem.theta, problem.row_count, result_dtype(problem.theta.dtype)
     return (
         theta.new_empty(n, num_samples, dtype=torch.int64),
         *(theta.new_empty(n, num_samples, dtype=dtype) for _ in range(3)),

@@ -59,9 +59,9 @@ def _fake_rows(theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _fake_solve(theta: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    n = row_count(theta)
-    diagnostics, width, dtype = args[-3:]
+def _fake_solve(*args: Any) -> tuple[Tensor, ...]:
+    problem, (_, diagnostics, width, dtype) = Problem.from_flat(args)
+    theta, n = problem.theta, problem.row_count
     return (
         theta.new_empty(n if width else 0, width, dtype=dtype),
         *_fake_rows(theta),

@@ -19,8 +19,9 @@ library.define(
 
 def _verify(*args: Any) -> tuple[Tensor, ...]:
     problem, rest = Problem.from_flat(args)
-    draws, drafts = Draws.from_flat(rest)
-    return tuple(_until_refused(backend_of(problem.theta).verify(problem, draws, Drafts(*drafts)), *drafts[:1]))
+    draws, rest = Draws.from_flat(rest)
+    drafts = Drafts(*rest)
+    return tuple(_until_refused(backend_of(problem.theta).verify(problem, draws, drafts), drafts.tokens))
 
 
 def _until_refused(decided: Decided, drafts: Tensor) -> Verified:
@@ -33,9 +34,11 @@ def _until_refused(decided: Decided, drafts: Tensor) -> Verified:
     return Verified(token.masked_fill(ended, -1), num_accepted, log_q, log_theta, log_t, alpha, status)
 
 
-def _fake_verify(theta: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    drafts, dtype = args[-3], result_dtype(theta.dtype)
-    batch, positions = drafts.shape[0], drafts.shape[1] + 1
+def _fake_verify(*args: Any) -> tuple[Tensor, ...]:
+    problem, rest = Problem.from_flat(args)
+    drafts = Drafts(*Draws.from_flat(rest)[1])
+    theta, dtype = problem.theta, result_dtype(problem.theta.dtype)
+    batch, positions = drafts.tokens.shape[0], drafts.tokens.shape[1] + 1
     return (
         theta.new_empty(batch, positions, dtype=torch.int64),
         theta.new_empty(batch, dtype=torch.int64),

@@ -92,22 +92,22 @@ def generate(
             takes the offset n, counted from the beginning of the prompt, and return sequence j adds j * 2^32.
         method, alpha, temperature_theta, temperature_t, tol, max_iter: as for ``sample``.
         temperature, min_p, top_k, top_p: filters on q*. Those of a generation configuration, typical, epsilon, eta and
-            top-h ones included, are left out, since transformers' default (the 50 best tokens) would cut the law: name
-            them in the call, or put processors of your own into ``logits_processor``.
+            top-h ones included, are left out: transformers' default (the 50 best tokens) would change the distribution.
+            Name them in the call, or put processors of your own into ``logits_processor``.
         vocab_size: how many entries of the vocabulary the models share, by default those of the smaller one.
         num_draft_tokens: K >= 1 generates speculatively: one model drafts K tokens, the other reads them in one pass,
-            and ``verify`` keeps what leaves the law q* exactly as it is. No processors or top_k, top_p then.
+            and ``verify`` decides; the output still follows q* exactly. No processors or top_k, top_p then.
         draft: which model drafts, "theta" or "t".
-        diagnostics: also the figures of ``solve(..., diagnostics=True)`` of every token, for pi_theta as the processors
-            have left it and the recorded alpha.
+        diagnostics: also those of ``solve(..., diagnostics=True)`` for every token, for pi_theta as the processors have
+            left it and the recorded alpha.
         streamer: gets the prompts, then the tokens. As a custom_generate it must come by
             ``functools.partial(generate, streamer=...)``, since transformers keeps the one that it is given.
         tokenizer, target_tokenizer: compared where both are given; the first also serves ``stop_strings``. Neither goes
             through ``model.generate(custom_generate=...)``, which keeps them.
         kwargs: those of ``model.generate``. Processors in ``logits_processor`` act on pi_theta before the mixture, and
             from the first ``...LogitsWarper`` on, on q*. Penalties of the model's own configuration stay, with a
-            warning. It always draws; ``do_sample=True`` in ``model.generate`` is what transformers asks for
-            num_return_sequences, and is of no other use.
+            warning. It always draws; transformers requires ``do_sample=True`` in ``model.generate``
+            for num_return_sequences; it has no other effect.
     """
     called_by_transformers = hasattr(generation_config, "_eos_token_tensor")
     if len(inputs) > 2 or (len(inputs) == 2 and target_model is not None):

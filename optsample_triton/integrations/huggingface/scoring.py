@@ -77,7 +77,7 @@ def score_chunks(
     tol: float = 1e-6,
     max_iter: int = 20,
 ) -> Iterator[SequenceScores]:
-    """The figures of given sequences, ``chunk_size`` positions at a time, from the first to the last.
+    """Diagnostics of given sequences, ``chunk_size`` positions at a time, from the first to the last.
 
     With a chunk_size both models read on from KV caches, and never more than [B, chunk_size, V] logits exist.
 

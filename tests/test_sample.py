@@ -511,7 +511,7 @@ def test_arbitrary_rows_disturb_nobody(num_samples, device, examples):
     [
         ({"seed": 1.5}, "seed must be an int"),
         ({"seed": None}, "seed must be an int"),
-        ({"seed": 2**63}, "seed must fit into 64 bits"),
+        ({"seed": 2**63}, "seed must be a signed 64-bit integer"),
         ({"seed": torch.zeros(3, dtype=torch.int64)}, r"seed must be an int or have shape \[2\], but has \[3\]"),
         ({"seed": torch.zeros(2)}, "seed must hold integers"),
         ({"seed": 0, "offset": True}, "offset must be an int"),

@@ -62,9 +62,14 @@ def run(stage: Stage, seconds: float, environment: dict[str, str], log: Path) ->
 
 def start(command: Sequence[str], environment: dict[str, str], log: IO[str]) -> subprocess.Popen[bytes]:
     """A child in a process group of its own, so that `end` reaches all that it starts."""
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-    )
+    # A shell's background jobs ignore interrupts, and so would the child, which `end` could then only kill.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def end(child: subprocess.Popen[bytes], grace: float) -> None:

@@ -52,7 +52,9 @@ DEEP: dict[str, tuple[str, ...]] = {
     "test_the_check_fails_and_the_rest_of_the_file_stays": EVERYTHING,
     "test_nothing_inexact_is_compiled_that_is_not_imitated": EVERYTHING,
     "test_the_front_end_takes_every_launch": EVERYTHING,
+    "test_every_target": EVERYTHING,
     # Without a GPU these say little that other tests do not.
+    "test_the_same_bits_every_time_and_in_any_batch": ("bisect", "ess_balance", "diagnostics"),
     "test_streams_side_by_side": ("bisect", "ess_balance", "diagnostics", "entropy", "verify", "dropin"),
     "test_a_graph_follows_its_inputs": ("bisect", "ess_balance", "diagnostics", "entropy"),
     "test_a_batch_beyond_2_to_the_31": EVERYTHING,  # test_offsets_beyond_2_to_the_31 is core

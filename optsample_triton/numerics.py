@@ -42,6 +42,8 @@ FAR = 50.0  # Chernoff information beyond which float32 would blur alpha a + (1 
 NOISE = 1.7, 8.4  # rounding of psi' in units of epsilon: in any row, and for all the mass on one token
 NEGLECTED = 4.0, 0.05  # the first terms left out, in units of the last odd and even coefficients
 SD_SHARE = 0.25  # q* feels an error of alpha in units of 1/sd; the estimate is pessimistic enough to count this much
+CLEAR = 4.0  # a node's sign counts where psi' is this many times its rounding
+NEWTON_START = 0.375  # in s = 2 alpha - 1: the Newton steps inside the interpolant start no farther out
 BLURRED = 0.1  # an error from which the interpolant's root says nothing, and the bracket's middle is taken
 
 # Drawing.

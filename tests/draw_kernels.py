@@ -7,7 +7,7 @@ import triton.language as tl
 from optsample_triton import launch
 from optsample_triton.kernels.constants import KL_SYMMETRY
 from optsample_triton.kernels.draw import interpolated_masses
-from optsample_triton.kernels.nodes import SUMS, first_sweep, kept_nodes
+from optsample_triton.kernels.nodes import SUM_COUNT, first_sweep, kept_nodes
 from optsample_triton.kernels.random import number, uniforms
 from optsample_triton.kernels.records import Batch, Key, Matrix, Meeting, Place, Request, Tile
 from optsample_triton.kernels.solve import solved
@@ -71,7 +71,7 @@ def interpolated(a, b):
     assert chunks <= LANES
     alpha, misplaced = (torch.empty(n, dtype=torch.float64, device=a.device) for _ in range(2))
     masses = torch.empty(n, LANES, dtype=torch.float64, device=a.device)
-    chunk_sums = torch.empty(n * chunks * SUMS.value, device=a.device)
+    chunk_sums = torch.empty(n * chunks * SUM_COUNT.value, device=a.device)
     arrived = torch.zeros(n, dtype=torch.int32, device=a.device)
     half = min(512, launch.DRAW_CHUNK // 2)
     _kernel[(n,)](

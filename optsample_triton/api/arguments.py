@@ -10,7 +10,7 @@ from torch import Tensor
 
 from optsample_triton.types import ALGORITHMS, INPUT_DTYPES, METHODS, Draws, Options, Problem, result_dtype
 
-LARGEST = 1e37  # float32 holds this number and its inverse
+LARGEST_NUMBER = 1e37  # float32 holds this number and its inverse
 INTEGERS = (int, np.integer)
 NUMBERS = (*INTEGERS, float, np.floating)
 Number = int | Tensor
@@ -152,15 +152,15 @@ def per_row(value: float | Tensor, theta: Tensor, name: str) -> Tensor:
         return value.to(device=theta.device, dtype=dtype).expand(batch).reshape(-1).contiguous()
     if not isinstance(value, NUMBERS):
         raise TypeError(f"{name} must be a float or a tensor, but is {type(value).__name__}")
-    if not abs(value) <= LARGEST:
-        raise ValueError(f"{name} must lie within +-{LARGEST:g}, but is {value}")
+    if not abs(value) <= LARGEST_NUMBER:
+        raise ValueError(f"{name} must lie within +-{LARGEST_NUMBER:g}, but is {value}")
     return torch.full((batch.numel(),), float(value), dtype=dtype, device=theta.device)
 
 
 def inverse_temperature(value: float | Tensor, theta: Tensor, name: str) -> Tensor | None:
     if not isinstance(value, Tensor):
-        if isinstance(value, NUMBERS) and not (1.0 / LARGEST <= value <= LARGEST):
-            raise ValueError(f"{name} must be positive and at most {LARGEST:g}, but is {value}")
+        if isinstance(value, NUMBERS) and not (1.0 / LARGEST_NUMBER <= value <= LARGEST_NUMBER):
+            raise ValueError(f"{name} must be positive and at most {LARGEST_NUMBER:g}, but is {value}")
         if value == 1.0:
             return None
     return per_row(value, theta, name).reciprocal()

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from optsample_triton import launch
 from optsample_triton.eager.log_q import Mixture, by_precision
-from optsample_triton.eager.random import Place
+from optsample_triton.eager.random import DrawUniforms
 from optsample_triton.eager.rows import Rows
 from optsample_triton.eager.shards import Shard
 from optsample_triton.eager.state import State, rows_where
@@ -107,7 +107,7 @@ class Law:
 
 
 @dataclass(frozen=True)
-class Group:
+class PrecisionGroup:
     """Some of the rows, in one dtype: their numbers, their law, and the masses of its chunks."""
 
     index: Tensor
@@ -119,7 +119,7 @@ class Group:
 class Laws:
     """The law of every row, in groups of one dtype."""
 
-    groups: list[Group]
+    groups: list[PrecisionGroup]
     log_mass: Tensor  # [N]: of the weights
     peak: Tensor  # [N]: as in Filter, 0 where nothing is filtered
 
@@ -134,7 +134,7 @@ class Laws:
             log_mass[index] = masses.sum(-1).log()
             if law.filter is not None:
                 peak[index] = law.filter.peak.double()
-            groups.append(Group(index, law, masses))
+            groups.append(PrecisionGroup(index, law, masses))
         return Laws(groups, log_mass, peak)
 
 
@@ -164,7 +164,7 @@ def pick(masses: Tensor, uniform: Tensor) -> Tensor:
     return index
 
 
-def draw(law: Law, masses: Tensor, place: Place) -> Tensor:
+def draw(law: Law, masses: Tensor, place: DrawUniforms) -> Tensor:
     """Tokens [N, S] from the chunks' masses [N, C]; over shards, tokens of the whole vocabulary."""
     shard = law.mixture.rows.shard
     if shard is not None:
@@ -209,7 +209,7 @@ def _chosen(law: Law, chosen: Tensor) -> Iterator[_Chosen]:
             yield _Chosen(number, chunk, rows, part.weights(block, chunk), chosen[rows] == number)
 
 
-def _draw_sharded(law: Law, masses: Tensor, place: Place, shard: Shard) -> Tensor:
+def _draw_sharded(law: Law, masses: Tensor, place: DrawUniforms, shard: Shard) -> Tensor:
     """Each process holds a part of the vocabulary: the tile's sums and the token are gathered.
 
     A tile may lie across a border: then the process that the uniform falls to picks in its own part.

@@ -44,7 +44,7 @@ def evaluate(rows: Rows, x: Tensor, state: State, *, narrow: bool) -> Evaluation
 
 
 @dataclass(frozen=True)
-class Group:
+class WidthGroup:
     """Some rows of those that are solved, all of them narrow or all wide."""
 
     index: Tensor
@@ -59,12 +59,12 @@ class Group:
         state.put(self.index, self.state)
 
 
-def groups(rows: Rows, state: State, index: Tensor) -> Iterator[Group]:
+def groups(rows: Rows, state: State, index: Tensor) -> Iterator[WidthGroup]:
     """The rows of an index, the narrow ones and the wide ones; no empty groups."""
     narrow = state.psi[index] > -NARROW
     for part, is_narrow in ((index[narrow], True), (index[~narrow], False)):
         if part.numel():
-            yield Group(part, is_narrow, rows.select(part), state.part(part))
+            yield WidthGroup(part, is_narrow, rows.select(part), state.part(part))
 
 
 class PlainSlope(NamedTuple):

@@ -18,7 +18,7 @@ from optsample_triton.eager.shards import Shard
 CANCELS = 64.0  # nats beyond which float64 would lose more than the last digits of a difference
 SERIES = 0.1  # |y| below which expm1(y) - y is a series
 LOG1P_SERIES = 0.01  # |t| below which log1p(t) - t is one
-LARGEST = 700.0  # exponents beyond it overflow float64
+LARGEST_EXPONENT = 700.0  # exponents beyond it overflow float64
 SPREAD = 1e-14  # variance over squared mean below which there is no variance, only rounding
 NEAR = 0.5  # below this size the linear terms of G cancel
 
@@ -72,7 +72,7 @@ def weighted_excess(w: Tensor, exponent: Tensor, y: Tensor) -> Tensor:
     for factorial in (362880.0, 40320.0, 5040.0, 720.0, 120.0, 24.0, 6.0, 2.0):
         series.mul_(z).add_(1.0 / factorial)
     series.mul_(z).mul_(z).mul_(w)
-    direct = exponent.clamp(max=LARGEST).exp_().sub_(w * (1.0 + y))
+    direct = exponent.clamp(max=LARGEST_EXPONENT).exp_().sub_(w * (1.0 + y))
     return torch.where(small, series, direct)
 
 

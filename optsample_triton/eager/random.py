@@ -59,19 +59,19 @@ def _unit(high: Tensor, low: Tensor) -> Tensor:
     return ((high >> 5).double() * 2.0**26 + (low >> 6).double()) * 2.0**-53
 
 
-class Place(NamedTuple):
+class DrawUniforms(NamedTuple):
     """The uniforms [N, S] that a token is drawn with: its chunk, its tile in that, and itself in that."""
 
     chunk: Tensor
     tile: Tensor
     token: Tensor
 
-    def part(self, index: Tensor) -> Place:
-        return Place(*(x[index] for x in self))
+    def part(self, index: Tensor) -> DrawUniforms:
+        return DrawUniforms(*(x[index] for x in self))
 
-    def column(self) -> Place:
+    def column(self) -> DrawUniforms:
         """All of them as one column [N S, 1]."""
-        return Place(*(x.reshape(-1, 1) for x in self))
+        return DrawUniforms(*(x.reshape(-1, 1) for x in self))
 
 
 @dataclass(frozen=True)
@@ -94,14 +94,14 @@ class Numbers:
     def uniforms(self, position: Tensor, draw: Tensor, stream: Stream) -> Uniforms:
         return uniforms(self.seed, self.offset + position, self.group, draw, stream)
 
-    def sample_place(self, draw: Tensor) -> Place:
+    def sample_uniforms(self, draw: Tensor) -> DrawUniforms:
         """Where the draws of every row fall."""
         return self._place(0 * draw, draw, Stream.PLACE, Stream.TOKEN)
 
-    def recovery_place(self, position: Tensor) -> Place:
+    def recovery_uniforms(self, position: Tensor) -> DrawUniforms:
         """Where the token falls that stands for a refused draft, or behind all drafts."""
         return self._place(position, 0 * position, Stream.RECOVER_PLACE, Stream.RECOVER_TOKEN)
 
-    def _place(self, position: Tensor, draw: Tensor, place: Stream, token: Stream) -> Place:
+    def _place(self, position: Tensor, draw: Tensor, place: Stream, token: Stream) -> DrawUniforms:
         outer, inner = self.uniforms(position, draw, place), self.uniforms(position, draw, token)
-        return Place(outer.first, outer.second, inner.first)
+        return DrawUniforms(outer.first, outer.second, inner.first)

@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from optsample_triton.eager.nodes import HALF_INNER, INNER, NodeSums
-from optsample_triton.numerics import NEGLECTED, NODES, NOISE, SD_SHARE
+from optsample_triton.numerics import CLEAR, NEGLECTED, NEWTON_START, NODES, NOISE, SD_SHARE
 
 H = 0.25  # the inner nodes 3/8 and 5/8 in s
 NEWTON_STEPS = 7  # inside the interpolant: a handful of flops per row
-CLEAR = 4.0  # a node's sign counts where psi' is this many times its rounding
-REACH = 1.5 * H  # where in s the Newton steps may start
 
 
 class _NodeValues(NamedTuple):
@@ -127,7 +125,7 @@ def _degree_seven(coefficients: Tensor, s: Tensor) -> Tensor:
 
 def _root(derivatives: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """s [N] where the first derivative vanishes, by Newton inside the bracket."""
-    s = (0.5 * (low + high)).clamp(-REACH, REACH)
+    s = (0.5 * (low + high)).clamp(-NEWTON_START, NEWTON_START)
     for _ in range(NEWTON_STEPS):
         first, second = _degree_seven(derivatives, s)
         above = first > 0

@@ -17,7 +17,7 @@ def sample(rows: Rows, state: State, draws: Draws, num_samples: int) -> Sample:
     mark_invalid(state, draws)
     law = DrawnLaw.of(rows, state, draws)
     numbers = Numbers.of(draws, rows.count, rows.device)
-    place = numbers.sample_place(torch.arange(num_samples, device=rows.device))
+    place = numbers.sample_uniforms(torch.arange(num_samples, device=rows.device))
     token = torch.zeros(rows.count, num_samples, dtype=torch.int64, device=rows.device)
     for group in law.laws.groups:
         token[group.index] = draw(group.law, group.masses, place.part(group.index))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optsample_triton.eager.evaluate import Evaluation, Group, groups, plain_slope
+from optsample_triton.eager.evaluate import Evaluation, WidthGroup, groups, plain_slope
 from optsample_triton.eager.moments import tilted_moments
 from optsample_triton.eager.nodes import NodeSums, node_sums, survey
 from optsample_triton.eager.one_model import own_moments, probability_entropies
@@ -212,7 +212,7 @@ def _bisect(rows: Rows, state: State, options: Options, tol: float) -> None:
             break
 
 
-def _bisect_careful(group: Group, dtype: torch.dtype) -> None:
+def _bisect_careful(group: WidthGroup, dtype: torch.dtype) -> None:
     """A step of the bisection in float64."""
     part = group.state
     at = group.evaluate(part.bracket.middle)
@@ -254,7 +254,7 @@ def _balance_ess(rows: Rows, state: State, options: Options, tol: float) -> None
     _pin(rows, state, rows_where(state.ok), options)
 
 
-def _balance_step(group: Group, resolution: Resolution) -> None:
+def _balance_step(group: WidthGroup, resolution: Resolution) -> None:
     """A step for the root of psi(-alpha) - psi(2 - alpha), which rises with alpha."""
     part = group.state
     x = part.alpha

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from optsample_triton.eager.draw import DraftLaw, Group, draw
+from optsample_triton.eager.draw import DraftLaw, PrecisionGroup, draw
 from optsample_triton.eager.law import DrawnLaw, mark_invalid
-from optsample_triton.eager.random import Numbers, Place
+from optsample_triton.eager.random import DrawUniforms, Numbers
 from optsample_triton.eager.rows import Rows
 from optsample_triton.eager.state import State, rows_where
 from optsample_triton.numerics import Stream
@@ -29,7 +29,7 @@ def verify(rows: Rows, state: State, draws: Draws, drafts: Drafts) -> Decided:
     numbers = Numbers.of(draws, drafted.position.shape[0], rows.device)
     accepted = _accepted(law, drafted, numbers)
     drawing = _Drawing.of(drafted, drafts, accepted)
-    place = numbers.recovery_place(drafted.position).column()
+    place = numbers.recovery_uniforms(drafted.position).column()
     token = drafted.token
     for group in law.laws.groups:
         _draw_instead(law, group, drawing, place, token)
@@ -84,7 +84,7 @@ class _Drawing(NamedTuple):
         return _Drawing(refused, drawing & ~refused, drafted.model)
 
 
-def _draw_instead(law: DrawnLaw, group: Group, drawing: _Drawing, place: Place, token: Tensor) -> None:
+def _draw_instead(law: DrawnLaw, group: PrecisionGroup, drawing: _Drawing, place: DrawUniforms, token: Tensor) -> None:
     """Draw the tokens of a group's rows that keep no draft into ``token`` [N]."""
     index = group.index
     refused = rows_where(drawing.refused[index])

@@ -19,7 +19,7 @@ from optsample_triton.kernels.constants import (
     NODE_LOW,
 )
 from optsample_triton.kernels.moments import tilted
-from optsample_triton.kernels.nodes import SUMS, load_sums
+from optsample_triton.kernels.nodes import SUM_COUNT, load_sums
 from optsample_triton.kernels.records import Nodes
 from optsample_triton.kernels.root import polynomial, psi_of
 from optsample_triton.kernels.rows import load_pair, relative
@@ -76,7 +76,7 @@ def interpolated_masses(chunk_sums_ptr, chunks, x, base, LANES: tl.constexpr):
     The interpolant is that of the row's psi (kernels/root.py), and so is the estimate of what it neglects.
     """
     lanes = tl.arange(0, LANES)
-    sums = load_sums(chunk_sums_ptr + lanes * SUMS, lanes < chunks)
+    sums = load_sums(chunk_sums_ptr + lanes * SUM_COUNT, lanes < chunks)
     log_t, log_theta = tl.log(sums.mass_t), tl.log(sums.mass_theta)
     chord = log_theta - log_t
     mean_low = sums.first_low * NATS_PER_POWER / sums.mass_low

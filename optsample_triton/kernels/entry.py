@@ -13,7 +13,7 @@ from torch import Tensor
 from optsample_triton import backend, launch
 from optsample_triton.kernels.gradient import gradient_kernel
 from optsample_triton.kernels.logprob import logprob_gradient_kernel, logprob_kernel
-from optsample_triton.kernels.nodes import SUMS
+from optsample_triton.kernels.nodes import SUM_COUNT
 from optsample_triton.kernels.sample import sample_kernel
 from optsample_triton.kernels.solve import solve_kernel
 from optsample_triton.kernels.verify import verify_kernel
@@ -124,7 +124,7 @@ def solve(problem: Problem, diagnostics: bool, out: Tensor | None) -> Solved:
         chunk_sums, arrived = solved.alpha, solved.sweeps  # not used where a row has one program
         if splits > 1:  # fresh for every launch: streams and graphs never share them
             chunks = triton.cdiv(vocab, shape.chunk)
-            chunk_sums = torch.empty(n * chunks * SUMS.value, dtype=torch.float32, device=device)
+            chunk_sums = torch.empty(n * chunks * SUM_COUNT.value, dtype=torch.float32, device=device)
             arrived = torch.zeros(n, dtype=torch.int32, device=device)
         solve_kernel[(n * splits,)](
             **_request(problem, shape, splits),
@@ -169,7 +169,7 @@ def _draw_arguments(problem: Problem, draws: Draws, drawn: Sample) -> tuple[int,
         "log_t_ptr": drawn.log_t,
         "alpha_ptr": drawn.alpha,
         "status_ptr": drawn.status,
-        "chunk_sums_ptr": torch.empty(n * chunks * SUMS.value, dtype=torch.float32, device=device),
+        "chunk_sums_ptr": torch.empty(n * chunks * SUM_COUNT.value, dtype=torch.float32, device=device),
         "arrived_ptr": torch.zeros(n if splits > 1 else 0, dtype=torch.int32, device=device),
         "TILE": launch.DRAW_TILE,
         "STEP": launch.DRAW_STEP[kind],

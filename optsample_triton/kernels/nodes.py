@@ -29,7 +29,7 @@ from optsample_triton.kernels.rows import (
     relative,
 )
 
-SUMS = tl.constexpr(len(NodeSums._fields))
+SUM_COUNT = tl.constexpr(len(NodeSums._fields))
 
 
 @triton.jit
@@ -148,7 +148,7 @@ def _merge(total, sums):
 
 @triton.jit
 def _store_sums(ptr, sums):
-    for k in tl.static_range(SUMS):
+    for k in tl.static_range(SUM_COUNT):
         tl.store(ptr + k, sums[k])
 
 
@@ -206,7 +206,7 @@ def nodes(
         if _spoilt(sums):
             sums = chunk_nodes(row, start, stop, tile, 1, True)
         if KEEP or splits > 1:
-            _store_sums(chunk_sums_ptr + chunk * SUMS, sums)
+            _store_sums(chunk_sums_ptr + chunk * SUM_COUNT, sums)
         if not KEEP and splits == 1:
             total = _merge(total, sums)
     last = True
@@ -218,7 +218,7 @@ def nodes(
         last = arrived == splits - 1
         if last and not KEEP:
             for chunk in tl.range(0, chunks):
-                total = _merge(total, load_sums(chunk_sums_ptr + chunk * SUMS, None))
+                total = _merge(total, load_sums(chunk_sums_ptr + chunk * SUM_COUNT, None))
         if last:
             tl.store(arrived_ptr, 0)
     return total, last
@@ -228,7 +228,7 @@ def nodes(
 def kept_nodes(chunk_sums_ptr, chunks, LANES: tl.constexpr):
     """The row's ``NodeSums`` from those that ``nodes`` kept of its chunks, in float64."""
     lanes = tl.arange(0, LANES)
-    sums = load_sums(chunk_sums_ptr + lanes * SUMS, lanes < chunks)
+    sums = load_sums(chunk_sums_ptr + lanes * SUM_COUNT, lanes < chunks)
     return _over_lanes(sums, tl.sum(sums.masked, 0))
 
 
@@ -238,7 +238,7 @@ def first_sweep(batch, meeting, tile, later, CHUNK: tl.constexpr, UNROLL: tl.con
     program = tl.program_id(0)
     index = (program // meeting.splits).to(tl.int64)
     row = open_row(batch, index, later)
-    chunk_sums_ptr = meeting.chunk_sums_ptr + index * tl.cdiv(row.V, CHUNK) * SUMS
+    chunk_sums_ptr = meeting.chunk_sums_ptr + index * tl.cdiv(row.V, CHUNK) * SUM_COUNT
     total, last = nodes(
         row,
         program % meeting.splits,

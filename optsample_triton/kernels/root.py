@@ -9,9 +9,11 @@ import triton.language as tl
 
 from optsample_triton.kernels.constants import (
     BLURRED,
+    CLEAR,
     EPSILON,
     NEGLECTED_EVEN,
     NEGLECTED_ODD,
+    NEWTON_START,
     NOISE_ALWAYS,
     NOISE_OF_TOP,
     SD_SHARE,
@@ -73,7 +75,7 @@ def interpolate(nodes, target, top_share):
     noise = (top_share * NOISE_OF_TOP + NOISE_ALWAYS) * EPSILON
     g = polynomial(nodes)
     # A node's sign brackets the root only where it stands clear of rounding.
-    clear = 4.0 * noise
+    clear = noise * CLEAR
     nothing = tl.zeros([], tl.float64)
     low = tl.where(nodes.slope_low - target < -clear, nothing - 0.25, nothing - 1.0)
     low = tl.where(nodes.slope_half - target < -clear, 0.0, low)
@@ -81,7 +83,7 @@ def interpolate(nodes, target, top_share):
     high = tl.where(nodes.slope_high - target > clear, nothing + 0.25, nothing + 1.0)
     high = tl.where(nodes.slope_half - target > clear, 0.0, high)
     high = tl.where(nodes.slope_low - target > clear, -0.25, high)
-    s = tl.minimum(tl.maximum(0.5 * (low + high), -0.375), 0.375)
+    s = tl.minimum(tl.maximum(0.5 * (low + high), -NEWTON_START), NEWTON_START)
     inner_low, inner_high = low, high
     for _ in range(NEWTON_STEPS):
         _, first, second = psi_of(g, s)
@@ -110,7 +112,7 @@ def interpolate(nodes, target, top_share):
 
 
 @triton.jit
-def tangents_meet(bracket):
+def meeting_point(bracket):
     """Where the tangents at the bracket's ends meet; NaN where they are not known.
 
     For rows of huge logits F is piecewise linear, and this point finds its corner where halving would need dozens.
@@ -150,7 +152,7 @@ def safeguarded_step(x, value, slope, variance, third, fourth, bracket, halve, t
     inside = (alpha >= bracket.low) & (alpha <= bracket.high) & (size < 0.5) & (lost == 0)
     # F lies above both tangents and its minimum not above F(x): that bounds how far beyond their meeting it can be.
     width = bracket.high - bracket.low
-    meeting = tangents_meet(bracket)
+    meeting = meeting_point(bracket)
     away = tl.abs(meeting - x)
     bound = (away + 2.0**-53) * tl.maximum(tl.abs(slope / opposite), 1.0)
     corner = (away <= ROUNDOFF) & (bound <= tol)

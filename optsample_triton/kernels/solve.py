@@ -61,7 +61,7 @@ FIND_B = tl.constexpr(3)
 FIND_PSI = tl.constexpr(4)  # at an alpha that stays
 
 NEARLY_IDENTICAL = tl.constexpr(1e-4)  # Chernoff information below which a sweep says whether the rows are identical
-LARGEST = tl.constexpr(64.0)  # |logit| up to which the moments of d stay within float32's range as they are
+LARGEST_LOGIT = tl.constexpr(64.0)  # |logit| up to which the moments of d stay within float32's range as they are
 EXACT = tl.constexpr(8388608.0)  # 2^23: float32 holds multiples of its inverse up to 2
 
 
@@ -237,7 +237,7 @@ def _search_start(row, total, index, request, tile, METHOD: tl.constexpr, NORMAL
         # logits lie far beyond the first ones.
         status, size = survey(row, tile)
         sweeps += 1
-        shrink = tl.full([], LARGEST, tl.float32) / tl.maximum(size, LARGEST)
+        shrink = tl.full([], LARGEST_LOGIT, tl.float32) / tl.maximum(size, LARGEST_LOGIT)
         reference_theta, reference_t = 0.0 * shrink, 0.0 * shrink
         nothing = tl.zeros([], tl.float64)
         alpha, low, high = nothing + 0.5, nothing, nothing + 1.0
@@ -277,7 +277,7 @@ def solved(row, total, index, request, tile, METHOD: tl.constexpr, NORMALISE: tl
     root, ends = search(row, ends, state, request, tile, METHOD)
     status = root.status
     if METHOD == FIXED:
-        status = agreement(row, ends, root.alpha, status, few)
+        status = status_of_given_alpha(row, ends, root.alpha, status, few)
     if METHOD == ESS_BALANCE:
         root = balance_ess(row, ends, root, request, few)
         status = root.status
@@ -287,7 +287,7 @@ def solved(row, total, index, request, tile, METHOD: tl.constexpr, NORMALISE: tl
 
 
 @triton.jit
-def agreement(row, ends, alpha, status, tile):
+def status_of_given_alpha(row, ends, alpha, status, tile):
     """The status of a narrow row whose given alpha is too far outside for its own sweep to tell."""
     half = 0.0 * alpha + 0.5
     same = alpha != alpha

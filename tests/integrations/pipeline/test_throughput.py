@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench import pipeline
+from bench.speed import pipeline
 
 
 def test_measures(capsys: pytest.CaptureFixture[str]) -> None:

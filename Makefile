@@ -1,5 +1,5 @@
 # make bench: correctness check, then the reference against this package, as a table; under three minutes.
-# make test:  the tests of every function, kernel and promise, on both backends; in five minutes on two cores.
+# make test:  the core of the tests: every public function and kernel, on both backends.
 # make test-all: those, and the long tail: more cases, all combinations, more examples, more compiled kernels.
 # make theory: the documents' claims measured, docs/theory-report.md and its figures written; under ten minutes.
 # All need Python >= 3.10 and make, nothing else.

@@ -60,6 +60,7 @@ def verify(
     The other arguments are those of ``sample``; tensors among them are [..., K + 1].
 
     >>> import torch
+    >>> from optsample_triton import sample
     >>> logits_theta, logits_t = torch.randn(2, 5, 3, 100, generator=torch.Generator().manual_seed(0)).unbind(0)
     >>> drafts = sample(logits_theta[:, :2], logits_theta[:, :2], alpha=1.0, seed=1).token
     >>> verified = verify(drafts, logits_theta, logits_t, seed=2)

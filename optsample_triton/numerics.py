@@ -54,11 +54,19 @@ LOWEST = -1e4  # nats that stand for -inf in a product: far below where exp unde
 class Stream(IntEnum):
     """What random numbers are for; a draw's counter word is STREAMS times its index plus the stream."""
 
-    PLACE = 0
+    PLACE = 0  # which chunk, and which tile of it
     TOKEN = 1
     ACCEPT = 2
-    RECOVER_PLACE = 3
+    RECOVER_PLACE = 3  # the same for the token that a refused draft is replaced by
     RECOVER_TOKEN = 4
 
 
 STREAMS = 8
+
+
+class Drafter(IntEnum):
+    """Which model made the drafts whose law is taken off what is drawn."""
+
+    NONE = -1
+    THETA = 0
+    T = 1

@@ -74,7 +74,7 @@ class Problem(NamedTuple):
 
     @staticmethod
     def from_flat(values: tuple[Any, ...]) -> tuple[Problem, tuple[Any, ...]]:
-        """The problem out of an op's arguments, and the arguments behind it."""
+        """The problem out of an op's arguments, and the arguments after it."""
         inputs = len(Problem._fields) - 1
         options, rest = values[inputs : inputs + len(Options._fields)], values[inputs + len(Options._fields) :]
         return Problem._make((*values[:inputs], Options(*options))), rest
@@ -98,7 +98,7 @@ class Draws(NamedTuple):
 
     @staticmethod
     def from_flat(values: tuple[Any, ...]) -> tuple[Draws, tuple[Any, ...]]:
-        """The draws out of an op's arguments, and the arguments behind them."""
+        """The draws out of an op's arguments, and the arguments after them."""
         end = len(Draws._fields)
         return Draws(*values[:end]), values[end:]
 

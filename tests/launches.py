@@ -153,7 +153,7 @@ def main() -> None:
     if backend.interpreter_on():
         raise RuntimeError("TRITON_INTERPRET is 1, expected another process: the interpreter compiles nothing")
     driver.set_active(Driver())
-    backend.choose = lambda device, dtype: ("triton", "as on a GPU")
+    backend.choose = lambda device, dtype: backend.Choice("triton", "as on a GPU")
     entry._device = lambda device: ("cuda", 132)
     print(json.dumps({"compile": compiled_calls, "batches": batches}[sys.argv[1]]()))
 

@@ -67,12 +67,13 @@ def as_problem(
             raise ValueError(
                 f"vocab_size must be between 1 and the rows' length {theta.shape[-1]}, but is {vocab_size}"
             )
+    temperature_theta, temperature_t = temperatures
     return Problem(
         as_rows(theta)[..., :vocab_size],
         as_rows(t)[..., :vocab_size],
         None if alpha is None else per_row(alpha, theta, "alpha"),
-        inverse_temperature(temperatures[0], theta, "temperature_theta"),
-        inverse_temperature(temperatures[1], theta, "temperature_t"),
+        inverse_temperature(temperature_theta, theta, "temperature_theta"),
+        inverse_temperature(temperature_t, theta, "temperature_t"),
         options,
     )
 

@@ -20,7 +20,7 @@ UNDERFLOW = 1e6  # smallest normal numbers: a shard whose sum is below this many
 # The rows of a tensor of sums: of the weights at the nodes; of the weights times d at the inner three, and times
 # d^2 at 1/2, d in units of 8; and the largest weight at 1/2.
 MASS, FIRST, SECOND, TOP = slice(0, 5), slice(5, 8), 8, 9
-SUMS = slice(0, 9)
+SUMS, SUM_COUNT = slice(0, 9), 9
 INNER, HALF = slice(1, 4), 2  # among the nodes
 HALF_INNER = 1  # among the inner nodes
 
@@ -52,7 +52,7 @@ class _Sums(NamedTuple):
 def node_sums(rows: Rows) -> NodeSums:
     """One read of the rows. A -inf shows as a non-finite sum; the block is then summed again with its masks."""
     reference = references(rows)
-    sums = torch.empty(9, rows.count, dtype=torch.float64, device=rows.device)
+    sums = torch.empty(SUM_COUNT, rows.count, dtype=torch.float64, device=rows.device)
     top = torch.empty(rows.count, dtype=rows.working_dtype, device=rows.device)
     for block in rows.blocks():
         bases = Pair(*(-0.125 * x[block, None] for x in reference))
@@ -70,14 +70,14 @@ def node_sums(rows: Rows) -> NodeSums:
 
 def _block_sums(rows: Rows, block: slice, bases: Pair, *, masked: bool) -> tuple[Tensor, Tensor]:
     """Sums [9, R] over all chunks, in float64, and the largest weight at 1/2 [R]."""
-    total = bases.t.new_zeros(9, bases.t.shape[0], dtype=torch.float64)
+    total = bases.t.new_zeros(SUM_COUNT, bases.t.shape[0], dtype=torch.float64)
     top = torch.zeros_like(bases.t[:, 0])
-    part = bases.t.new_empty(10, bases.t.shape[0])
+    part = bases.t.new_empty(SUM_COUNT + 1, bases.t.shape[0])
     for chunk in rows.chunks():
         a, b = rows.read(block, chunk, rows.working_dtype)
         x, y = torch.add(bases.theta, a, alpha=0.125), torch.add(bases.t, b, alpha=0.125)
         outside = None
-        if masked:  # a NaN or +inf stays in, whatever stands opposite, and spoils the sums: the row is INVALID
+        if masked:  # a NaN or +inf stays in, so that the sums show it: the row is INVALID
             outside = outside_common_support(a, b) & (torch.maximum(a, b) < torch.inf)
         _chunk_sums(x, y, outside, part)
         total += part[SUMS]

@@ -7,7 +7,7 @@ constant.
 import triton.language as tl
 
 from optsample_triton import numerics
-from optsample_triton.numerics import Method, Status, Stream
+from optsample_triton.numerics import Drafter, Method, Status, Stream
 from optsample_triton.types import Saved
 
 KL_SYMMETRY = tl.constexpr(Method.KL_SYMMETRY.value)
@@ -28,6 +28,9 @@ ACCEPT = tl.constexpr(Stream.ACCEPT.value)
 RECOVER_PLACE = tl.constexpr(Stream.RECOVER_PLACE.value)
 RECOVER_TOKEN = tl.constexpr(Stream.RECOVER_TOKEN.value)
 STREAMS = tl.constexpr(numerics.STREAMS)
+
+DRAFTER_NONE = tl.constexpr(Drafter.NONE.value)
+DRAFTER_THETA = tl.constexpr(Drafter.THETA.value)
 
 NODE_LOW = tl.constexpr(numerics.NODES[1])
 NODE_HIGH = tl.constexpr(numerics.NODES[3])

@@ -22,7 +22,7 @@ class Tile(NamedTuple):
     PROBS: tl.constexpr  # probabilities, read as log(p + eps)
 
 
-class Place(NamedTuple):
+class Layout(NamedTuple):
     """Where row i of a matrix lies: at (i // inner) * outer + (i % inner) * stride."""
 
     inner: tl.tensor
@@ -35,7 +35,7 @@ class Matrix(NamedTuple):
 
     ptr: tl.tensor
     inverse_temperature_ptr: tl.tensor  # [N], or None for 1
-    place: Place
+    layout: Layout
 
 
 class Batch(NamedTuple):
@@ -64,7 +64,7 @@ class Row(NamedTuple):
     eps: tl.tensor
 
 
-class Pair(NamedTuple):
+class HalfTile(NamedTuple):
     """Half a tile [H] of both rows, in nats; 0 outside of the common support."""
 
     u: tl.tensor  # a relative to its reference
@@ -247,7 +247,7 @@ class Evaluation(NamedTuple):
     width: tl.tensor  # of d, less its rounding: not above 0 where the rows agree, +inf where it was not looked for
 
 
-class Request(NamedTuple):
+class Options(NamedTuple):
     """How rows are to be solved."""
 
     given_alpha_ptr: tl.tensor  # [N], for the method FIXED
@@ -320,7 +320,7 @@ class ProbabilitySums(NamedTuple):
 class Tokens(NamedTuple):
     """A tile [BLOCK] of both rows."""
 
-    u: tl.tensor  # as in Pair, but 0 only where the model itself has no mass
+    u: tl.tensor  # as in HalfTile, but 0 only where the model itself has no mass
     v: tl.tensor
     d: tl.tensor
     support: tl.tensor  # where q* has mass
@@ -391,7 +391,7 @@ class Drawing(NamedTuple):
 
 
 class Law(NamedTuple):
-    """Weights exp(inverse_temperature z), z = x a + (1 - x) b - base, cut below ``floor``.
+    """Weights exp(inverse_temperature z), z = x a + (1 - x) b - base, cut below ``threshold``.
 
     Where a model's law is taken off, its weights are exp(a - own) or exp(b - own).
     """
@@ -399,7 +399,7 @@ class Law(NamedTuple):
     x: tl.tensor
     base: tl.tensor
     inverse_temperature: tl.tensor  # of q*
-    floor: tl.tensor
+    threshold: tl.tensor
     far: tl.tensor  # whether z needs float64
     own: tl.tensor
 
@@ -412,7 +412,7 @@ class LogPartitions(NamedTuple):
     t: tl.tensor
 
 
-class Settled(NamedTuple):
+class DrawnLaw(NamedTuple):
     """A row that is ready to be drawn from."""
 
     row: Row
@@ -433,7 +433,7 @@ class Filtering(NamedTuple):
     """A row's filters."""
 
     inverse_temperature: tl.tensor
-    floor: tl.tensor  # of z, below which min_p cuts
+    threshold: tl.tensor  # of z, below which min_p cuts
     active: tl.tensor  # whether they change q*
     usable: tl.tensor  # whether they and alpha mean anything
 
@@ -467,12 +467,12 @@ class Drafts(NamedTuple):
     positions: tl.tensor
 
 
-class Logs(NamedTuple):
+class TokenLogs(NamedTuple):
     """Log-probabilities of tokens."""
 
-    q: tl.tensor
-    theta: tl.tensor
-    t: tl.tensor
+    log_q: tl.tensor
+    log_theta: tl.tensor
+    log_t: tl.tensor
 
 
 class Drawn(NamedTuple):

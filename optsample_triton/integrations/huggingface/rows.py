@@ -17,12 +17,13 @@ from optsample_triton.types import Diagnostics
 class OptimalGeneration(ModelOutput):
     """What was generated for B rows, T tokens at most; a row's end-of-sequence token is its last.
 
-    Behind a row's end stand the padding token, 0 for log-probabilities and diagnostics, NaN for alpha. ``log_theta``
-    and ``log_t`` are of the models' whole laws over the shared vocabulary, ``log_q`` of the law that was drawn from.
+    After a row's end come the padding token, 0 for log-probabilities and diagnostics, NaN for alpha. ``log_theta`` and
+    ``log_t`` are of the models' own distributions over the shared vocabulary, before any filter; ``log_q`` is of the
+    distribution that was drawn from.
     """
 
     sequences: Tensor | None = None  # [B, S + T]: the prompts as they were given, and the tokens
-    attention_mask: Tensor | None = None  # [B, S + T] int64: of the sequences, 0 behind the rows' ends
+    attention_mask: Tensor | None = None  # [B, S + T] int64: of the sequences, 0 after the rows' ends
     tokens: Tensor | None = None  # [B, T] int64
     lengths: Tensor | None = None  # [B] int64: how many tokens are the row's own
     log_q: Tensor | None = None  # [B, T], like the next ones

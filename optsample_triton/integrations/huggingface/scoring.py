@@ -37,7 +37,7 @@ class SequenceScores(NamedTuple):
     alpha: Tensor
     status: Tensor
     diagnostics: Diagnostics
-    log_q_star: Tensor | None  # [B, n, V] float32: the whole law, where it was asked for
+    log_q_star: Tensor | None  # [B, n, V] float32: the whole distribution, where it was asked for
 
 
 def score(model: Any, target_model: Any, input_ids: Tensor, **kwargs: Any) -> SequenceScores:
@@ -178,7 +178,7 @@ class _Reader:
         self.cached.check_tokens(self.ids[:, :-1])  # the last one is not read
 
     def read(self, start: int, stop: int) -> Tensor:
-        """[B, stop - start, V]: behind the tokens before those from start to stop."""
+        """The logits [B, stop - start, V] that predict the tokens from start to stop."""
         return self.cached.read(self.ids[:, self.cached.width : self.first + stop], stop - start)
 
 

@@ -8,7 +8,7 @@ from optsample_triton.kernels.evaluate import evaluate, rounded
 from optsample_triton.kernels.moments import tilted
 from optsample_triton.kernels.one_model import own_moments
 from optsample_triton.kernels.records import Ends, LawSums, ProbabilitySums
-from optsample_triton.kernels.rows import load_both
+from optsample_triton.kernels.rows import load_both, zeros
 from optsample_triton.types import DIAGNOSTIC_COUNT, Diagnostics
 
 DIAGNOSTICS = tl.constexpr(DIAGNOSTIC_COUNT)
@@ -30,7 +30,7 @@ def _add_law(acc, half, x, base, far, own_theta, own_t):
 @triton.jit
 def _law_sums(row, x, base, far, own_theta, own_t, tile):
     """Over q_x: the entropy, and the overlaps with both models."""
-    zero = tl.zeros([tile.H], tl.float32)
+    zero = zeros(row, tl.arange(0, tile.H))
     acc = LawSums(zero, zero, zero)
     for start in tl.range(0, row.V, 2 * tile.H):
         first, second = load_both(row, start, tile, True)
@@ -123,7 +123,7 @@ def store_probability_diagnostics(row, ends, root, ptr, tile):
     base = (x * ends.A + (1.0 - x) * ends.B + root.psi).to(tl.float32)
     x32 = x.to(tl.float32)
     offs = tl.arange(0, BLOCK)
-    zero = tl.zeros([BLOCK], tl.float32)
+    zero = zeros(row, offs)
     acc = ProbabilitySums(zero, zero, zero, zero, zero, zero, zero, zero, zero)
     for start in tl.range(0, row.V, BLOCK):
         inside = start + offs < row.V

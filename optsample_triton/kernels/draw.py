@@ -24,7 +24,7 @@ from optsample_triton.kernels.moments import tilted
 from optsample_triton.kernels.nodes import SUM_COUNT, load_sums
 from optsample_triton.kernels.records import Nodes
 from optsample_triton.kernels.root import polynomial, psi_of
-from optsample_triton.kernels.rows import load_both, relative
+from optsample_triton.kernels.rows import load_both, relative, zeros
 
 # Of the whole mass, how much interpolation may misplace: the law is this close to q_alpha in total variation.
 MISPLACED = tl.constexpr(1e-6)
@@ -62,7 +62,7 @@ def summed_masses(row, law, drawing, tile, DRAFTER: tl.constexpr):
         start = chunk * CHUNK
         stop = tl.minimum(start + CHUNK, row.V)
         full = start + (stop - start) // (2 * H) * (2 * H)
-        acc = tl.zeros([H], tl.float32)
+        acc = zeros(row, tl.arange(0, H))
         for at in tl.range(start, full, 2 * H):
             acc = _add_weights(acc, row, law, at, tile, False, drawing.FILTER, DRAFTER)
         if full < stop:
@@ -131,7 +131,7 @@ def block_masses(row, law, start, COUNT: tl.constexpr, SIZE: tl.constexpr, drawi
     R: tl.constexpr = start.shape[0]
     WIDTH: tl.constexpr = min(SIZE, max(1, drawing.STEP // (R * COUNT)))
     blocks = tl.arange(0, COUNT)[None, :, None] * SIZE + tl.arange(0, WIDTH)[None, None, :]
-    masses = tl.zeros([R, COUNT, WIDTH], tl.float32)
+    masses = zeros(row, tl.zeros([R, 1, 1], tl.int32) + blocks)
     for k in tl.range(0, SIZE, WIDTH):
         offs_v = start[:, None, None] + k + blocks
         mask_v = offs_v < row.V

@@ -31,6 +31,7 @@ from optsample_triton.kernels.records import (
     Tokens,
 )
 from optsample_triton.kernels.rows import (
+    aligned_zeros,
     first_maxima,
     locate,
     narrowed,
@@ -38,6 +39,7 @@ from optsample_triton.kernels.rows import (
     reference_in_nats,
     relative,
     with_references,
+    zeros,
 )
 from optsample_triton.kernels.solve import PER_CALL, load_saved
 
@@ -70,7 +72,7 @@ def _load_or_zero(ptr, index):
 @triton.jit
 def _open_solved_row(batch, index, saved_ptr, disjoint, tile):
     """The row as it was solved, and its ``Ends``."""
-    row = Row(locate(batch.theta, index), locate(batch.t, index), batch.V, batch.eps)
+    row = Row(locate(batch.theta, index), locate(batch.t, index), batch.V, batch.eps, batch.aligned_ptr)
     reference_theta, reference_t = first_maxima(row, tile)
     saved = load_saved(saved_ptr, index)
     usable = (saved.psi_half > UNKNOWN) & (disjoint == 0)
@@ -83,11 +85,13 @@ def _open_solved_row(batch, index, saved_ptr, disjoint, tile):
 @triton.jit
 def _sums_of_upstream(row, ptr, coarse, fine, disjoint, BLOCK: tl.constexpr):
     """Of the upstream of log q* over a row: its sum, and that of its products with d - E[d]."""
-    total, product = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    lanes = tl.arange(0, BLOCK)
+    total, product = zeros(row, lanes), zeros(row, lanes)
     if ptr is not None:
+        total += aligned_zeros(ptr, row.aligned_ptr, lanes, row.V)
         for start in tl.range(0, row.V, BLOCK):
             tokens = _load_tokens(row, start, disjoint, BLOCK)
-            upstream = tl.load(ptr + start + tl.arange(0, BLOCK), mask=tokens.support, other=0.0).to(tl.float32)
+            upstream = tl.load(ptr + start + lanes, mask=tokens.support, other=0.0).to(tl.float32)
             total += upstream
             product += tl.where(disjoint, 0.0, upstream * (tokens.d - coarse - fine))
     return tl.sum(total, 0), tl.sum(product, 0).to(tl.float64)
@@ -123,7 +127,7 @@ def gradient_kernel(
     index = tl.program_id(0).to(tl.int64)
     theta = Matrix(theta_ptr, inverse_temperature_theta_ptr, Layout(inner_theta, outer_theta, stride_theta))
     t = Matrix(t_ptr, inverse_temperature_t_ptr, Layout(inner_t, outer_t, stride_t))
-    batch = Batch(theta, t, V, 0.0)
+    batch = Batch(theta, t, V, 0.0, grad_alpha_ptr)
     BLOCK: tl.constexpr = 2 * H
     tile: tl.constexpr = Tile(H, PACKED, False)
     status = tl.load(status_ptr + index).to(tl.int32)

@@ -15,6 +15,7 @@ import triton.language as tl
 from optsample_triton.kernels.constants import LOG2E, LOWEST
 from optsample_triton.kernels.records import Layout, LogprobResults, LogprobSlopes, Matrix, ModelRow, Tile
 from optsample_triton.kernels.rows import (
+    aligned_zeros,
     entry_or_one,
     inside_halves,
     load_halves,
@@ -68,7 +69,7 @@ def _add_half(mass, first, x, row, ENTROPY: tl.constexpr):
 
 
 @triton.jit
-def row_sums(row, V, tile, CHUNK: tl.constexpr, UNROLL: tl.constexpr, ENTROPY: tl.constexpr):
+def row_sums(row, aligned_ptr, V, tile, CHUNK: tl.constexpr, UNROLL: tl.constexpr, ENTROPY: tl.constexpr):
     """sum exp(z) and, for the entropy, sum exp(z) z.
 
     Chunks are merged in float64: beside a confident row's 1 a float32 sum of the whole row would lose its other tokens.
@@ -78,7 +79,8 @@ def row_sums(row, V, tile, CHUNK: tl.constexpr, UNROLL: tl.constexpr, ENTROPY: t
     for start in tl.range(0, V, CHUNK):
         stop = tl.minimum(start + CHUNK, V)
         full = start + (stop - start) // (2 * H) * (2 * H)
-        part, moment = tl.zeros([H], tl.float32), tl.zeros([H], tl.float32)
+        part = aligned_zeros(row.ptr, aligned_ptr, tl.arange(0, H), V)
+        moment = part
         for at in tl.range(start, full, 2 * H, loop_unroll_factor=UNROLL):
             x0, x1 = load_halves(row.ptr, at, V, tile, False)
             part, moment = _add_half(part, moment, x0, row, ENTROPY)
@@ -111,7 +113,7 @@ def row_logprob(row, V, token, slot, results, tile, CHUNK: tl.constexpr, UNROLL:
     while sweeps < 2:
         if sweeps == 1:
             reference = true_maximum(row.ptr, V, tile)
-        mass, first = row_sums(with_reference(row, reference), V, tile, CHUNK, UNROLL, ENTROPY)
+        mass, first = row_sums(with_reference(row, reference), results.log_prob_ptr, V, tile, CHUNK, UNROLL, ENTROPY)
         done = (mass < float("inf")) & (first <= mass * HIGH)
         sweeps += tl.where(done, 2, 1)
     nan = mass * float("nan")

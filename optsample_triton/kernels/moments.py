@@ -15,7 +15,7 @@ import triton.language as tl
 
 from optsample_triton.kernels.constants import EPSILON, LOG2E
 from optsample_triton.kernels.records import Moments, NarrowMoments, NarrowSums, PowerSums
-from optsample_triton.kernels.rows import load_both
+from optsample_triton.kernels.rows import load_both, zeros
 
 CANCELS = tl.constexpr(16.0)  # nats beyond which float32 would lose more than the last digits of a difference
 
@@ -71,7 +71,7 @@ def _add_wide(acc, half, x, base, centre, shrink):
 def wide_moments(row, x, base, centre, shrink, tile):
     """``Moments`` of d * shrink at q_x, with exp(base) as the weights' unit; ``centre`` is near the mean."""
     H: tl.constexpr = tile.H
-    zero = tl.zeros([H], tl.float32)
+    zero = zeros(row, tl.arange(0, H))
     acc = PowerSums(zero, zero, zero, zero, zero)
     full = row.V // (2 * H) * (2 * H)
     for start in tl.range(0, full, 2 * H):
@@ -166,7 +166,7 @@ def narrow_moments(row, at, tile):
     H: tl.constexpr = tile.H
     reference_theta = row.theta.reference * row.theta.inverse_temperature
     reference_t = row.t.reference * row.t.inverse_temperature
-    zero = tl.zeros([H], tl.float32)
+    zero = zeros(row, tl.arange(0, H))
     powers = PowerSums(zero, zero, zero, zero, zero)
     acc = NarrowSums(powers, zero, zero, zero + float("inf"), zero - float("inf"))
     full = row.V // (2 * H) * (2 * H)

@@ -27,6 +27,7 @@ from optsample_triton.kernels.rows import (
     open_row,
     reference_gap,
     relative,
+    zeros,
 )
 
 SUM_COUNT = tl.constexpr(len(NodeSums._fields))
@@ -84,9 +85,9 @@ def chunk_nodes(row, start, stop, tile, UNROLL: tl.constexpr, MASKED: tl.constex
     Without MASKED a -inf or NaN shows as a non-finite first moment, for no extra work.
     """
     H: tl.constexpr = tile.H
-    row = Row(_in_powers(row.theta), _in_powers(row.t), row.V, row.eps)
-    zero = tl.zeros([H], tl.float32)
-    everything = zero == 0.0
+    row = Row(_in_powers(row.theta), _in_powers(row.t), row.V, row.eps, row.aligned_ptr)
+    zero = zeros(row, tl.arange(0, H))
+    everything = tl.full([H], True, tl.int1)
     masked = tl.full([], 1.0 if MASKED else 0.0, tl.float32)
     acc = NodeSums(zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, masked)
     full = start + (stop - start) // (2 * H) * (2 * H)

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from optsample_triton.kernels.constants import LOG2E
 from optsample_triton.kernels.records import OnlineSum, OwnSums
-from optsample_triton.kernels.rows import as_logits, inside_halves, load_halves, relative
+from optsample_triton.kernels.rows import as_logits, inside_halves, load_halves, relative, zeros
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def own_moments(row, model, tile):
         top = tl.maximum(top, tl.maximum(z0, z1))
     peak = tl.max(top, 0)
     base = tl.where(peak == -float("inf"), 0.0, peak)
-    zero = tl.zeros([H], tl.float32)
+    zero = zeros(row, tl.arange(0, H))
     acc = OwnSums(zero, zero, zero)
     for start in tl.range(0, row.V, 2 * H):
         z0, z1 = _load_own(row, model, start, tile)
@@ -62,7 +62,7 @@ def own_moments(row, model, tile):
 def probability_entropies(row, tile):
     """The documents' -sum p log(p + eps) of both models."""
     H: tl.constexpr = tile.H
-    sum_theta, sum_t = tl.zeros([H], tl.float32), tl.zeros([H], tl.float32)
+    sum_theta, sum_t = zeros(row, tl.arange(0, H)), zeros(row, tl.arange(0, H))
     for start in tl.range(0, row.V, 2 * H):
         p0, p1 = load_halves(row.theta.ptr, start, row.V, tile, True)
         r0, r1 = load_halves(row.t.ptr, start, row.V, tile, True)
@@ -91,7 +91,7 @@ def _log_total(acc):
 def own_log_partitions(row, tile):
     """Log-partitions of both models over their own finite entries, relative to the references, in one read; float64."""
     nothing = tl.full([tile.H], -float("inf"), tl.float32)
-    zero = tl.zeros([tile.H], tl.float32)
+    zero = zeros(row, tl.arange(0, tile.H))
     theta, t = OnlineSum(nothing, zero), OnlineSum(nothing, zero)
     for start in tl.range(0, row.V, 2 * tile.H):
         a0, a1 = _load_own(row, row.theta, start, tile)

@@ -45,6 +45,7 @@ class Batch(NamedTuple):
     t: Matrix
     V: tl.tensor
     eps: tl.tensor
+    aligned_ptr: tl.tensor  # as in Row
 
 
 class ModelRow(NamedTuple):
@@ -62,6 +63,7 @@ class Row(NamedTuple):
     t: ModelRow
     V: tl.tensor
     eps: tl.tensor
+    aligned_ptr: tl.tensor  # any memory of the launch's own, for rows.zeros
 
 
 class HalfTile(NamedTuple):

@@ -2,9 +2,9 @@
 
 A tile is 2 H tokens of both rows, held as two halves of shape [H] that feed the same accumulators. 16-bit rows are
 read as 32-bit words, one load for tokens 2k and 2k + 1; it halves the registers and makes a bf16 conversion one shift
-or mask. Rows whose start is not 4-byte aligned read the same tokens into the same lanes one by one, so that alignment
-does not change a result's bits. Inside loops every tile is full; the tail of a row is peeled, since one masked load
-would cost the loop its 16-byte loads.
+or mask. Rows whose start is not 4-byte aligned read the same tokens into the same lanes one by one, and ``zeros`` keeps
+the lanes in the same threads: alignment does not change a result's bits. Inside loops every tile is full; the tail of a
+row is peeled, since one masked load would cost the loop its 16-byte loads.
 """
 
 import triton
@@ -40,7 +40,7 @@ def locate(matrix, index):
 @triton.jit
 def open_row(batch, index, tile):
     """Row ``index`` of both models with references from its first tokens."""
-    row = Row(locate(batch.theta, index), locate(batch.t, index), batch.V, batch.eps)
+    row = Row(locate(batch.theta, index), locate(batch.t, index), batch.V, batch.eps, batch.aligned_ptr)
     reference_theta, reference_t = first_maxima(row, tile)
     return with_references(row, reference_theta, reference_t)
 
@@ -52,7 +52,8 @@ def with_reference(model, reference):
 
 @triton.jit
 def with_references(row, reference_theta, reference_t):
-    return Row(with_reference(row.theta, reference_theta), with_reference(row.t, reference_t), row.V, row.eps)
+    theta, t = with_reference(row.theta, reference_theta), with_reference(row.t, reference_t)
+    return Row(theta, t, row.V, row.eps, row.aligned_ptr)
 
 
 @triton.jit
@@ -61,7 +62,24 @@ def shared_row(row, status):
     t = row.t
     if status == DISJOINT:
         t = row.theta
-    return Row(row.theta, t, row.V, row.eps)
+    return Row(row.theta, t, row.V, row.eps, row.aligned_ptr)
+
+
+@triton.jit
+def zeros(row, offs):
+    """Accumulators of 0 for sums over tiles of both rows, one for each of the tile's ``offs``."""
+    return aligned_zeros(row.theta.ptr, row.aligned_ptr, offs, row.V)
+
+
+@triton.jit
+def aligned_zeros(ptr, aligned_ptr, offs, V):
+    """Accumulators of 0, in the threads that would hold them if ``ptr`` were aligned.
+
+    The compiler gives a thread as many neighbouring lanes as the widest load of a tile of this shape allows. Without
+    this load, from which every lane is masked out, aligned rows and others would be summed in different orders.
+    """
+    aligned_ptr = aligned_ptr.to(tl.pointer_type(ptr.dtype.element_ty), bitcast=True)
+    return tl.load(aligned_ptr + offs, mask=(offs < 0) & (V < 0), other=0.0).to(tl.float32)
 
 
 @triton.jit

@@ -75,7 +75,7 @@ def start(command: Sequence[str], environment: dict[str, str], log: IO[str]) -> 
 def end(child: subprocess.Popen[bytes], grace: float) -> None:
     """End what the stage started, workers included: they share its process group.
 
-    A stage that is cut is interrupted first, as from a keyboard, and has a while to print what it knows.
+    A stage that is cut is interrupted first, as from a keyboard, and has some time to print its results so far.
     """
     if child.poll() is None:
         os.killpg(child.pid, signal.SIGINT)
@@ -120,7 +120,7 @@ def _environment(dry: bool) -> dict[str, str]:
 
 
 def exit_code(endings: Sequence[str]) -> int:
-    """1 if a stage that ran ended badly, else 3 if one was left out for want of time or of a tool, else 0.
+    """1 if a stage failed or was cut, else 3 if one was left out because time or a tool was missing, else 0.
 
     >>> exit_code(["ok after 3 s", "cut after 9 s"]), exit_code(["ok after 3 s", "left out: ncu is not installed"])
     (1, 3)

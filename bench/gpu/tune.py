@@ -2,7 +2,7 @@
 
 Every candidate solves the same rows in one run, in rotated order, and must agree with the table's own shape. A
 candidate's score is the geometric mean, over the cases, of its time in units of the table's shape. The best ones are
-also timed in what shares the solver's sweep, log_q and the diagnostics. --compile makes every call once, in several
+also timed in log_q and the diagnostics, which share the solver's sweep. --compile makes every call once, in several
 processes, so that the sweep finds its kernels in Triton's cache.
 """
 
@@ -67,7 +67,7 @@ def times(
 ) -> dict[int, float]:
     """Median seconds by the shape's index; shapes that fail to compile or disagree are left out, with a line.
 
-    Nor is a shape tried for the first time after `deadline`, in seconds of time.monotonic().
+    No shape is tried for the first time after `deadline`, in seconds of time.monotonic().
     """
     inputs = Inputs.of(case, clock.device)
     bits = 8 * DTYPES[case.dtype].itemsize
@@ -134,7 +134,7 @@ def compile_tasks(rows: Sequence[int]) -> list[warm.Task]:
 
 
 class Table:
-    """The file of all times, written case by case: a sweep that is cut short keeps what it has."""
+    """The file of all times, written case by case: a sweep that is cut short keeps the times so far."""
 
     def __init__(self, path: Path | None, kind: str) -> None:
         self.path, self.kind = path, kind

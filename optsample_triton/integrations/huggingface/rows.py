@@ -134,7 +134,7 @@ class Generated:
         """Ask the criteria about the rows with a new token, for each length that there is."""
         lengths = self.lengths[taking]
         for length in lengths.unique().tolist():
-            # They see the whole batch, as transformers shows it; what they say of the other rows is not heard.
+            # They see the whole batch, as transformers shows it; what they say of the other rows is ignored.
             ended = self.criteria(self.ids[:, : self.start + length], None).to(self.ids.device)
             group = taking[lengths == length]
             self.running[group] &= ~ended[group]

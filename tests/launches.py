@@ -154,7 +154,7 @@ def main() -> None:
         raise RuntimeError("TRITON_INTERPRET is 1, expected another process: the interpreter compiles nothing")
     driver.set_active(Driver())
     backend.choose = lambda device, dtype: backend.Choice("triton", "as on a GPU")
-    entry._device = lambda device: ("cuda", 132)
+    entry._device = lambda device: entry._Device("cuda", 132)
     print(json.dumps({"compile": compiled_calls, "batches": batches}[sys.argv[1]]()))
 
 

@@ -61,7 +61,7 @@ DEEP: dict[str, tuple[str, ...]] = {
     "test_a_session_runs_what_only_a_device_can_break": EVERYTHING,
     # Long or many rows, which the interpreter takes seconds for.
     "test_half_precision_of_whole_vocabularies": EVERYTHING,
-    "test_the_law_of_whole_vocabularies": ("V=151936", "zipf"),
+    "test_the_law_of_whole_vocabularies": ("V=151936",),
     "test_the_law_over_several_chunks": ("zipf", "random", "near-delta"),
     "test_fixed_alpha": ("triton--0.5", "triton-1.0"),
     "test_the_emitted_law_of_the_kernel": ("triton-theta",),

@@ -15,30 +15,15 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-def _patch_the_language_once() -> None:
-    """Triton 3.7's interpreter patches its language again at every call of a device function: half of its time here."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang
-
-    def patch_once(function):
-        languages = [value for value in function.__globals__.values() if value is tl or value is tl.core]
-        if languages and all(language.load.__name__ == "<lambda>" for language in languages):
-            return interpreter._LangPatchScope()
-        return patch(function)
-
-    if hasattr(interpreter, "_LangPatchScope"):
-        interpreter._patch_lang = patch_once
-
-
-if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
-    _patch_the_language_once()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+if INTERPRETED:
     # By path, since an integration's environment may have a package named tests.
     sys.path.insert(0, str(Path(__file__).parent))
     import device_arithmetic
+    import quick_interpreter
 
     sys.path.pop(0)
+    quick_interpreter.install()
     device_arithmetic.install()
 
 # The interpreter computes with NumPy, which warns of overflow and NaN in lanes that a kernel masks later. A GPU does
@@ -55,6 +40,8 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)  # pytest leaves out what -m does not select after that
 def pytest_collection_modifyitems(config, items):
+    if INTERPRETED and without_deep(config):
+        quick_interpreter.leave_overflow_unchecked()
     if "deep" in config.option.markexpr and not any("::" in argument for argument in config.args):
         from tests import core  # not above: an environment of the integrations may hold a package that is called tests
 

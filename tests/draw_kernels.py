@@ -75,7 +75,18 @@ def interpolated(a, b):
     arrived = torch.zeros(n, dtype=torch.int32, device=a.device)
     half = min(512, launch.DRAW_CHUNK // 2)
     _kernel[(n,)](
-        a, b, alpha, masses, misplaced, chunk_sums, arrived, vocab, a.stride(0), b.stride(0),
-        H=half, CHUNK=launch.DRAW_CHUNK, LANES=LANES,
-    )  # fmt: skip
+        a,
+        b,
+        alpha,
+        masses,
+        misplaced,
+        chunk_sums,
+        arrived,
+        vocab,
+        a.stride(0),
+        b.stride(0),
+        H=half,
+        CHUNK=launch.DRAW_CHUNK,
+        LANES=LANES,
+    )
     return alpha, masses, misplaced

@@ -134,7 +134,7 @@ class Generated:
         """Ask the criteria about the rows with a new token, for each length that there is."""
         lengths = self.lengths[taking]
         for length in lengths.unique().tolist():
-            # They see the whole batch, as transformers shows it; what they say of the other rows is not heard.
+            # They see the whole batch, as transformers shows it; what they say of the other rows is ignored.
             ended = self.criteria(self.ids[:, : self.start + length], None).to(self.ids.device)
             group = taking[lengths == length]
             self.running[group] &= ~ended[group]
@@ -143,7 +143,7 @@ class Generated:
         if self.streamer is not None:
             self.streamer.end()
         records = {name: values[:, : self.width] for name, values in self.records.items()}
-        figures = [records.pop(name) for name in Diagnostics._fields if name in records]
+        diagnostics = [records.pop(name) for name in Diagnostics._fields if name in records]
         ids = self.ids[:, : self.start + self.width]
         slots = torch.arange(ids.shape[1], device=ids.device)
         own = (slots >= self.padding[:, None]) & (slots < self.start + self.lengths[:, None])
@@ -153,7 +153,7 @@ class Generated:
             tokens=ids[:, self.start :],
             lengths=self.lengths,
             **records,
-            diagnostics=Diagnostics(*figures) if figures else None,
+            diagnostics=Diagnostics(*diagnostics) if diagnostics else None,
             num_tested=self.tested if self.speculative else None,
             num_accepted=self.accepted if self.speculative else None,
         )

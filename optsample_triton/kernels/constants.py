@@ -52,6 +52,7 @@ SAVED = tl.constexpr(len(Saved._fields))
 
 LOG2E = tl.constexpr(1.4426950408889634)
 EPSILON = tl.constexpr(1.1920929e-7)  # of float32
+STRETCH = tl.constexpr(16)  # tiles that a lane adds up in float32
 # The node sums are of weights whose eighth roots are powers of two: what one power more means in nats, 8 log 2, and its
 # square, both as float32 holds them.
 NATS_PER_POWER = tl.constexpr(5.5451774597167969)

@@ -3,11 +3,11 @@
 import triton
 import triton.language as tl
 
-from optsample_triton.kernels.constants import DISJOINT, INVALID, LOG2E
+from optsample_triton.kernels.constants import DISJOINT, INVALID, LOG2E, STRETCH
 from optsample_triton.kernels.evaluate import evaluate, rounded
 from optsample_triton.kernels.moments import tilted
-from optsample_triton.kernels.one_model import own_moments
-from optsample_triton.kernels.records import Ends, LawSums, ProbabilitySums
+from optsample_triton.kernels.one_model import add_own, joined, log_mass_and_entropy, own_moments
+from optsample_triton.kernels.records import Ends, LawSums, OwnSums, ProbabilitySums
 from optsample_triton.kernels.rows import load_both, zeros
 from optsample_triton.types import DIAGNOSTIC_COUNT, Diagnostics
 
@@ -15,13 +15,17 @@ DIAGNOSTICS = tl.constexpr(DIAGNOSTIC_COUNT)
 
 
 @triton.jit
-def _add_law(acc, half, x, base, far, own_theta, own_t):
-    z = tilted(half.u, half.v, x, base, far)
-    q = tl.where(half.common, tl.exp2(z * LOG2E), 0.0)
+def _log_q(half, x, base, far):
+    return tl.where(half.common, tilted(half.u, half.v, x, base, far), -float("inf"))
+
+
+@triton.jit
+def _add_law(acc, half, log_q, peak, own_theta, own_t):
+    q = tl.exp2(log_q * LOG2E)
     p = tl.exp2((half.u - own_theta) * LOG2E)
     r = tl.exp2((half.v - own_t) * LOG2E)
     return LawSums(
-        first=acc.first + tl.where(q > 0.0, q * z, 0.0),
+        own=add_own(acc.own, log_q - peak),
         overlap_theta=acc.overlap_theta + tl.where(half.common, tl.minimum(p, q), 0.0),
         overlap_t=acc.overlap_t + tl.where(half.common, tl.minimum(r, q), 0.0),
     )
@@ -29,15 +33,29 @@ def _add_law(acc, half, x, base, far, own_theta, own_t):
 
 @triton.jit
 def _law_sums(row, x, base, far, own_theta, own_t, tile):
-    """Over q_x: the entropy, and the overlaps with both models."""
-    zero = zeros(row, tl.arange(0, tile.H))
-    acc = LawSums(zero, zero, zero)
+    """Over q_x, whose logarithm is x u + (1 - x) v - base: the entropy, and the overlaps with both models."""
+    top = tl.full([tile.H], -float("inf"), tl.float32)
     for start in tl.range(0, row.V, 2 * tile.H):
         first, second = load_both(row, start, tile, True)
-        acc = _add_law(acc, first, x, base, far, own_theta.to(tl.float32), own_t.to(tl.float32))
-        acc = _add_law(acc, second, x, base, far, own_theta.to(tl.float32), own_t.to(tl.float32))
-    entropy = -tl.sum(acc.first, 0).to(tl.float64)
-    return entropy, tl.sum(acc.overlap_theta, 0).to(tl.float64), tl.sum(acc.overlap_t, 0).to(tl.float64)
+        top = tl.maximum(top, tl.maximum(_log_q(first, x, base, far), _log_q(second, x, base, far)))
+    peak = tl.max(top, 0)
+    own_theta, own_t = own_theta.to(tl.float32), own_t.to(tl.float32)
+    zero = zeros(row, tl.arange(0, tile.H))
+    nothing = zero.to(tl.float64)
+    total = LawSums(OwnSums(nothing, nothing, nothing), nothing, nothing)
+    for begin in tl.range(0, row.V, STRETCH * 2 * tile.H):
+        acc = LawSums(OwnSums(zero, zero, zero), zero, zero)
+        for start in tl.range(begin, tl.minimum(begin + STRETCH * 2 * tile.H, row.V), 2 * tile.H):
+            first, second = load_both(row, start, tile, True)
+            acc = _add_law(acc, first, _log_q(first, x, base, far), peak, own_theta, own_t)
+            acc = _add_law(acc, second, _log_q(second, x, base, far), peak, own_theta, own_t)
+        total = LawSums(
+            own=joined(total.own, acc.own),
+            overlap_theta=total.overlap_theta + acc.overlap_theta,
+            overlap_t=total.overlap_t + acc.overlap_t,
+        )
+    _, entropy = log_mass_and_entropy(total.own)
+    return entropy, tl.sum(total.overlap_theta, 0), tl.sum(total.overlap_t, 0)
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from optsample_triton.kernels.constants import LOG2E
+from optsample_triton.kernels.constants import LOG2E, STRETCH
 from optsample_triton.kernels.records import OnlineSum, OwnSums
 from optsample_triton.kernels.rows import as_logits, inside_halves, load_halves, relative, zeros
 
@@ -25,7 +25,8 @@ def _load_own(row, model, start, tile):
 
 
 @triton.jit
-def _add_own(acc, z):
+def add_own(acc, z):
+    """Tokens of weight exp(z), z at most 0, join the ``OwnSums``."""
     top = z == 0.0
     w = tl.where(top, 0.0, tl.exp2(z * LOG2E))
     return OwnSums(
@@ -33,6 +34,23 @@ def _add_own(acc, z):
         first=acc.first + tl.where(z == -float("inf"), 0.0, w * z),
         tops=acc.tops + tl.where(top, 1.0, 0.0),
     )
+
+
+@triton.jit
+def joined(total, acc):
+    """``OwnSums`` in float64 and those of a stretch of tiles."""
+    return OwnSums(total.rest + acc.rest, total.first + acc.first, total.tops + acc.tops)
+
+
+@triton.jit
+def log_mass_and_entropy(total):
+    """Of lanes of ``OwnSums``.
+
+    The top tokens stand apart: the rest alone makes the entropy of confident rows, and beside 1 it would lose digits.
+    """
+    mass = tl.sum(total.tops, 0) + tl.sum(total.rest, 0)
+    log_mass = tl.log(mass)
+    return log_mass, log_mass - tl.sum(total.first, 0) / mass
 
 
 @triton.jit
@@ -46,16 +64,17 @@ def own_moments(row, model, tile):
     peak = tl.max(top, 0)
     base = tl.where(peak == -float("inf"), 0.0, peak)
     zero = zeros(row, tl.arange(0, H))
-    acc = OwnSums(zero, zero, zero)
-    for start in tl.range(0, row.V, 2 * H):
-        z0, z1 = _load_own(row, model, start, tile)
-        acc = _add_own(acc, z0 - base)
-        acc = _add_own(acc, z1 - base)
-    # The top tokens apart: of confident rows the rest alone makes the entropy, and beside 1 it would lose its digits.
-    rest, first, tops = tl.sum(acc.rest, 0).to(tl.float64), tl.sum(acc.first, 0).to(tl.float64), tl.sum(acc.tops, 0)
-    mass = tops.to(tl.float64) + rest
-    log_mass = tl.log(mass)
-    return base.to(tl.float64) + log_mass, log_mass - first / mass
+    nothing = zero.to(tl.float64)
+    total = OwnSums(nothing, nothing, nothing)
+    for begin in tl.range(0, row.V, STRETCH * 2 * H):
+        acc = OwnSums(zero, zero, zero)
+        for start in tl.range(begin, tl.minimum(begin + STRETCH * 2 * H, row.V), 2 * H):
+            z0, z1 = _load_own(row, model, start, tile)
+            acc = add_own(acc, z0 - base)
+            acc = add_own(acc, z1 - base)
+        total = joined(total, acc)
+    log_mass, entropy = log_mass_and_entropy(total)
+    return base.to(tl.float64) + log_mass, entropy
 
 
 @triton.jit

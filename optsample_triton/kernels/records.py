@@ -223,7 +223,7 @@ class NarrowMoments(NamedTuple):
 
 
 class OwnSums(NamedTuple):
-    """Of one model: the weights of its likeliest tokens, each 1, apart from all others."""
+    """Of one distribution: the weights of its likeliest tokens, each 1, apart from all others."""
 
     rest: tl.tensor
     first: tl.tensor  # of weight times z
@@ -297,7 +297,7 @@ class Results(NamedTuple):
 class LawSums(NamedTuple):
     """Of q*'s diagnostics."""
 
-    first: tl.tensor  # of q log q
+    own: OwnSums
     overlap_theta: tl.tensor  # of min(pi_theta, q)
     overlap_t: tl.tensor
 

@@ -126,4 +126,4 @@ def test_generating_without_the_extra_is_one_sentence(
     assert cli.main(["generate", *argv]) == 1
     (sentence,) = capsys.readouterr().err.splitlines()
     assert sentence.startswith("optsample generate: ")
-    assert "pip install 'optsample-triton[" in sentence
+    assert "pip install '.[" in sentence

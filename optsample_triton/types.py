@@ -81,7 +81,7 @@ class Problem(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """Which random numbers to draw with, and what is drawn of q*: the part of a sampling call that is no logits.
+    """Which random numbers to draw with, and what is drawn of q*: everything in a sampling call except the logits.
 
     ``seeds`` and ``offsets`` [M], where given, stand for the numbers: one for all rows, or one for each group of rows.
     ``mixed`` says that all groups share one seed, so that their index takes part in it. A group is a row, or the

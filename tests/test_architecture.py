@@ -167,6 +167,12 @@ def test_every_layer_is_there() -> None:
     assert layers == {"ost", *LAYERS, *BESIDE} - {""}
 
 
+def test_both_backends_have_the_same_file_names() -> None:
+    kernels, eager = ({path.stem for path in (ROOT / PACKAGE / folder).glob("*.py")} for folder in ("kernels", "eager"))
+    assert kernels - eager == {"records", "constants"}
+    assert eager - kernels == {"state", "shards", "agreement"}
+
+
 def test_every_lazy_import_is_there() -> None:
     every = (each for module, text in sources().items() for each in imports(module, text, sources()))
     assert {(layer(each.importer), layer(each.imported)) for each in every if each.lazy} >= set(LAZY)

@@ -127,9 +127,9 @@ def pick(masses, uniform):
 
 @triton.jit
 def block_masses(row, law, start, COUNT: tl.constexpr, SIZE: tl.constexpr, drawing, DRAFTER: tl.constexpr):
-    """Masses [R, COUNT] in float64 of the blocks of SIZE tokens from start [R] on, by STEP tokens at a time."""
+    """Masses [R, COUNT] in float64 of the blocks of SIZE tokens from start [R] on, by READ tokens at a time."""
     R: tl.constexpr = start.shape[0]
-    WIDTH: tl.constexpr = min(SIZE, max(1, drawing.STEP // (R * COUNT)))
+    WIDTH: tl.constexpr = min(SIZE, max(1, drawing.READ // (R * COUNT)))
     blocks = tl.arange(0, COUNT)[None, :, None] * SIZE + tl.arange(0, WIDTH)[None, None, :]
     masses = zeros(row, tl.zeros([R, 1, 1], tl.int32) + blocks)
     for k in tl.range(0, SIZE, WIDTH):

@@ -57,7 +57,7 @@ def _layout(rows: Tensor, model: str) -> dict[str, int]:
 
 
 def _strides(rows: Tensor | None, whose: str = "") -> dict[str, int]:
-    """Of [outer, inner, V]; a dimension of one row has the other's, so that its length compiles nothing anew."""
+    """Of [outer, inner, V]; a dimension of one row takes the other's, so that its length never recompiles."""
     outer, inner = (0, 0) if rows is None else rows.stride()[:2]
     if rows is not None:
         outer, inner = (inner if rows.shape[0] == 1 else outer), (outer if rows.shape[1] == 1 else inner)
@@ -164,8 +164,8 @@ def _draw_arguments(problem: Problem, draws: Draws, drawn: Sample) -> tuple[int,
         "offset_ptr": offsets,
         "seed": draws.seed,
         "offset": draws.offset,
-        "seed_step": _step(seeds),
-        "offset_step": _step(offsets),
+        "seed_stride": _group_stride(seeds),
+        "offset_stride": _group_stride(offsets),
         "mixed": int(draws.mixed),
         "token_ptr": drawn.token,
         "log_q_ptr": drawn.log_q,
@@ -176,14 +176,14 @@ def _draw_arguments(problem: Problem, draws: Draws, drawn: Sample) -> tuple[int,
         "chunk_sums_ptr": torch.empty(n * chunks * SUM_COUNT.value, dtype=torch.float32, device=device),
         "arrived_ptr": torch.zeros(n if splits > 1 else 0, dtype=torch.int32, device=device),
         "TILE": launch.DRAW_TILE,
-        "STEP": launch.DRAW_STEP[kind],
+        "READ": launch.DRAW_READ[kind],
         "LANES": max(32, triton.next_power_of_2(chunks)),
         "FILTER": draws.inverse_temperature is not None,
     }
     return n * splits, arguments
 
 
-def _step(numbers: Tensor | None) -> int:
+def _group_stride(numbers: Tensor | None) -> int:
     """From one group's seed or offset to the next one's: 0 where one number serves all."""
     return 0 if numbers is None or numbers.numel() == 1 else 1
 

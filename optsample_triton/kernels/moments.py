@@ -117,7 +117,7 @@ def _central(sums, centre):
     m1, m2 = sums.first.to(tl.float64) * share, sums.second.to(tl.float64) * share
     m3, m4 = sums.third.to(tl.float64) * share, sums.fourth.to(tl.float64) * share
     variance = m2 - m1 * m1
-    # Where one token has all the weight, what is left of float32 sums is rounding and no variance.
+    # Where one token has all the weight, only rounding remains of the sums, so the variance is 0.
     variance = tl.where(variance > 1e-6 * m1 * m1, variance, 0.0)
     third = m3 - 3.0 * m1 * m2 + 2.0 * m1 * m1 * m1
     fourth = m4 - 4.0 * m1 * m3 + 6.0 * m1 * m1 * m2 - 3.0 * m1 * m1 * m1 * m1
@@ -217,12 +217,13 @@ def _cumulant_gap(s, variance, third, kurtosis):
 
 
 @triton.jit
-def gap_difference(first, second, variance, third, fourth, width, otherwise):
+def gap_difference(first, second, moments, width, otherwise):
     """G(first) - G(second) of close rows, from d's central moments: of the sums for G it would be all rounding.
 
     ``otherwise`` where the first cumulant that is left out, the fifth, is not lost beside the variance, or where d is
     so wide that those after it would not fall.
     """
+    variance, third, fourth = moments.variance, moments.third, moments.fourth
     kurtosis = fourth - 3.0 * variance * variance
     series = _cumulant_gap(first, variance, third, kurtosis) - _cumulant_gap(second, variance, third, kurtosis)
     reach = tl.abs(first * first * first * first * first) + tl.abs(second * second * second * second * second)

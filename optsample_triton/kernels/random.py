@@ -37,6 +37,6 @@ def number(ptr, value, index, step):
 @triton.jit
 def key_of(seeds, group, count):
     """The random key of a group of rows, ``count`` draws on."""
-    seed = number(seeds.seed_ptr, seeds.seed, group, seeds.seed_step)
-    offset = number(seeds.offset_ptr, seeds.offset, group, seeds.offset_step)
+    seed = number(seeds.seed_ptr, seeds.seed, group, seeds.seed_stride)
+    offset = number(seeds.offset_ptr, seeds.offset, group, seeds.offset_stride)
     return Key(seed, offset + count, group * seeds.mixed)

@@ -109,7 +109,7 @@ class FirstSweep(NamedTuple):
     row: Row
     chunk_sums_ptr: tl.tensor  # the row's
     total: NodeSums
-    last: tl.tensor  # whether it goes on with the row
+    last: tl.tensor  # whether it finishes the row
 
 
 class Survey(NamedTuple):
@@ -152,6 +152,16 @@ class Nodes(NamedTuple):
     slope_half: tl.tensor
     slope_high: tl.tensor
     curvature: tl.tensor
+
+
+class Derivatives(NamedTuple):
+    """Of a convex function at a point."""
+
+    value: tl.tensor
+    slope: tl.tensor
+    curvature: tl.tensor
+    third: tl.tensor
+    fourth: tl.tensor
 
 
 class Polynomial(NamedTuple):
@@ -274,7 +284,7 @@ class Root(NamedTuple):
     """A solved row."""
 
     alpha: tl.tensor
-    precise: tl.tensor  # alpha before it was rounded
+    alpha_unrounded: tl.tensor
     psi: tl.tensor
     status: tl.tensor
     sweeps: tl.tensor
@@ -387,7 +397,7 @@ class Drawing(NamedTuple):
 
     CHUNK: tl.constexpr
     TILE: tl.constexpr
-    STEP: tl.constexpr  # tokens read at a time
+    READ: tl.constexpr  # tokens read at a time
     LANES: tl.constexpr  # at least the chunks of a row
     FILTER: tl.constexpr  # whether there is a temperature of q* and a min_p
 
@@ -455,8 +465,8 @@ class Seeds(NamedTuple):
     offset_ptr: tl.tensor
     seed: tl.tensor
     offset: tl.tensor
-    seed_step: tl.tensor
-    offset_step: tl.tensor
+    seed_stride: tl.tensor
+    offset_stride: tl.tensor
     mixed: tl.tensor  # 1 where the group's index takes part
 
 

@@ -42,7 +42,7 @@ def _store_samples(drawn_from, index, seeds, num_samples, drawn, drawing, DRAWS:
 
 
 @triton.jit(
-    do_not_specialize=["seed", "offset", "seed_step", "offset_step", "mixed", "num_samples", *PER_CALL],
+    do_not_specialize=["seed", "offset", "seed_stride", "offset_stride", "mixed", "num_samples", *PER_CALL],
     do_not_specialize_on_alignment=["splits"],
 )
 def sample_kernel(
@@ -57,8 +57,8 @@ def sample_kernel(
     offset_ptr,
     seed: tl.int64,
     offset: tl.int64,
-    seed_step,
-    offset_step,
+    seed_stride,
+    offset_stride,
     mixed,
     token_ptr,  # [N, num_samples]
     log_q_ptr,
@@ -85,7 +85,7 @@ def sample_kernel(
     CHUNK: tl.constexpr,
     UNROLL: tl.constexpr,
     TILE: tl.constexpr,
-    STEP: tl.constexpr,
+    READ: tl.constexpr,
     LANES: tl.constexpr,
     DRAWS: tl.constexpr,
     FILTER: tl.constexpr,
@@ -96,9 +96,9 @@ def sample_kernel(
     meeting = Meeting(chunk_sums_ptr, arrived_ptr, splits)
     options = Options(given_alpha_ptr, tol, max_iter)
     filters = Filters(inverse_temperature_ptr, min_p_ptr)
-    seeds = Seeds(seed_ptr, offset_ptr, seed, offset, seed_step, offset_step, mixed)
+    seeds = Seeds(seed_ptr, offset_ptr, seed, offset, seed_stride, offset_stride, mixed)
     drawn = Drawn(token_ptr, log_q_ptr, log_theta_ptr, log_t_ptr, alpha_ptr, status_ptr)
-    drawing: tl.constexpr = Drawing(CHUNK, TILE, STEP, LANES, FILTER)
+    drawing: tl.constexpr = Drawing(CHUNK, TILE, READ, LANES, FILTER)
     # The sweeps after the first keep more values per pair: half the tile holds their registers down.
     tile: tl.constexpr = Tile(H, PACKED, False)
     later: tl.constexpr = Tile(H // 2, PACKED, False)

@@ -34,6 +34,7 @@ from optsample_triton.kernels.one_model import own_moments, probability_entropie
 from optsample_triton.kernels.records import (
     Batch,
     Bracket,
+    Derivatives,
     Ends,
     Evaluation,
     Expansion,
@@ -128,7 +129,7 @@ def search(row, ends, state, options, tile, METHOD: tl.constexpr):
                 alpha = nothing + 0.5 if METHOD == ENTROPY else alpha
         else:
             steps += 1
-            slope = gap_difference(-x, 1.0 - x, at.variance, at.third, at.fourth, at.width, at.slope)
+            slope = gap_difference(-x, 1.0 - x, at, at.width, at.slope)
             # L' itself, for probabilities: free of the rounding of A - B.
             residual = at.mean + reference_gap(row) if tile.PROBS else slope
             if BISECTING:
@@ -138,9 +139,8 @@ def search(row, ends, state, options, tile, METHOD: tl.constexpr):
                 error = tl.where(error < options.tol, 0.0, error)
             else:
                 value, halve = at.psi + (residual - slope) * x, sweeps % 3 == 0
-                following, error, moved = safeguarded_step(
-                    x, value, residual, at.variance, at.third, at.fourth, bracket, halve, options.tol
-                )
+                here = Derivatives(value, residual, at.variance, at.third, at.fourth)
+                following, error, moved = safeguarded_step(x, here, bracket, halve, options.tol)
                 low, high = moved.low, moved.high
                 value_low, slope_low = moved.value_low, moved.slope_low
                 value_high, slope_high = moved.value_high, moved.slope_high
@@ -170,17 +170,8 @@ def balance_gap(row, x, slope, ends, tile):
         lower=(-x).to(tl.float32),
     )
     narrow = narrow_moments(row, at, tile)
-    moments = narrow.moments
-    difference = gap_difference(
-        2.0 - 2.0 * x,
-        -2.0 * x,
-        moments.variance,
-        moments.third,
-        moments.fourth,
-        narrow.width,
-        narrow.gap_upper - narrow.gap_lower,
-    )
-    return difference + 2.0 * slope
+    otherwise = narrow.gap_upper - narrow.gap_lower
+    return gap_difference(2.0 - 2.0 * x, -2.0 * x, narrow.moments, narrow.width, otherwise) + 2.0 * slope
 
 
 @triton.jit
@@ -202,12 +193,13 @@ def balance_ess(row, ends, root, options, tile):
             psi_half = tl.where(k == 2, ends.psi_half, nothing - 1.0)  # beyond the models the plain sum is good
             at = evaluate(row, point, Ends(ends.A, ends.B, psi_half, ends.shrink), tile)
             difference, first, second = difference + sign * at.psi, first + sign * at.mean, second - sign * at.variance
-        slope = gap_difference(-x, 1.0 - x, at.variance, at.third, at.fourth, at.width, at.slope)
+        slope = gap_difference(-x, 1.0 - x, at, at.width, at.slope)
         if (ends.psi_half > -NARROW) & (tl.abs(difference) < PLAIN):
             difference = balance_gap(row, x, slope, ends, tile)
         if tile.PROBS:  # not renormalised: the ends of the chord do not count
             difference += 2.0 * (ends.A - ends.B + reference_gap(row))
-        precise, _, bracket = safeguarded_step(x, unknown, -difference, first, second, nothing, bracket, True, tol)
+        here = Derivatives(unknown, -difference, first, second, nothing)
+        precise, _, bracket = safeguarded_step(x, here, bracket, True, tol)
         error = tl.where(difference == 0.0, 0.0, tl.abs(precise - x))
         alpha, psi = _settle(x, precise, at, slope)
         if at.width <= 0.0:
@@ -283,7 +275,7 @@ def solved(row, total, index, options, tile, METHOD: tl.constexpr, NORMALISE: tl
         status = root.status
     # A finite mask that its temperature takes beyond float32 leaves no number for psi.
     status = tl.where((status == OK) & (root.psi != root.psi), NOT_CONVERGED, status)
-    return row, ends, Root(root.alpha, root.precise, root.psi, status, root.sweeps)
+    return row, ends, Root(root.alpha, root.alpha_unrounded, root.psi, status, root.sweeps)
 
 
 @triton.jit
@@ -383,10 +375,10 @@ def _finish(row, ends, root, index, results, tile):
         log_partition_theta=A + reference_in_nats(row.theta),
         log_partition_t=tl.where(status == DISJOINT, 0.0, B + reference_in_nats(row.t)),
         psi_half=tl.where(ends.psi_half == ends.psi_half, ends.psi_half, -float("inf")),
-        alpha=root.precise,
+        alpha=root.alpha_unrounded,
     )
     store_saved(results.saved_ptr, index, saved)
-    solution = Root(alpha, root.precise, psi, status, root.sweeps)
+    solution = Root(alpha, root.alpha_unrounded, psi, status, root.sweeps)
     if results.diagnostics_ptr is not None:
         diagnostics_ptr = results.diagnostics_ptr + index * DIAGNOSTICS
         if tile.PROBS:

@@ -77,7 +77,7 @@ def _less_own(law, own):
 
 
 @triton.jit(
-    do_not_specialize=["seed", "offset", "seed_step", "offset_step", "mixed", "positions", *PER_CALL],
+    do_not_specialize=["seed", "offset", "seed_stride", "offset_stride", "mixed", "positions", *PER_CALL],
     do_not_specialize_on_alignment=["splits"],
 )
 def verify_kernel(
@@ -92,8 +92,8 @@ def verify_kernel(
     offset_ptr,
     seed: tl.int64,
     offset: tl.int64,
-    seed_step,
-    offset_step,
+    seed_stride,
+    offset_stride,
     mixed,
     draft_ptr,  # [B, positions - 1]
     length_ptr,  # [B]
@@ -123,7 +123,7 @@ def verify_kernel(
     CHUNK: tl.constexpr,
     UNROLL: tl.constexpr,
     TILE: tl.constexpr,
-    STEP: tl.constexpr,
+    READ: tl.constexpr,
     LANES: tl.constexpr,
     FILTER: tl.constexpr,
     DRAFTER: tl.constexpr,
@@ -134,10 +134,10 @@ def verify_kernel(
     meeting = Meeting(chunk_sums_ptr, arrived_ptr, splits)
     options = Options(given_alpha_ptr, tol, max_iter)
     filters = Filters(inverse_temperature_ptr, min_p_ptr)
-    seeds = Seeds(seed_ptr, offset_ptr, seed, offset, seed_step, offset_step, mixed)
+    seeds = Seeds(seed_ptr, offset_ptr, seed, offset, seed_stride, offset_stride, mixed)
     drafts = Drafts(draft_ptr, length_ptr, accepted_ptr, positions)
     drawn = Drawn(token_ptr, log_q_ptr, log_theta_ptr, log_t_ptr, alpha_ptr, status_ptr)
-    drawing: tl.constexpr = Drawing(CHUNK, TILE, STEP, LANES, FILTER)
+    drawing: tl.constexpr = Drawing(CHUNK, TILE, READ, LANES, FILTER)
     # The sweeps after the first keep more values per pair: half the tile holds their registers down.
     tile: tl.constexpr = Tile(H, PACKED, False)
     later: tl.constexpr = Tile(H // 2, PACKED, False)

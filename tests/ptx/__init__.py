@@ -1,0 +1,1 @@
+"""An executor of the PTX that Triton compiles."""

@@ -6,6 +6,7 @@ same number always has the same error. A NaN is a NaN; its payload is not imitat
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -47,14 +48,30 @@ def fma32(a: Array, b: Array, c: Array) -> Array:
 
 
 def fma64(a: Array, b: Array, c: Array) -> Array:
-    """a * b + c, rounded once: the exact product in two parts, the three summands by error-free sums."""
+    """a * b + c, rounded once."""
+    size = np.abs(a * b)
+    if size.min() > 1e-250 and size.max() < 1e250 and max(np.abs(a).max(), np.abs(b).max()) < 1e280:
+        return _fma64_of_usual(a, b, c)
+    result = a * b + c  # as it is for zeros, infinities and NaN
+    there = np.nonzero((a != 0) & (b != 0) & np.isfinite(a) & np.isfinite(b) & np.isfinite(c))[0]
+    if len(there):
+        a, b, c = a[there], b[there], c[there]
+        (x, power_x), (y, power_y) = np.frexp(a), np.frexp(b)
+        power = power_x + power_y
+        # A summand too small to count still decides a tie, and beside one that is large the product does not count.
+        scaled = np.clip(np.abs(np.ldexp(c, -power)), 1e-200, 1e200)
+        scaled = np.where(c == 0, c, np.copysign(scaled, c))
+        total = np.ldexp(_fma64_of_usual(x, y, scaled), power)
+        total = np.where(np.abs(scaled) == 1e200, c, total)
+        for place in np.nonzero((np.abs(total) < 2.0**-1021) & (np.abs(scaled) < 1e200))[0]:
+            total[place] = _fma_by_integers(float(a[place]), float(b[place]), float(c[place]), total[place])
+        result[there] = total
+    return result
+
+
+def _fma64_of_usual(a: Array, b: Array, c: Array) -> Array:
+    """The exact product in two parts; the three summands by error-free sums."""
     high = a * b
-    size = np.abs(high)
-    plain = high + c
-    safe = (size > 1e-250) & (size < 1e250) & (np.abs(a) < 1e280) & (np.abs(b) < 1e280)
-    everywhere = bool(safe.all())
-    if not everywhere and not safe.any():
-        return _fma64_one_by_one(a, b, c, plain, safe)
     split = 134217729.0
     a_high, b_high = a * split, b * split
     a_high -= a_high - a
@@ -68,24 +85,16 @@ def fma64(a: Array, b: Array, c: Array) -> Array:
     back = total - high
     rest = (high - (total - back)) + (inner - back)
     result: Array = total + odd_sum(rest, inner_rest)
-    result = np.where(np.isfinite(result), result, plain)
-    return result if everywhere else _fma64_one_by_one(a, b, c, np.where(safe, result, plain), safe)
+    return np.where(np.isfinite(result), result, high + c)
 
 
-def _fma64_one_by_one(a: Array, b: Array, c: Array, result: Array, done: Array) -> Array:
-    """The same with integers, where a part of the product could underflow or overflow; a product of 0 is exact."""
-    todo = ~done & (a != 0) & (b != 0) & np.isfinite(a) & np.isfinite(b) & np.isfinite(c)
-    for place in np.nonzero(todo)[0]:
-        (p, q), (r, s), (v, w) = (float(x[place]).as_integer_ratio() for x in (a, b, c))
-        numerator, denominator = p * r * w + v * q * s, q * s * w
-        try:
-            exact = numerator / denominator  # of integers: rounded once
-        except OverflowError:
-            exact = np.inf if numerator > 0 else -np.inf
-        if exact == 0 and (numerator < 0 or (a[place] < 0) != (b[place] < 0) and numerator == 0 and c[place] == 0):
-            exact = -0.0
-        result[place] = exact
-    return result
+def _fma_by_integers(a: float, b: float, c: float, otherwise: float) -> float:
+    """Where the result is denormal, and a sum rounded before would be rounded twice."""
+    (p, q), (r, s), (v, w) = (each.as_integer_ratio() for each in (a, b, c))
+    numerator = p * r * w + v * q * s
+    if not numerator:
+        return otherwise  # a zero, of the sign that floats give
+    return math.copysign(abs(numerator) / (q * s * w), 1 if numerator > 0 else -1)  # of integers: rounded once
 
 
 def flush(x: Array) -> Array:

@@ -206,12 +206,13 @@ PAIRS = {
     f"setp.{how}.{t}x2": Comparison(t, compare(how, t)) for t in ("f16", "bf16") for how in COMPARISONS
 }  # fmt: skip
 _WIDTHS = ("b8", "b16", "b32", "b64")
+_WIDENED = ("u8", "s8", "u16", "s16", "u32", "s32")  # into a wider register
 _VECTORS = {"": 1, ".v2": 2, ".v4": 4}
 LOADS = {
     f"ld.{space}{vector}.{t}": Access(space.split(".")[0], t, count)
     for space in ("global", "global.cg", "shared")
     for vector, count in _VECTORS.items()
-    for t in _WIDTHS
+    for t in (*_WIDTHS, *(_WIDENED if count == 1 else ()))
     if count * SIZES[t] <= 16
 }
 STORES = {

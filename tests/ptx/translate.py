@@ -277,14 +277,15 @@ class _Writer:
         results = split(each.operands[0].strip("{} "))
         if len(results) != rule.count:
             raise ValueError(f"{len(results)} registers")
-        old = "".join(f"{self.use(result, rule.type)}, " for result in results) if each.guard else ""
+        old = "".join(f"{self.use(result, f'b{8 * SIZES[rule.type]}')}, " for result in results) if each.guard else ""
         self.sink(each, each.operands[1])
         where, address = self.place(rule.space, each.operands[1])
         call = f"{where}.load({address}, {SIZES[rule.type]}, {rule.count}, {self.mask(each)}, {each.site}, ({old}))"
         loaded = self.temporary(call)
         for place, result in enumerate(results):
             self.follow(each, result, "M.nowhere")
-            self.define(result, f"{loaded}[{place}]", rule.type)
+            sign = f".view('{CODES[rule.type]}')" if rule.type.startswith("s") else ""
+            self.define(result, f"{loaded}[{place}]{sign}", rule.type)
 
     def place(self, space: str, operand: str) -> tuple[str, str]:
         if space == "shared":

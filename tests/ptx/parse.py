@@ -163,8 +163,8 @@ class _Body:
         self.number += 1
         text, _, comment = raw.partition("//")
         text = text.strip()
-        if text.startswith(".loc"):
-            numbers = text.split()
+        numbers = text.split()
+        if numbers[:1] == [".loc"]:
             self.source = comment.strip() or f"file {numbers[1]}, line {numbers[2]}"
             return
         self.pending = f"{self.pending} {text}".strip()

@@ -198,6 +198,10 @@ class Cells:
             if races.any():
                 found, what = races.reshape(-1, count).any(1), "read"
         self.writer[cells], self.written[cells], self.atomic[cells] = threads, now, atomic
+        if found is None and len(cells) > 1:  # at once: one program's threads may store the same value
+            races = self.writer[cells] // self.order.threads != threads // self.order.threads
+            if races.any():
+                found, what = races.reshape(-1, count).any(1), "written"
         return found, what
 
     def _races_with_reads(self, cells: Array, threads: Array, read: Array) -> Array:

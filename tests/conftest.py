@@ -77,9 +77,12 @@ def pytest_generate_tests(metafunc):
 
 @pytest.hookimpl(tryfirst=True)  # pytest leaves out what -m does not select after that
 def pytest_collection_modifyitems(config, items):
-    if config.option.compiled:
-        # The tests of a backend; others choose one themselves, or none.
-        others = [item for item in items if "backend" not in getattr(item, "fixturenames", ())]
+    # Compiled, the tests of a backend, and those that want compiled kernels; others choose a backend themselves, or none.
+    wanted = {"backend", "compiled"} if config.option.compiled else {"compiled"}
+    others = [
+        item for item in items if wanted.isdisjoint(getattr(item, "fixturenames", ())) == config.option.compiled
+    ]
+    if others:
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if item not in others]
     if "deep" in config.option.markexpr and not any("::" in argument for argument in config.args):
@@ -130,6 +133,15 @@ def backend(request, monkeypatch):
     """
     monkeypatch.setenv("OPTSAMPLE_BACKEND", "eager" if request.param == "eager" else "triton")
     return request.param
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """The driver of compiled kernels. Only with --compiled are the tests that ask for it there."""
+    from tests.ptx import driver
+
+    monkeypatch.setenv("OPTSAMPLE_BACKEND", "triton")
+    return driver
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ class Options(NamedTuple):
 class Run(NamedTuple):
     findings: list[str]
     executed: int  # instructions of the batches of programs
+    visited: set[int]  # blocks
 
 
 def launch(
@@ -41,7 +42,7 @@ def launch(
     order, findings = Order(total, kernel.entry.threads), Findings()
     memory = Global(regions, order)
     junk = np.random.default_rng(options.junk)
-    executed = 0
+    executed, visited = 0, set[int]()
     with np.errstate(all="ignore"):
         for ctas in _batches(total, options):
             wave = Wave(
@@ -50,7 +51,8 @@ def launch(
             )  # fmt: skip
             wave.run()
             executed += wave.executed
-    return Run(list(findings.values()), executed)
+            visited |= wave.visited
+    return Run(list(findings.values()), executed, visited)
 
 
 def _batches(total: int, options: Options) -> Iterator[np.ndarray]:

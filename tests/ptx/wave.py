@@ -63,6 +63,7 @@ class Wave:
         self.waiting = np.zeros(self.size, bool)
         self.returned = np.zeros(self.size, bool)
         self.executed = 0  # instructions
+        self.visited: set[int] = set()  # blocks
 
     def _lay_out(self, ctas: Array) -> None:
         """What depends on which CTAs still run."""
@@ -194,6 +195,7 @@ class Wave:
             block = blocks[here]
             taken = self.kernel.function(here)(self, self.registers, self.constants, mask)
             self.executed += len(block.code)
+            self.visited.add(here)
             if block.end == "return":
                 if at is None or mask is None:
                     return

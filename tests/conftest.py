@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import Phase, settings
 
+
 def _patch_the_language_once() -> None:
     """Triton 3.7's interpreter patches its language again at every call of a device function: half of its time here."""
     import triton.language as tl
@@ -32,7 +33,9 @@ def _patch_the_language_once() -> None:
 
 def pytest_addoption(parser):
     group = parser.getgroup("kernels")
-    group.addoption("--compiled", action="store_true", help="run the kernels' PTX on the CPU: the tests of a backend only")
+    group.addoption(
+        "--compiled", action="store_true", help="run the kernels' PTX on the CPU: the tests of a backend only"
+    )
     group.addoption("--arch", type=int, default=90, help="compile them for sm_ARCH")
 
 
@@ -79,9 +82,7 @@ def pytest_generate_tests(metafunc):
 def pytest_collection_modifyitems(config, items):
     # Compiled, the tests of a backend, and those that want compiled kernels; others choose a backend themselves, or none.
     wanted = {"backend", "compiled"} if config.option.compiled else {"compiled"}
-    others = [
-        item for item in items if wanted.isdisjoint(getattr(item, "fixturenames", ())) == config.option.compiled
-    ]
+    others = [item for item in items if wanted.isdisjoint(getattr(item, "fixturenames", ())) == config.option.compiled]
     if others:
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if item not in others]

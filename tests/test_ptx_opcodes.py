@@ -89,7 +89,9 @@ def test_fma_is_rounded_once(type_):
         product = a * b
         nearest = exact.decode(exact.encode(exact.finite(product), type_), type_).value
         tiny = exact.Fraction(generator.choice([-1, 0, 1])) * abs(product) / 2 ** (2 * digits + 3)
-        c = generator.choice([-nearest, nearest, tiny, nearest * 2 ** (digits - 1), -product * exact.Fraction(3, 2), tiny])
+        c = generator.choice(
+            [-nearest, nearest, tiny, nearest * 2 ** (digits - 1), -product * exact.Fraction(3, 2), tiny]
+        )
         rows.append([exact.encode(exact.finite(value), type_) for value in (a, b, c)])
     opcode = f"fma.rn.{type_}"
     assert_exact(opcode, opcodes.PLAIN[opcode], [list(column) for column in zip(*rows, strict=True)])
@@ -137,7 +139,9 @@ def test_exp2_and_full_division_are_off_by_two_units_at_most():
     ):
         offs = set()
         for options in (Options(units=0), Options(), Options(seed=1)):
-            got = apply(opcode, "f32", ["f32"] * len(given), [[int(each) for each in column] for column in given], options)
+            got = apply(
+                opcode, "f32", ["f32"] * len(given), [[int(each) for each in column] for column in given], options
+            )
             values = np.array(got, "u4").view("f4")
             operands = [np.array(column, "u4").view("f4") for column in given]
             right = np.array([true(*each) for each in zip(*operands, strict=True)])

@@ -53,7 +53,10 @@ def test_loads(opcode):
     store = f"st.global{'.v' + str(rule.count) if rule.count > 1 else ''}.b{8 * SIZES[rule.type]}"
     where, fill = "[%rd10+0]", ""
     if rule.space == "shared":
-        where, fill = "[%r10 + 0]", "ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%rd10]; st.shared.v4.b32 [%r10], {%r1, %r2, %r3, %r4};"
+        where, fill = (
+            "[%r10 + 0]",
+            "ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%rd10]; st.shared.v4.b32 [%r10], {%r1, %r2, %r3, %r4};",
+        )
     for guard in ("", "@%p1 "):
         x, y = bytes_of(32 * 16), bytes_of(32 * 16, 1)
         expected = y.copy()
@@ -61,7 +64,9 @@ def test_loads(opcode):
         lanes = 20 if guard else 32
         expected.reshape(32, 16)[:lanes, :width] = x.reshape(32, 16)[:lanes, :width]
         first = opcode.replace("ld.shared", "ld.global") if rule.space == "shared" else opcode
-        body = f"{OWN}{SHARED}{fill}\n {first} {names(rule, 20)}, [%rd11];\n {guard}{opcode} {names(rule, 20)}, {where};"
+        body = (
+            f"{OWN}{SHARED}{fill}\n {first} {names(rule, 20)}, [%rd11];\n {guard}{opcode} {names(rule, 20)}, {where};"
+        )
         run(entry(f"{body}\n {store} [%rd11], {names(rule, 20)};"), x, y, shared=512)
         assert y.tobytes() == expected.tobytes()
 

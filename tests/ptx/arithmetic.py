@@ -61,10 +61,11 @@ def fma64(a: Array, b: Array, c: Array) -> Array:
         # A summand too small to count still decides a tie, and beside one that is large the product does not count.
         scaled = np.clip(np.abs(np.ldexp(c, -power)), 1e-200, 1e200)
         scaled = np.where(c == 0, c, np.copysign(scaled, c))
-        total = np.ldexp(_fma64_of_usual(x, y, scaled), power)
+        unit = _fma64_of_usual(x, y, scaled)
+        total = np.ldexp(unit, power)
         total = np.where(np.abs(scaled) == 1e200, c, total)
-        for place in np.nonzero((np.abs(total) < 2.0**-1021) & (np.abs(scaled) < 1e200))[0]:
-            total[place] = _fma_by_integers(float(a[place]), float(b[place]), float(c[place]), total[place])
+        for place in np.nonzero((np.abs(total) < 2.0**-1021) & (unit != 0) & (np.abs(scaled) < 1e200))[0]:
+            total[place] = _fma_by_integers(float(a[place]), float(b[place]), float(c[place]))
         result[there] = total
     return result
 
@@ -88,12 +89,10 @@ def _fma64_of_usual(a: Array, b: Array, c: Array) -> Array:
     return np.where(np.isfinite(result), result, high + c)
 
 
-def _fma_by_integers(a: float, b: float, c: float, otherwise: float) -> float:
+def _fma_by_integers(a: float, b: float, c: float) -> float:
     """Where the result is denormal, and a sum rounded before would be rounded twice."""
     (p, q), (r, s), (v, w) = (each.as_integer_ratio() for each in (a, b, c))
     numerator = p * r * w + v * q * s
-    if not numerator:
-        return otherwise  # a zero, of the sign that floats give
     return math.copysign(abs(numerator) / (q * s * w), 1 if numerator > 0 else -1)  # of integers: rounded once
 
 

@@ -103,7 +103,17 @@ class Launcher:
         self.names, self.signature, self.shared = list(src.fn.arg_names), src.signature, metadata.shared
 
     def __call__(
-        self, x: int, y: int, z: int, stream: Any, text: str, packed: Any, info: Any, enter: Any, leave: Any, *values: Any
+        self,
+        x: int,
+        y: int,
+        z: int,
+        stream: Any,
+        text: str,
+        packed: Any,
+        info: Any,
+        enter: Any,
+        leave: Any,
+        *values: Any,
     ) -> None:
         kernel = kernel_of(_settings.edit(text) if _settings.edit else text)
         names = iter(kernel.entry.parameters)
@@ -133,7 +143,12 @@ class Utils:
         return None, binary if isinstance(binary, str) else binary.decode(), 0, 0, 1024
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 227 << 10, "multiprocessor_count": PROCESSORS, "max_num_regs": 1 << 16, "warpSize": 32}
+        return {
+            "max_shared_mem": 227 << 10,
+            "multiprocessor_count": PROCESSORS,
+            "max_num_regs": 1 << 16,
+            "warpSize": 32,
+        }
 
 
 class Driver:

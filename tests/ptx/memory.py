@@ -150,7 +150,9 @@ class Global:
     def _fault(self, what: str, at: Array, wrong: Array, width: int, picked: Picked, site: int) -> Fault:
         first = int(at[wrong][0])
         near = "; ".join(f"{each.name} {each.low:#x} to {each.high:#x}" for each in self.regions)
-        return self.wave.fault(f"{what} of {width} bytes at {first:#x} (there is {near})", site, picked.of(self.wave.thread)[wrong])
+        return self.wave.fault(
+            f"{what} of {width} bytes at {first:#x} (there is {near})", site, picked.of(self.wave.thread)[wrong]
+        )
 
     def load(
         self, address: Array, offset: int, size: int, count: int, mask: Array | None, site: int, old: tuple[Array, ...]

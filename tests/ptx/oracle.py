@@ -77,9 +77,7 @@ def comparison(how: str, type_: str) -> Oracle:
             return compared(how, exact.less(x, y), exact.less(y, x), "nan" in (x.kind, y.kind))
 
         return of_reals
-    return lambda a, b: compared(
-        how, signed(a, type_) < signed(b, type_), signed(a, type_) > signed(b, type_)
-    )
+    return lambda a, b: compared(how, signed(a, type_) < signed(b, type_), signed(a, type_) > signed(b, type_))
 
 
 def saturated(how: str, to: str, origin: str) -> Oracle:

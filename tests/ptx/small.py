@@ -49,7 +49,11 @@ def entry(body: str, pointers: int = 2, threads: int = 32) -> str:
 
 
 def run(
-    text: str, *arrays: Array, programs: int = 1, shared: int = 0, options: Options = Options(units=0)  # noqa: B008
+    text: str,
+    *arrays: Array,
+    programs: int = 1,
+    shared: int = 0,
+    options: Options = Options(units=0),  # noqa: B008
 ) -> Run:
     """Launch it on arrays, which it may change."""
     kernel = Kernel(text)

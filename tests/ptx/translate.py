@@ -125,9 +125,7 @@ class _Writer:
         code = CODES[type_]
         if text in self.kernel.entry.shared:
             bits = SHARED_BASE
-        elif re.match(r"0f[0-9A-F]{8}$", text) and SIZES[type_] == 4:
-            bits = int(text[2:], 16)
-        elif re.match(r"0d[0-9A-F]{16}$", text) and SIZES[type_] == 8:
+        elif (re.match(r"0f[0-9A-F]{8}$", text) and SIZES[type_] == 4) or (re.match(r"0d[0-9A-F]{16}$", text) and SIZES[type_] == 8):
             bits = int(text[2:], 16)
         elif (match := _INTEGER.match(text)) and code[0] != "f":
             bits = int(match[1], 0)
@@ -299,9 +297,7 @@ class _Writer:
         self.sink(each, *each.operands)
         where, address = self.place(rule.space, each.operands[0])
         stored = "".join(f"{self.use(value, rule.type)}, " for value in values)
-        self.lines.append(
-            f"{where}.store({address}, {SIZES[rule.type]}, ({stored}), {self.mask(each)}, {each.site})"
-        )
+        self.lines.append(f"{where}.store({address}, {SIZES[rule.type]}, ({stored}), {self.mask(each)}, {each.site})")
 
     def atomic(self, each: Instruction, rule: opcodes.Atomic) -> None:
         result, where, *operands = each.operands

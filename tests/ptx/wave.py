@@ -120,7 +120,9 @@ class Wave:
             warps = mask.reshape(-1, WARP)
             parted = warps.any(1) & ~warps.all(1)
             if parted.any():
-                raise self.fault("a part of a warp, diverged from the rest, is here", site, self.thread[np.repeat(parted, WARP)])
+                raise self.fault(
+                    "a part of a warp, diverged from the rest, is here", site, self.thread[np.repeat(parted, WARP)]
+                )
 
     def lanes(
         self, how: str, by: Array, clamp: Array, members: Array, mask: Array | None, site: int

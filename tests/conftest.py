@@ -80,7 +80,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.hookimpl(tryfirst=True)  # pytest leaves out what -m does not select after that
 def pytest_collection_modifyitems(config, items):
-    # Compiled, the tests of a backend, and those that want compiled kernels; others choose a backend themselves, or none.
+    # Compiled, the tests of a backend and those that want compiled kernels; others choose a backend, or need none.
     wanted = {"backend", "compiled"} if config.option.compiled else {"compiled"}
     others = [item for item in items if wanted.isdisjoint(getattr(item, "fixturenames", ())) == config.option.compiled]
     if others:

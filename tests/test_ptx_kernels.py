@@ -12,6 +12,7 @@ import torch
 import optsample_triton as ost
 from tests.ptx.machine import same_bits
 from tests.ptx.memory import Fault
+from tests.ptx.options import Options
 from tests.ptx.translate import Kernel
 
 NODES = (Path(ost.__file__).parent / "kernels" / "nodes.py").read_text().split("\n")
@@ -59,12 +60,12 @@ def texts_of(compiled, call):
 
 
 @contextlib.contextmanager
-def without_barrier(kernel, block):
-    kernel.entry.blocks[block].end = "next"
+def without_barrier(block):
+    block.end = "next"
     try:
         yield
     finally:
-        kernel.entry.blocks[block].end = "barrier"
+        block.end = "barrier"
 
 
 def findings_of(compiled, call, **how):
@@ -77,28 +78,32 @@ def findings_of(compiled, call, **how):
     return [each for run in runs for each in run.findings]
 
 
-@pytest.mark.parametrize(("vocab", "count"), [(WIDE, 8), (SPLIT, 1)])
-def test_every_barrier_of_the_solver_is_needed(vocab, count, compiled):
-    """Each removed in turn is reported."""
+@pytest.mark.parametrize("together", [False, True])
+def test_every_barrier_of_the_solver_is_needed(together, compiled, monkeypatch):
+    """Each removed in turn is reported, where a row has one program, and where two meet."""
 
     def solve():
-        ost.solve(*(x[:count] for x in rows(vocab)))
+        if together:
+            ost.solve(*(x[[0, 3]] for x in rows(SPLIT)))
+        else:
+            monkeypatch.setattr(compiled, "PROCESSORS", 1)  # too few for a second program
+            ost.solve(*rows(WIDE))
+            ost.solve(*(x[[0, 4]] for x in rows(SPLIT)))
 
-    (text,) = texts_of(compiled, solve)
+    (text,) = set(texts_of(compiled, solve))
     kernel: Kernel = compiled.kernel_of(text)
-    barriers = [block.index for block in kernel.entry.blocks if block.end == "barrier"]
     with compiled.running() as runs:
         solve()
-    visited = [each for each in barriers if each in runs[0].visited]
+    visited = set().union(*(run.visited for run in runs))
+    barriers = [block for block in kernel.entry.blocks if block.end == "barrier" and block.index in visited]
+    assert len(barriers) >= (40 if together else 130)
     silent = []
-    for block in visited:
-        with without_barrier(kernel, block):
-            findings = findings_of(compiled, solve)
+    for block in barriers:
+        with without_barrier(block):
+            findings = findings_of(compiled, solve, options=Options(stop=True))
         if not findings:
-            silent.append(str(kernel.entry.blocks[block].code[-1]))
+            silent.append(str(block.code[-1]))
         assert all(re.search(r"\[\w+\.py:\d+", each) for each in findings)
-    print(len(barriers), "barriers;", len(visited), "visited")
-    print("\n".join(silent))
     assert silent == []
 
 
@@ -177,9 +182,9 @@ def test_an_accumulator_without_its_start(compiled):
     def edit(text):
         for match in re.finditer(r"\tmov\.b32 \t(%r\d+), 0f00000000;", text):
             edited = text[: match.start()] + text[match.end() :]
-            if re.search(rf"add\.f32 \t{match[1]}, {match[1]},|fma\.rn\.f32 .*{match[1]};", text):
-                if match[1] in Kernel(edited).flow.suspects:
-                    return edited
+            added = re.search(rf"add\.f32 \t{match[1]}, {match[1]},|fma\.rn\.f32 .*{match[1]};", text)
+            if added and match[1] in Kernel(edited).flow.suspects:
+                return edited
         raise LookupError
 
     findings = findings_of(compiled, solve_wide, edit=edit)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.ptx import exact, opcodes, oracle
-from tests.ptx.machine import Options
+from tests.ptx.options import Options
 from tests.ptx.parse import Unknown
 from tests.ptx.small import aligned, apply, entry, run
 
@@ -181,7 +181,8 @@ def test_every_opcode_has_an_oracle_or_a_test():
     "statement",
     [
         "add.sat.s32 %r1, %r2, %r3;", "add.s32 %r1, %r2;", "add.s32 %r1, %rd2, %r3;", "add.f32 %r1, %r2, 1;",
-        "mov.b32 %r1, global_memory;", "mov.b32 %r1, %clock;", "ld.global.v2.b32 %r1, [%rd0];", "ld.local.b32 %r1, [%rd0];",
+        "mov.b32 %r1, global_memory;", "mov.b32 %r1, %clock;", "ld.global.v2.b32 %r1, [%rd0];",
+        "ld.local.b32 %r1, [%rd0];",
         "ld.global.b32 %r1, [%rd0+%rd1];", "bar.sync 1;", "@%p1 bar.sync 0;", "@%p1 ret;", "brx.idx %r1, table;",
         "setp.lt.and.s32 %p1, %r1, %r2, %p2;", ".local .align 4 .b8 stack[16];", "call foo;", "mov.b64 %rd1, %r1;",
         "mov.pred %p1, %r1;", "add.s32 %p1, %r1, %r2;", "cvt.rn.f32.f32 %r1, %r2;", "fma.rz.f32 %r1, %r2, %r3, %r4;",

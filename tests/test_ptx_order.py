@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.ptx.machine import VARIANTS, Options
+from tests.ptx.options import VARIANTS, Options
 from tests.ptx.small import aligned, entry, run
 
 PROGRAMS = 6

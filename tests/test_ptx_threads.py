@@ -1,12 +1,12 @@
-"""Memory, warps, branches and barriers of tests/ptx, in kernels of a few lines; and each kind of fault, planted there."""
+"""Memory, warps, branches and barriers of tests/ptx in kernels of a few lines, and each kind of fault, planted."""
 
 import numpy as np
 import pytest
 
 from tests.ptx import opcodes
-from tests.ptx.machine import VARIANTS, Options
 from tests.ptx.memory import Fault
 from tests.ptx.opcodes import SIZES
+from tests.ptx.options import VARIANTS, Options
 from tests.ptx.small import aligned, entry, run
 
 # %rd10, %rd11: the thread's element of 16 bytes in both arrays.
@@ -31,8 +31,8 @@ def bytes_of(count, seed=0):
 
 def names(rule, first):
     stem = {1: "%rs", 2: "%rs", 4: "%r", 8: "%rd"}[SIZES[rule.type]]
-    listed = ", ".join(f"{stem}{first + place}" for place in range(rule.count))
-    return f"{{{listed}}}" if rule.count > 1 else listed
+    listed = ", ".join(f"{stem}{first + place}" for place in range(rule.registers))
+    return f"{{{listed}}}" if rule.registers > 1 else listed
 
 
 def found(text, *arrays, **options):
@@ -50,7 +50,7 @@ def fault_of(text, *arrays, **options):
 def test_loads(opcode):
     """All lanes, then those under a guard; the others keep what they had, and so do upper bytes of nothing."""
     rule = opcodes.LOADS[opcode]
-    store = f"st.global{'.v' + str(rule.count) if rule.count > 1 else ''}.b{8 * SIZES[rule.type]}"
+    store = f"st.global{'.v' + str(rule.registers) if rule.registers > 1 else ''}.b{8 * SIZES[rule.type]}"
     where, fill = "[%rd10+0]", ""
     if rule.space == "shared":
         where, fill = (
@@ -60,7 +60,7 @@ def test_loads(opcode):
     for guard in ("", "@%p1 "):
         x, y = bytes_of(32 * 16), bytes_of(32 * 16, 1)
         expected = y.copy()
-        width = rule.count * SIZES[rule.type]
+        width = rule.registers * SIZES[rule.type]
         lanes = 20 if guard else 32
         expected.reshape(32, 16)[:lanes, :width] = x.reshape(32, 16)[:lanes, :width]
         first = opcode.replace("ld.shared", "ld.global") if rule.space == "shared" else opcode
@@ -90,7 +90,7 @@ def test_stores(opcode):
     load = opcode.replace("st.", "ld.").replace("shared", "global")
     x, y = bytes_of(512), bytes_of(512, 1)
     expected = y.copy()
-    width = rule.count * SIZES[rule.type]
+    width = rule.registers * SIZES[rule.type]
     body = f"{OWN}{SHARED}\n {load} {names(rule, 20)}, [%rd10];"
     if rule.space == "global":
         expected.reshape(32, 16)[:20, :width] = x.reshape(32, 16)[:20, :width]

@@ -44,7 +44,8 @@ def fma32(a: Array, b: Array, c: Array) -> Array:
     bits -= u8(1)  # 0 is no small number
     if between.any() or bits.min() < SMALL:
         total = odd_sum(product, c)
-    return total.astype("f4")
+    result: Array = total.astype("f4")
+    return result
 
 
 def fma64(a: Array, b: Array, c: Array) -> Array:
@@ -192,14 +193,16 @@ def quotient(a: Array, b: Array) -> Array:
 
 
 def remainder(a: Array, b: Array) -> Array:
-    return a - quotient(a, b) * b
+    rest: Array = a - quotient(a, b) * b
+    return rest
 
 
 def high_product(a: Array, b: Array) -> Array:
     """The upper half of the product."""
     if a.dtype.itemsize == 4:
         wide = f"{a.dtype.kind}8"
-        return ((a.astype(wide) * b.astype(wide)) >> np.array(32, wide)).astype(a.dtype)
+        product: Array = a.astype(wide) * b.astype(wide)
+        return (product >> np.array(32, wide)).astype(a.dtype)
     if a.dtype.kind == "i":
         x, y = a.view("u8"), b.view("u8")
         high = high_product(x, y) - np.where(a < 0, y, u8(0)) - np.where(b < 0, x, u8(0))
@@ -208,7 +211,8 @@ def high_product(a: Array, b: Array) -> Array:
     a_low, a_high, b_low, b_high = a & low, a >> half, b & low, b >> half
     middle = a_high * b_low + ((a_low * b_low) >> half)
     other = a_low * b_high + (middle & low)
-    return a_high * b_high + (middle >> half) + (other >> half)
+    result: Array = a_high * b_high + (middle >> half) + (other >> half)
+    return result
 
 
 def shift_left(a: Array, by: Array) -> Array:
@@ -252,4 +256,5 @@ def funnel(low: Array, high: Array, by: Array, left: bool, wrap: bool) -> Array:
     """shf: both words shifted as one; the upper or the lower word of it."""
     both = (high.astype("u8") << u8(32)) | low
     count = (by & u4(31) if wrap else np.minimum(by, u4(32))).astype("u8")
-    return ((both << count) >> u8(32) if left else both >> count).astype("u4")
+    shifted: Array = (both << count) >> u8(32) if left else both >> count
+    return shifted.astype("u4")

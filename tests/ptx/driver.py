@@ -1,8 +1,8 @@
 """The package's public functions on CPU tensors: Triton compiles their kernels to PTX, which ``machine`` then runs.
 
-Triton's own front end specialises, compiles and launches. Three things stand in its way: ``make_cubin`` hands over the
-PTX instead of calling ptxas, a driver of ours takes the place of CUDA's, and the package is told that CPU tensors are on
-a GPU. What is compiled is kept in a cache of its own, since PTX in the place of a cubin must never reach another process:
+Triton's own front end specialises, compiles and launches. Three things are replaced: ``make_cubin`` hands over the PTX
+instead of calling ptxas, a driver of ours takes the place of CUDA's, and the package is told that CPU tensors are on a
+GPU. What is compiled is kept in a cache of its own, since PTX in the place of a cubin must never reach another process:
 ``.cache/ptx`` at the repository's root, or the directory that the variable OPTSAMPLE_PTX_CACHE names.
 """
 
@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from tests.ptx import machine
-from tests.ptx.machine import Options, Run
+from tests.ptx.machine import Run
 from tests.ptx.memory import Fault, Region
+from tests.ptx.options import Options
 from tests.ptx.translate import Kernel
 
 CACHE = "OPTSAMPLE_PTX_CACHE"
@@ -192,4 +193,4 @@ def install(arch: int = 90) -> None:
         return choose(torch.device("cuda") if backend.requested() == "triton" else device, dtype)
 
     backend.choose = chosen
-    entry._device = lambda device: ("cuda", PROCESSORS)
+    setattr(entry, "_device", lambda device: ("cuda", PROCESSORS))  # noqa: B010

@@ -8,19 +8,10 @@ from typing import NamedTuple
 import numpy as np
 
 from tests.ptx.memory import Fault, Global, Region
+from tests.ptx.options import VARIANTS, Options
 from tests.ptx.order import Order
 from tests.ptx.translate import Kernel
 from tests.ptx.wave import Findings, Wave
-
-
-class Options(NamedTuple):
-    """How to run. No choice may change a bit of the results."""
-
-    batch: int = 8  # programs that run together
-    programs: str | int = "forward"  # their order: forward, backward, or shuffled with this seed
-    junk: int = 0  # seed of what stands in registers and shared memory before it is written
-    units: int = 2  # units in the last place that approximate instructions are off at most
-    seed: int = 0  # chooses their errors
 
 
 class Run(NamedTuple):
@@ -45,10 +36,7 @@ def launch(
     executed, visited = 0, set[int]()
     with np.errstate(all="ignore"):
         for ctas in _batches(total, options):
-            wave = Wave(
-                kernel, grid, ctas, parameters, shared_size, memory, order, findings,
-                units=options.units, seed=options.seed, junk=junk,
-            )  # fmt: skip
+            wave = Wave(kernel, grid, ctas, parameters, shared_size, memory, order, findings, options, junk)
             wave.run()
             executed += wave.executed
             visited |= wave.visited
@@ -63,15 +51,6 @@ def _batches(total: int, options: Options) -> Iterator[np.ndarray]:
         programs = np.random.default_rng(options.programs).permutation(total)
     for first in range(0, total, options.batch):
         yield programs[first : first + options.batch]
-
-
-VARIANTS = (
-    Options(),
-    Options(programs="backward", junk=1),
-    Options(programs=7, batch=3, junk=2),
-    Options(programs=8, batch=1, junk=3),
-    Options(batch=64, junk=4),
-)
 
 
 def same_bits(run: Callable[[Options], bytes], variants: tuple[Options, ...] = VARIANTS) -> bytes:

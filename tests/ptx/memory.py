@@ -57,7 +57,7 @@ class Region(Bytes):
         self.low, self.high, self.name, self.allowed = low, high, name, allowed
         self.base = low & ~15  # elements are numbered from here
         size = -(-(high - self.base) // 16) * 16
-        super().__init__(np.frombuffer((ctypes.c_uint8 * size).from_address(self.base), np.uint8))
+        super().__init__(np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self.base)))
         self.cells: Cells | None = None  # made when something is written
         self.reads: list[tuple[Array, int, Array, int]] = []  # noted before that
 

@@ -26,7 +26,7 @@ class Plain(NamedTuple):
 class Access(NamedTuple):
     space: str  # global, shared
     type: str
-    count: int  # 2 or 4 registers beside each other
+    registers: int  # beside each other: 1, 2 or 4
 
 
 class Atomic(NamedTuple):
@@ -224,7 +224,8 @@ STORES = {
 }
 PARAMETERS = {f"ld.param.{t}": t for t in ("b32", "u32", "s32", "f32", "b64", "u64", "s64", "f64")}
 _ATOMIC_TYPES = {
-    "add": ("u32", "s32", "u64", "f32", "f64"), "min": ("u32", "s32", "u64", "s64"), "max": ("u32", "s32", "u64", "s64"),
+    "add": ("u32", "s32", "u64", "f32", "f64"),
+    "min": ("u32", "s32", "u64", "s64"), "max": ("u32", "s32", "u64", "s64"),
     "and": ("b32", "b64"), "or": ("b32", "b64"), "xor": ("b32", "b64"), "exch": ("b32", "b64"), "cas": ("b32", "b64"),
 }  # fmt: skip
 SCOPES = ("cta", "gpu", "sys")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 
 from tests.ptx import exact
 from tests.ptx.exact import Number, decode, encode
@@ -143,14 +144,15 @@ def table() -> dict[str, Oracle]:
         for t in ("f16", "bf16"):
             found[f"{name}.rn.f32.{t}"] = real(function, t, "f32", "f32")
     for t in INTEGERS:
-        for name, on_integers in {
+        by_integers: dict[str, Callable[..., int]] = {
             "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul.lo": lambda a, b: a * b, "min": min, "max": max,
             "div": towards_zero,
-        }.items():  # fmt: skip
+        }  # fmt: skip
+        for name, on_integers in by_integers.items():
             found[f"{name}.{t}"] = integer(on_integers, t, t, t)
         found[f"rem.{t}"] = integer(lambda a, b: a - towards_zero(a, b) * b, t, t)
         found[f"abs.{t}"], found[f"neg.{t}"] = integer(abs, t), integer(lambda a: -a, t)
-        found[f"mul.hi.{t}"] = integer(lambda a, b, w=width(t): a * b >> w, t, t)
+        found[f"mul.hi.{t}"] = integer(lambda a, b, t=t: a * b >> width(t), t, t)
         found[f"mad.lo.{t}"] = integer(lambda a, b, c: a * b + c, t, t, t)
         if width(t) < 64:
             wide = f"{t[0]}{2 * width(t)}"
@@ -199,7 +201,7 @@ def _conversions() -> dict[str, Oracle]:
             found[f"cvt.{to}.{origin}"] = found[f"cvt.rn.{to}.{origin}"] = real(lambda x: x, origin, to)
         for origin in INTEGERS:
             found[f"cvt.rn.{to}.{origin}"] = lambda a, to=to, origin=origin: encode(
-                exact.finite(exact.Fraction(signed(a, origin))), to
+                exact.finite(Fraction(signed(a, origin))), to
             )
         for how in ("rni", "rzi", "rmi", "rpi"):
             found[f"cvt.{how}.{to}.{to}"] = real(lambda x, how=how: exact.whole(x, how), to, to)

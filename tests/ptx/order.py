@@ -8,8 +8,8 @@ Every access has a stamp, a number that rises with each instruction. Two accesse
 
 A clock maps a CTA to a stamp: all of its accesses before that are known. A thread has a negative key of its own. A
 release publishes at its address everything of its CTA before the last barrier, its thread's own accesses, and what they
-acquired. An acquire of that address gives this to its thread at once, and at the next barrier to its CTA. In which order
-the CTAs happen to run here plays no part.
+acquired. An acquire of that address gives this to its thread at once, and at the next barrier to its CTA. The order in
+which the CTAs happen to run here plays no part.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Order:
     def before(self, thread: Array, earlier: Array, stamp: Array) -> Array:
         """Whether accesses of the ``earlier`` threads with these stamps are ordered before what ``thread`` does now."""
         cta, other = thread // self.threads, earlier // self.threads
-        result = (stamp < 0) | (thread == earlier) | ((cta == other) & (stamp < self.epoch[cta]))
+        result: Array = (stamp < 0) | (thread == earlier) | ((cta == other) & (stamp < self.epoch[cta]))
         warp = thread // WARP
         result |= (warp == earlier // WARP) & (stamp < self.warp_epoch[warp])
         if not result.all():
@@ -125,6 +125,12 @@ class Order:
         clocks = self.known.get(thread // self.threads, {}), self.own.get(thread, {})
         keys = earlier // self.threads, key(earlier)
         return any(stamp < clock.get(who, 0) for clock in clocks for who in keys)
+
+
+def of_accesses(cells: Array, count: int) -> Array:
+    """Whether any of an access's cells is marked."""
+    marked: Array = cells.reshape(-1, count).any(1)
+    return marked
 
 
 PLAIN, OF_CTA, OF_DEVICE = 0, 1, 2  # how far an access is atomic
@@ -174,8 +180,8 @@ class Cells:
         written = self.written[cells]
         if not len(written) or written.max() < 0:
             return None, bool(len(written))
-        races = (written >= 0) & ~self.order.before(threads, self.writer[cells], written)
-        found = races.reshape(-1, count).any(1) if races.any() else None
+        races: Array = (written >= 0) & ~self.order.before(threads, self.writer[cells], written)
+        found = of_accesses(races, count) if races.any() else None
         return found, bool(written.min() < 0)
 
     def check_write(self, start: Array, size: int, thread: Array, atomic: int = PLAIN) -> tuple[Array | None, str]:
@@ -184,7 +190,8 @@ class Cells:
         cells, threads, count = self.expand(start, size, thread)
         now = self.order.tick()
         written, read = self.written[cells], self.read[cells]
-        found, what = None, ""
+        found: Array | None = None
+        what = ""
         if written.max() >= 0:
             writer = self.writer[cells]
             races = (written >= 0) & ~self.order.before(threads, writer, written)
@@ -192,16 +199,16 @@ class Cells:
                 same = writer // self.order.threads == threads // self.order.threads
                 races &= ~((self.atomic[cells] >= np.where(same, OF_CTA, OF_DEVICE)) & (same | (atomic == OF_DEVICE)))
             if races.any():
-                found, what = races.reshape(-1, count).any(1), "written"
+                found, what = of_accesses(races, count), "written"
         if found is None and read.max() >= 0:
             races = (read >= 0) & self._races_with_reads(cells, threads, read)
             if races.any():
-                found, what = races.reshape(-1, count).any(1), "read"
+                found, what = of_accesses(races, count), "read"
         self.writer[cells], self.written[cells], self.atomic[cells] = threads, now, atomic
         if found is None and len(cells) > 1:  # at once: one program's threads may store the same value
             races = self.writer[cells] // self.order.threads != threads // self.order.threads
             if races.any():
-                found, what = races.reshape(-1, count).any(1), "written"
+                found, what = of_accesses(races, count), "written"
         return found, what
 
     def _races_with_reads(self, cells: Array, threads: Array, read: Array) -> Array:

@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.ptx import machine
-from tests.ptx.machine import Options, Run
+from tests.ptx.machine import Run
 from tests.ptx.memory import Region
 from tests.ptx.opcodes import SIZES
+from tests.ptx.options import Options
 from tests.ptx.translate import Kernel
 
 Array = NDArray[Any]

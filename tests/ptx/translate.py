@@ -1,7 +1,7 @@
 """Each basic block as one Python function over NumPy arrays: an element per thread of the CTAs that run together.
 
-A block's function gets the wave M, the registers R, the constants K, and the mask m of the threads that run it, which is
-None where all do. Registers are its local variables; at its end those that live on go back to R. A float register is an
+A block's function gets the wave M, the registers R, the constants K, and the mask m of the threads that run it, None
+where all do. Registers are its local variables; at its end those that live on go back to R. A float register is an
 integer one seen through a view, which copies nothing.
 
 Where ``Flow`` watches a register, a second variable says which threads hold a defined value there. What they do with
@@ -24,6 +24,7 @@ from tests.ptx.parse import BARRIERS, Block, Entry, Instruction, Unknown, parse,
 SHARED_BASE = 0x400  # where shared memory begins, so that a forgotten base is out of bounds
 BlockFunction = Callable[[Any, list[Any], list[Any], Any], Any]
 _ADDRESS = re.compile(r"\[\s*([%\w$]+)\s*(?:\+\s*(-?\d+)\s*)?\]$")
+_FLOAT = re.compile(r"0f[0-9A-F]{8}$|0d[0-9A-F]{16}$")
 _INTEGER = re.compile(r"(-?(?:0x[0-9A-Fa-f]+|\d+))U?$")
 
 
@@ -125,7 +126,7 @@ class _Writer:
         code = CODES[type_]
         if text in self.kernel.entry.shared:
             bits = SHARED_BASE
-        elif (re.match(r"0f[0-9A-F]{8}$", text) and SIZES[type_] == 4) or (re.match(r"0d[0-9A-F]{16}$", text) and SIZES[type_] == 8):
+        elif (match := _FLOAT.match(text)) and SIZES[type_] == (4 if text[1] == "f" else 8):
             bits = int(text[2:], 16)
         elif (match := _INTEGER.match(text)) and code[0] != "f":
             bits = int(match[1], 0)
@@ -273,12 +274,12 @@ class _Writer:
 
     def load(self, each: Instruction, rule: opcodes.Access) -> None:
         results = split(each.operands[0].strip("{} "))
-        if len(results) != rule.count:
+        if len(results) != rule.registers:
             raise ValueError(f"{len(results)} registers")
         old = "".join(f"{self.use(result, f'b{8 * SIZES[rule.type]}')}, " for result in results) if each.guard else ""
         self.sink(each, each.operands[1])
         where, address = self.place(rule.space, each.operands[1])
-        call = f"{where}.load({address}, {SIZES[rule.type]}, {rule.count}, {self.mask(each)}, {each.site}, ({old}))"
+        call = f"{where}.load({address}, {SIZES[rule.type]}, {rule.registers}, {self.mask(each)}, {each.site}, ({old}))"
         loaded = self.temporary(call)
         for place, result in enumerate(results):
             self.follow(each, result, "M.nowhere")
@@ -292,7 +293,7 @@ class _Writer:
 
     def store(self, each: Instruction, rule: opcodes.Access) -> None:
         values = split(each.operands[1].strip("{} "))
-        if len(values) != rule.count:
+        if len(values) != rule.registers:
             raise ValueError(f"{len(values)} registers")
         self.sink(each, *each.operands)
         where, address = self.place(rule.space, each.operands[0])
@@ -307,7 +308,8 @@ class _Writer:
         values = "".join(f"{self.use(text, rule.type)}, " for text in operands)
         self.follow(each, result, "M.nowhere")
         address = self.address(where, "u64")
-        call = f"M.memory.atomic({address}, '{CODES[rule.type]}', {tuple(rule)}, ({values}), {self.mask(each)}, {each.site})"
+        how = f"'{CODES[rule.type]}', {tuple(rule)}"
+        call = f"M.memory.atomic({address}, {how}, ({values}), {self.mask(each)}, {each.site})"
         self.define(result, call, rule.type, each)
 
     def of_warps(self, each: Instruction) -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from tests.ptx.arithmetic import least, most
 from tests.ptx.memory import Fault, Global, Shared
+from tests.ptx.options import Options
 from tests.ptx.order import WARP, Order
 from tests.ptx.translate import Kernel
 
@@ -37,13 +38,11 @@ class Wave:
         memory: Global,
         order: Order,
         findings: Findings,
-        *,
-        units: int,
-        seed: int,
+        options: Options,
         junk: np.random.Generator,
     ) -> None:
         self.kernel, self.grid, self.parameters, self.order, self.findings = kernel, grid, parameters, order, findings
-        self.units, self.seed = units, seed
+        self.units, self.seed, self.stop = options.units, options.seed, options.stop
         self.per_cta = kernel.entry.threads
         self.memory = memory
         memory.wave = self
@@ -174,6 +173,8 @@ class Wave:
         """Note a finding once for each instruction; ``lanes`` are threads of the grid."""
         if (what, site) not in self.findings:
             self.findings[what, site] = self._text(what, site, lanes)
+            if self.stop:
+                raise Fault(self.findings[what, site])
 
     def fault(self, what: str, site: int, lanes: Array | None = None) -> Fault:
         """An error for what cannot go on."""
@@ -183,9 +184,10 @@ class Wave:
 
     def run(self) -> None:
         """To the end of all threads. Without ``at`` all of them are at one block."""
-        blocks, at, here = self.kernel.entry.blocks, None, 0
+        blocks, here = self.kernel.entry.blocks, 0
+        at: Array | None = None  # the next block of each thread
         while self.size:
-            mask = None
+            mask: Array | None = None
             if at is not None:
                 able = ~(self.waiting | self.returned)
                 if not able.any():

@@ -42,7 +42,7 @@ def bits(*tensors):
 
 
 def solution(found):
-    return bits(found.alpha, found.log_z, found.status, found.sweeps)
+    return bits(found.alpha, found.log_z, found.status)
 
 
 def texts_of(compiled, call):
@@ -78,9 +78,28 @@ def findings_of(compiled, call, **how):
     return [each for run in runs for each in run.findings]
 
 
+def nothing_before(kernel, barrier):
+    """Whether another barrier comes before this one on every way, with no access between that it could order."""
+    blocks, todo, seen = kernel.entry.blocks, [barrier.index], set()
+    while todo:
+        index = todo.pop()
+        if any(re.match(r"(ld|st)\.shared|st\.global|atom", each.opcode) for each in blocks[index].code):
+            return False
+        if index == 0:
+            return False
+        before = [block for block in blocks if index in block.following()]
+        todo += [block.index for block in before if block.end != "barrier" and block.index not in seen]
+        seen.update(todo)
+    return True
+
+
 @pytest.mark.parametrize("together", [False, True])
 def test_every_barrier_of_the_solver_is_needed(together, compiled, monkeypatch):
-    """Each removed in turn is reported, where a row has one program, and where two meet."""
+    """Each removed in turn is reported, where a row has one program, and where two meet.
+
+    One is not: the first of the second look at a chunk (nodes.py, the sums with masks). The look before it ends with a
+    barrier as well, and what the threads would read of shared memory after that is only needed on the other way.
+    """
 
     def solve():
         if together:
@@ -101,7 +120,7 @@ def test_every_barrier_of_the_solver_is_needed(together, compiled, monkeypatch):
     for block in barriers:
         with without_barrier(block):
             findings = findings_of(compiled, solve, options=Options(stop=True))
-        if not findings:
+        if not findings and not nothing_before(kernel, block):
             silent.append(str(block.code[-1]))
         assert all(re.search(r"\[\w+\.py:\d+", each) for each in findings)
     assert silent == []
@@ -131,11 +150,25 @@ def without_line(text, place):
     return "\n".join([*lines[:place], "", *lines[place + 1 :]])
 
 
+def by_another_thread(text):
+    """The arrival made by thread 32: Triton lets the thread that stores the sums arrive as well."""
+    place = from_line(text, ARRIVAL, r"setp\.eq\.b32 .*, 0;")
+    lines = text.split("\n")
+    lines[place] = "mov.u32 %r99999, %tid.x; " + re.sub(r"%r\d+, 0;", "%r99999, 32;", lines[place])
+    return "\n".join(lines)
+
+
+def without_the_barrier(text):
+    return without_line(text, from_line(text, BARRIER, r"bar\.sync"))
+
+
 def test_the_barrier_before_the_arrival_is_needed(compiled):
-    """Without it the arriving thread publishes only its own stores."""
-    findings = findings_of(
-        compiled, solve_split, edit=lambda text: without_line(text, from_line(text, BARRIER, r"bar\.sync"))
-    )
+    """For the shared memory that tells of the arrival, and for the sums if another thread than theirs arrives."""
+    (finding,) = findings_of(compiled, solve_split, edit=without_the_barrier)
+    assert "race in shared memory" in finding
+    assert f"nodes.py:{ARRIVAL}:" in finding
+    assert findings_of(compiled, solve_split, edit=by_another_thread) == []
+    findings = findings_of(compiled, solve_split, edit=lambda text: without_the_barrier(by_another_thread(text)))
     assert any("race in global memory: this reads what was written" in each and "nodes.py" in each for each in findings)
 
 
@@ -173,7 +206,7 @@ def test_rows_that_are_not_where_the_kernel_believes(compiled):
     (aligned,) = texts_of(compiled, lambda: ost.solve(a, b))
     off = [torch.nn.functional.pad(x, (1, 15))[:, 1 : 1 + vocab] for x in (a, b)]
     (fault,) = findings_of(compiled, lambda: ost.solve(*off), edit=lambda text: aligned)
-    assert re.search(r"misaligned access of 16 bytes.* \[rows\.py:\d+", fault)
+    assert re.search(r"misaligned access of (8|16) bytes.* \[rows\.py:\d+", fault)
 
 
 def test_an_accumulator_without_its_start(compiled):

@@ -202,7 +202,8 @@ def high_product(a: Array, b: Array) -> Array:
     if a.dtype.itemsize == 4:
         wide = f"{a.dtype.kind}8"
         product: Array = a.astype(wide) * b.astype(wide)
-        return (product >> np.array(32, wide)).astype(a.dtype)
+        upper: Array = product >> np.array(32, wide)
+        return upper.astype(a.dtype)
     if a.dtype.kind == "i":
         x, y = a.view("u8"), b.view("u8")
         high = high_product(x, y) - np.where(a < 0, y, u8(0)) - np.where(b < 0, x, u8(0))

@@ -129,8 +129,7 @@ class Order:
 
 def of_accesses(cells: Array, count: int) -> Array:
     """Whether any of an access's cells is marked."""
-    marked: Array = cells.reshape(-1, count).any(1)
-    return marked
+    return np.asarray(cells.reshape(-1, count).any(1))
 
 
 PLAIN, OF_CTA, OF_DEVICE = 0, 1, 2  # how far an access is atomic

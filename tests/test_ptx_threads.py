@@ -191,6 +191,31 @@ def test_reductions_of_a_warp(opcode):
         assert (got[warp] == function.reduce(given[warp], dtype=code)).all()
 
 
+@pytest.mark.parametrize("opcode", sorted(opcodes.MATRICES))
+def test_matrices_of_shared_memory(opcode):
+    """The rows lie in another order than the lanes that name them."""
+    rule = opcodes.MATRICES[opcode]
+    x, y = bytes_of(64 * 16), aligned(64 * 4, "u4")
+    results = [f"%r{20 + place}" for place in range(rule.registers)]
+    stored = [*results, *["%r30"] * (4 - rule.registers)]
+    body = f"""{OWN}{SHARED}
+    ld.global.v4.b32 {{%r1, %r2, %r3, %r4}}, [%rd10];
+    st.shared.v4.b32 [%r10], {{%r1, %r2, %r3, %r4}};
+    mov.b32 %r30, 0;
+    bar.sync 0;
+    {opcode} {{{", ".join(results)}}}, [%r11];
+    st.global.v4.b32 [%rd11], {{{", ".join(stored)}}};"""
+    assert found(entry(body, threads=64), x, y, shared=1024) == []
+    elements, got = x.view("u2").reshape(64, 8), y.view("u2").reshape(64, 4, 2)
+    for thread in range(64):
+        row, column = thread % 32 // 4, 2 * (thread % 4)
+        for matrix in range(rule.registers):
+            for place in (0, 1):
+                i, j = (column + place, row) if rule.transposed else (row, column + place)
+                giver = thread // 32 * 32 + 8 * matrix + i
+                assert got[thread, matrix, place] == elements[giver ^ 33, j]
+
+
 def test_registers_are_put_together_and_taken_apart():
     x, y = bytes_of(512), aligned(512, "u1")
     body = f"""{OWN}
@@ -306,6 +331,11 @@ def test_a_part_may_return_before_the_rest_but_not_before_a_barrier():
     early = "@%p1 bra $on;\n ret;\n$on:\n st.global.b32 [%rd11], %r0;"
     assert found(entry(OWN + early, threads=64), y, y) == []
     assert "deadlock" in fault_of(entry(OWN + early + "\n bar.sync 0;", threads=64), y, y)
+
+
+def test_a_loop_without_end():
+    y = aligned(64 * 4, "u4")
+    assert "no end" in fault_of(entry(f"{OWN}\n$again:\n bra.uni $again;"), y, y, options=Options(limit=1000))
 
 
 def test_barriers_at_different_places():

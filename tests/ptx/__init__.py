@@ -25,6 +25,7 @@ numbers, and with other junk in registers and shared memory: the results may not
 
 It cannot see what ptxas makes of the PTX (its own fusing of a product and a sum, spills, the limit of registers), how
 long anything takes, the true last bits of approximate instructions, the payload of a NaN, or caches that are not
-coherent. Of several reads of a word by other programs it remembers two. Loops that wait for another program never end.
+coherent. Of several reads of a word by other programs it remembers two. A loop that waits for another program is a
+fault, since it need not end here.
 Tensor cores, asynchronous copies and AMD are not known.
 """

@@ -45,6 +45,13 @@ class Reduction(NamedTuple):
     type: str
 
 
+class Matrix(NamedTuple):
+    """Matrices of 8 x 8 elements of 16 bits, which the lanes of a warp load together from shared memory."""
+
+    registers: int  # one for each matrix
+    transposed: bool
+
+
 class Comparison(NamedTuple):
     """Of two halves each, with two results."""
 
@@ -245,6 +252,11 @@ REDUCTIONS = {
     }.items()
     for t in types
 }  # fmt: skip
+MATRICES = {
+    f"ldmatrix.sync.aligned.m8n8.x{count}{'.trans' * transposed}.shared.b16": Matrix(count, transposed)
+    for count in (1, 2, 4)
+    for transposed in (False, True)
+}
 FENCES = {f"fence.{kind}.{scope}": Fence(scope) for kind in ("acq_rel", "sc") for scope in SCOPES} | {
     "membar.cta": Fence("cta"), "membar.gl": Fence("gpu"), "membar.sys": Fence("sys"),
 }  # fmt: skip
@@ -257,5 +269,18 @@ SPECIAL = {
 
 
 def known() -> set[str]:
-    tables = (PLAIN, PAIRS, LOADS, STORES, PARAMETERS, ATOMICS, SHUFFLES, REDUCTIONS, FENCES, CONTROL, (WARP_BARRIER,))
+    tables = (
+        PLAIN,
+        PAIRS,
+        LOADS,
+        STORES,
+        PARAMETERS,
+        ATOMICS,
+        SHUFFLES,
+        REDUCTIONS,
+        MATRICES,
+        FENCES,
+        CONTROL,
+        (WARP_BARRIER,),
+    )
     return {opcode for table in tables for opcode in table}

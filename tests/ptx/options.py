@@ -14,6 +14,7 @@ class Options(NamedTuple):
     units: int = 2  # units in the last place that approximate instructions are off at most
     seed: int = 0  # chooses their errors
     stop: bool = False  # at the first finding
+    limit: int = 5_000_000  # blocks that a batch of programs may run: a loop that waits for another never ends
 
 
 VARIANTS = (

@@ -207,6 +207,8 @@ class _Writer:
             self.atomic(each, opcodes.ATOMICS[opcode])
         elif opcode in opcodes.SHUFFLES or opcode in opcodes.REDUCTIONS or opcode == opcodes.WARP_BARRIER:
             self.of_warps(each)
+        elif opcode in opcodes.MATRICES:
+            self.matrices(each, opcodes.MATRICES[opcode])
         elif opcode in opcodes.FENCES:
             self.lines.append(f"M.fence('{opcodes.FENCES[opcode].scope}', {self.mask(each)})")
         elif opcode in BARRIERS:
@@ -285,6 +287,17 @@ class _Writer:
             self.follow(each, result, "M.nowhere")
             sign = f".view('{CODES[rule.type]}')" if rule.type.startswith("s") else ""
             self.define(result, f"{loaded}[{place}]{sign}", rule.type)
+
+    def matrices(self, each: Instruction, rule: opcodes.Matrix) -> None:
+        results = split(each.operands[0].strip("{} "))
+        if len(results) != rule.registers or each.guard:
+            raise ValueError(f"{len(results)} registers, or a guard")
+        self.sink(each, each.operands[1])
+        address = self.address(each.operands[1], "u32")
+        loaded = self.temporary(f"M.matrices({address}, {rule.registers}, {rule.transposed}, m, {each.site})")
+        for place, result in enumerate(results):
+            self.follow(each, result, "M.nowhere")
+            self.define(result, f"{loaded}[{place}]", "b32")
 
     def place(self, space: str, operand: str) -> tuple[str, str]:
         if space == "shared":

@@ -42,7 +42,7 @@ class Wave:
         junk: np.random.Generator,
     ) -> None:
         self.kernel, self.grid, self.parameters, self.order, self.findings = kernel, grid, parameters, order, findings
-        self.units, self.seed, self.stop = options.units, options.seed, options.stop
+        self.units, self.seed, self.stop, self.limit = options.units, options.seed, options.stop, options.limit
         self.per_cta = kernel.entry.threads
         self.memory = memory
         memory.wave = self
@@ -145,6 +145,22 @@ class Wave:
             inside = source <= highest
         return np.arange(self.size) - lane + np.where(inside, source, lane), inside
 
+    def matrices(
+        self, address: Array, offset: int, count: int, transposed: bool, mask: Array | None, site: int
+    ) -> list[Array]:
+        """Eight lanes give the addresses of a matrix's rows, of 16 bytes each; a lane gets two elements of each matrix.
+
+        Lane 4 r + c gets columns 2 c and 2 c + 1 of row r, or transposed, rows 2 c and 2 c + 1 of column r.
+        """
+        self._together(np.full(self.size, 0xFFFFFFFF, "u4"), mask, site)
+        giving = self.both(mask, self.lane < 8 * count)
+        words = self.shared.load(address, offset, 4, 4, giving, site, ())
+        elements = np.stack(words, 1).view("u2").reshape(-1, WARP // 8, 8, 8)  # warp, matrix, row, column
+        if transposed:
+            elements = elements.swapaxes(2, 3)
+        pairs = np.ascontiguousarray(elements).view("u4").reshape(-1, WARP // 8, WARP)
+        return [np.ascontiguousarray(pairs[:, matrix]).ravel() for matrix in range(count)]
+
     def reduce(self, how: str, value: Array, members: Array, mask: Array | None, site: int) -> Array:
         self._together(members, mask, site)
         warps = value.reshape(-1, WARP)
@@ -199,6 +215,9 @@ class Wave:
             block = blocks[here]
             taken = self.kernel.function(here)(self, self.registers, self.constants, mask)
             self.executed += len(block.code)
+            self.limit -= 1
+            if self.limit < 0:
+                raise self.fault("no end after millions of blocks", block.code[-1].site)
             self.visited.add(here)
             if block.end == "return":
                 if at is None or mask is None:

@@ -367,6 +367,12 @@ def test_two_threads_store_at_one_address():
         ("setp.eq.s32 %p5, %r50, 1;\n mov.pred %p6, 0;\n and.pred %p7, %p5, %p6;\n @%p7 bra $on;\n$on:", False),
         ("setp.eq.s32 %p5, %r50, 1;\n mov.pred %p6, 0;\n or.pred %p7, %p5, %p6;\n @%p7 bra $on;\n$on:", True),
         ("ld.global.b32 %r51, [%rd50];", True),
+        ("mov.b64 %rd50, {%r0, %r50};\n add.f32x2 %rd51, %rd50, %rd50;\n mov.b64 {%r51, _}, %rd51;\n"
+         " st.global.b32 [%rd11], %r51;", False),
+        ("mov.b64 %rd50, {%r0, %r50};\n add.f32x2 %rd51, %rd50, %rd50;\n mov.b64 {_, %r51}, %rd51;\n"
+         " st.global.b32 [%rd11], %r51;", True),
+        ("mov.b64 %rd50, {%r0, %r50};\n add.s64 %rd51, %rd50, %rd50;\n mov.b64 {%r51, _}, %rd51;\n"
+         " st.global.b32 [%rd11], %r51;", True),
         ("atom.global.gpu.relaxed.add.u32 %r51, [%rd10], %r50;", True),
         # The upper half of a warp holds nothing; a shuffle hands it to the lower one, or not.
         ("setp.lt.u32 %p2, %r97, 16;\n @%p2 mov.b32 %r50, 3;\n shfl.sync.bfly.b32 %r51, %r50, 8, 31, -1;\n"

@@ -177,6 +177,11 @@ def pair(x: Array) -> Array:
     return np.ascontiguousarray(x).view("f4")
 
 
+def spread(undefined: Array) -> Array:
+    """Where either half of an operand is undefined, both halves of a result are: 3 there, else 0."""
+    return np.where(undefined, np.uint8(3), np.uint8(0))
+
+
 # Integers and bits
 
 

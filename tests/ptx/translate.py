@@ -4,8 +4,9 @@ A block's function gets the wave M, the registers R, the constants K, and the ma
 where all do. Registers are its local variables; at its end those that live on go back to R. A float register is an
 integer one seen through a view, which copies nothing.
 
-Where ``Flow`` watches a register, a second variable says which threads hold a defined value there. What they do with
-an undefined one is reported when it reaches an address, a store, a branch or another guard.
+Where ``Flow`` watches a register, a second variable says which threads hold an undefined value there: 0 for none, 1 for
+the lower half, 2 for the upper one, 3 for all of it. It is reported when it reaches an address, a store, a branch or a
+guard.
 """
 
 from __future__ import annotations
@@ -179,7 +180,8 @@ class _Writer:
     def follow(self, instruction: Instruction, result: str, expression: str = "") -> None:
         """Whether the result is undefined; by default, where one operand is."""
         if result in self.flow.watched:
-            expression = expression or " | ".join(self.watched(*instruction.operands[1:])) or "M.nowhere"
+            joined = " | ".join(self.watched(*instruction.operands[1:]))
+            expression = expression or (f"spread({joined})" if joined else "M.nowhere")
             if instruction.guard:
                 expression = f"np.where({self.guard(instruction)}, {expression}, {self.shadow(result)})"
                 expression = " | ".join([expression, *self.watched(instruction.guard)])
@@ -233,11 +235,13 @@ class _Writer:
         shadows = [(self.watched(text) or ["M.nowhere"])[0] for text in each.operands[1:]]
         if each.opcode.startswith("selp"):
             return f"np.where({values[2]}, {shadows[0]}, {shadows[1]}) | {shadows[2]}"
+        if each.opcode.endswith("f32x2") or each.opcode.startswith("mov."):
+            return " | ".join(shadows)  # half by half
         if each.opcode in ("and.pred", "or.pred"):
             (a, b), (x, y) = values, shadows
             if each.opcode == "or.pred":
                 a, b = f"~{a}", f"~{b}"
-            return f"({x} & {y}) | ({x} & {b}) | ({y} & {a})"
+            return f"({x} & {y}) | ({x} * ({b})) | ({y} * ({a}))"
         return ""
 
     def move(self, each: Instruction) -> None:
@@ -249,13 +253,16 @@ class _Writer:
         shifts = [self.constant(str(place * int(part_type[1:])), type_) for place in range(len(parts))]
         if result.startswith("{"):
             value = self.temporary(self.use(whole, type_))
-            for part, shift in zip(parts, shifts, strict=True):
+            for place, (part, shift) in enumerate(zip(parts, shifts, strict=True)):
                 if part != "_":
-                    self.follow(each, part)
+                    shadow = self.watched(whole) if len(parts) == 2 and type_ == "b64" else []
+                    self.follow(each, part, f"spread({shadow[0]} & {place + 1})" if shadow else "")
                     self.define(part, f"({value} >> {shift}).astype('{CODES[part_type]}')", part_type, each)
         else:
             wide = [f"{self.use(part, part_type)}.astype('{CODES[type_]}')" for part in parts]
-            self.follow(each, result)
+            shadows = [(self.watched(part) or ["M.nowhere"])[0] for part in parts]
+            halved = len(parts) == 2 and type_ == "b64"
+            self.follow(each, result, f"({shadows[0]} & 1) | ({shadows[1]} & 2)" if halved else "")
             text = " | ".join(f"({value} << {shift})" for value, shift in zip(wide, shifts, strict=True))
             self.define(result, text, type_, each)
 

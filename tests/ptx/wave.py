@@ -80,7 +80,7 @@ class Wave:
         self.nctaid_x, self.nctaid_y, self.nctaid_z, self.ntid = (
             np.full(self.size, number, "u4") for number in (x, y, z, n)
         )
-        self.nowhere, self.everywhere = np.zeros(self.size, bool), np.ones(self.size, bool)
+        self.nowhere, self.everywhere = np.zeros(self.size, np.uint8), np.full(self.size, 3, np.uint8)
         self.constants = [
             np.full(self.size, bits, f"u{code[1]}").view(code) if code != "?" else np.full(self.size, bool(bits))
             for code, bits in self.kernel.constants
@@ -101,7 +101,7 @@ class Wave:
         return other if mask is None else mask & other
 
     def undefined(self, where: Array, mask: Array | None, site: int) -> None:
-        where = self.both(mask, where)
+        where = self.both(mask, where != 0)
         if where.any():
             self.find("a register that nobody wrote decides what this does", site, self.thread[where])
 

@@ -6,5 +6,5 @@ gpu       an unattended run on a GPU: the tests, the benchmark, a sweep over lau
 theory    measures what the documents claim
 
 gpu imports speed and compiled, speed imports compiled; compiled and theory import no other wing. `paths`, `charts` and
-`tables` are for all. The modules beside the wings that carry a command's name open it.
+`tables` are for all. The other modules are the commands, `python -m bench.NAME`.
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from typing import NamedTuple
 
 import torch
 
@@ -31,15 +32,20 @@ def requested() -> str:
     return choice
 
 
-def choose(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """Return ("triton" or "eager", the reason in one sentence) for rows of this device and dtype.
+class Choice(NamedTuple):
+    backend: str  # "triton" or "eager"
+    reason: str  # in one sentence
 
-    >>> choose(torch.device("cpu"), torch.float64)[0]
+
+def choose(device: torch.device, dtype: torch.dtype) -> Choice:
+    """The backend for rows of this device and dtype.
+
+    >>> choose(torch.device("cpu"), torch.float64).backend
     'eager'
     """
     choice = requested()
     if choice == "eager":
-        return "eager", "OPTSAMPLE_BACKEND=eager requests it."
+        return Choice("eager", "OPTSAMPLE_BACKEND=eager requests it.")
     if choice == "triton":
         if not triton_installed():
             raise RuntimeError("OPTSAMPLE_BACKEND=triton, but triton is not installed: pip install triton")
@@ -50,11 +56,11 @@ def choose(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
                 f"OPTSAMPLE_BACKEND=triton, but logits are on {device.type}: "
                 "move them to a GPU or set TRITON_INTERPRET=1"
             )
-        return "triton", "OPTSAMPLE_BACKEND=triton requests it."
+        return Choice("triton", "OPTSAMPLE_BACKEND=triton requests it.")
     if dtype == torch.float64:
-        return "eager", "only the eager path supports float64."
+        return Choice("eager", "only the eager path supports float64.")
     if device.type != "cuda":
-        return "eager", f"the rows are on {device.type}, where no compiled kernel runs."
+        return Choice("eager", f"the rows are on {device.type}, where no compiled kernel runs.")
     if not triton_installed():
-        return "eager", "triton is not installed."
-    return "triton", "the rows are on a GPU and triton is installed."
+        return Choice("eager", "triton is not installed.")
+    return Choice("triton", "the rows are on a GPU and triton is installed.")

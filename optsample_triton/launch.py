@@ -39,7 +39,7 @@ LOGPROB_REGISTERS = {"cuda": 64, "hip": None, "interpreter": None}  # eight prog
 DRAW_CHUNK = 8192
 DRAW_TILE = 1024
 # Tokens that a draw reads at a time: eight per thread, and far more for the interpreter, whose cost is per operation.
-DRAW_STEP = {"cuda": 1024, "hip": 2048, "interpreter": 1 << 19}
+DRAW_READ = {"cuda": 1024, "hip": 2048, "interpreter": 1 << 19}
 INTERPRETER_PROCESSORS = 4  # assumed, so that the interpreter's small batches are split too
 
 

@@ -30,7 +30,8 @@ class Method(IntEnum):
 
 
 # The first sweep evaluates L at these points, L' at the inner three and L'' at 1/2.
-NODES = (0.0, 0.375, 0.5, 0.625, 1.0)
+NODE_LOW, NODE_HIGH = 0.375, 0.625
+NODES = (0.0, NODE_LOW, 0.5, NODE_HIGH, 1.0)
 
 # Which form of psi and psi' a row needs (docs/theory.md, "Conditioning").
 NARROW = 0.3  # Chernoff information below which psi' is evaluated through G
@@ -39,8 +40,8 @@ PLAIN = 1.0  # |psi| from which its plain sum is as good as G
 FAR = 50.0  # Chernoff information beyond which float32 would blur alpha a + (1 - alpha) b
 
 # The interpolant's error (docs/theory.md, "Interpolation").
-NOISE = 1.7, 8.4  # rounding of psi' in units of epsilon: in any row, and for all the mass on one token
-NEGLECTED = 4.0, 0.05  # the first terms left out, in units of the last odd and even coefficients
+NOISE_ALWAYS, NOISE_OF_TOP = 1.7, 8.4  # rounding of psi' in epsilons: in any row, and for all mass on one token
+NEGLECTED_ODD, NEGLECTED_EVEN = 4.0, 0.05  # the first terms left out, in units of the last such coefficients
 SD_SHARE = 0.25  # q* feels an error of alpha in units of 1/sd; the estimate is pessimistic enough to count this much
 CLEAR = 4.0  # a node's sign counts where psi' is this many times its rounding
 NEWTON_START = 0.375  # in s = 2 alpha - 1: the Newton steps inside the interpolant start no farther out
@@ -54,11 +55,19 @@ LOWEST = -1e4  # nats that stand for -inf in a product: far below where exp unde
 class Stream(IntEnum):
     """What random numbers are for; a draw's counter word is STREAMS times its index plus the stream."""
 
-    PLACE = 0
+    PLACE = 0  # which chunk, and which tile of it
     TOKEN = 1
     ACCEPT = 2
-    RECOVER_PLACE = 3
+    RECOVER_PLACE = 3  # the same for the token that a refused draft is replaced by
     RECOVER_TOKEN = 4
 
 
 STREAMS = 8
+
+
+class Drafter(IntEnum):
+    """Which model made the drafts whose distribution is subtracted before drawing."""
+
+    NONE = -1
+    THETA = 0
+    T = 1

@@ -74,14 +74,14 @@ class Problem(NamedTuple):
 
     @staticmethod
     def from_flat(values: tuple[Any, ...]) -> tuple[Problem, tuple[Any, ...]]:
-        """The problem out of an op's arguments, and the arguments behind it."""
+        """The problem out of an op's arguments, and the arguments after it."""
         inputs = len(Problem._fields) - 1
         options, rest = values[inputs : inputs + len(Options._fields)], values[inputs + len(Options._fields) :]
         return Problem._make((*values[:inputs], Options(*options))), rest
 
 
 class Draws(NamedTuple):
-    """Which random numbers to draw with, and what is drawn of q*: the part of a sampling call that is no logits.
+    """Which random numbers to draw with, and what is drawn of q*: everything in a sampling call except the logits.
 
     ``seeds`` and ``offsets`` [M], where given, stand for the numbers: one for all rows, or one for each group of rows.
     ``mixed`` says that all groups share one seed, so that their index takes part in it. A group is a row, or the
@@ -98,7 +98,7 @@ class Draws(NamedTuple):
 
     @staticmethod
     def from_flat(values: tuple[Any, ...]) -> tuple[Draws, tuple[Any, ...]]:
-        """The draws out of an op's arguments, and the arguments behind them."""
+        """The draws out of an op's arguments, and the arguments after them."""
         end = len(Draws._fields)
         return Draws(*values[:end]), values[end:]
 

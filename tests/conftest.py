@@ -14,21 +14,8 @@ import torch
 from hypothesis import Phase, settings
 
 
-def _patch_the_language_once() -> None:
-    """Triton 3.7's interpreter patches its language again at every call of a device function: half of its time here."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang
-
-    def patch_once(function):
-        languages = [value for value in function.__globals__.values() if value is tl or value is tl.core]
-        if languages and all(language.load.__name__ == "<lambda>" for language in languages):
-            return interpreter._LangPatchScope()
-        return patch(function)
-
-    if hasattr(interpreter, "_LangPatchScope"):
-        interpreter._patch_lang = patch_once
+def _interpreted():
+    return os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
 
 
 def pytest_addoption(parser):
@@ -49,13 +36,14 @@ def _choose_how_kernels_run(config):
         return
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
-    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
-        _patch_the_language_once()
+    if _interpreted():
         # By path, since an integration's environment may have a package named tests.
         sys.path.insert(0, str(Path(__file__).parent))
         import device_arithmetic
+        import quick_interpreter
 
         sys.path.pop(0)
+        quick_interpreter.install()
         device_arithmetic.install()
 
 
@@ -80,6 +68,8 @@ def pytest_generate_tests(metafunc):
 
 @pytest.hookimpl(tryfirst=True)  # pytest leaves out what -m does not select after that
 def pytest_collection_modifyitems(config, items):
+    if _interpreted() and without_deep(config):
+        sys.modules["quick_interpreter"].leave_overflow_unchecked()
     # Compiled, the tests of a backend and those that want compiled kernels; others choose a backend, or need none.
     wanted = {"backend", "compiled"} if config.option.compiled else {"compiled"}
     others = [item for item in items if wanted.isdisjoint(getattr(item, "fixturenames", ())) == config.option.compiled]

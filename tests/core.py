@@ -47,14 +47,14 @@ EVERYTHING = ()
 DEEP: dict[str, tuple[str, ...]] = {
     # A kernel takes many seconds to compile, those that draw most of a minute: what is core is for one GPU.
     "test_nothing_got_worse": ("deep",),
-    "test_main_configurations": ("gfx942",),
+    "test_main_configurations": ("gfx942", "sm_90-logprob bf16", "sm_90-logprob gradient fp32", "gradient bf16-"),
     "test_planted_regressions_of_the_solver_are_caught": EVERYTHING,
     "test_the_check_fails_and_the_rest_of_the_file_stays": EVERYTHING,
     "test_nothing_inexact_is_compiled_that_is_not_imitated": EVERYTHING,
     "test_the_front_end_takes_every_launch": EVERYTHING,
     "test_every_target": EVERYTHING,
     # Without a GPU these say little that other tests do not.
-    "test_the_same_bits_every_time_and_in_any_batch": ("bisect", "ess_balance", "diagnostics"),
+    "test_the_same_bits_every_time_and_in_any_batch": ("bisect", "ess_balance", "diagnostics", "entropy", "verify"),
     "test_streams_side_by_side": ("bisect", "ess_balance", "diagnostics", "entropy", "verify", "dropin"),
     "test_a_graph_follows_its_inputs": ("bisect", "ess_balance", "diagnostics", "entropy"),
     "test_a_batch_beyond_2_to_the_31": EVERYTHING,  # test_offsets_beyond_2_to_the_31 is core
@@ -67,11 +67,19 @@ DEEP: dict[str, tuple[str, ...]] = {
     "test_the_emitted_law_of_the_kernel": ("triton-theta",),
     "test_a_threshold_that_tokens_lie_at": ("triton-1.0", "triton-0.5"),
     "test_gradients_are_finite_whatever_the_row": ("ess_balance", "entropy"),
-    "test_arbitrary_rows_disturb_nobody": ("triton-3",),
+    "test_arbitrary_rows_disturb_nobody": ("triton-3", "triton-bisect"),
+    "test_arbitrary_rows_with_the_other_methods": ("triton-{'method': 'entropy'}", "triton-{'alpha'"),
+    "test_the_slope_of_psi_rises": ("triton",),
     "test_ill_posed_cases": ("huge 1e30", "bisect"),
     "test_balanced_alpha_beside_a_ban": ("-1000.0", "3.4e+38"),
     "test_realistic_rows_take_at_most_1_7_sweeps": ("triton",),
     "test_adversarial_rows_take_at_most_5_sweeps": ("triton",),
+    "test_memory_does_not_grow_with_the_rows_size": ("triton-solve",),
+    "test_a_slice_of_sequences_is_not_copied": ("triton-solve",),
+    "test_a_slice_of_positions_needs_no_copy": ("triton-torch.float16",),
+    "test_a_row_has_the_same_bits_in_any_batch": ("triton-ess_balance", "triton-kl_symmetry-bisect"),
+    "test_both_backends_emit_the_same_with_options": ("t-{", "{'alpha'"),
+    "test_the_law_with_options": ("{'method': 'entropy'}",),
     # A run of all of bench.theory.
     "test_quick_run_writes_everything": EVERYTHING,
 }

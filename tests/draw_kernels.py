@@ -9,7 +9,7 @@ from optsample_triton.kernels.constants import KL_SYMMETRY
 from optsample_triton.kernels.draw import interpolated_masses
 from optsample_triton.kernels.nodes import SUM_COUNT, first_sweep, kept_nodes
 from optsample_triton.kernels.random import number, uniforms
-from optsample_triton.kernels.records import Batch, Key, Matrix, Meeting, Place, Request, Tile
+from optsample_triton.kernels.records import Batch, Key, Layout, Matrix, Meeting, Options, Tile
 from optsample_triton.kernels.solve import solved
 
 LANES, DRAWS = 32, 64
@@ -49,13 +49,13 @@ def _kernel(
     LANES: tl.constexpr,
 ):
     tile: tl.constexpr = Tile(H, False, False)
-    theta, t = Matrix(theta_ptr, None, Place(V, 0, stride_theta)), Matrix(t_ptr, None, Place(V, 0, stride_t))
+    theta, t = Matrix(theta_ptr, None, Layout(V, 0, stride_theta)), Matrix(t_ptr, None, Layout(V, 0, stride_t))
     batch = Batch(theta, t, V, 0.0)
     meeting = Meeting(chunk_sums_ptr, arrived_ptr, 1)
     first = first_sweep(batch, meeting, tile, tile, CHUNK, 1, True)
     chunks = tl.cdiv(V, CHUNK)
     total = kept_nodes(first.chunk_sums_ptr, chunks, LANES)
-    _, ends, root = solved(first.row, total, first.index, Request(None, 1e-4, 20), tile, KL_SYMMETRY, False)
+    _, ends, root = solved(first.row, total, first.index, Options(None, 1e-4, 20), tile, KL_SYMMETRY, False)
     alpha = root.alpha
     level = alpha * ends.A + (1.0 - alpha) * ends.B + root.psi
     masses, misplaced = interpolated_masses(first.chunk_sums_ptr, chunks, alpha, level, LANES)
@@ -75,7 +75,18 @@ def interpolated(a, b):
     arrived = torch.zeros(n, dtype=torch.int32, device=a.device)
     half = min(512, launch.DRAW_CHUNK // 2)
     _kernel[(n,)](
-        a, b, alpha, masses, misplaced, chunk_sums, arrived, vocab, a.stride(0), b.stride(0),
-        H=half, CHUNK=launch.DRAW_CHUNK, LANES=LANES,
-    )  # fmt: skip
+        a,
+        b,
+        alpha,
+        masses,
+        misplaced,
+        chunk_sums,
+        arrived,
+        vocab,
+        a.stride(0),
+        b.stride(0),
+        H=half,
+        CHUNK=launch.DRAW_CHUNK,
+        LANES=LANES,
+    )
     return alpha, masses, misplaced

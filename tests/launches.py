@@ -1,9 +1,9 @@
 """What the public functions launch on a GPU, without one: a process of its own, started by test_launches.py.
 
-The interpreter never sees what a launch makes of its numbers: Triton compiles anew for an integer that is 1 (and puts
-the constant in its place), for one that is a multiple of 16, for a pointer's alignment, for an absent argument. Here
-the calls go through Triton's own front end up to the compiler, with a driver that knows a target and no device; the
-answer on stdout says, for each call, which kernels it would compile, and what their source makes the front end say.
+The interpreter does not show what a launch makes of its arguments: Triton compiles anew for an integer that is 1 (and
+puts the constant in its place), for one that is a multiple of 16, for a pointer's alignment, for an absent argument.
+Here the calls go through Triton's own front end up to the compiler, with a driver that knows a target and no device;
+the answer on stdout says, for each call, which kernels it would compile, and what their source makes the front end say.
 """
 
 from __future__ import annotations
@@ -153,8 +153,8 @@ def main() -> None:
     if backend.interpreter_on():
         raise RuntimeError("TRITON_INTERPRET is 1, expected another process: the interpreter compiles nothing")
     driver.set_active(Driver())
-    backend.choose = lambda device, dtype: ("triton", "as on a GPU")
-    entry._device = lambda device: ("cuda", 132)
+    backend.choose = lambda device, dtype: backend.Choice("triton", "as on a GPU")
+    entry._device = lambda device: entry._Device("cuda", 132)
     print(json.dumps({"compile": compiled_calls, "batches": batches}[sys.argv[1]]()))
 
 

@@ -45,7 +45,7 @@ def run(rank: int, store: str, results) -> None:
 
 
 def main(store: str) -> None:
-    """Prints a JSON list: for each rank the figures by size of the group."""
+    """Prints a JSON list: for each rank the numbers by size of the group."""
     print(json.dumps(forked.results_by_rank(run, 4, store)))
 
 

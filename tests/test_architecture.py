@@ -1,4 +1,4 @@
-"""Which room may import which: the table of CONTRIBUTING.md, read off the imports themselves."""
+"""Which layer may import which: the table of CONTRIBUTING.md, checked against the imports themselves."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "optsample_triton"
 
-# A room, and the rooms that it may import beside itself, from the bottom up. A module belongs to the longest name that
-# it starts with; what has no row of its own belongs to its package.
+# A layer, and the layers that it may import beside itself, from the bottom up. A module belongs to the longest name
+# that it starts with; what has no row of its own belongs to its package.
 BELOW_OPS = "numerics types backend launch"
 PUBLIC = "types api is_reshape"
-ROOMS = {
+LAYERS = {
     "_version": "",
     "numerics": "",
     "types": "numerics",
@@ -111,17 +111,17 @@ def imports(module: str, text: str, modules: dict[str, str]) -> Iterator[Import]
         yield from (Import(module, name, id(node) in inside) for name in names)
 
 
-def room(module: str) -> str:
+def layer(module: str) -> str:
     """The row of the tables that a module belongs to, or the name of another package."""
     package, _, rest = module.partition(".")
-    table, name = (ROOMS, rest) if package == PACKAGE else (BESIDE, module)
+    table, name = (LAYERS, rest) if package == PACKAGE else (BESIDE, module)
     while name and name not in table:
         name = name.rpartition(".")[0]
     return name or ("ost" if package == PACKAGE else package)
 
 
 def allowed(importer: str) -> list[str]:
-    return [importer, *(ROOMS | BESIDE)["" if importer == "ost" else importer].split()]
+    return [importer, *(LAYERS | BESIDE)["" if importer == "ost" else importer].split()]
 
 
 def circle(edges: dict[str, set[str]]) -> list[str]:
@@ -140,7 +140,7 @@ def faults(modules: dict[str, str]) -> list[str]:
     """One sentence for each import that the tables do not allow, and one for a circle."""
     found, edges = [], {module: set() for module in modules}
     for each in (each for module, text in modules.items() for each in imports(module, text, modules)):
-        importer, imported = room(each.importer), room(each.imported)
+        importer, imported = layer(each.importer), layer(each.imported)
         if each.imported.split(".")[0] == "triton" and importer != TRITON and not each.lazy:
             found.append(f"{each}: only {TRITON} does so at the top of a file")
         if each.imported.split(".")[0] not in (PACKAGE, "bench", "reference", "tests"):
@@ -162,14 +162,20 @@ def test_imports_keep_to_the_table() -> None:
     assert faults(sources()) == []
 
 
-def test_every_room_is_there() -> None:
-    rooms = {room(module) for module in sources()}
-    assert rooms == {"ost", *ROOMS, *BESIDE} - {""}
+def test_every_layer_is_there() -> None:
+    layers = {layer(module) for module in sources()}
+    assert layers == {"ost", *LAYERS, *BESIDE} - {""}
+
+
+def test_both_backends_have_the_same_file_names() -> None:
+    kernels, eager = ({path.stem for path in (ROOT / PACKAGE / folder).glob("*.py")} for folder in ("kernels", "eager"))
+    assert kernels - eager == {"records", "constants"}
+    assert eager - kernels == {"state", "shards", "agreement"}
 
 
 def test_every_lazy_import_is_there() -> None:
     every = (each for module, text in sources().items() for each in imports(module, text, sources()))
-    assert {(room(each.importer), room(each.imported)) for each in every if each.lazy} >= set(LAZY)
+    assert {(layer(each.importer), layer(each.imported)) for each in every if each.lazy} >= set(LAZY)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +203,7 @@ def test_every_lazy_import_is_there() -> None:
             "in a circle: optsample_triton.pipeline.job -> optsample_triton.pipeline.run ->",
         ),
     ],
-)  # fmt: skip
+)
 def test_what_is_planted_is_found(planted: dict[str, str], sentence: str) -> None:
     empty = dict.fromkeys(sources(), "")
     assert faults(empty) == []

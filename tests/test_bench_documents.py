@@ -1,4 +1,4 @@
-"""What the benchmark shows: bounds, tables in documents, figures, and the committed rows behind them."""
+"""What the benchmark shows: bounds, tables in documents, figures, and the committed rows that they show."""
 
 import dataclasses
 import xml.etree.ElementTree
@@ -17,8 +17,18 @@ pytestmark = pytest.mark.usefixtures("compiled_or_eager")
 
 
 def test_bounds_follow_the_counts() -> None:
-    rows = [{"kernel": "solve bf16", "target": "sm_90", "pass": "main", "registers": "128", "configuration": "warps=4",
-             "slots_per_pair": "32", "mufu_per_pair": "2", "float32_per_pair": "16"}]  # fmt: skip
+    rows = [
+        {
+            "kernel": "solve bf16",
+            "target": "sm_90",
+            "pass": "main",
+            "registers": "128",
+            "configuration": "warps=4",
+            "slots_per_pair": "32",
+            "mufu_per_pair": "2",
+            "float32_per_pair": "16",
+        }
+    ]
     device = dataclasses.replace(bounds.DEVICES[2], processors=100, ghz=1.0, copy_gb_s=4000, cache_mb=50)
 
     def bound(N: int = 2000, passes: int = 1, **changes: str) -> bounds.Bound:
@@ -50,8 +60,11 @@ def test_a_second_read_comes_from_the_cache_where_the_rows_fit() -> None:
 
 
 def test_every_work_has_a_bound_on_every_device() -> None:
-    found = {(case.work, device.name): bound
-             for case, of_case in expected.expectations().items() for device, bound in of_case.items()}  # fmt: skip
+    found = {
+        (case.work, device.name): bound
+        for case, of_case in expected.expectations().items()
+        for device, bound in of_case.items()
+    }
     assert found.keys() == {(work, device.name) for work in works.WORKS for device in bounds.DEVICES}
     for name, work in works.WORKS.items():
         case = cases.Case(name, 4096, 50_257)

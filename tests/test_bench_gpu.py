@@ -56,7 +56,7 @@ def test_session_cuts_what_runs_out_and_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_stage_that_is_ended_says_what_it_knows(tmp_path: Path) -> None:
-    """Tests on a worker that are ended before their time: what failed before is in the log with its traceback."""
+    """Tests on a worker that are ended early: an earlier failure is in the log with its traceback."""
     begun, log = tmp_path / "begun", tmp_path / "log.txt"
     (tmp_path / "test_slow.py").write_text(
         "import pathlib, time\ndef test_bad():\n    assert 1 + 1 == 3\n"

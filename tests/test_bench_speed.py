@@ -38,8 +38,11 @@ def test_every_quick_case_passes_and_is_saved(tmp_path: Path) -> None:
     out = tmp_path / "rows.csv"
     done = subprocess.run(
         [sys.executable, "-m", "bench", "--quick", "--device", "cpu", "--out", str(out)],
-        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = results.read(out)
     assert list(dict.fromkeys(row.case for row in rows)) == [case.name for case in cases.QUICK_CASES]
@@ -82,8 +85,12 @@ def test_every_work_has_a_quick_case() -> None:
 
 def test_the_grid_is_whole() -> None:
     names = {case.name for case in cases.CUDA_CASES}
-    assert {f"solve/{dtype}/{N}x{V}" for dtype in ("bfloat16", "float32") for N in (1, 8, 64, 132, 1024, 4096)
-            for V in (32000, 50257, 128256, 151936, 262144)} <= names  # fmt: skip
+    assert {
+        f"solve/{dtype}/{N}x{V}"
+        for dtype in ("bfloat16", "float32")
+        for N in (1, 8, 64, 132, 1024, 4096)
+        for V in (32000, 50257, 128256, 151936, 262144)
+    } <= names
     # What a run has no time for is a rival's compilation rather than a goal, and a rare size rather than a work.
     full = [case.rivals == cases.FULL for case in cases.CUDA_GOAL_CASES]
     assert full == sorted(full)
@@ -112,9 +119,7 @@ def test_a_wrong_log_q_fails_its_check(work: str, slip: object, monkeypatch: pyt
     """Off by a constant it has the right gradient; a mixture of fixed weights has a wrong one."""
     log_q = ost.log_q
     mixture = slip(torch.tensor(2.0), torch.tensor(0.0)) == 1.0
-    monkeypatch.setattr(
-        ost, "log_q", lambda a, b: slip(a, b).log_softmax(-1) if mixture else slip(log_q(a, b), None)
-    )  # fmt: skip
+    monkeypatch.setattr(ost, "log_q", lambda a, b: slip(a, b).log_softmax(-1) if mixture else slip(log_q(a, b), None))
     assert run_fast(cases.Case(work, 2, 512)).failed == (work == "log_q" or mixture)
 
 

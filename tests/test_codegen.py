@@ -30,7 +30,7 @@ def exp_sums(
     BARRIER: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Sum of EXPS exps per pair over a row, with each fault that the reader must notice behind a flag."""
+    """Sum of EXPS exps per pair over a row; a flag switches on each fault that the reader must notice."""
     row = tl.program_id(0)
     if WIDE:
         row = row.to(tl.int64)
@@ -184,9 +184,15 @@ def test_entries_fit_their_kernels() -> None:
     assert types == {"theta_ptr": "*bf16", "t_ptr": "*bf16", "total_ptr": "*fp32", "stride": "i32", "V": "i64"}
     assert constants == GOOD.constexprs
     assert divisible == ["theta_ptr", "t_ptr", "total_ptr", "stride", "V"]
-    assert build.arguments_of(replace(GOOD, aligned=False), function)[2] == ["total_ptr"]
-    for change in ({"constexprs": {"WIDE": True}}, {"present": ("out_ptr",)}, {"types": {"n": "i32"}},
-                   {"divisible": ("n",)}, {"constexprs": {**GOOD.constexprs, "FAST": 1}}):  # fmt: skip
+    _, _, divisible = build.arguments_of(replace(GOOD, aligned=False), function)
+    assert divisible == ["total_ptr"]
+    for change in (
+        {"constexprs": {"WIDE": True}},
+        {"present": ("out_ptr",)},
+        {"types": {"n": "i32"}},
+        {"divisible": ("n",)},
+        {"constexprs": {**GOOD.constexprs, "FAST": 1}},
+    ):
         with pytest.raises(ValueError, match=r"differ in the arguments \['"):
             build.arguments_of(replace(GOOD, **change), function)
 
@@ -241,13 +247,16 @@ def test_passes_are_found_by_what_they_do() -> None:
     sweep = machine.parse_sass(listing_of("LDG.E.128", "MUFU.EX2", "MUFU.EX2", "MUFU.EX2", "MUFU.EX2", "MUFU.EX2"))
     step = machine.parse_sass(listing_of("LDG.E.64", "LDG.E.64", "MUFU.EX2", "MUFU.EX2", "MUFU.EX2", "MUFU.EX2"))
     write = machine.parse_sass(listing_of("LDG.E.64", "FFMA", "FFMA2", "STG.E.64"))
-    loops = [replace(machine.read_loops(code, "cuda")[0], index=index)
-             for index, code in enumerate((sweep, step, write))]  # fmt: skip
+    loops = [
+        replace(machine.read_loops(code, "cuda")[0], index=index) for index, code in enumerate((sweep, step, write))
+    ]
     entry = replace(GOOD, passes={"step": "step", "write": "stores", "last": 7}, stored_per_pair=2)
     passes = {each.role: each for each in report.find_passes(entry, loops, TILE)}
     assert {role: (each.loop.index, each.pairs) for role, each in passes.items()} == {
-        "main": (0, 4.0), "step": (1, 4.0), "write": (2, 4.0),
-    }  # fmt: skip
+        "main": (0, 4.0),
+        "step": (1, 4.0),
+        "write": (2, 4.0),
+    }
     assert passes["write"].loop.float32 == 3
     with pytest.raises(ValueError, match="main_loop is 'widest'"):
         report.find_loop(loops, "widest")

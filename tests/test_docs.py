@@ -1,4 +1,4 @@
-"""The documents of the repository: examples run, twins agree, links resolve, formulas and figures hold."""
+"""The documents of the repository: examples run, twins agree, links resolve, formulas and numbers hold."""
 
 import importlib.util
 import math
@@ -212,7 +212,7 @@ def test_theory_lists_22_corrections():
             assert (ROOT / file).is_file(), file
 
 
-# docs/theory.md: its formulas and figures in float64, written out here without the package or the oracle.
+# docs/theory.md: its formulas and numbers in float64, written out here without the package or the oracle.
 
 
 def logits(seed: int, vocab: int = 40, scale: float = 2.0) -> tuple[Tensor, Tensor]:

@@ -65,7 +65,7 @@ def converged(*pair, **options):
     """The listing in float64, bisected to the end.
 
     At its own tol = 1e-6 it stops up to 4.8e-7 beside the root. Its float32 run stops at the same place, so that its
-    error would look smaller than it is, and on rows with large log-ratios q_star feels the difference.
+    error would look smaller than it is, and on rows with large log-ratios q_star shows the difference.
     """
     sampler = reference.OptimalSamplingDistribution(tol=1e-14, max_iter=60, **options)
     return sampler(*(p.double() for p in pair))

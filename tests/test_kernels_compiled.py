@@ -43,17 +43,20 @@ def test_planted_regressions_of_the_solver_are_caught() -> None:
     reports = build.read([replace(solver, aligned=False, options={"maxnreg": 64})], ["sm_90"], jobs=1)
     committed = [row for row in check.read_rows() if row["kernel"] == "solve bf16"]
     found = "\n".join(check.regressions(rows_of(reports), committed))
-    for sentence in ("main loop: load_width fell from 16 to 4 bytes", "main loop: spills rose from 0 to",
-                     "main loop: stack rose from 0 to", "main loop: slots_per_pair rose from"):  # fmt: skip
+    for sentence in (
+        "main loop: load_width fell from 16 to 4 bytes",
+        "main loop: spills rose from 0 to",
+        "main loop: stack rose from 0 to",
+        "main loop: slots_per_pair rose from",
+    ):
         assert f"solve bf16 on sm_90, {sentence}" in found
     assert "stack is" in "\n".join(check.over_budget(rows_of(reports)))
 
 
 def test_committed_counts_are_complete() -> None:
     committed = check.read_rows()
-    expected = {(each.name, target) for target in build.TARGETS
-                for each in (HIP if target == "gfx942" else CUDA)}  # fmt: skip
-    assert {check.key(row)[:2] for row in committed} == expected
+    expected = {(each.name, target) for target in build.TARGETS for each in (HIP if target == "gfx942" else CUDA)}
+    assert {check.compiled(row) for row in committed} == expected
     assert len({check.key(row) for row in committed}) == len(committed)
     assert len({row["triton"] for row in committed}) == 1
     assert check.over_budget(committed) == []
@@ -74,8 +77,11 @@ def test_the_check_fails_and_the_rest_of_the_file_stays(tmp_path: Path, capsys: 
 
 @pytest.mark.parametrize("target", build.TARGETS)
 def test_sampling_adds_little_to_the_first_sweep(target: str) -> None:
-    slots = {row["kernel"]: float(row["slots_per_pair"]) for row in check.read_rows()
-             if (row["target"], row["pass"]) == (target, "main")}  # fmt: skip
+    slots = {
+        row["kernel"]: float(row["slots_per_pair"])
+        for row in check.read_rows()
+        if (row["target"], row["pass"]) == (target, "main")
+    }
     for dtype in ("bf16", "fp32"):
         for kernel in ("sample", "verify"):
             assert slots[f"{kernel} {dtype}"] <= 1.15 * slots[f"solve {dtype}"]

@@ -24,8 +24,11 @@ def python(code: str, **environment: str) -> str:
     env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "OPTSAMPLE_BACKEND")}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
-        capture_output=True, text=True, cwd=ROOT, env={**env, **environment},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**env, **environment},
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -41,8 +44,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copy(ROOT / name, tree / name)
     done = subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", "dist", "."],
-        capture_output=True, text=True, cwd=tree,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=tree,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return tree / "dist"
 
@@ -84,7 +89,7 @@ def test_without_triton_the_eager_path_serves() -> None:
         "from optsample_triton import backend\n"
         "row = torch.tensor([0.7, 0.3]).log()\n"
         "solution = ost.solve(row, row.flip(0))\n"
-        "print(backend.choose(row.device, row.dtype)[0], round(float(solution.alpha), 5))\n"
+        "print(backend.choose(row.device, row.dtype).backend, round(float(solution.alpha), 5))\n"
     )
     assert output.split() == ["eager", "0.5"]
 
@@ -112,7 +117,7 @@ def test_import_touches_neither_triton_nor_a_device() -> None:
 
 
 def test_import_costs_little_more_than_torch() -> None:
-    """The time goes into modules, which can be counted on a busy machine too."""
+    """Loading modules takes the time, and modules can be counted on a busy machine too."""
     output = python(
         "import sys, torch\nbefore = set(sys.modules)\nimport optsample_triton\nprint(*set(sys.modules) - before)\n"
     )

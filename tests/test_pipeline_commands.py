@@ -110,7 +110,7 @@ def test_jobs_that_make_no_sense(more: dict, word: str) -> None:
 def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     from optsample_triton.pipeline.job import need
 
-    with pytest.raises(PipelineError, match=r"pip install 'optsample-triton\[ray\]'"):
+    with pytest.raises(PipelineError, match=r"pip install '.\[ray\]'"):
         need("a_library_that_nobody_has.part", "ray")
 
 
@@ -126,4 +126,4 @@ def test_generating_without_the_extra_is_one_sentence(
     assert cli.main(["generate", *argv]) == 1
     (sentence,) = capsys.readouterr().err.splitlines()
     assert sentence.startswith("optsample generate: ")
-    assert "pip install 'optsample-triton[" in sentence
+    assert "pip install '.[" in sentence

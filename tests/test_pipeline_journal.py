@@ -85,7 +85,7 @@ def test_every_kill_is_mended(unbroken: dict[str, bytes], tmp_path: Path) -> Non
 
 @settings(max_examples=15)
 @given(junk=st.lists(st.binary(max_size=40), min_size=3, max_size=3), stop=st.integers(1, BATCHES))
-def test_whatever_stands_behind_the_last_commit_is_dropped(junk, stop, unbroken, tmp_path_factory) -> None:
+def test_whatever_follows_the_last_commit_is_dropped(junk, stop, unbroken, tmp_path_factory) -> None:
     """A crashed machine may leave anything after the synced bytes."""
     folder = tmp_path_factory.mktemp("junk")
     write(folder, stop=stop)
@@ -161,7 +161,7 @@ def test_data_is_on_the_disk_before_the_commit_is_written(tmp_path: Path, monkey
         journal.commit(lines(1), {"batches": 1})
         after = sizes()
     assert all(after[name] > before[name] for name in after)
-    # Each sync comes behind its file's write, and the journal's line behind both files' syncs.
+    # Each sync comes after its file's write, and the journal's line after both files' syncs.
     assert synced == [
         ("chat", before | {"chat": after["chat"]}),
         ("diagnostics", after | {"journal": before["journal"]}),

@@ -517,7 +517,7 @@ def test_arbitrary_rows_disturb_nobody(num_samples, device, examples):
         ({"seed": 0, "offset": True}, "offset must be an int"),
         ({"seed": 0, "num_samples": 0}, "num_samples must be at least 1, but is 0"),
         ({"seed": 0, "num_samples": 2.0}, "num_samples must be an int"),
-        ({"seed": 0, "temperature": 0.0}, "temperature must be positive and at most 1e\\+37, but is 0.0"),
+        ({"seed": 0, "temperature": 0.0}, "temperature must lie between 1e-37 and 1e\\+37, but is 0.0"),
         ({"seed": 0, "min_p": 1.5}, "min_p must be between 0 and 1, but is 1.5"),
         ({"seed": 0, "min_p": "much"}, "min_p must be between 0 and 1"),
         ({"seed": 0, "method": "fixed"}, 'method="fixed" needs alpha'),

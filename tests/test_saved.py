@@ -28,10 +28,17 @@ SMALL = [
 FEW = [
     cases.by_name(name)
     for name in (
-        "random std 1", "masked, theta", "V=17", "tops differ 0.9999", "nearly identical 1e-3", "huge shift 1e4",
-        "huge 1e4", "every status", "zipf, std 2, V=151936",
+        "random std 1",
+        "masked, theta",
+        "V=17",
+        "tops differ 0.9999",
+        "nearly identical 1e-3",
+        "huge shift 1e4",
+        "huge 1e4",
+        "every status",
+        "zipf, std 2, V=151936",
     )
-]  # fmt: skip
+]
 # Weights underflow between the nodes: psi(1/2) is not known in float32, and of huge logits not in float64.
 NO_PSI_HALF = {
     torch.float32: ("nearly disjoint, gap 1000", "huge 1e4", "huge 1e30", "huge 3e38"),

@@ -89,7 +89,8 @@ def test_a_split_row_has_the_same_bits(algorithm, dtype, threads, backend, devic
     chunk, processors = launch.shape(kind, dtype).chunk, launch.INTERPRETER_PROCESSORS
     if device == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-    a, b = (x[:1] for x in cases.by_name("zipf, std 4, V=50257").logits(dtype, device))
+    vocab = 2 * chunk + 100 if kind == "interpreter" else None  # there, whole vocabularies take half a minute
+    a, b = (x[:1, :vocab].contiguous() for x in cases.by_name("zipf, std 4, V=50257").logits(dtype, device))
     many = processors
     shared = [launch.splits(count, a.shape[-1], chunk, processors) for count in (1, 2, many)]
     assert shared[0] > 1

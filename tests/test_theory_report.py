@@ -49,10 +49,10 @@ def verdict(module: str, says: str, table: Table) -> str:
     return found.verdict
 
 
-def changed(table: Table, figure: str, value: float) -> Table:
-    """The table with one figure of every case overwritten."""
-    assert any(row.figure == figure for row in table.rows)
-    return Table(row._replace(value=value) if row.figure == figure else row for row in table.rows)
+def changed(table: Table, quantity: str, value: float) -> Table:
+    """The table with one quantity of every case overwritten."""
+    assert any(row.quantity == quantity for row in table.rows)
+    return Table(row._replace(value=value) if row.quantity == quantity else row for row in table.rows)
 
 
 # The report and its rows
@@ -88,23 +88,23 @@ def test_verdicts_follow_the_rows(committed: dict[str, Table]) -> None:
         ("reshape", "The bias", "bias falls everywhere", HOLDS, 0.99),
         ("reshape", "Methods A and B", "relative distance of the gradients", HOLDS, 0.1),
     )
-    for module, says, figure, now, other in cases:
+    for module, says, quantity, now, other in cases:
         assert verdict(module, says, committed[module]) == now
-        assert verdict(module, says, changed(committed[module], figure, other)) != now
+        assert verdict(module, says, changed(committed[module], quantity, other)) != now
     # and what does not hold would, if the rows said so
-    for module, says, figure, other in (
+    for module, says, quantity, other in (
         ("balance", "Near each other", "log ESS over -KL, median", 1.0),
         ("speculative", "After a rejection", "total variation, documents' recipe, median", 0.0),
         ("reshape", "That path is", "length over the great circle, mean", 1.0),
         ("balance", "The ESS ratio at", "share in [0.9, 1.1]", 0.95),
     ):
         assert verdict(module, says, committed[module]) != HOLDS
-        assert verdict(module, says, changed(committed[module], figure, other)) == HOLDS
+        assert verdict(module, says, changed(committed[module], quantity, other)) == HOLDS
 
 
-def test_no_figure_without_its_row(committed: dict[str, Table]) -> None:
+def test_no_number_without_its_row(committed: dict[str, Table]) -> None:
     with pytest.raises(KeyError):
-        committed["plane"].value("plane", "KL symmetry", "no such figure")
+        committed["plane"].value("plane", "KL symmetry", "no such quantity")
     without = {**committed, "plane": Table([row for row in committed["plane"].rows if row.what != "chord"])}
     with pytest.raises(KeyError):
         report.render(without)
@@ -116,7 +116,7 @@ def test_no_figure_without_its_row(committed: dict[str, Table]) -> None:
 @pytest.mark.parametrize(
     ("module", "part"),
     [
-        ("plane", "figures"),
+        ("plane", "mixtures"),
         ("symmetry", "two"),
         ("behaviour", "tests"),
         ("localised", "quadrants"),
@@ -133,15 +133,15 @@ def test_committed_rows_come_again(module: str, part: str, committed: dict[str, 
     assert again
     for row in again:
         x = None if row.x is None else float(f"{row.x:.6g}")
-        value = held[row.what, row.case, row.figure, x]
+        value = held[row.what, row.case, row.quantity, x]
         # an error of rounding is known by its size alone
         assert row.value == pytest.approx(value, rel=1e-4, abs=1e-9), row
 
 
 @pytest.mark.parametrize(
-    ("module", "part"), [("learning", "checked answers, q*, γ*"), ("speculative", "emitted, Zipf, noise 1"),
-                         ("bandit", "drawn")],
-)  # fmt: skip
+    ("module", "part"),
+    [("learning", "checked answers, q*, γ*"), ("speculative", "emitted, Zipf, noise 1"), ("bandit", "drawn")],
+)
 def test_a_second_run_gives_the_same_rows(module: str, part: str) -> None:
     assert suite.run_part(module, part, QUICK) == suite.run_part(module, part, QUICK)
 
@@ -153,7 +153,7 @@ def test_quick_run_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert f"rows of {len(suite.MODULES)} modules" in done.out
     for module in suite.MODULES:
         table, full = rows.read(tmp_path / f"{module}.csv"), suite.tables()[module]
-        # the cases and figures are those of the whole run
+        # the cases and quantities are those of the whole run
         assert {row[:3] for row in table.rows} == {row[:3] for row in full.rows}
     for name in figures.FIGURES:
         xml.etree.ElementTree.parse(tmp_path / f"{name}.svg")
@@ -206,7 +206,7 @@ def test_symmetry_error_of_a_known_slip(monkeypatch: pytest.MonkeyPatch) -> None
     assert found.value("symmetry error", "Zipf, noise 0.5", "none, max") < 1e-10
 
 
-def test_normal_log_ratios_have_the_gaussian_figures() -> None:
+def test_normal_log_ratios_have_the_gaussian_values() -> None:
     found = Table(balance.measured_on("normal, std 1", 10_000)(QUICK._replace(pairs=6)))
     case = balance.case_of("normal, std 1", 10_000)
     assert found.value("balance", case, "log ESS over -KL, median") == pytest.approx(2.0, rel=0.03)
@@ -229,9 +229,9 @@ def test_the_front_itself_is_not_dominated(monkeypatch: pytest.MonkeyPatch) -> N
     assert found.value("domination", "off it; normal, std 1", "improvement of both, mean") > 0.01
 
 
-def test_figures_of_two_points() -> None:
+def test_quantities_of_two_points() -> None:
     a, b, even = ONE, ONE.flip(-1), torch.tensor([[0.5, 0.5]], dtype=torch.float64).log()
-    found = {name: float(value) for name, value in baselines.figures_of(even, a, b).items()}
+    found = {name: float(value) for name, value in baselines.quantities_of(even, a, b).items()}
     divergence = -math.log(2) - 0.5 * math.log(0.21)
     expected = {"ESS_θ": 1 / 1.16, "ESS_t": 1 / 1.16, "KL_θ": divergence, "KL_t": divergence, "acceptance": 0.8}
     assert found == pytest.approx(expected)
@@ -259,7 +259,9 @@ def test_emitted_tokens_follow_the_acceptance(monkeypatch: pytest.MonkeyPatch) -
     found = Table(speculative.emitted("Zipf, noise 2")(QUICK._replace(pairs=4000)))
     a, b = (torch.cat(each) for each in zip(*pairs.blocks("Zipf, noise 2", 1000, 1000), strict=True))
     rate = float(ost.solve(a, b, diagnostics=True).overlap_theta.mean())
-    assert found.curve("emitted", "Zipf, noise 2", "tokens")[1][0] == pytest.approx(1 + rate, abs=4 / math.sqrt(4000))
+    assert found.curve("emitted", "Zipf, noise 2", "tokens").values == [
+        pytest.approx(1 + rate, abs=4 / math.sqrt(4000))
+    ]
 
 
 def test_variance_of_log_weights_of_two_points() -> None:
@@ -306,7 +308,7 @@ def test_importance_weights_have_no_bias(committed: dict[str, Table]) -> None:
 def test_equal_gaussians_meet_half_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plane, "THETA", ((1.0, (-0.5, 0.0), 0.5),))
     monkeypatch.setattr(plane, "TARGET", ((1.0, (0.5, 0.0), 0.5),))
-    found = Table(plane.figures(QUICK))
+    found = Table(plane.mixtures(QUICK))
     assert found.value("plane", "KL symmetry", "alpha") == pytest.approx(0.5, abs=1e-6)
     # half the distance each: 0.5^2/(2 std^2)
     assert found.value("plane", "KL symmetry", "KL_θ") == pytest.approx(0.5, rel=1e-3)
@@ -331,7 +333,7 @@ def test_learning_takes_the_readme_step(name: str) -> None:
 
 
 def test_rates_are_chosen_on_seeds_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rate that the tuning seeds like best is taken, though another is best on the seeds that are shown."""
+    """The rate that is best on the tuning seeds is taken, even if another is best on the seeds that are shown."""
     seen = []
 
     def curves(method: object, task: learning.Task, rates: list[float], steps: int, seed: int) -> torch.Tensor:

@@ -25,7 +25,7 @@ class Device:
     processors: int
     ghz: float
     copy_gb_s: float
-    measured: bool  # whether copy_gb_s is; else it is the H200's share of the data sheet's figure, about 90 %
+    measured: bool  # whether copy_gb_s is; else it is the H200's share of the data sheet's number, about 90 %
     cache_mb: float
     cache_gb_s: float
     issue: int = 128  # four warp schedulers
@@ -132,7 +132,8 @@ def bound(
         longest = max(longest, (seconds[limit], limit))
         for name in LIMITS:
             parts[name] += seconds[name]
-    return Bound(total, longest[1], parts)
+    _, limit = longest
+    return Bound(total, limit, parts)
 
 
 def _in_flight(main: Mapping[str, str], N: int, splits: int, device: Device) -> float:

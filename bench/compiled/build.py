@@ -18,19 +18,27 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .entry import OPTIONAL, Entry
 from .machine import count_float64, parse_amdgcn, parse_sass, read_loops
 from .offsets import narrow_offsets
 from .report import Report, find_passes
 
-# name -> backend, architecture, lanes per warp
-TARGETS: dict[str, tuple[str, int | str, int]] = {
-    "sm_80": ("cuda", 80, 32),
-    "sm_90": ("cuda", 90, 32),
-    "sm_100": ("cuda", 100, 32),
-    "gfx942": ("hip", "gfx942", 64),
+
+class Target(NamedTuple):
+    """What Triton's GPUTarget takes."""
+
+    backend: str
+    architecture: int | str
+    lanes: int  # per warp
+
+
+TARGETS = {
+    "sm_80": Target("cuda", 80, 32),
+    "sm_90": Target("cuda", 90, 32),
+    "sm_100": Target("cuda", 100, 32),
+    "gfx942": Target("hip", "gfx942", 64),
 }
 
 
@@ -122,7 +130,8 @@ def read_entry(entry: Entry, target: str, listing_folder: Path | None = None) ->
         spills = _number(r"\.vgpr_spill_count:\s*(\d+)", listing)
     if not code:
         raise RuntimeError(f"entry {entry.name!r}: no instruction was found in the listing for {target}")
-    words = configuration(entry, *arguments_of(entry, load(entry.kernel))[:2])
+    types, constants, _ = arguments_of(entry, load(entry.kernel))
+    words = configuration(entry, types, constants)
     if listing_folder is not None:
         listing_folder.mkdir(parents=True, exist_ok=True)
         stem = re.sub(r"[^\w.=-]+", "_", f"{entry.name}_{target}_{words}")[:200]  # names have a limit

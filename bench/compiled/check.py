@@ -42,8 +42,8 @@ def read_rows(path: Path = COMMITTED) -> list[dict[str, str]]:
 
 def write_rows(fresh: Sequence[Counts], path: Path, kept: Iterable[Counts] = ()) -> None:
     """Write the rows; before them those of `kept` that belong to other kernels or targets."""
-    read_anew = {key(row)[:2] for row in fresh}
-    rows = [*(row for row in kept if key(row)[:2] not in read_anew), *fresh]
+    read_anew = {compiled(row) for row in fresh}
+    rows = [*(row for row in kept if compiled(row) not in read_anew), *fresh]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator="\n")
         writer.writeheader()
@@ -52,6 +52,11 @@ def write_rows(fresh: Sequence[Counts], path: Path, kept: Iterable[Counts] = ())
 
 def key(row: Counts) -> tuple[str, str, str]:
     return row["kernel"], row["target"], row["pass"]
+
+
+def compiled(row: Counts) -> tuple[str, str]:
+    """What was compiled, whichever its loop."""
+    return row["kernel"], row["target"]
 
 
 def label(row: Counts) -> str:
@@ -77,8 +82,8 @@ def regressions(fresh: Sequence[Counts], committed: Sequence[Counts]) -> list[st
                 found.append(f"{label(row)}: {column} fell from {then:g} to {now:g} bytes")
         if str(old["wide_offsets"]) == "True" and str(row["wide_offsets"]) != "True":
             found.append(f"{label(row)}: a row offset is 32-bit")
-    compiled, seen = {key(row)[:2] for row in fresh}, {key(row) for row in fresh}
-    lost = [row for row in committed if key(row)[:2] in compiled and key(row) not in seen]
+    read_anew, seen = {compiled(row) for row in fresh}, {key(row) for row in fresh}
+    lost = [row for row in committed if compiled(row) in read_anew and key(row) not in seen]
     return found + [f"{label(row)}: the loop is gone" for row in lost]
 
 

@@ -8,6 +8,7 @@ python -m bench.codegen package.module:ENTRIES --targets sm_90  # a list of Entr
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--targets holds {', '.join(unknown)}, expected names among {', '.join(TARGETS)}")
     reports = []
     for kind in ("cuda", "hip"):
-        of_kind = [target for target in targets if TARGETS[target][0] == kind]
+        of_kind = [target for target in targets if TARGETS[target].backend == kind]
         entries = build.load(arguments.entries or f"bench.compiled.entry:{kind.upper()}") if of_kind else []
         chosen = [entry for entry in entries if arguments.filter in entry.name]
         reports += build.read(chosen, of_kind, jobs=arguments.jobs, listing_folder=arguments.listings)
@@ -73,6 +74,6 @@ def table(reports: Sequence[Report]) -> str:
 
 def _print_loops(report: Report) -> None:
     for loop in report.loops:
-        opcodes = sorted(loop.opcodes.items(), key=lambda item: -item[1])
+        opcodes = Counter(loop.opcodes).most_common()
         mark = " (main)" if report.main and loop == report.main.loop else ""
         print(f"{report.name} {report.target} loop {loop.index}{mark}: {loop.slots} slots, {dict(opcodes)}")

@@ -102,7 +102,7 @@ def _defaults(kind: str, dtype: str) -> dict[str, Any]:
     """The constexprs as the package launches with them, in the plainest case."""
     shape = launch.SHAPES[kind][BITS[dtype]]
     tile = {"H": shape.half, "BLOCK": 2 * shape.half, "CHUNK": shape.chunk, "UNROLL": shape.unroll}
-    drawing = {"TILE": launch.DRAW_TILE, "STEP": launch.DRAW_STEP[kind], "LANES": 32, "DRAWS": 1, "MODEL": 0}
+    drawing = {"TILE": launch.DRAW_TILE, "READ": launch.DRAW_READ[kind], "LANES": 32, "DRAWS": 1, "DRAFTER": 0}
     flags = {"METHOD": Method.KL_SYMMETRY.value, "PROBS": False, "PACKED": BITS[dtype] == 16, "FILTER": False}
     return {**tile, **drawing, **flags}
 

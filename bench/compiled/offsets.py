@@ -23,11 +23,13 @@ def narrow_offsets(ttir: str) -> list[str]:
             uses[name] = [start.split("#")[0]]
         induction = re.search(r"scf\.for (%[\w$]+) = (%[\w$#]+) to", line)
         if induction:
-            uses[induction[1]] = [induction[2].split("#")[0]]
+            name, start = induction.groups()
+            uses[name] = [start.split("#")[0]]
         result = re.match(r"\s*(%[\w$]+)(?::\d+)? = (.*)", line)
         if result:
-            operation_of[result[1]] = result[2]
-            uses[result[1]] = [name.split("#")[0] for name in re.findall(r"%[\w$#]+", result[2])]
+            name, operation = result.groups()
+            operation_of[name] = operation
+            uses[name] = [operand.split("#")[0] for operand in re.findall(r"%[\w$#]+", operation)]
 
     def ancestors(name: str) -> set[str]:
         seen = {name}

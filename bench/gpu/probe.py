@@ -29,7 +29,7 @@ def small_cases() -> list[Case]:
 
 
 def probe(seconds: float) -> None:
-    """Each work on small rows, made and judged on the CPU, so that few kernels are not the package's.
+    """Each work on small rows, made and judged on the CPU, so that nearly all kernels on the GPU are the package's.
 
     No case is started after `seconds`.
     """
@@ -46,7 +46,7 @@ def probe(seconds: float) -> None:
 
 
 def probe_large() -> None:
-    """Solve and log_q on many rows; nothing is judged, which would be many launches more."""
+    """Solve and log_q on many rows; nothing is judged, since that takes many more launches."""
     for V in (50_257, 151_936):
         for name in ("solve", "log_q"):
             WORKS[name].package(Inputs.of(Case(name, 4096, V, "bfloat16"), GPU))()

@@ -1,14 +1,14 @@
 """One unattended GPU session, under nine minutes: `python -m bench.session --out FOLDER`.
 
-Each stage has seconds of its own and what earlier ones left; one that runs out is cut and the rest goes on. All that
-is written lies below FOLDER: summary.txt (how each stage ended), log.txt (what they printed), <device>.csv (the
+Each stage has its own seconds, and those that earlier ones left over; one that runs out is cut and the next begins.
+All files are written below FOLDER: summary.txt (how each stage ended), log.txt (what they printed), <device>.csv (the
 benchmark's rows, to be copied to bench/results), launch.csv (the sweep), and the profiler's table. Needs torch and
 triton, no network; tools and packages that are not there are named in the summary, and the exit code is then 3.
 --dry-run goes through the same stages without a GPU.
 
-One call has time for the tests that matter most. All of them, and a sweep worth its name, have calls of their own:
+One call has time for the most important tests only. All tests, and a sweep that is long enough, need further calls:
 
-    python -m bench.session --out build/figures --seconds 560 \\
+    python -m bench.session --out build/benchmark --seconds 560 \\
         --only doctor,driver,compile,benchmark,profiler,memcheck,racecheck
     python -m bench.session --out build/tests --seconds 560 --only tests
     python -m bench.session --out build/sweep --seconds 300 --only compile-sweep,sweep
@@ -75,7 +75,7 @@ def start(command: Sequence[str], environment: dict[str, str], log: IO[str]) -> 
 def end(child: subprocess.Popen[bytes], grace: float) -> None:
     """End what the stage started, workers included: they share its process group.
 
-    A stage that is cut is interrupted first, as from a keyboard, and has a while to print what it knows.
+    A stage that is cut is interrupted first, as from a keyboard, and has some time to print its results so far.
     """
     if child.poll() is None:
         os.killpg(child.pid, signal.SIGINT)
@@ -120,7 +120,7 @@ def _environment(dry: bool) -> dict[str, str]:
 
 
 def exit_code(endings: Sequence[str]) -> int:
-    """1 if a stage that ran ended badly, else 3 if one was left out for want of time or of a tool, else 0.
+    """1 if a stage failed or was cut, else 3 if one was left out because time or a tool was missing, else 0.
 
     >>> exit_code(["ok after 3 s", "cut after 9 s"]), exit_code(["ok after 3 s", "left out: ncu is not installed"])
     (1, 3)

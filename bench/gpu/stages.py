@@ -42,7 +42,7 @@ PROFILER = (
 
 @dataclass(frozen=True)
 class Stage:
-    """A command with a time limit, which includes its ending, or the reason why there is no command."""
+    """A command with a time limit, which includes its ending, or the reason why it has no command."""
 
     name: str
     seconds: float
@@ -101,7 +101,7 @@ def _planned(out: Path, dry: bool) -> list[Stage]:
 
 
 def _tests(seconds: float, dry: bool) -> Stage:
-    """The tests of the Triton backend, natively. Other versions of packages may warn, which is no failure here."""
+    """The tests of the Triton backend, natively. Other versions of packages may warn, which is not a failure."""
     missing = [name for name in ("pytest", "hypothesis", "scipy", "mpmath") if importlib.util.find_spec(name) is None]
     if missing:
         return Stage("tests", seconds, reason=f"not installed: {', '.join(missing)}")
@@ -118,7 +118,7 @@ def _tests(seconds: float, dry: bool) -> Stage:
 
 
 def files_of_tests(*, every: bool) -> tuple[str, ...]:
-    """The files of tests that a device can break, the most telling ones first.
+    """The files of tests that a device can break, the most important ones first.
 
     >>> files_of_tests(every=False)
     ('tests/test_device.py', 'tests/test_solve_sweeps.py')

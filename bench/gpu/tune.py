@@ -2,7 +2,7 @@
 
 Every candidate solves the same rows in one run, in rotated order, and must agree with the table's own shape. A
 candidate's score is the geometric mean, over the cases, of its time in units of the table's shape. The best ones are
-also timed in what shares the solver's sweep, log_q and the diagnostics. --compile makes every call once, in several
+also timed in log_q and the diagnostics, which share the solver's sweep. --compile makes every call once, in several
 processes, so that the sweep finds its kernels in Triton's cache.
 """
 
@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,8 +31,14 @@ from optsample_triton import backend, launch
 
 from . import warm
 
-CASES = tuple((N, V) for N in (4096, 132, 1) for V in (50_257, 151_936))
-INTERPRETED_CASES = ((2, 3000),)
+
+class Size(NamedTuple):
+    N: int
+    V: int
+
+
+CASES = tuple(Size(N, V) for N in (4096, 132, 1) for V in (50_257, 151_936))
+INTERPRETED_CASES = (Size(2, 3000),)
 FOLLOWERS = ("log_q", "diagnostics")  # works of the same shape that a proposal must not slow down
 WORTHWHILE = 0.98  # a shape that gains less is not proposed: it would change the rows' bits for nothing
 
@@ -61,7 +67,7 @@ def times(
 ) -> dict[int, float]:
     """Median seconds by the shape's index; shapes that fail to compile or disagree are left out, with a line.
 
-    Nor is a shape tried for the first time after `deadline`, in seconds of time.monotonic().
+    No shape is tried for the first time after `deadline`, in seconds of time.monotonic().
     """
     inputs = Inputs.of(case, clock.device)
     bits = 8 * DTYPES[case.dtype].itemsize
@@ -92,7 +98,8 @@ def times(
                 print(f"out of time: {case.name}: {len(shapes) - index} of {len(shapes)} shapes were left out")
                 break
             try:
-                error = worst(judged(in_shape(shape)())[0], expected, tolerance)
+                actual, _ = judged(in_shape(shape)())
+                error = worst(actual, expected, tolerance)
             except Exception as failure:  # a shape that does not compile is a finding
                 print(f"{case.name}: {shape}: {type(failure).__name__}", file=sys.stderr)
                 continue
@@ -127,7 +134,7 @@ def compile_tasks(rows: Sequence[int]) -> list[warm.Task]:
 
 
 class Table:
-    """The file of all times, written case by case: a sweep that is cut short keeps what it has."""
+    """The file of all times, written case by case: a sweep that is cut short keeps the times so far."""
 
     def __init__(self, path: Path | None, kind: str) -> None:
         self.path, self.kind = path, kind
@@ -166,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     batches = sorted({N for N, _ in CASES}) if arguments.rows is None else [arguments.rows]
-    every = INTERPRETED_CASES if interpreted else tuple((N, V) for N, V in CASES if N in batches)
+    every = INTERPRETED_CASES if interpreted else tuple(size for size in CASES if size.N in batches)
     if not every:
         parser.error(f"--rows is {arguments.rows}, expected one of {sorted({N for N, _ in CASES})}")
     if arguments.compile:
@@ -188,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for index, ratio in table.add(case, shapes, times(case, kind, shapes, clock, budget, deadline)).items():
                 ratios.setdefault(index, []).append(ratio)
     best = {dtype: ranking(ratios) for dtype, ratios in measured.items()}
-    _follow(table, best, clock, budget, deadline, max(every[:2], key=lambda size: size[1]))
+    _follow(table, best, clock, budget, deadline, max(every[:2], key=lambda size: size.V))
     for dtype, ranked in best.items():
         _propose(kind, dtype, ranked)
     return 0
@@ -210,7 +217,7 @@ def _follow(
     clock: Clock,
     budget: Budget,
     deadline: float,
-    size: tuple[int, int],
+    size: Size,
 ) -> None:
     """Time the best two shapes in the works that share the solver's sweep as well."""
     chosen: dict[Case, list[launch.Shape]] = {}
@@ -236,9 +243,9 @@ def _propose(kind: str, dtype: str, ranked: Sequence[tuple[float, int]]) -> None
     shapes = candidates(kind, dtype)
     for value, index in ranked[:5]:
         print(f"{dtype}: {value:.3f} of the table's time: {shapes[index]}{'  (the table)' if index == 0 else ''}")
-    if ranked and ranked[0][0] < WORTHWHILE:
-        best = shapes[ranked[0][1]]
-        print(f"proposed: SHAPES[{kind!r}][{8 * DTYPES[dtype].itemsize}] = Shape{tuple(best)}")
+    for value, index in ranked[:1]:
+        if value < WORTHWHILE:
+            print(f"proposed: SHAPES[{kind!r}][{8 * DTYPES[dtype].itemsize}] = Shape{tuple(shapes[index])}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The bounds of cases on GPUs: what to expect without one, and what a measured time stands beside."""
+"""The bounds of cases on GPUs: what to expect without one, and what to compare a measured time with."""
 
 from __future__ import annotations
 

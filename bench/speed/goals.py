@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from . import results
 from .results import Measurement
@@ -55,14 +56,20 @@ def _extra_per_row(rows: Of) -> float | None:
     return None if package.extra_bytes is None else package.extra_bytes / package.N
 
 
-# How a goal's quantity is read off a case's rows, and whether the goal is a floor.
-QUANTITIES: dict[str, tuple[Callable[[Of], float | None], bool]] = {
-    "over the reference": (_of("reference", "over"), True),
-    "over the reference, compiled and graphed": (_of("graphed", "over"), True),
-    "times the copy": (_times_the_copy, False),
-    "time, us": (_of("package", "p50_ms", 1e3), False),
-    "graph replay, us": (_of("graph", "p50_ms", 1e3), False),
-    "extra bytes per row": (_extra_per_row, False),
+class Quantity(NamedTuple):
+    """How a goal's quantity is read off a case's rows, and whether the goal is a floor."""
+
+    read: Callable[[Of], float | None]
+    is_floor: bool
+
+
+QUANTITIES = {
+    "over the reference": Quantity(_of("reference", "over"), True),
+    "over the reference, compiled and graphed": Quantity(_of("graphed", "over"), True),
+    "times the copy": Quantity(_times_the_copy, False),
+    "time, us": Quantity(_of("package", "p50_ms", 1e3), False),
+    "graph replay, us": Quantity(_of("graph", "p50_ms", 1e3), False),
+    "extra bytes per row": Quantity(_extra_per_row, False),
 }
 
 
@@ -73,7 +80,7 @@ class Reached:
 
     @property
     def is_floor(self) -> bool:
-        return QUANTITIES[self.goal.quantity][1]
+        return QUANTITIES[self.goal.quantity].is_floor
 
     @property
     def reached(self) -> bool:
@@ -90,7 +97,7 @@ def measured(rows: Sequence[Measurement], kind: str) -> list[Reached]:
     found = []
     for goal in GOALS:
         of_case = results.of(rows, goal.case)
-        value = QUANTITIES[goal.quantity][0](of_case) if goal.device == kind and "package" in of_case else None
+        value = QUANTITIES[goal.quantity].read(of_case) if goal.device == kind and "package" in of_case else None
         if value is not None:
             found.append(Reached(goal, value))
     return found

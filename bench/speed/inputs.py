@@ -36,7 +36,7 @@ class Inputs:
 
     @cached_property
     def pi_theta(self) -> Tensor:
-        """What the reference starts from: its softmax is given to it for nothing. Float32."""
+        """What the reference starts from, in float32. Its softmax is not timed."""
         return torch.softmax(self.a.float(), dim=-1)
 
     @cached_property
@@ -57,7 +57,7 @@ class Inputs:
         return noise.to(self.a.dtype)
 
     def to(self, device: torch.device) -> Inputs:
-        """The same inputs on another device, whose own generator would make others."""
+        """The same inputs on another device, where the device's own generator would give other ones."""
         moved = Inputs(self.case, self.a.to(device), self.b.to(device))
         for name in ("pi_theta", "pi_t", "tokens", "upstream"):
             vars(moved)[name] = getattr(self, name).to(device)

@@ -85,12 +85,13 @@ def dropin_error(inputs: Inputs, result: tuple[Tensor, Tensor, dict[str, Tensor]
     p, t = inputs.pi_theta[inputs.judged], inputs.pi_t[inputs.judged]
     q_star, alpha, info = listing(p.double(), t.double())
     q_listing, alpha_listing, info_listing = listing(p, t)
+    q_found, alpha_found, info_found = result
     ratios = []
     for actual, float32, expected in (
-        (result[0], q_listing, q_star),
-        (result[1], alpha_listing, alpha),
-        (result[2]["kl_theta"], info_listing["kl_theta"], info["kl_theta"]),
-        (result[2]["ess_t"], info_listing["ess_t"], info["ess_t"]),
+        (q_found, q_listing, q_star),
+        (alpha_found, alpha_listing, alpha),
+        (info_found["kl_theta"], info_listing["kl_theta"], info["kl_theta"]),
+        (info_found["ess_t"], info_listing["ess_t"], info["ess_t"]),
     ):
         tolerance = (float32.double() - expected).abs().max() + DROPIN_TOLERANCE
         ratios.append(worst(actual[inputs.judged], expected, tolerance))
@@ -105,7 +106,7 @@ def drawn_error(inputs: Inputs, drawn: Any) -> float:
         for name in ("token" if hasattr(drawn, "token") else "tokens", "alpha", "log_q", "log_theta", "log_t")
     )
     ratios = [worst(alpha, truth.solve(a, b).alpha, SAMPLE_ALPHA_TOLERANCE)]
-    emitted = token >= 0  # -1 stands behind the end of a sequence
+    emitted = token >= 0  # -1 follows the end of a sequence
     laws = truth.log_q(a, b, alpha=alpha.double()), a.log_softmax(-1), b.log_softmax(-1)
     for actual, law in zip(logs, laws, strict=True):
         expected = law.gather(-1, token.clamp(min=0)[:, None])[:, 0]
@@ -123,4 +124,5 @@ def token_logprobs_error(inputs: Inputs, log_probs: Tensor) -> float:
 def token_logprobs_backward_error(inputs: Inputs, gradients: tuple[Tensor]) -> float:
     expected = -inputs.a[inputs.judged].double().softmax(-1)
     expected.scatter_add_(-1, inputs.tokens[inputs.judged, None], torch.ones_like(expected[:, :1]))
-    return _gradient_error(gradients[0][inputs.judged], expected)
+    (gradient,) = gradients
+    return _gradient_error(gradient[inputs.judged], expected)

@@ -1,7 +1,7 @@
 """The documents' functions as they are timed: as listed, and without host synchronisation.
 
 The listed bisection looks at the width of its interval in every step, which stops the GPU. `bisected` takes the 20
-steps that its tolerance needs without looking: one step is compiled, and the whole is captured in a CUDA graph.
+steps that its tolerance needs without that check: one step is compiled, and the whole is captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def alpha(inputs: Inputs) -> Call:
 
 
 def log_q(inputs: Inputs) -> Call:
-    return lambda: reference.optimal_sampling_distribution(inputs.pi_theta, inputs.pi_t)[0].log_()
+    return lambda: _mixture(inputs).log_()
 
 
 def whole_class(inputs: Inputs) -> Call:
@@ -53,7 +53,7 @@ def sample(inputs: Inputs) -> Call:
     """The listing's q*, a draw from it, and three look-ups."""
 
     def call() -> tuple[Tensor, ...]:
-        q_star = reference.optimal_sampling_distribution(inputs.pi_theta, inputs.pi_t)[0]
+        q_star = _mixture(inputs)
         return _drawn_from(q_star, inputs.pi_theta, inputs.pi_t)
 
     return call
@@ -64,7 +64,7 @@ def verify(inputs: Inputs) -> Call:
     drafts = ost.sample(inputs.a, inputs.b, alpha=1.0, seed=2).token[:, None]
 
     def call() -> tuple[Tensor, ...]:
-        q_star = reference.optimal_sampling_distribution(inputs.pi_theta, inputs.pi_t)[0]
+        q_star = _mixture(inputs)
         chance = speculative.acceptance(inputs.pi_theta, q_star).gather(-1, drafts)
         recovered = torch.multinomial(speculative.residual(inputs.pi_theta, q_star), 1)
         token = torch.where(torch.rand_like(chance) < chance, drafts, recovered)
@@ -128,6 +128,11 @@ def finish_diagnostics(pi_theta: Tensor, pi_t: Tensor, alpha: Tensor) -> tuple[T
         *(reference.effective_sample_size(pi, q) for pi in (pi_theta, pi_t)),
         *(reference.entropy(pi) for pi in (pi_theta, pi_t, q)),
     )
+
+
+def _mixture(inputs: Inputs) -> Tensor:
+    q_star, _ = reference.optimal_sampling_distribution(inputs.pi_theta, inputs.pi_t)
+    return q_star
 
 
 def _drawn_from(q_star: Tensor, pi_theta: Tensor, pi_t: Tensor) -> tuple[Tensor, ...]:

@@ -26,8 +26,7 @@ KERNELS = ("solve bf16", "solve fp32", "gradient bf16")
 def origin(row: Measurement) -> str:
     """Where a table's rows come from, in one line."""
     threads = f", {row.threads} threads" if row.kind == "cpu" else ""
-    commit = "commit"
-    return f"{row.device}{threads}; torch {row.torch}, triton {row.triton}; {commit} {row.commit}, {row.date}"
+    return f"{row.device}{threads}; torch {row.torch}, triton {row.triton}; commit {row.commit}, {row.date}"
 
 
 def cpu() -> str:
@@ -69,7 +68,7 @@ def gpu() -> str:
         heading = ("case", "goal", "measured", "reached", "time", "bound")
         blocks.append(origin(rows[0]) + "\n\n" + tables.markdown(heading, lines))
     if not blocks:
-        return "No GPU has been measured yet." + "\n"
+        return "No GPU has been measured yet.\n"
     return "\n".join(blocks)
 
 
@@ -109,9 +108,10 @@ def filled(text: str) -> str:
     """The text with every marked table written anew."""
 
     def block(match: re.Match[str]) -> str:
-        if match[2] not in BLOCKS:
-            raise ValueError(f"the marker names the table {match[2]!r}, expected one of: {', '.join(BLOCKS)}")
-        return f"{match[1]}{BLOCKS[match[2]]()}{match[3]}"
+        opening, name, closing = match.groups()
+        if name not in BLOCKS:
+            raise ValueError(f"the marker names the table {name!r}, expected one of: {', '.join(BLOCKS)}")
+        return f"{opening}{BLOCKS[name]()}{closing}"
 
     return BLOCK.sub(block, text)
 

@@ -121,7 +121,7 @@ def _prepare(folder: Path, vocab: int, samples: int) -> list[Any]:
 
 
 def _package(folder: Path, name: str, *, diagnostics: bool) -> None:
-    """The whole command: models loaded, files written and brought to the disk."""
+    """The whole command: models loaded, files written and flushed to disk."""
     generate(
         Job(
             model_theta=str(folder / "policy"),

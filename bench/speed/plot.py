@@ -1,6 +1,6 @@
 """The figures, and the performance page's tables, from bench/results: `python -m bench.plot` (needs the extra `plots`).
 
-A figure whose rows do not exist yet is not drawn: nothing here is made up.
+A figure whose rows do not exist yet is not drawn.
 """
 
 from __future__ import annotations

@@ -135,8 +135,8 @@ def slug(name: str) -> str:
 def current_commit() -> str:
     """The short commit, with a plus sign where the tree differs from it; "unknown" outside a git checkout.
 
-    OPTSAMPLE_COMMIT, where it is set, is taken at its word: copies of a tree have no git to ask. Results do not count:
-    a run that saves its rows case by case is still one of the commit.
+    OPTSAMPLE_COMMIT, where it is set, is taken as it is: a copy of a tree has no git. Changed results do not count: a
+    run that saves its rows case by case is still one of the commit.
     """
     if given := os.environ.get("OPTSAMPLE_COMMIT"):
         return given

@@ -40,7 +40,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one case gave; a case that failed its check has no times, one that did not fit has no error either."""
+    """What one case gave; a case that failed its check has no times, one out of memory has no error either."""
 
     case: Case
     backend: str

@@ -47,9 +47,9 @@ memory      peak memory beyond the inputs (GPU)"""
 
 EXPECTATION = """\
 What to expect on GPUs, without one: the least time that a device can take, from its data sheet and the kernels as
-compiled for it by Triton {triton} (bench/results/codegen.csv), for rows that take one sweep. No GPU run stands behind
-these, and of devices marked ~ the copy bandwidth is an estimate. Beside each time stands what sets it: memory or cache
-bandwidth, issue slots, special-function or float32 operations."""
+compiled for it by Triton {triton} (bench/results/codegen.csv), for rows that take one sweep. None of it was
+measured on a GPU, and of devices marked ~ the copy bandwidth is an estimate. Beside each time stands what sets it:
+memory or cache bandwidth, issue slots, special-function or float32 operations."""
 
 
 def heading(device: torch.device) -> str:

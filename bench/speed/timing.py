@@ -82,7 +82,8 @@ class Clock:
     def seconds(self, call: Call) -> float:
         read = self.start(call)
         self.synchronize()
-        return read()[0]
+        seconds, _ = read()
+        return seconds
 
 
 def measure(clock: Clock, candidates: Mapping[str, Call], budget: Budget) -> dict[str, Quantiles]:

@@ -44,7 +44,7 @@ def log_softmax_gather(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def others() -> dict[str, LogProbs]:
-    """Who else does this here: PyTorch always, the others where their packages are installed."""
+    """The other implementations: PyTorch always, the others where their packages are installed."""
     found: dict[str, LogProbs] = {"log_softmax + gather": log_softmax_gather}
     with contextlib.suppress(ImportError):
         found["TRL selective_log_softmax"] = importlib.import_module("trl.trainer.utils").selective_log_softmax
@@ -62,7 +62,7 @@ def forward(call: LogProbs, logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def training(call: LogProbs, logits: Tensor, tokens: Tensor) -> Tensor:
-    """Forward and backward to a model's output: its gradient is what a step hands on."""
+    """Forward, and backward to the gradient of a model's output."""
     outputs = logits.detach().requires_grad_() * 1.0  # no leaf, which could not be written in place
     (gradient,) = torch.autograd.grad(call(outputs, tokens).sum(), outputs)
     return gradient

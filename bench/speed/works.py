@@ -25,7 +25,7 @@ class Work:
     package and reference bind the two calls to a case's inputs; error_ratio judges what the package's call returned.
     traffic says what must move, and which compiled kernel serves the work: a bound on every device follows from it.
     finish turns (pi_theta, pi_t, alpha) into what the reference returns: with it the reference is also run without
-    looking at the GPU, compiled and as a CUDA graph.
+    waiting for the GPU, compiled and as a CUDA graph.
     """
 
     name: str

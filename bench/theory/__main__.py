@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write; 0 all right, 2 wrong arguments."""
     parser = argparse.ArgumentParser(prog="bench.theory", description=__doc__)
     parser.add_argument(
-        "--quick", action="store_true", help="few pairs and seeds: figures of no weight, seconds in all"
+        "--quick", action="store_true", help="few pairs and seeds, a few seconds: the numbers mean nothing"
     )
     parser.add_argument(
         "--only", action="append", metavar="MODULE", help=f"one of {', '.join(suite.MODULES)}; again for more"
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.workers < 1:
         return _refuse(f"--workers must be at least 1, but is {arguments.workers}.")
     if arguments.quick and arguments.out is None:
-        return _refuse("--quick needs --out: its figures are no results.")
+        return _refuse("--quick needs --out: its numbers are no results.")
     folder = THEORY if arguments.out is None else arguments.out
     figures = FIGURES if arguments.out is None else arguments.out
     text = report.REPORT if arguments.out is None else arguments.out / report.REPORT.name

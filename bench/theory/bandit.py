@@ -15,7 +15,7 @@ from torch import Tensor
 import optsample_triton as ost
 from optsample_triton.is_reshape import gradient_weight
 
-from .pairs import quantiles
+from .pairs import median
 from .rows import Claim, Finding, Row, Scale, Table, judged, percent, short, span
 
 ARMS = 50
@@ -88,7 +88,7 @@ def exact(scale: Scale) -> list[Row]:
                 spread.append(math.sqrt(variance) / float(true.norm()))
                 cosine.append(float(mean @ true / (mean.norm() * true.norm())) if float(mean.norm()) else 0.0)
             for name, values in (("bias", bias), ("std", spread), ("cosine", cosine)):
-                middle = quantiles(torch.tensor(values), 0.5)[0]
+                middle = median(torch.tensor(values))
                 rows.append(Row(f"estimators, noise {distance:g}", estimator.name, name, middle))
     return rows
 
@@ -107,9 +107,14 @@ def drawn(scale: Scale) -> list[Row]:
         log_pi = ost.token_logprobs(logits, token)
         assert isinstance(log_pi, Tensor)
         loss, _ = ost.is_reshape_loss(
-            log_pi, log_mu, bandit.advantage[token],
-            gamma=estimator.gamma, kernel=estimator.kernel, width=estimator.width, reduction="sum",
-        )  # fmt: skip
+            log_pi,
+            log_mu,
+            bandit.advantage[token],
+            gamma=estimator.gamma,
+            kernel=estimator.kernel,
+            width=estimator.width,
+            reduction="sum",
+        )
         (gradient,) = torch.autograd.grad(loss, logits)
         weight = gradient_weight(log_ratio(bandit), estimator.gamma, estimator.kernel, estimator.width)
         mean, variance = moments(bandit, weight)
@@ -141,9 +146,9 @@ def samplers(scale: Scale) -> list[Row]:
                 apart = float((mean - reference).norm() / reference.norm())
                 found.setdefault((distance, name, "mean apart"), []).append(apart)
     rows = []
-    for (distance, name, figure), values in found.items():
-        if figure == "variance":
-            value = quantiles(torch.tensor(values), 0.5)[0]
+    for (distance, name, quantity), values in found.items():
+        if quantity == "variance":
+            value = median(torch.tensor(values))
             rows.append(Row("samplers", f"{name}, noise {distance:g}", "variance over on-policy, median", value))
         else:
             rows.append(Row("samplers", f"{name}, noise {distance:g}", "mean apart, largest", max(values)))
@@ -158,15 +163,16 @@ def dominant(scale: Scale) -> list[Row]:
         correlations, growth, weights = [], [], []
         for bandit in bandits(distance, max(2, scale.pairs // 10)):
             log_r, mu = log_ratio(bandit), bandit.mu.softmax(-1)
-            variances = torch.tensor([moments(bandit, (gamma * log_r).exp())[1] for gamma in grid]).log()
+            _, found = zip(*(moments(bandit, (gamma * log_r).exp()) for gamma in grid), strict=True)
+            variances = torch.tensor(found).log()
             powers = torch.stack([(mu @ (2 * gamma * log_r).exp()) for gamma in grid]).log()
             correlations.append(float(torch.corrcoef(torch.stack([variances.double(), powers]))[0, 1]))
             growth.append(float((variances[-1] - variances[0]).exp()))
             weights.append(float((powers[-1] - powers[0]).exp()))
         case = f"noise {distance:g}"
-        rows.append(Row("dominant", case, "correlation, median", quantiles(torch.tensor(correlations), 0.5)[0]))
-        rows.append(Row("dominant", case, "variance at 1 over 0.1, median", quantiles(torch.tensor(growth), 0.5)[0]))
-        rows.append(Row("dominant", case, "E[w^2γ] at 1 over 0.1, median", quantiles(torch.tensor(weights), 0.5)[0]))
+        rows.append(Row("dominant", case, "correlation, median", median(torch.tensor(correlations))))
+        rows.append(Row("dominant", case, "variance at 1 over 0.1, median", median(torch.tensor(growth))))
+        rows.append(Row("dominant", case, "E[w^2γ] at 1 over 0.1, median", median(torch.tensor(weights))))
     return rows
 
 
@@ -188,7 +194,7 @@ def lagrangian(scale: Scale) -> list[Row]:
             candidate = candidate * (budget / (mu @ candidate.square())).sqrt()
             found.append(float((mu @ ((candidate - r) * mean)).abs() / goal.abs()))
         printed.append(min(found))
-    values = {"printed form, median": quantiles(torch.tensor(printed), 0.5)[0], "E[A|r], largest": max(right)}
+    values = {"printed form, median": median(torch.tensor(printed)), "E[A|r], largest": max(right)}
     return [Row("lagrangian", "random bandits", name, value) for name, value in values.items()]
 
 
@@ -229,15 +235,12 @@ def _explodes(table: Table) -> Finding:
 def _bell(table: Table) -> Finding:
     words, right = [], True
     for d in DISTANCES:
-        importance, local = (
-            (
-                table.value(f"estimators, noise {d:g}", name, "std"),
-                table.value(f"estimators, noise {d:g}", name, "bias"),
-            )
-            for name in (IMPORTANCE, "sech2, width 1")
+        what, local = f"estimators, noise {d:g}", "sech2, width 1"
+        importance_std, local_std = (table.value(what, name, "std") for name in (IMPORTANCE, local))
+        right &= local_std < importance_std
+        words.append(
+            f"noise {d:g}: {importance_std:.3g} → {local_std:.3g} at a bias of {table.value(what, local, 'bias'):.2f}"
         )
-        right &= local[0] < importance[0]
-        words.append(f"noise {d:g}: {importance[0]:.3g} → {local[0]:.3g} at a bias of {local[1]:.2f}")
     return judged("standard deviation of r → of sech² of width 1: " + "; ".join(words), right)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 import optsample_triton as ost
 from optsample_triton.is_reshape import log_weight_moment, renyi_divergence
 
-from .pairs import blocks, quantiles
+from .pairs import blocks, median
 from .rows import Claim, Finding, Row, Scale, Table, judged, percent, short
 
 V = 10_000
@@ -30,10 +30,9 @@ LAWS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 REJECTION = "rejection sampling of π_t from π_θ"
 FROM_UNIFORM = "rejection sampling of π_t from uniform"  # the first-principles note's
-FIGURES = ("ESS_θ", "ESS_t", "KL_θ", "KL_t", "acceptance")
 
 
-def figures_of(log_q: Tensor, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+def quantities_of(log_q: Tensor, a: Tensor, b: Tensor) -> dict[str, Tensor]:
     """Of laws q [n, V] for log pi_theta, log pi_t; acceptance is that of drafts from pi_theta, 1 - TV."""
     return {
         "ESS_θ": (-log_weight_moment(a, log_q, 2.0)).exp(),
@@ -47,7 +46,7 @@ def figures_of(log_q: Tensor, a: Tensor, b: Tensor) -> dict[str, Tensor]:
 def rejection(a: Tensor, b: Tensor, proposal: Tensor | None = None) -> dict[str, Tensor]:
     """Proposals from pi_theta or p, kept with pi_t / (M p), M the largest ratio. ESS is per proposal."""
     kept = (-(b - (a if proposal is None else proposal)).amax(-1)).exp()
-    found = figures_of(b, a, b)
+    found = quantities_of(b, a, b)
     return {**found, "ESS_θ": kept * found["ESS_θ"], "ESS_t": kept * found["ESS_t"], "acceptance": kept}
 
 
@@ -56,16 +55,16 @@ def compared(family: str) -> Callable[[Scale], list[Row]]:
         found: dict[tuple[str, str], list[Tensor]] = {}
         for logits_theta, logits_t in blocks(family, V, max(2, scale.pairs // 5)):
             a, b = logits_theta.log_softmax(-1), logits_t.log_softmax(-1)
-            laws = {name: figures_of(law(a, b), a, b) for name, law in LAWS.items()}
+            laws = {name: quantities_of(law(a, b), a, b) for name, law in LAWS.items()}
             uniform = rejection(a, b, LAWS["uniform"](a, b))
-            for name, figures in {**laws, REJECTION: rejection(a, b), FROM_UNIFORM: uniform}.items():
-                figures["smaller ESS"] = torch.minimum(figures["ESS_θ"], figures["ESS_t"])
-                figures["larger KL"] = torch.maximum(figures["KL_θ"], figures["KL_t"])
-                for figure, values in figures.items():
-                    found.setdefault((name, figure), []).append(values)
+            for name, values_of in {**laws, REJECTION: rejection(a, b), FROM_UNIFORM: uniform}.items():
+                values_of["smaller ESS"] = torch.minimum(values_of["ESS_θ"], values_of["ESS_t"])
+                values_of["larger KL"] = torch.maximum(values_of["KL_θ"], values_of["KL_t"])
+                for quantity, values in values_of.items():
+                    found.setdefault((name, quantity), []).append(values)
         return [
-            Row(f"baselines, {family}", name, figure, quantiles(torch.cat(values), 0.5)[0])
-            for (name, figure), values in found.items()
+            Row(f"baselines, {family}", name, quantity, median(torch.cat(values)))
+            for (name, quantity), values in found.items()
         ]
 
     return measure
@@ -75,7 +74,7 @@ PARTS = {family: compared(family) for family in FAMILIES}
 
 
 def _line(table: Table, law: str, family: str) -> str:
-    ess_theta, ess_t = (short(table.value(f"baselines, {family}", law, each)) for each in FIGURES[:2])
+    ess_theta, ess_t = (short(table.value(f"baselines, {family}", law, each)) for each in ("ESS_θ", "ESS_t"))
     return f"{family}: {ess_theta} and {ess_t}"
 
 
@@ -126,8 +125,11 @@ def _rejection(table: Table) -> Finding:
         for law in (REJECTION, FROM_UNIFORM)
     }
     words = (f"{f}: {percent(kept[f, REJECTION])} and {percent(kept[f, FROM_UNIFORM])}" for f in FAMILIES)
-    wasted = [f"{family}, {law.removeprefix('rejection sampling of π_t ')}"
-              for (family, law), share in kept.items() if share < 0.5]  # fmt: skip
+    wasted = [
+        f"{family}, {law.removeprefix('rejection sampling of π_t ')}"
+        for (family, law), share in kept.items()
+        if share < 0.5
+    ]
     return judged(
         "proposals from π_θ and from the uniform law that are kept, median: " + "; ".join(words),
         len(wasted) == len(kept),

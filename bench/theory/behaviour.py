@@ -38,9 +38,13 @@ def four_cases(scale: Scale) -> list[Row]:
             chosen = _sized(log_theta, large_theta) & _sized(log_t, large_t)
             up, down = (log_q - log_theta)[chosen], (log_q - log_t)[chosen]
             each = {
-                "q*/π_θ": up, "q*/π_t": down, "π_θ/q*": -up, "π_θ/π_t": down - up,
-                "above both": ((up > 0) & (down > 0)).double(), "below both": ((up < 0) & (down < 0)).double(),
-            }  # fmt: skip
+                "q*/π_θ": up,
+                "q*/π_t": down,
+                "π_θ/q*": -up,
+                "π_θ/π_t": down - up,
+                "above both": ((up > 0) & (down > 0)).double(),
+                "below both": ((up < 0) & (down < 0)).double(),
+            }
             for name, values in each.items():
                 found.setdefault((case, name), []).append(values)
     rows = []
@@ -87,7 +91,8 @@ def newton_steps(a: Tensor, b: Tensor, start: Tensor, tol: float = 1e-6) -> Tens
         if not bool(far.any()):
             break
         steps += far
-        step = truth.psi_slope(a, b, x) / truth.log_partition(a, b, x)[2]
+        _, _, curvature, _ = truth.log_partition(a, b, x)
+        step = truth.psi_slope(a, b, x) / curvature
         x = torch.where(far, (x - step).clamp(0, 1), x)
     return steps
 
@@ -103,7 +108,8 @@ def entropy_formula(family: str) -> Callable[[Scale], list[Row]]:
         for start, values in errors.items():
             error = torch.cat(values)
             for name, q in (("median", 0.5), ("95 %", 0.95), ("largest", 1.0)):
-                rows.append(Row("start", family, f"{start}, error, {name}", quantiles(error, q)[0]))
+                (value,) = quantiles(error, q)
+                rows.append(Row("start", family, f"{start}, error, {name}", value))
         a, b = next(blocks(family, 1000, max(2, scale.pairs // 20)))
         half = torch.full((len(a),), 0.5, dtype=torch.float64)
         for start, alpha in (("entropy formula", ost.solve(a, b, method="entropy").alpha), ("one half", half)):
@@ -186,7 +192,7 @@ def _two_points(table: Table) -> Finding:
 
 def _peak(table: Table) -> Finding:
     peaks, alphas = table.curve("peak", "V=10,000", "kl_symmetry")
-    everywhere = [value for size in table.cases("peak") for value in table.curve("peak", size, "kl_symmetry")[1]]
+    everywhere = [value for size in table.cases("peak") for value in table.curve("peak", size, "kl_symmetry").values]
     words = ", ".join(f"{peak:.6g}: {alpha:.3f}" for peak, alpha in zip(peaks, alphas, strict=True))
     return judged(
         f"V = 10,000, by the peak: {words}; over V = 100 to 100,000: {span(everywhere)}",

@@ -16,8 +16,14 @@ from .pairs import FAMILIES
 from .rows import Table
 
 BLACK, BLUE, RED, GREEN, PINK, ORANGE, SKY = (
-    "#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9",
-)  # fmt: skip
+    "#000000",
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+)
 Tables = Mapping[str, Table]
 
 
@@ -34,8 +40,15 @@ def path_in_the_plane(tables: Tables) -> Any:
         axis.contourf(grid, grid, density, levels=[*levels[:-1], density.max() * 1.01], cmap="Greys", alpha=0.85)
         for logits, colour, style in ((a, BLUE, "solid"), (b, RED, "dashed")):
             model = logits.log_softmax(-1).exp().reshape(plane.SIDE, plane.SIDE).numpy()
-            axis.contour(grid, grid, model, levels=model.max() * np.array([0.08, 0.4]), colors=colour,
-                         linewidths=1.1, linestyles=style)  # fmt: skip
+            axis.contour(
+                grid,
+                grid,
+                model,
+                levels=model.max() * np.array([0.08, 0.4]),
+                colors=colour,
+                linewidths=1.1,
+                linestyles=style,
+            )
         name = {1.0: "α = 1: π_θ", 0.0: "α = 0: π_t", star: f"α* = {star:.2f}: q*"}.get(alpha, f"α = {alpha:g}")
         axis.set(title=name, xlabel="x", xlim=(-3.8, 3.8), ylim=(-3.8, 3.8), aspect="equal")
         axis.grid(False)
@@ -52,12 +65,16 @@ def fronts(tables: Tables) -> Any:
     table = tables["plane"]
     figure, (left, right) = panels(9.5, 4.4, columns=2)
     for family, colour, style in (("geometric family", BLUE, "solid"), ("arithmetic family", ORANGE, "dashed")):
-        left.plot(table.curve("front", family, "KL_θ")[1], table.curve("front", family, "KL_t")[1],
-                  color=colour, linestyle=style, label=family)  # fmt: skip
-    sizes = [table.curve("front", "geometric family", each)[1] for each in ("ESS_θ", "ESS_t")]
+        front = [table.curve("front", family, each).values for each in ("KL_θ", "KL_t")]
+        left.plot(*front, color=colour, linestyle=style, label=family)
+    sizes = [table.curve("front", "geometric family", each).values for each in ("ESS_θ", "ESS_t")]
     right.plot(*sizes, color=BLUE, label="geometric family")
-    marks = (("KL symmetry", BLACK, "o"), ("ESS balance", GREEN, "s"), ("entropy formula", PINK, "^"),
-             ("arithmetic mixture", ORANGE, "D"))  # fmt: skip
+    marks = (
+        ("KL symmetry", BLACK, "o"),
+        ("ESS balance", GREEN, "s"),
+        ("entropy formula", PINK, "^"),
+        ("arithmetic mixture", ORANGE, "D"),
+    )
     for axis, names in ((left, ("KL_θ", "KL_t")), (right, ("ESS_θ", "ESS_t"))):
         for name, colour, marker in marks:
             x, y = (table.value("plane", name, each) for each in names)
@@ -172,8 +189,15 @@ def bias_and_spread(tables: Tables) -> Any:
             names = [each.name for each in bandit.ESTIMATORS if each.kernel == kernel]
             spread, bias = ([table.value(what, name, each) for name in names] for each in ("std", "bias"))
             label = "power r^γ, γ = 0 to 1" if kernel == "power" else f"{kernel}, width ¼ to 4"
-            axis.plot(spread, bias, color=colours.get(kernel, BLACK), marker=markers.get(kernel, "x"), markersize=4,
-                      linewidth=1, label=label)  # fmt: skip
+            axis.plot(
+                spread,
+                bias,
+                color=colours.get(kernel, BLACK),
+                marker=markers.get(kernel, "x"),
+                markersize=4,
+                linewidth=1,
+                label=label,
+            )
         axis.set(title=f"noise {distance:g} between π and μ", xlabel="std of one sample / |gradient|")
         axis.set_xscale("log")
         low, high = axis.get_xlim()
@@ -191,8 +215,13 @@ def learning_curves(tables: Tables) -> Any:
     table = tables["learning"]
     laws = ("q*", "mixture", "π_t")
     figure, axes = panels(10.5, 6.2, rows=len(learning.TASKS), columns=len(laws), sharex=True, sharey="row")
-    looks = {"γ = 0": (BLUE, "solid"), "γ*": (GREEN, "dashed"), "γ = 1": (RED, "dashdot"), "sech²": (PINK, "dotted"),
-             "filtered SFT": (ORANGE, (0, (5, 1)))}  # fmt: skip
+    looks = {
+        "γ = 0": (BLUE, "solid"),
+        "γ*": (GREEN, "dashed"),
+        "γ = 1": (RED, "dashdot"),
+        "sech²": (PINK, "dotted"),
+        "filtered SFT": (ORANGE, (0, (5, 1))),
+    }
     for line, name in zip(axes, learning.TASKS, strict=True):
         for axis, law in zip(line, laws, strict=True):
             own = [method for method in learning.methods_of(name) if method.law == law]

@@ -167,10 +167,10 @@ def learned(name: str, method: Method) -> Callable[[Scale], list[Row]]:
         (curve,) = curves(method, TASKS[name](scale.seeds), [best], scale.steps, 0)
         samples, rows = needed(curve), [Row(f"method, {name}", method.name, "rate", best)]
         deviation = curve.std(0) * _student(len(curve)) / len(curve) ** 0.5
-        for figure, values in (("mean", curve.mean(0)), ("half width", deviation)):
+        for quantity, values in (("mean", curve.mean(0)), ("half width", deviation)):
             # the shape is in the first samples, so that the points shown are even in the logarithm
             shown = sorted({0, *(round(scale.steps ** (i / POINTS)) for i in range(POINTS + 1))})
-            rows += [Row(f"curve, {name}", method.name, figure, float(values[i]), i * PROMPTS) for i in shown]
+            rows += [Row(f"curve, {name}", method.name, quantity, float(values[i]), i * PROMPTS) for i in shown]
         rows += [Row(f"needed, {name}", method.name, "samples", v, i) for i, v in enumerate(samples.tolist())]
         rows.append(
             Row(f"method, {name}", method.name, "share that learned", float(samples.isfinite().double().mean()))

@@ -35,18 +35,19 @@ def shapes(scale: Scale) -> list[Row]:
         g = weight(kernel, fine)
         at = torch.tensor([1.0, 3.0, FAR], dtype=torch.float64)
         one, three, far = weight(kernel, at).tolist()
-        f = is_reshape.reshaped_ratio(torch.tensor([FAR, 1 / FAR], dtype=torch.float64).log(), 1.0, kernel)
-        figures = {
+        ends = torch.tensor([FAR, 1 / FAR], dtype=torch.float64).log()
+        at_infinity, at_zero = is_reshape.reshaped_ratio(ends, 1.0, kernel).tolist()
+        quantities = {
             "peak": float(g.max()),
             "peak at": float(fine[g.argmax()]),
             "at 1": one,
             "at 3": three,
             "K(2)": three / 3,
             "far out": far,
-            "f at infinity": float(f[0]),
-            "f at 0": float(f[1]),
+            "f at infinity": at_infinity,
+            "f at 0": at_zero,
         }
-        rows += [Row("kernel", kernel, name, value) for name, value in figures.items()]
+        rows += [Row("kernel", kernel, name, value) for name, value in quantities.items()]
     r = torch.logspace(1, 12, 12, dtype=torch.float64)
     rows.append(Row("unbounded", "K = 1/√(1+|x|)", "g far out", float((r / (1 + (r - 1).abs()).sqrt()).max())))
     rows.append(Row("unbounded", "r^0.5", "g far out", float(gradient_weight(r.log(), 0.5).max())))
@@ -217,7 +218,8 @@ def _limit(table: Table) -> Finding:
 
 def _width(table: Table) -> Finding:
     found = {
-        name: [table.curve("width", kernel, name)[1] for kernel in table.cases("width")] for name in ("g(0.5)", "g(2)")
+        name: [table.curve("width", kernel, name).values for kernel in table.cases("width")]
+        for name in ("g(0.5)", "g(2)")
     }
     narrow, wide = ({name: [values[place] for values in each] for name, each in found.items()} for place in (0, 2))
     return judged(

@@ -68,3 +68,8 @@ def peak_against_uniform(peak: float, V: int) -> Pair:
 def quantiles(values: Tensor, *at: float) -> list[float]:
     """torch.quantile refuses more than 16 million values; there are fewer here."""
     return [float(torch.quantile(values.double(), q)) for q in at]
+
+
+def median(values: Tensor) -> float:
+    """The mean of both where two are in the middle."""
+    return float(torch.quantile(values.double(), 0.5))

@@ -10,7 +10,7 @@ from torch import Tensor
 import optsample_triton as ost
 from reference import truth
 
-from .baselines import figures_of
+from .baselines import quantities_of
 from .rows import Claim, Finding, Row, Scale, Table, judged, percent, short
 
 SIDE, REACH = 81, 4.0
@@ -28,8 +28,8 @@ def logits(mixture: tuple[tuple[float, tuple[float, float], float], ...]) -> Ten
     """Log-densities at the grid's points, [SIDE * SIDE], x varying fastest."""
     y, x = torch.meshgrid(axis(), axis(), indexing="ij")
     terms = [
-        math.log(weight / std**2) - ((x - centre[0]).square() + (y - centre[1]).square()) / (2 * std**2)
-        for weight, centre, std in mixture
+        math.log(weight / std**2) - ((x - centre_x).square() + (y - centre_y).square()) / (2 * std**2)
+        for weight, (centre_x, centre_y), std in mixture
     ]
     return torch.stack(terms).logsumexp(0).reshape(-1)
 
@@ -38,7 +38,7 @@ def pair() -> tuple[Tensor, Tensor]:
     return logits(THETA), logits(TARGET)
 
 
-def figures(scale: Scale) -> list[Row]:
+def mixtures(scale: Scale) -> list[Row]:
     a, b = (x.log_softmax(-1) for x in pair())
     rows = []
     laws = {
@@ -48,8 +48,8 @@ def figures(scale: Scale) -> list[Row]:
         "arithmetic mixture": torch.logaddexp(a, b) - math.log(2),
     }
     for name, log_q in laws.items():
-        found = figures_of(log_q[None], a[None], b[None])
-        rows += [Row("plane", name, figure, float(value)) for figure, value in found.items()]
+        found = quantities_of(log_q[None], a[None], b[None])
+        rows += [Row("plane", name, quantity, float(value)) for quantity, value in found.items()]
     for name, method in (
         ("KL symmetry", "kl_symmetry"),
         ("ESS balance", "ess_balance"),
@@ -65,24 +65,32 @@ def figures(scale: Scale) -> list[Row]:
         rows.append(Row("front", "geometric family", "KL_θ", float(front.kl_theta[index]), alpha))
         rows.append(Row("front", "geometric family", "KL_t", float(front.kl_t[index]), alpha))
         mixed = torch.logaddexp(math.log(alpha) + a, math.log1p(-alpha) + b) if 0 < alpha < 1 else (a if alpha else b)
-        found = figures_of(mixed[None], a[None], b[None])
+        found = quantities_of(mixed[None], a[None], b[None])
         rows += [Row("front", "arithmetic family", name, float(found[name]), alpha) for name in ("KL_θ", "KL_t")]
         rows.append(Row("front", "geometric family", "ESS_θ", float(front.ess_theta[index]), alpha))
         rows.append(Row("front", "geometric family", "ESS_t", float(front.ess_t[index]), alpha))
     # L from the logits as they are, so that its chord is not level
     shifted = b - 3.0
+
+    def log_partition(t: float) -> tuple[float, float]:
+        """L(t) and its slope."""
+        value, slope, _, _ = truth.log_partition(a, shifted, t)
+        return float(value), float(slope)
+
     for t in torch.linspace(-0.1, 1.1, 121, dtype=torch.float64).tolist():
-        rows.append(Row("chord", "L", "L", float(truth.log_partition(a, shifted, t)[0]), t))
+        value, _ = log_partition(t)
+        rows.append(Row("chord", "L", "L", value, t))
         rows.append(Row("chord", "ψ", "ψ", float(truth.psi(a, b, t)), t))
     star = float(ost.solve(a, b).alpha)
-    value, slope = (float(x) for x in truth.log_partition(a, shifted, star)[:2])
+    value, slope = log_partition(star)
     rows += [Row("chord", "tangent", "L", value), Row("chord", "tangent", "slope", slope)]
-    rows += [Row("chord", "ends", "L(0)", float(truth.log_partition(a, shifted, 0.0)[0])),
-             Row("chord", "ends", "L(1)", float(truth.log_partition(a, shifted, 1.0)[0]))]  # fmt: skip
+    for t in (0.0, 1.0):
+        value, _ = log_partition(t)
+        rows.append(Row("chord", "ends", f"L({t:g})", value))
     return rows
 
 
-PARTS = {"figures": figures}
+PARTS = {"mixtures": mixtures}
 
 
 def _diagonal(table: Table) -> Finding:

@@ -91,7 +91,7 @@ def balance_table(tables: Tables) -> str:
                 table.value("balance", case, each)
                 for each in ("share in [0.9, 1.1]", "ratio, 50 %", "alpha apart, median", "smaller ESS, median")
             )
-            lines.append([family, percent(share), _figure(middle), _figure(apart), _figure(least)])
+            lines.append([family, percent(share), _number(middle), _number(apart), _number(least)])
         heading = (f"V = {V:,}", "within [0.9, 1.1]", "ratio", "α apart", "smaller ESS")
         blocks.append(markdown(heading, lines))
     title = (
@@ -108,9 +108,12 @@ def baseline_tables(tables: Tables) -> str:
         table = tables["baselines"]
         lines = []
         for law in table.cases(what):
-            values = [table.value(what, law, figure) for figure in baselines.FIGURES]
-            ratio = values[0] / values[1] if values[1] else math.inf
-            lines.append([plain(law), *(_figure(x) for x in (*values[:2], ratio, *values[2:4])), percent(values[4])])
+            ess_theta, ess_t, kl_theta, kl_t, acceptance = (
+                table.value(what, law, each) for each in ("ESS_θ", "ESS_t", "KL_θ", "KL_t", "acceptance")
+            )
+            ratio = ess_theta / ess_t if ess_t else math.inf
+            numbers = (ess_theta, ess_t, ratio, kl_theta, kl_t)
+            lines.append([plain(law), *map(_number, numbers), percent(acceptance)])
         heading = (family, "ESS_θ", "ESS_t", "ratio", "KL_θ", "KL_t", "acceptance")
         blocks.append(markdown(heading, lines))
     return "\n".join(blocks)
@@ -120,7 +123,7 @@ def peak_table(tables: Tables) -> str:
     table, lines = tables["behaviour"], []
     for size in table.cases("peak"):
         for method, name in (("kl_symmetry", "α\\*"), ("entropy", "entropy formula")):
-            lines.append([f"{size}, {name}", *(f"{value:.3f}" for value in table.curve("peak", size, method)[1])])
+            lines.append([f"{size}, {name}", *(f"{value:.3f}" for value in table.curve("peak", size, method).values)])
     return "A peak against the uniform law, by the peak's mass:\n\n" + markdown(
         ("", *(f"{peak:.6g}" for peak in behaviour.PEAKS)), lines
     )
@@ -132,7 +135,7 @@ def start_table(tables: Tables) -> str:
         cells = []
         for start in ("entropy formula", "one half"):
             errors = [table.value("start", family, f"{start}, error, {each}") for each in ("median", "95 %", "largest")]
-            cells.append(" / ".join(_figure(error) for error in errors))
+            cells.append(" / ".join(_number(error) for error in errors))
             cells.append(f"{table.value('start', family, f'{start}, Newton steps, mean'):.1f}")
         lines.append([family, *cells])
     heading = ("family", "entropy formula: error", "steps", "½: error", "steps")
@@ -278,7 +281,7 @@ def _power(value: float) -> str:
     return "0" if value == 0 else f"{value:.0e}" if value < 0.01 else f"{value:.2f}"
 
 
-def _figure(value: float) -> str:
+def _number(value: float) -> str:
     if math.isinf(value) or value == 0:
         return "∞" if value else "0"
     return f"{value:.2f}" if 0.01 <= value < 1000 else f"{value:.0e}"

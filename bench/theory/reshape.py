@@ -13,7 +13,7 @@ from optsample_triton import is_reshape
 from reference import truth
 from reference.is_reshape import reinforce_loss
 
-from .pairs import FAMILIES, blocks, quantiles
+from .pairs import FAMILIES, blocks, median
 from .rows import Claim, Finding, Row, Scale, Table, judged, percent, short, span
 
 V, Y, RHO_MIN = 1000, 50, 0.3
@@ -91,9 +91,10 @@ def weights_of(law: str) -> Callable[[Scale], list[Row]]:
 
 def _tail_index(log_w: Tensor) -> float:
     try:
-        return is_reshape.psis(log_w)[1]
+        _, k_hat = is_reshape.psis(log_w)
     except ImportError:  # arviz-stats needs Python 3.11
         return math.nan
+    return k_hat
 
 
 def moments(scale: Scale) -> list[Row]:
@@ -117,15 +118,15 @@ def moments(scale: Scale) -> list[Row]:
             sigma_sq = log_variance(log_pi, log_mu)
             normal.append(share.exp() / torch.exp(-sigma_sq / 4))
         least = torch.cat(argmin)
-        figures = {
+        quantities = {
             "identity, largest error of the logarithm": float(torch.cat(error).max()),
-            "least V at, median": quantiles(least, 0.5)[0],
+            "least V at, median": median(least),
             "least V at, smallest": float(least.min()),
             "least V at, largest": float(least.max()),
             "distance to α*/2, largest": float((least - torch.cat(half)).abs().max()),
-            "ESS at 1/2 over its closed form, median": quantiles(torch.cat(normal), 0.5)[0],
+            "ESS at 1/2 over its closed form, median": median(torch.cat(normal)),
         }
-        rows += [Row("moments", family, name, value) for name, value in figures.items()]
+        rows += [Row("moments", family, name, value) for name, value in quantities.items()]
     return rows
 
 
@@ -174,7 +175,7 @@ def targets(scale: Scale) -> list[Row]:
         steps = torch.stack([is_reshape.target_distribution(mu, reward, tau, i / 400) for i in range(401)]).sqrt()
         length = 2 * float((steps[1:] - steps[:-1]).norm(dim=-1).sum())
         longer.append(length / (2 * math.acos(float((steps[0] * steps[-1]).sum()))))
-    figures = {
+    quantities = {
         "sets": float(count),
         "bias falls everywhere": sum(monotone) / count,
         "V rises everywhere above 0.25": sum(rising) / count,
@@ -185,7 +186,7 @@ def targets(scale: Scale) -> list[Row]:
         **{f"least error at, n={n:,}": sum(values) / count for n, values in least.items()},
         **{f"least error inside, n={n:,}": sum(0 < v < 1 for v in values) / count for n, values in least.items()},
     }
-    return [*shown, *(Row("targets", "random sets", name, value) for name, value in figures.items())]
+    return [*shown, *(Row("targets", "random sets", name, value) for name, value in quantities.items())]
 
 
 def _combined(log_p: Tensor, sft: Tensor, rl: Tensor, gamma: float) -> Tensor:
@@ -201,7 +202,8 @@ def one_formula(scale: Scale) -> list[Row]:
     apart = 0.0
     for gamma in (0.0, 0.05, 0.1, 0.5, 1.0):
         log_pi = (log_mu + torch.randn(256, generator=g, dtype=torch.float64)).requires_grad_()
-        (ours,) = torch.autograd.grad(ost.is_reshape_loss(log_pi, log_mu, reward, gamma=gamma)[0], log_pi)
+        loss, _ = ost.is_reshape_loss(log_pi, log_mu, reward, gamma=gamma)
+        (ours,) = torch.autograd.grad(loss, log_pi)
         (listed,) = torch.autograd.grad(reinforce_loss(log_pi, log_mu, reward, gamma), log_pi)
         apart = max(apart, float(((ours - listed).abs() / listed.abs()).max()))
     rows = [Row("one formula", "method B", "relative distance of the gradients", apart)]
@@ -239,8 +241,8 @@ def divergences(scale: Scale) -> list[Row]:
     for gamma in (0.1, 0.25, 0.6, 1.0):
         value = float(density @ torch.exp(2 * gamma * (math.sqrt(2.0) * x - 1.0)))
         moment = max(moment, abs(value / math.exp(2.0 * gamma * (2 * gamma - 1)) - 1))
-    figures = {"γ = 0, forward KL": forward, "γ = 1, reverse KL": reverse, "V of log-normal weights": moment}
-    return [Row("divergences", name, "relative distance", value) for name, value in figures.items()]
+    quantities = {"γ = 0, forward KL": forward, "γ = 1, reverse KL": reverse, "V of log-normal weights": moment}
+    return [Row("divergences", name, "relative distance", value) for name, value in quantities.items()]
 
 
 PARTS = {

@@ -27,13 +27,20 @@ QUICK = Scale(pairs=4, draws=256, repeats=2, seeds=3, steps=4)
 
 
 class Row(NamedTuple):
-    """One number: `figure` of `case` in the measurement `what`, at `x` where the figure is a curve."""
+    """One number: `quantity` of `case` in the measurement `what`, at `x` where it is a point of a curve."""
 
     what: str
     case: str
-    figure: str
+    quantity: str
     value: float
     x: float | None = None
+
+
+class Curve(NamedTuple):
+    """A quantity's values, and the x of each."""
+
+    x: list[float]
+    values: list[float]
 
 
 Part = Callable[[Scale], list[Row]]
@@ -46,33 +53,35 @@ class Table:
         self.rows = list(rows)
         self._curves: dict[tuple[str, str, str], list[tuple[float | None, float]]] = {}
         for row in self.rows:
-            self._curves.setdefault((row.what, row.case, row.figure), []).append((row.x, row.value))
+            self._curves.setdefault((row.what, row.case, row.quantity), []).append((row.x, row.value))
 
-    def value(self, what: str, case: str, figure: str) -> float:
-        ((_, value),) = self._curves[what, case, figure]
+    def value(self, what: str, case: str, quantity: str) -> float:
+        ((_, value),) = self._curves[what, case, quantity]
         return value
 
-    def curve(self, what: str, case: str, figure: str) -> tuple[list[float], list[float]]:
-        points = self._curves[what, case, figure]
-        return [float(x) for x, _ in points if x is not None], [value for _, value in points]
+    def curve(self, what: str, case: str, quantity: str) -> Curve:
+        points = self._curves[what, case, quantity]
+        return Curve([float(x) for x, _ in points if x is not None], [value for _, value in points])
 
     def cases(self, what: str) -> list[str]:
         return list(dict.fromkeys(row.case for row in self.rows if row.what == what))
 
-    def column(self, what: str, figure: str) -> dict[str, float]:
-        """A figure of every case that has it."""
-        return {row.case: row.value for row in self.rows if (row.what, row.figure) == (what, figure) and row.x is None}
+    def column(self, what: str, quantity: str) -> dict[str, float]:
+        """One quantity, of every case that has it."""
+        return {
+            row.case: row.value for row in self.rows if (row.what, row.quantity) == (what, quantity) and row.x is None
+        }
 
 
 def write(rows: Sequence[Row], path: Path) -> None:
-    """Six digits: what lies beyond differs between machines."""
+    """With six digits: further ones differ between machines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(Row._fields)
         for row in rows:
             x = "" if row.x is None else f"{row.x:.6g}"
-            writer.writerow((row.what, row.case, row.figure, f"{row.value:.6g}", x))
+            writer.writerow((row.what, row.case, row.quantity, f"{row.value:.6g}", x))
 
 
 def read(path: Path) -> Table:
@@ -81,7 +90,7 @@ def read(path: Path) -> Table:
             Row(
                 each["what"],
                 each["case"],
-                each["figure"],
+                each["quantity"],
                 float(each["value"]),
                 float(each["x"]) if each["x"] else None,
             )
@@ -93,7 +102,7 @@ HOLDS, FAILS = "holds", "does not hold"
 
 
 class Finding(NamedTuple):
-    """What was measured, in words with figures, and the verdict: HOLDS, FAILS or "holds where ..."."""
+    """What was measured, in words and numbers, and the verdict: HOLDS, FAILS or "holds where ..."."""
 
     measured: str
     verdict: str

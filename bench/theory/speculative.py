@@ -9,7 +9,7 @@ import torch
 import optsample_triton as ost
 from reference.speculative import emitted_law, emitted_law_biased
 
-from .pairs import FAMILIES, REALISTIC, blocks, quantiles
+from .pairs import FAMILIES, REALISTIC, blocks, median, quantiles
 from .rows import Claim, Finding, Row, Scale, Table, judged, percent, short, span
 
 V, LENGTHS, COSTS = 10_000, (1, 2, 3, 4, 6, 8), (1.0, 0.3, 0.1, 0.02)
@@ -26,15 +26,15 @@ def acceptance(family: str) -> Callable[[Scale], list[Row]]:
             exact.append(0.5 * (emitted_law(p, q) - q).abs().sum(-1))
         rate = torch.cat(rates)
         low, middle, high = quantiles(rate, 0.05, 0.5, 0.95)
-        figures = {
+        quantities = {
             "5 %": low,
             "50 %": middle,
             "95 %": high,
             "share in [0.4, 0.6]": float(((rate >= 0.4) & (rate <= 0.6)).double().mean()),
-            "total variation, documents' recipe, median": quantiles(torch.cat(off), 0.5)[0],
+            "total variation, documents' recipe, median": median(torch.cat(off)),
             "total variation, residual, largest": float(torch.cat(exact).max()),
         }
-        return [Row("acceptance", family, name, value) for name, value in figures.items()]
+        return [Row("acceptance", family, name, value) for name, value in quantities.items()]
 
     return measure
 
@@ -65,7 +65,7 @@ PARTS = {
 def speed_up(table: Table, family: str, cost: float) -> float:
     """At the best K, where a pass of pi_theta costs `cost` passes of pi_t and a pass over K + 1 places costs one.
 
-    One token at a time takes a pass of each model. K drafts and the place behind them take K + 1 passes of pi_theta
+    One token at a time takes a pass of each model. K drafts and the token after them take K + 1 passes of pi_theta
     and one of pi_t.
     """
     lengths, tokens = table.curve("emitted", family, "tokens")

@@ -66,9 +66,10 @@ def _finished(
             yield key, run_part(*key, scale)
         return
     # Learning's parts are the longest: first in, so that no worker is left with one at the end.
-    order = sorted(todo, key=lambda key: key[0] != "learning")
+    longest = [(module, part) for module, part in todo if module == "learning"]
+    others = [(module, part) for module, part in todo if module != "learning"]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(run_part, *key, scale): key for key in order}
+        futures = {pool.submit(run_part, *key, scale): key for key in (*longest, *others)}
         for future in as_completed(futures):
             yield futures[future], future.result()
 

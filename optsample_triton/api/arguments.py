@@ -28,7 +28,7 @@ def check_rows(theta: Tensor, t: Tensor, name_theta: str, name_t: str) -> None:
     if t.shape[-1] != theta.shape[-1]:
         raise ValueError(
             f"{name_t} has a vocabulary of {t.shape[-1]}, but {name_theta} has one of {theta.shape[-1]}: "
-            "slice both to the shared entries"
+            "slice both to the tokens that they share"
         )
     if t.shape != theta.shape:
         raise ValueError(f"{name_t} must have the shape of {name_theta}, {list(theta.shape)}, but has {list(t.shape)}")
@@ -67,12 +67,13 @@ def as_problem(
             raise ValueError(
                 f"vocab_size must be between 1 and the rows' length {theta.shape[-1]}, but is {vocab_size}"
             )
+    temperature_theta, temperature_t = temperatures
     return Problem(
         as_rows(theta)[..., :vocab_size],
         as_rows(t)[..., :vocab_size],
         None if alpha is None else per_row(alpha, theta, "alpha"),
-        inverse_temperature(temperatures[0], theta, "temperature_theta"),
-        inverse_temperature(temperatures[1], theta, "temperature_t"),
+        inverse_temperature(temperature_theta, theta, "temperature_theta"),
+        inverse_temperature(temperature_t, theta, "temperature_t"),
         options,
     )
 
@@ -160,7 +161,7 @@ def per_row(value: float | Tensor, theta: Tensor, name: str) -> Tensor:
 def inverse_temperature(value: float | Tensor, theta: Tensor, name: str) -> Tensor | None:
     if not isinstance(value, Tensor):
         if isinstance(value, NUMBERS) and not (1.0 / LARGEST_NUMBER <= value <= LARGEST_NUMBER):
-            raise ValueError(f"{name} must be positive and at most {LARGEST_NUMBER:g}, but is {value}")
+            raise ValueError(f"{name} must lie between {1.0 / LARGEST_NUMBER:g} and {LARGEST_NUMBER:g}, but is {value}")
         if value == 1.0:
             return None
     return per_row(value, theta, name).reciprocal()

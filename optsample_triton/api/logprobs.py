@@ -231,6 +231,6 @@ def _check_apart(logits: Tensor, logits_t: Tensor) -> None:
 
 
 def _extent(x: Tensor) -> tuple[int, int]:
-    """The addresses of the first element and behind the last one."""
+    """The addresses of the first element and just past the last one."""
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size() * bool(x.numel())

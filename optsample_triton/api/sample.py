@@ -81,6 +81,6 @@ def sample(
         drawn = sharded.sample(problem, group, vocab_size, draws, num_samples or 1)
     whole = batch if num_samples is None else (*batch, num_samples)
     each = batch if num_samples is None else (*batch, 1)
-    token, log_q, log_theta, log_t = (x.reshape(whole) for x in drawn[:4])
-    found, status = (x.reshape(each).expand(whole) for x in (drawn.alpha, drawn.status))
-    return Sample(token, log_q, log_theta, log_t, found, status)
+    *of_tokens, found, status = drawn
+    rows = (x.reshape(each).expand(whole) for x in (found, status))
+    return Sample(*(x.reshape(whole) for x in of_tokens), *rows)

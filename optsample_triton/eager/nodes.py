@@ -20,12 +20,12 @@ UNDERFLOW = 1e6  # smallest normal numbers: a shard whose sum is below this many
 # The rows of a tensor of sums: of the weights at the nodes; of the weights times d at the inner three, and times
 # d^2 at 1/2, d in units of 8; and the largest weight at 1/2.
 MASS, FIRST, SECOND, TOP = slice(0, 5), slice(5, 8), 8, 9
-SUMS = slice(0, 9)
+SUMS, SUM_COUNT = slice(0, 9), 9
 INNER, HALF = slice(1, 4), 2  # among the nodes
 HALF_INNER = 1  # among the inner nodes
 
 
-class NodeSums(NamedTuple):
+class Nodes(NamedTuple):
     """L and its derivatives at the nodes, of logits relative to their references; float64."""
 
     log_partition: Tensor  # [5, N]
@@ -41,7 +41,7 @@ class NodeSums(NamedTuple):
         return torch.isfinite(self.log_partition).all(0) & torch.isfinite(self.variance)
 
 
-class _Sums(NamedTuple):
+class NodeSums(NamedTuple):
     """What one read adds up."""
 
     sums: Tensor  # [9, N], float64
@@ -49,35 +49,35 @@ class _Sums(NamedTuple):
     reference: Pair  # [N] each
 
 
-def node_sums(rows: Rows) -> NodeSums:
+def node_sums(rows: Rows) -> Nodes:
     """One read of the rows. A -inf shows as a non-finite sum; the block is then summed again with its masks."""
     reference = references(rows)
-    sums = torch.empty(9, rows.count, dtype=torch.float64, device=rows.device)
+    sums = torch.empty(SUM_COUNT, rows.count, dtype=torch.float64, device=rows.device)
     top = torch.empty(rows.count, dtype=rows.working_dtype, device=rows.device)
     for block in rows.blocks():
         bases = Pair(*(-0.125 * x[block, None] for x in reference))
         sums[:, block], top[block] = _block_sums(rows, block, bases, masked=False)
         if not bool(torch.isfinite(sums[:, block]).all()):
             sums[:, block], top[block] = _block_sums(rows, block, bases, masked=True)
-    read = _Sums(sums, top, reference)
+    read = NodeSums(sums, top, reference)
     if rows.shard is not None:
         read = _merged(rows.shard, read, UNDERFLOW * float(torch.finfo(rows.working_dtype).tiny))
     mass = read.sums[MASS]
     mean = read.sums[FIRST] / mass[INNER]  # in units of 8, as d was
     variance = 64.0 * (read.sums[SECOND] / mass[HALF] - mean[HALF_INNER].square())
-    return NodeSums(mass.log(), 8.0 * mean, variance, read.top.double() / mass[HALF], *read.reference)
+    return Nodes(mass.log(), 8.0 * mean, variance, read.top.double() / mass[HALF], *read.reference)
 
 
 def _block_sums(rows: Rows, block: slice, bases: Pair, *, masked: bool) -> tuple[Tensor, Tensor]:
     """Sums [9, R] over all chunks, in float64, and the largest weight at 1/2 [R]."""
-    total = bases.t.new_zeros(9, bases.t.shape[0], dtype=torch.float64)
+    total = bases.t.new_zeros(SUM_COUNT, bases.t.shape[0], dtype=torch.float64)
     top = torch.zeros_like(bases.t[:, 0])
-    part = bases.t.new_empty(10, bases.t.shape[0])
+    part = bases.t.new_empty(SUM_COUNT + 1, bases.t.shape[0])
     for chunk in rows.chunks():
         a, b = rows.read(block, chunk, rows.working_dtype)
         x, y = torch.add(bases.theta, a, alpha=0.125), torch.add(bases.t, b, alpha=0.125)
         outside = None
-        if masked:  # a NaN or +inf stays in, whatever stands opposite, and spoils the sums: the row is INVALID
+        if masked:  # a NaN or +inf stays in, so that the sums show it: the row is INVALID
             outside = outside_common_support(a, b) & (torch.maximum(a, b) < torch.inf)
         _chunk_sums(x, y, outside, part)
         total += part[SUMS]
@@ -109,7 +109,7 @@ def _chunk_sums(x: Tensor, y: Tensor, outside: Tensor | None, into: Tensor) -> N
     torch.sum(half.mul_(d), -1, out=into[SECOND])
 
 
-def _merged(shard: Shard, read: _Sums, least: float) -> _Sums:
+def _merged(shard: Shard, read: NodeSums, least: float) -> NodeSums:
     """Each shard's sums are relative to its own references: all of them relative to common ones, in one collective.
 
     A shard with a sum below ``least`` has lost some of its mass between the nodes, and the row gets NaN: others may
@@ -132,7 +132,7 @@ def _merged(shard: Shard, read: _Sums, least: float) -> _Sums:
     first = first + shift * mass[:, INNER]
     merged = torch.cat([factor * mass, factor[:, INNER] * first, factor[:, at_half] * second], 1).sum(0)
     merged = merged.masked_fill(lost.any(0), torch.nan)
-    return _Sums(merged, (factor[:, HALF] * top).amax(0), Pair(*common))
+    return NodeSums(merged, (factor[:, HALF] * top).amax(0), Pair(*common))
 
 
 def survey(rows: Rows) -> Tensor:

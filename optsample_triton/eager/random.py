@@ -52,10 +52,10 @@ def uniforms(seed: Tensor, offset: Tensor, group: Tensor, draw: Tensor, stream: 
     """Of the shape that the int64 arguments broadcast to."""
     counter = offset & _WORD, (offset >> 32) & _WORD, group & _WORD, (draw * STREAMS + stream) & _WORD
     first, second, third, fourth = philox(seed, counter)
-    return Uniforms(_unit(first, second), _unit(third, fourth))
+    return Uniforms(_fraction(first, second), _fraction(third, fourth))
 
 
-def _unit(high: Tensor, low: Tensor) -> Tensor:
+def _fraction(high: Tensor, low: Tensor) -> Tensor:
     return ((high >> 5).double() * 2.0**26 + (low >> 6).double()) * 2.0**-53
 
 
@@ -99,7 +99,7 @@ class Numbers:
         return self._place(0 * draw, draw, Stream.PLACE, Stream.TOKEN)
 
     def recovery_uniforms(self, position: Tensor) -> DrawUniforms:
-        """Where the token falls that stands for a refused draft, or behind all drafts."""
+        """Where the token falls that replaces a refused draft or follows all drafts."""
         return self._place(position, 0 * position, Stream.RECOVER_PLACE, Stream.RECOVER_TOKEN)
 
     def _place(self, position: Tensor, draw: Tensor, place: Stream, token: Stream) -> DrawUniforms:

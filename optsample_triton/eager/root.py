@@ -11,8 +11,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optsample_triton.eager.nodes import HALF_INNER, INNER, NodeSums
-from optsample_triton.numerics import CLEAR, NEGLECTED, NEWTON_START, NODES, NOISE, SD_SHARE
+from optsample_triton.eager.nodes import HALF_INNER, INNER, Nodes
+from optsample_triton.numerics import (
+    CLEAR,
+    NEGLECTED_EVEN,
+    NEGLECTED_ODD,
+    NEWTON_START,
+    NODES,
+    NOISE_ALWAYS,
+    NOISE_OF_TOP,
+    SD_SHARE,
+)
 
 H = 0.25  # the inner nodes 3/8 and 5/8 in s
 NEWTON_STEPS = 7  # inside the interpolant: a handful of flops per row
@@ -47,7 +56,7 @@ class Interpolant(NamedTuple):
     high: Tensor
 
 
-def interpolate(nodes: NodeSums, target: Tensor, epsilon: float) -> Interpolant:
+def interpolate(nodes: Nodes, target: Tensor, epsilon: float) -> Interpolant:
     """Solve psi'(alpha) = target [N] on the interpolant. ``epsilon`` is that of the sums' dtype."""
     at = _node_values(nodes, epsilon)
     low, high = _bracket(at, target)
@@ -64,14 +73,13 @@ def interpolate(nodes: NodeSums, target: Tensor, epsilon: float) -> Interpolant:
     return Interpolant(0.5 + 0.5 * s, psi, at.psi[HALF_INNER], error, rounding, 0.5 + 0.5 * low, 0.5 + 0.5 * high)
 
 
-def _node_values(nodes: NodeSums, epsilon: float) -> _NodeValues:
+def _node_values(nodes: Nodes, epsilon: float) -> _NodeValues:
     log_partition = nodes.log_partition
     at_theta, at_t = log_partition[-1], log_partition[0]
     x = log_partition.new_tensor(NODES[INNER])[:, None]
     psi = log_partition[INNER] - x * at_theta - (1.0 - x) * at_t
     slope = nodes.mean - (at_theta - at_t)
-    anywhere, on_one_token = NOISE
-    return _NodeValues(psi, slope, nodes.variance, epsilon * (anywhere + on_one_token * nodes.top_share))
+    return _NodeValues(psi, slope, nodes.variance, epsilon * (NOISE_ALWAYS + NOISE_OF_TOP * nodes.top_share))
 
 
 def _bracket(at: _NodeValues, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,8 +155,8 @@ def _truncation(g: Tensor, s: Tensor) -> Tensor:
     beyond, edge = square - H * H, 1.0 - square
     shape_odd = square * beyond * (edge * (3.0 * beyond + 4.0 * square) - 2.0 * square * beyond)
     shape_even = s * beyond * (edge * (2.0 * beyond + 4.0 * square) - 2.0 * square * beyond)
-    odd, even = NEGLECTED
-    return odd * (g[5].abs() + g[6].abs()) * shape_odd.abs() + even * g[6].abs() * shape_even.abs()
+    odd = NEGLECTED_ODD * (g[5].abs() + g[6].abs())
+    return odd * shape_odd.abs() + NEGLECTED_EVEN * g[6].abs() * shape_even.abs()
 
 
 class Bracket(NamedTuple):

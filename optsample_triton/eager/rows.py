@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from optsample_triton.eager.shards import Shard
-from optsample_triton.types import Problem
+from optsample_triton.types import Problem, result_dtype, row_count
 
 # Tokens per chunk and elements per block, the fastest of those measured: fewer, larger operations cost less
 # overhead, smaller ones stay in the L2 caches. A chunk of one row stays below the 32,768 elements at which
@@ -67,7 +66,7 @@ class Rows:
 
     @property
     def count(self) -> int:
-        return math.prod(self.theta.shape[:-1]) if self.index is None else self.index.shape[0]
+        return row_count(self.theta) if self.index is None else self.index.shape[0]
 
     @property
     def vocab(self) -> int:
@@ -79,7 +78,7 @@ class Rows:
 
     @property
     def working_dtype(self) -> torch.dtype:
-        return torch.float64 if self.theta.dtype == torch.float64 else torch.float32
+        return result_dtype(self.theta.dtype)
 
     @property
     def roundoff(self) -> float:

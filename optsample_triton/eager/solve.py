@@ -9,7 +9,7 @@ from torch import Tensor
 
 from optsample_triton.eager.evaluate import Evaluation, WidthGroup, groups, plain_slope
 from optsample_triton.eager.moments import tilted_moments
-from optsample_triton.eager.nodes import NodeSums, node_sums, survey
+from optsample_triton.eager.nodes import Nodes, node_sums, survey
 from optsample_triton.eager.one_model import own_moments, probability_entropies
 from optsample_triton.eager.root import Bracket, Derivatives, Interpolant, Resolution, interpolate, safeguarded_step
 from optsample_triton.eager.rows import Rows
@@ -91,7 +91,7 @@ def _first_sweep(rows: Rows) -> State:
     )
 
 
-def _ends(rows: Rows, nodes: NodeSums, finite: Tensor) -> _Ends:
+def _ends(rows: Rows, nodes: Nodes, finite: Tensor) -> _Ends:
     """A and B: from the node sums, or by a read at each end for valid rows whose sums are not finite."""
     log_partition_theta = nodes.log_partition[-1] + nodes.reference_theta.double()
     log_partition_t = nodes.log_partition[0] + nodes.reference_t.double()

@@ -20,8 +20,8 @@ from optsample_triton.types import Decided, Drafts, Draws
 def verify(rows: Rows, state: State, draws: Draws, drafts: Drafts) -> Decided:
     """For rows (b, k) of [B, K + 1]: a token, its three log-probabilities, and whether it is the accepted draft k.
 
-    Row (b, lengths[b]) draws the token behind the drafts; the first row of a sequence that refuses its draft, or has
-    none, draws its own. Rows behind that one mean nothing.
+    Row (b, lengths[b]) draws the token after the drafts; the first row of a sequence that refuses its draft, or has
+    none, draws its own. Rows after that one mean nothing.
     """
     mark_invalid(state, draws)
     law = DrawnLaw.of(rows, state, draws)
@@ -73,7 +73,7 @@ class _Drawing(NamedTuple):
     """Rows that draw a token of their own, [N] each, and whose drafts are taken off q."""
 
     refused: Tensor  # from what q has more than the draft's law
-    behind: Tensor  # from q: there is no draft
+    after: Tensor  # from q: there is no draft
     model: int
 
     @staticmethod
@@ -95,8 +95,8 @@ def _draw_instead(law: DrawnLaw, group: PrecisionGroup, drawing: _Drawing, place
     some = masses.sum(-1) > 0
     here = index[refused[some]]
     token[here] = draw(rest.part(rows_where(some)), masses[some], place.part(here))[:, 0]
-    # Behind all drafts, and where q has nothing that the draft's law has not, q itself is drawn from.
-    whole = drawing.behind[index]
+    # After all drafts, and where q has nothing that the draft's law has not, q itself is drawn from.
+    whole = drawing.after[index]
     whole[refused[~some]] = True
     whole = rows_where(whole)
     here = index[whole]

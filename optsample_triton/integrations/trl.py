@@ -5,7 +5,8 @@
     trainer = ISReshapeGRPOTrainer(model=..., reward_funcs=..., args=GRPOConfig(...), train_dataset=...,
                                    is_reshape={"kernel": "sech2", "width": 2.0, "gamma": 1.0})
 
-Everything else is GRPOTrainer's: generation, rewards, group advantages, the KL term of ``beta``, and the normalisation
+Only the loss changes: tokens are generated from the policy, and nothing is drawn from q*. Everything else is
+GRPOTrainer's: rewards, group advantages, the KL term of ``beta``, and the normalisation
 of the loss types "grpo", "bnpo", "dr_grpo" and "dapo". The clip range is not used. The statistics behind gamma run over
 all processes.
 """
@@ -24,7 +25,7 @@ except ModuleNotFoundError as error:
     if error.name != "trl":  # TRL is installed but lacks a dependency
         raise
     raise ModuleNotFoundError(
-        "optsample_triton.integrations.trl needs trl: pip install 'optsample-triton[rl]'"
+        "optsample_triton.integrations.trl needs trl: in a clone of this project, pip install '.[rl]'"
     ) from error
 
 from optsample_triton.is_reshape import is_reshape_loss, kl_penalty, sequence_mean

@@ -7,7 +7,7 @@ constant.
 import triton.language as tl
 
 from optsample_triton import numerics
-from optsample_triton.numerics import Method, Status, Stream
+from optsample_triton.numerics import Drafter, Method, Status, Stream
 from optsample_triton.types import Saved
 
 KL_SYMMETRY = tl.constexpr(Method.KL_SYMMETRY.value)
@@ -29,16 +29,19 @@ RECOVER_PLACE = tl.constexpr(Stream.RECOVER_PLACE.value)
 RECOVER_TOKEN = tl.constexpr(Stream.RECOVER_TOKEN.value)
 STREAMS = tl.constexpr(numerics.STREAMS)
 
-NODE_LOW = tl.constexpr(numerics.NODES[1])
-NODE_HIGH = tl.constexpr(numerics.NODES[3])
+DRAFTER_NONE = tl.constexpr(Drafter.NONE.value)
+DRAFTER_THETA = tl.constexpr(Drafter.THETA.value)
+
+NODE_LOW = tl.constexpr(numerics.NODE_LOW)
+NODE_HIGH = tl.constexpr(numerics.NODE_HIGH)
 NARROW = tl.constexpr(numerics.NARROW)
 REACH = tl.constexpr(numerics.REACH)
 PLAIN = tl.constexpr(numerics.PLAIN)
 FAR = tl.constexpr(numerics.FAR)
-NOISE_ALWAYS = tl.constexpr(numerics.NOISE[0])
-NOISE_OF_TOP = tl.constexpr(numerics.NOISE[1])
-NEGLECTED_ODD = tl.constexpr(numerics.NEGLECTED[0])
-NEGLECTED_EVEN = tl.constexpr(numerics.NEGLECTED[1])
+NOISE_ALWAYS = tl.constexpr(numerics.NOISE_ALWAYS)
+NOISE_OF_TOP = tl.constexpr(numerics.NOISE_OF_TOP)
+NEGLECTED_ODD = tl.constexpr(numerics.NEGLECTED_ODD)
+NEGLECTED_EVEN = tl.constexpr(numerics.NEGLECTED_EVEN)
 SD_SHARE = tl.constexpr(numerics.SD_SHARE)
 CLEAR = tl.constexpr(numerics.CLEAR)
 NEWTON_START = tl.constexpr(numerics.NEWTON_START)

@@ -8,22 +8,22 @@ from optsample_triton.kernels.evaluate import evaluate, rounded
 from optsample_triton.kernels.moments import tilted
 from optsample_triton.kernels.one_model import own_moments
 from optsample_triton.kernels.records import Ends, LawSums, ProbabilitySums
-from optsample_triton.kernels.rows import load_pair
+from optsample_triton.kernels.rows import load_both
 from optsample_triton.types import DIAGNOSTIC_COUNT, Diagnostics
 
 DIAGNOSTICS = tl.constexpr(DIAGNOSTIC_COUNT)
 
 
 @triton.jit
-def _add_law(acc, pair, x, base, far, own_theta, own_t):
-    z = tilted(pair.u, pair.v, x, base, far)
-    q = tl.where(pair.common, tl.exp2(z * LOG2E), 0.0)
-    p = tl.exp2((pair.u - own_theta) * LOG2E)
-    r = tl.exp2((pair.v - own_t) * LOG2E)
+def _add_law(acc, half, x, base, far, own_theta, own_t):
+    z = tilted(half.u, half.v, x, base, far)
+    q = tl.where(half.common, tl.exp2(z * LOG2E), 0.0)
+    p = tl.exp2((half.u - own_theta) * LOG2E)
+    r = tl.exp2((half.v - own_t) * LOG2E)
     return LawSums(
         first=acc.first + tl.where(q > 0.0, q * z, 0.0),
-        overlap_theta=acc.overlap_theta + tl.where(pair.common, tl.minimum(p, q), 0.0),
-        overlap_t=acc.overlap_t + tl.where(pair.common, tl.minimum(r, q), 0.0),
+        overlap_theta=acc.overlap_theta + tl.where(half.common, tl.minimum(p, q), 0.0),
+        overlap_t=acc.overlap_t + tl.where(half.common, tl.minimum(r, q), 0.0),
     )
 
 
@@ -33,7 +33,7 @@ def _law_sums(row, x, base, far, own_theta, own_t, tile):
     zero = tl.zeros([tile.H], tl.float32)
     acc = LawSums(zero, zero, zero)
     for start in tl.range(0, row.V, 2 * tile.H):
-        first, second = load_pair(row, start, tile, True)
+        first, second = load_both(row, start, tile, True)
         acc = _add_law(acc, first, x, base, far, own_theta.to(tl.float32), own_t.to(tl.float32))
         acc = _add_law(acc, second, x, base, far, own_theta.to(tl.float32), own_t.to(tl.float32))
     entropy = -tl.sum(acc.first, 0).to(tl.float64)

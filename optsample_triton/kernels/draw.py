@@ -3,13 +3,15 @@
 The chunks' masses are interpolated from their node sums where that is exact enough, else summed in another sweep. Tiles
 and tokens are read again, so that within a chunk the law is that of the weights themselves.
 
-A MODEL says whose law is taken off the weights: 0 for theta's, 1 for t's, -1 for none.
+A DRAFTER says whose law is taken off the weights.
 """
 
 import triton
 import triton.language as tl
 
 from optsample_triton.kernels.constants import (
+    DRAFTER_NONE,
+    DRAFTER_THETA,
     LOG2E,
     NATS_PER_POWER,
     NATS_PER_POWER_SQUARED,
@@ -22,7 +24,7 @@ from optsample_triton.kernels.moments import tilted
 from optsample_triton.kernels.nodes import SUM_COUNT, load_sums
 from optsample_triton.kernels.records import Nodes
 from optsample_triton.kernels.root import polynomial, psi_of
-from optsample_triton.kernels.rows import load_pair, relative
+from optsample_triton.kernels.rows import load_both, relative
 
 # Of the whole mass, how much interpolation may misplace: the law is this close to q_alpha in total variation.
 MISPLACED = tl.constexpr(1e-6)
@@ -30,27 +32,27 @@ FEW = tl.constexpr(32)  # tokens that are told apart in a draw's last step
 
 
 @triton.jit
-def law_weights(u, v, keep, law, FILTER: tl.constexpr, MODEL: tl.constexpr):
+def law_weights(u, v, keep, law, FILTER: tl.constexpr, DRAFTER: tl.constexpr):
     z = tilted(u, v, law.x, law.base, law.far)
     if FILTER:
         z = z * law.inverse_temperature
-        keep = keep & (z >= law.floor)
+        keep = keep & (z >= law.threshold)
     weight = tl.where(keep, tl.exp2(z * LOG2E), 0.0)
-    if MODEL >= 0:
-        logit = u if MODEL == 0 else v
+    if DRAFTER != DRAFTER_NONE:
+        logit = u if DRAFTER == DRAFTER_THETA else v
         weight = tl.maximum(weight - tl.exp2((logit - law.own) * LOG2E), 0.0)
     return weight
 
 
 @triton.jit
-def _add_weights(acc, row, law, start, tile, TAIL: tl.constexpr, FILTER: tl.constexpr, MODEL: tl.constexpr):
-    first, second = load_pair(row, start, tile, TAIL)
-    acc += law_weights(first.u, first.v, first.common, law, FILTER, MODEL)
-    return acc + law_weights(second.u, second.v, second.common, law, FILTER, MODEL)
+def _add_weights(acc, row, law, start, tile, TAIL: tl.constexpr, FILTER: tl.constexpr, DRAFTER: tl.constexpr):
+    first, second = load_both(row, start, tile, TAIL)
+    acc += law_weights(first.u, first.v, first.common, law, FILTER, DRAFTER)
+    return acc + law_weights(second.u, second.v, second.common, law, FILTER, DRAFTER)
 
 
 @triton.jit
-def summed_masses(row, law, drawing, tile, MODEL: tl.constexpr):
+def summed_masses(row, law, drawing, tile, DRAFTER: tl.constexpr):
     """The chunks' masses [LANES] in float64, by one sweep."""
     CHUNK: tl.constexpr = drawing.CHUNK
     H: tl.constexpr = tile.H
@@ -62,9 +64,9 @@ def summed_masses(row, law, drawing, tile, MODEL: tl.constexpr):
         full = start + (stop - start) // (2 * H) * (2 * H)
         acc = tl.zeros([H], tl.float32)
         for at in tl.range(start, full, 2 * H):
-            acc = _add_weights(acc, row, law, at, tile, False, drawing.FILTER, MODEL)
+            acc = _add_weights(acc, row, law, at, tile, False, drawing.FILTER, DRAFTER)
         if full < stop:
-            acc = _add_weights(acc, row, law, full, tile, True, drawing.FILTER, MODEL)
+            acc = _add_weights(acc, row, law, full, tile, True, drawing.FILTER, DRAFTER)
         masses = tl.where(lanes == chunk, tl.sum(acc, 0).to(tl.float64), masses)
     return masses
 
@@ -124,10 +126,10 @@ def pick(masses, uniform):
 
 
 @triton.jit
-def block_masses(row, law, start, COUNT: tl.constexpr, SIZE: tl.constexpr, drawing, MODEL: tl.constexpr):
-    """Masses [R, COUNT] in float64 of the blocks of SIZE tokens from start [R] on, by STEP tokens at a time."""
+def block_masses(row, law, start, COUNT: tl.constexpr, SIZE: tl.constexpr, drawing, DRAFTER: tl.constexpr):
+    """Masses [R, COUNT] in float64 of the blocks of SIZE tokens from start [R] on, by READ tokens at a time."""
     R: tl.constexpr = start.shape[0]
-    WIDTH: tl.constexpr = min(SIZE, max(1, drawing.STEP // (R * COUNT)))
+    WIDTH: tl.constexpr = min(SIZE, max(1, drawing.READ // (R * COUNT)))
     blocks = tl.arange(0, COUNT)[None, :, None] * SIZE + tl.arange(0, WIDTH)[None, None, :]
     masses = tl.zeros([R, COUNT, WIDTH], tl.float32)
     for k in tl.range(0, SIZE, WIDTH):
@@ -138,20 +140,20 @@ def block_masses(row, law, start, COUNT: tl.constexpr, SIZE: tl.constexpr, drawi
         keep = (a != -float("inf")) & (b != -float("inf"))
         u = tl.where(keep, relative(a, row.theta), 0.0)
         v = tl.where(keep, relative(b, row.t), 0.0)
-        masses += law_weights(u, v, keep, law, drawing.FILTER, MODEL)
+        masses += law_weights(u, v, keep, law, drawing.FILTER, DRAFTER)
     return tl.sum(masses.to(tl.float64), 2)
 
 
 @triton.jit
-def draw(row, law, masses, place, second, within, drawing, MODEL: tl.constexpr):
+def draw(row, law, masses, place, second, within, drawing, DRAFTER: tl.constexpr):
     """Tokens [R] from the chunks' masses and three uniforms [R]; a tile's token in two steps from one uniform."""
     TILE: tl.constexpr = drawing.TILE
     CHUNK: tl.constexpr = drawing.CHUNK
     chunk, _ = pick(masses[None, :], place)
     start = chunk * CHUNK
-    tile, _ = pick(block_masses(row, law, start, CHUNK // TILE, TILE, drawing, MODEL), second)
+    tile, _ = pick(block_masses(row, law, start, CHUNK // TILE, TILE, drawing, DRAFTER), second)
     start += tile * TILE
-    block, rest = pick(block_masses(row, law, start, TILE // FEW, FEW, drawing, MODEL), within)
+    block, rest = pick(block_masses(row, law, start, TILE // FEW, FEW, drawing, DRAFTER), within)
     start += block * FEW
-    token, _ = pick(block_masses(row, law, start, FEW, 1, drawing, MODEL), rest)
+    token, _ = pick(block_masses(row, law, start, FEW, 1, drawing, DRAFTER), rest)
     return start + token

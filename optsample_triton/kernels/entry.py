@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -34,16 +34,20 @@ from optsample_triton.types import (
 )
 
 
+class _Device(NamedTuple):
+    kind: str  # as in the launch table
+    processors: int
+
+
 @functools.cache
-def _device(device: torch.device) -> tuple[str, int]:
-    """The launch table's kind of device, and its number of processors."""
+def _device(device: torch.device) -> _Device:
     if backend.interpreter_on():
-        return "interpreter", launch.INTERPRETER_PROCESSORS
+        return _Device("interpreter", launch.INTERPRETER_PROCESSORS)
     kind = "hip" if torch.version.hip else "cuda"
-    return kind, torch.cuda.get_device_properties(device).multi_processor_count
+    return _Device(kind, torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _place(rows: Tensor, model: str) -> dict[str, int]:
+def _layout(rows: Tensor, model: str) -> dict[str, int]:
     """Where row i of a model lies: at (i // inner) * outer + (i % inner) * stride."""
     if rows.dim() == 3:
         inner, outer, stride = rows.shape[1], rows.stride(0), rows.stride(1)
@@ -53,7 +57,7 @@ def _place(rows: Tensor, model: str) -> dict[str, int]:
 
 
 def _strides(rows: Tensor | None, whose: str = "") -> dict[str, int]:
-    """Of [outer, inner, V]; a dimension of one row has the other's, so that its length compiles nothing anew."""
+    """Of [outer, inner, V]; a dimension of one row takes the other's, so that its length never recompiles."""
     outer, inner = (0, 0) if rows is None else rows.stride()[:2]
     if rows is not None:
         outer, inner = (inner if rows.shape[0] == 1 else outer), (outer if rows.shape[1] == 1 else inner)
@@ -82,13 +86,13 @@ def _rows(problem: Problem) -> dict[str, Any]:
         "inverse_temperature_theta_ptr": _contiguous(problem.inverse_temperature_theta),
         "inverse_temperature_t_ptr": _contiguous(problem.inverse_temperature_t),
         "V": problem.vocab,
-        **_place(problem.theta, "theta"),
-        **_place(problem.t, "t"),
+        **_layout(problem.theta, "theta"),
+        **_layout(problem.t, "t"),
         "PACKED": _packed(problem.theta, problem.t),
     }
 
 
-def _request(problem: Problem, shape: launch.Shape, splits: int) -> dict[str, Any]:
+def _solver_arguments(problem: Problem, shape: launch.Shape, splits: int) -> dict[str, Any]:
     """The arguments of every kernel that solves: the rows, how to solve them, and the launch's shape."""
     return {
         **_rows(problem),
@@ -127,7 +131,7 @@ def solve(problem: Problem, diagnostics: bool, out: Tensor | None) -> Solved:
             chunk_sums = torch.empty(n * chunks * SUM_COUNT.value, dtype=torch.float32, device=device)
             arrived = torch.zeros(n, dtype=torch.int32, device=device)
         solve_kernel[(n * splits,)](
-            **_request(problem, shape, splits),
+            **_solver_arguments(problem, shape, splits),
             alpha_ptr=solved.alpha,
             log_z_ptr=solved.log_z,
             status_ptr=solved.status,
@@ -153,15 +157,15 @@ def _draw_arguments(problem: Problem, draws: Draws, drawn: Sample) -> tuple[int,
     splits, chunks = launch.splits(n, vocab, shape.chunk, processors), triton.cdiv(vocab, shape.chunk)
     seeds, offsets = _contiguous(draws.seeds), _contiguous(draws.offsets)
     arguments = {
-        **_request(problem, shape, splits),
+        **_solver_arguments(problem, shape, splits),
         "inverse_temperature_ptr": _contiguous(draws.inverse_temperature),
         "min_p_ptr": _contiguous(draws.min_p),
         "seed_ptr": seeds,
         "offset_ptr": offsets,
         "seed": draws.seed,
         "offset": draws.offset,
-        "seed_step": _step(seeds),
-        "offset_step": _step(offsets),
+        "seed_stride": _group_stride(seeds),
+        "offset_stride": _group_stride(offsets),
         "mixed": int(draws.mixed),
         "token_ptr": drawn.token,
         "log_q_ptr": drawn.log_q,
@@ -172,14 +176,14 @@ def _draw_arguments(problem: Problem, draws: Draws, drawn: Sample) -> tuple[int,
         "chunk_sums_ptr": torch.empty(n * chunks * SUM_COUNT.value, dtype=torch.float32, device=device),
         "arrived_ptr": torch.zeros(n if splits > 1 else 0, dtype=torch.int32, device=device),
         "TILE": launch.DRAW_TILE,
-        "STEP": launch.DRAW_STEP[kind],
+        "READ": launch.DRAW_READ[kind],
         "LANES": max(32, triton.next_power_of_2(chunks)),
         "FILTER": draws.inverse_temperature is not None,
     }
     return n * splits, arguments
 
 
-def _step(numbers: Tensor | None) -> int:
+def _group_stride(numbers: Tensor | None) -> int:
     """From one group's seed or offset to the next one's: 0 where one number serves all."""
     return 0 if numbers is None or numbers.numel() == 1 else 1
 
@@ -198,7 +202,7 @@ def sample(problem: Problem, draws: Draws, num_samples: int) -> Sample:
     drawn = _empty_sample(problem, problem.row_count, num_samples)
     if problem.row_count:
         programs, arguments = _draw_arguments(problem, draws, drawn)
-        side_by_side = launch.draws(_device(problem.theta.device)[0], num_samples)
+        side_by_side = launch.draws(_device(problem.theta.device).kind, num_samples)
         sample_kernel[(programs,)](**arguments, num_samples=num_samples, DRAWS=side_by_side)
     return drawn
 
@@ -214,7 +218,7 @@ def verify(problem: Problem, draws: Draws, drafts: Drafts) -> Decided:
             length_ptr=drafts.lengths,
             accepted_ptr=accepted.view(torch.uint8),
             positions=drafts.tokens.shape[1] + 1,
-            MODEL=drafts.model,
+            DRAFTER=drafts.model,
         )
     return Decided(drawn.token, drawn.log_q, drawn.log_theta, drawn.log_t, accepted, drawn.alpha, drawn.status)
 
@@ -229,7 +233,7 @@ def backward(problem: Problem, status: Tensor, saved: Tensor, upstream: Upstream
     if log_q is not None and log_q.stride(-1) != 1:
         log_q = log_q.contiguous()
     if n:
-        shape = launch.shape(_device(device)[0], problem.theta.dtype)
+        shape = launch.shape(_device(device).kind, problem.theta.dtype)
         gradient_kernel[(n,)](
             **_rows(problem),
             alpha_ptr=alpha,
@@ -261,7 +265,7 @@ def token_logprobs(models: Sequence[Model], targets: Targets, entropy: bool) -> 
         log_partitions=torch.zeros_like(log_probs, dtype=torch.float64),
     )
     if n:
-        shape = launch.logprob_shape(_device(device)[0], model.logits.dtype)
+        shape = launch.logprob_shape(_device(device).kind, model.logits.dtype)
         second, second_temperature = (None, None) if count == 1 else other
         logprob_kernel[(count * n,)](
             logits_ptr=model.logits,
@@ -300,7 +304,7 @@ def token_logprobs_backward(
     outer, inner, vocab = model.logits.shape
     if not out.numel():
         return
-    shape = launch.shape(_device(out.device)[0], model.logits.dtype)
+    shape = launch.shape(_device(out.device).kind, model.logits.dtype)
     chunks = triton.cdiv(vocab, shape.chunk)
     logprob_gradient_kernel[(outer * inner * chunks,)](
         logits_ptr=model.logits,

@@ -21,10 +21,10 @@ from optsample_triton.kernels.records import (
     Evaluation,
     Gaps,
     GradientRows,
+    Layout,
     LossSlopes,
     Matrix,
     Own,
-    Place,
     Row,
     Tile,
     Tilt,
@@ -121,8 +121,8 @@ def gradient_kernel(
     H: tl.constexpr,
 ):
     index = tl.program_id(0).to(tl.int64)
-    theta = Matrix(theta_ptr, inverse_temperature_theta_ptr, Place(inner_theta, outer_theta, stride_theta))
-    t = Matrix(t_ptr, inverse_temperature_t_ptr, Place(inner_t, outer_t, stride_t))
+    theta = Matrix(theta_ptr, inverse_temperature_theta_ptr, Layout(inner_theta, outer_theta, stride_theta))
+    t = Matrix(t_ptr, inverse_temperature_t_ptr, Layout(inner_t, outer_t, stride_t))
     batch = Batch(theta, t, V, 0.0)
     BLOCK: tl.constexpr = 2 * H
     tile: tl.constexpr = Tile(H, PACKED, False)

@@ -3,13 +3,13 @@
 import triton
 import triton.language as tl
 
-from optsample_triton.kernels.constants import DISJOINT, FAR, INVALID, SLACK
+from optsample_triton.kernels.constants import DISJOINT, DRAFTER_NONE, FAR, INVALID, SLACK
 from optsample_triton.kernels.draw import MISPLACED, interpolated_masses, summed_masses
 from optsample_triton.kernels.evaluate import rounded
 from optsample_triton.kernels.moments import tilted_top
 from optsample_triton.kernels.nodes import kept_nodes
 from optsample_triton.kernels.one_model import own_log_partitions
-from optsample_triton.kernels.records import Filtering, Law, LogPartitions, Logs, Settled
+from optsample_triton.kernels.records import DrawnLaw, Filtering, Law, LogPartitions, TokenLogs
 from optsample_triton.kernels.rows import relative, shared_row
 from optsample_triton.kernels.solve import alpha_is_known, solved
 
@@ -19,25 +19,25 @@ OFF = tl.constexpr(2.0**-16)  # how far from 1 float32 may leave the whole mass
 @triton.jit
 def _filtering(filters, index, x, FILTER: tl.constexpr):
     """The row's ``Filtering``, with x for alpha."""
-    inverse_temperature, floor = tl.full([], 1.0, tl.float32), tl.full([], -float("inf"), tl.float32)
+    inverse_temperature, threshold = tl.full([], 1.0, tl.float32), tl.full([], -float("inf"), tl.float32)
     active = tl.zeros([], tl.int1)
     usable = x - x == 0.0
     if FILTER:
         inverse_temperature = tl.load(filters.inverse_temperature_ptr + index)
         min_p = tl.load(filters.min_p_ptr + index)
         # SLACK keeps tokens that rounding would drop.
-        floor = tl.where(min_p > 0.0, tl.log(min_p) - SLACK, floor)
+        threshold = tl.where(min_p > 0.0, tl.log(min_p) - SLACK, threshold)
         active = (inverse_temperature != 1.0) | (min_p > 0.0)
         usable = usable & (inverse_temperature > 0.0) & (inverse_temperature < float("inf")) & (min_p >= 0.0)
-    return Filtering(inverse_temperature, floor, active, usable)
+    return Filtering(inverse_temperature, threshold, active, usable)
 
 
 @triton.jit
-def settled(first, request, filters, drawn, drawing, tile, METHOD: tl.constexpr):
-    """From the chunks' node sums to a normalised law, ``Settled``; alpha and status are stored."""
+def drawn_law(first, options, filters, drawn, drawing, tile, METHOD: tl.constexpr):
+    """From the chunks' node sums to a normalised law, ``DrawnLaw``; alpha and status are stored."""
     index, chunks = first.index, tl.cdiv(first.row.V, drawing.CHUNK)
     total = kept_nodes(first.chunk_sums_ptr, chunks, drawing.LANES)
-    row, ends, root = solved(first.row, total, index, request, tile, METHOD, False)
+    row, ends, root = solved(first.row, total, index, options, tile, METHOD, False)
     disjoint = root.status == DISJOINT
     x = tl.where(disjoint, 1.0, rounded(root.alpha))
     filtering = _filtering(filters, index, x, drawing.FILTER)
@@ -56,7 +56,7 @@ def settled(first, request, filters, drawn, drawing, tile, METHOD: tl.constexpr)
         # Huge logits round psi by many nats, and at a low temperature q's own normalisation would underflow.
         log_mass = tilted_top(row_q, x, tile)
     base = tl.where(far, log_mass, rounded(log_mass))
-    law = Law(x, base, filtering.inverse_temperature, filtering.floor, far, tl.full([], float("inf"), tl.float32))
+    law = Law(x, base, filtering.inverse_temperature, filtering.threshold, far, tl.full([], float("inf"), tl.float32))
     masses, misplaced = interpolated_masses(first.chunk_sums_ptr, chunks, x, base, drawing.LANES)
     # Beyond the models, and where sums are denormal, the nodes do not see every token that counts.
     seen = (ends.shrink == 1.0) & (x >= 0.0) & (x <= 1.0) & (ends.psi_half > -FAR)
@@ -66,13 +66,13 @@ def settled(first, request, filters, drawn, drawing, tile, METHOD: tl.constexpr)
         # The solver knows the whole mass. Beside a finite mask L bends within a hair of an end, unseen by the nodes.
         trusted = trusted & (tl.abs(whole - 1.0) <= OFF)
     if trusted == 0:
-        masses = summed_masses(row_q, law, drawing, tile, -1)
-    return Settled(row, law, masses, LogPartitions(tl.log(tl.sum(masses, 0)), own_theta, own_t), status)
+        masses = summed_masses(row_q, law, drawing, tile, DRAFTER_NONE)
+    return DrawnLaw(row, law, masses, LogPartitions(tl.log(tl.sum(masses, 0)), own_theta, own_t), status)
 
 
 @triton.jit
 def logs_at(drawn_from, token, FILTER: tl.constexpr, DRAWN: tl.constexpr):
-    """``Logs`` of tokens in float64, -inf where there is no mass, NaN in invalid rows.
+    """``TokenLogs`` of tokens in float64, -inf where there is no mass, NaN in invalid rows.
 
     Tokens that were DRAWN have passed the threshold.
     """
@@ -88,19 +88,19 @@ def logs_at(drawn_from, token, FILTER: tl.constexpr, DRAWN: tl.constexpr):
     if FILTER:
         z = z * law.inverse_temperature
         if not DRAWN:
-            keep = keep & (z >= law.floor)
+            keep = keep & (z >= law.threshold)
     nan_if_invalid = tl.where(status == INVALID, float("nan"), 0.0)
     log_q = tl.where(keep, tl.minimum(z - partitions.q, 0.0), nothing)
-    return Logs(
-        q=log_q + nan_if_invalid,
-        theta=tl.minimum(u - partitions.theta, 0.0) + nan_if_invalid,
-        t=tl.minimum(v - partitions.t, 0.0) + nan_if_invalid,
+    return TokenLogs(
+        log_q=log_q + nan_if_invalid,
+        log_theta=tl.minimum(u - partitions.theta, 0.0) + nan_if_invalid,
+        log_t=tl.minimum(v - partitions.t, 0.0) + nan_if_invalid,
     )
 
 
 @triton.jit
 def store_drawn(drawn, at, token, logs, status, mask):
     tl.store(drawn.token_ptr + at, tl.where(status == INVALID, -1, token).to(tl.int64), mask=mask)
-    tl.store(drawn.log_q_ptr + at, logs.q.to(tl.float32), mask=mask)
-    tl.store(drawn.log_theta_ptr + at, logs.theta.to(tl.float32), mask=mask)
-    tl.store(drawn.log_t_ptr + at, logs.t.to(tl.float32), mask=mask)
+    tl.store(drawn.log_q_ptr + at, logs.log_q.to(tl.float32), mask=mask)
+    tl.store(drawn.log_theta_ptr + at, logs.log_theta.to(tl.float32), mask=mask)
+    tl.store(drawn.log_t_ptr + at, logs.log_t.to(tl.float32), mask=mask)

@@ -28,7 +28,7 @@ def _log_q_tile(row, start, x, log_mass, disjoint, far, inside, tile):
 
 @triton.jit
 def store_log_q(row, ends, root, out_ptr, width, tile):
-    """log q* over the row, -inf over the padding behind it. ``out_ptr`` may be one of the inputs."""
+    """log q* over the row, -inf over the padding after it. ``out_ptr`` may be one of the inputs."""
     x, status = root.alpha, root.status
     BLOCK: tl.constexpr = 2 * tile.H
     offs = tl.arange(0, BLOCK)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from optsample_triton.kernels.constants import LOG2E, LOWEST
-from optsample_triton.kernels.records import LogprobResults, LogprobSlopes, Matrix, ModelRow, Place, Tile
+from optsample_triton.kernels.records import Layout, LogprobResults, LogprobSlopes, Matrix, ModelRow, Tile
 from optsample_triton.kernels.rows import (
     entry_or_one,
     inside_halves,
@@ -155,11 +155,11 @@ def logprob_kernel(
     token = tl.load(token_ptr + index)
     if token != ignore_index:
         if slot < N:
-            matrix = Matrix(logits_ptr, inverse_temperature_ptr, Place(inner, stride_outer, stride_inner))
+            matrix = Matrix(logits_ptr, inverse_temperature_ptr, Layout(inner, stride_outer, stride_inner))
             row_logprob(locate(matrix, index), V, token, slot, results, tile, CHUNK, UNROLL)
         elif other_ptr is not None:
-            place = Place(inner, other_stride_outer, other_stride_inner)
-            matrix = Matrix(other_ptr, other_inverse_temperature_ptr, place)
+            layout = Layout(inner, other_stride_outer, other_stride_inner)
+            matrix = Matrix(other_ptr, other_inverse_temperature_ptr, layout)
             row_logprob(locate(matrix, index), V, token, slot, results, tile, CHUNK, UNROLL)
 
 
@@ -202,8 +202,8 @@ def logprob_gradient_kernel(
     stop = tl.minimum(start + CHUNK, V)
     full = start + (stop - start) // BLOCK * BLOCK
     lanes = tl.arange(0, BLOCK)
-    logits_ptr += row_offset(index, Place(inner, stride_outer, stride_inner))
-    grad_ptr += row_offset(index, Place(inner, grad_stride_outer, grad_stride_inner))
+    logits_ptr += row_offset(index, Layout(inner, stride_outer, stride_inner))
+    grad_ptr += row_offset(index, Layout(inner, grad_stride_outer, grad_stride_inner))
     token, log_partition = tl.load(token_ptr + index), tl.load(log_partition_ptr + index)
     inverse_temperature = entry_or_one(inverse_temperature_ptr, index)
     upstream_log_prob = tl.load(upstream_log_prob_ptr + index).to(tl.float32)

@@ -15,23 +15,23 @@ import triton.language as tl
 
 from optsample_triton.kernels.constants import EPSILON, LOG2E
 from optsample_triton.kernels.records import Moments, NarrowMoments, NarrowSums, PowerSums
-from optsample_triton.kernels.rows import load_pair
+from optsample_triton.kernels.rows import load_both
 
 CANCELS = tl.constexpr(16.0)  # nats beyond which float32 would lose more than the last digits of a difference
 
 
 @triton.jit
-def _top_of(top, pair, x):
-    z = x * pair.u.to(tl.float64) + (1.0 - x) * pair.v.to(tl.float64)
-    return tl.maximum(top, tl.where(pair.common, z, -float("inf")))
+def _top_of(top, half, x):
+    z = x * half.u.to(tl.float64) + (1.0 - x) * half.v.to(tl.float64)
+    return tl.maximum(top, tl.where(half.common, z, -float("inf")))
 
 
 @triton.jit
 def tilted_top(row, x, tile):
-    """max over the common support of x a + (1 - x) b in float64, for points of no reference known beforehand."""
+    """max over the common support of x a + (1 - x) b, in float64."""
     top = tl.full([tile.H], -float("inf"), tl.float64)
     for start in tl.range(0, row.V, 2 * tile.H):
-        first, second = load_pair(row, start, tile, True)
+        first, second = load_both(row, start, tile, True)
         top = _top_of(_top_of(top, first, x), second, x)
     return tl.max(top, 0)
 
@@ -60,10 +60,10 @@ def _add_powers(acc, w, delta):
 
 
 @triton.jit
-def _add_wide(acc, pair, x, base, centre, shrink):
-    w = tl.where(pair.common, tl.exp2(tilted(pair.u, pair.v, x, base, shrink < 1.0) * LOG2E), 0.0)
+def _add_wide(acc, half, x, base, centre, shrink):
+    w = tl.where(half.common, tl.exp2(tilted(half.u, half.v, x, base, shrink < 1.0) * LOG2E), 0.0)
     # Tokens of no weight may lie beyond any range; the clamp keeps 0 * delta^4 at 0.
-    delta = tl.minimum(tl.maximum(pair.u * shrink - pair.v * shrink - centre, -1e9), 1e9)
+    delta = tl.minimum(tl.maximum(half.u * shrink - half.v * shrink - centre, -1e9), 1e9)
     return _add_powers(acc, w, delta)
 
 
@@ -75,12 +75,12 @@ def wide_moments(row, x, base, centre, shrink, tile):
     acc = PowerSums(zero, zero, zero, zero, zero)
     full = row.V // (2 * H) * (2 * H)
     for start in tl.range(0, full, 2 * H):
-        first, second = load_pair(row, start, tile, False)
+        first, second = load_both(row, start, tile, False)
         acc = _add_wide(acc, first, x, base, centre, shrink)
         acc = _add_wide(acc, second, x, base, centre, shrink)
     # A loop, though of one tile at most: a branch's addresses would be held in registers through all sweeps.
     for start in tl.range(full, row.V, 2 * H):
-        first, second = load_pair(row, start, tile, True)
+        first, second = load_both(row, start, tile, True)
         acc = _add_wide(acc, first, x, base, centre, shrink)
         acc = _add_wide(acc, second, x, base, centre, shrink)
     return _central(_over_lanes(acc), centre)
@@ -104,7 +104,7 @@ def _central(sums, centre):
     m1, m2 = sums.first.to(tl.float64) * share, sums.second.to(tl.float64) * share
     m3, m4 = sums.third.to(tl.float64) * share, sums.fourth.to(tl.float64) * share
     variance = m2 - m1 * m1
-    # Where one token has all the weight, what is left of float32 sums is rounding and no variance.
+    # Where one token has all the weight, only rounding remains of the sums, so the variance is 0.
     variance = tl.where(variance > 1e-6 * m1 * m1, variance, 0.0)
     third = m3 - 3.0 * m1 * m2 + 2.0 * m1 * m1 * m1
     fourth = m4 - 4.0 * m1 * m3 + 6.0 * m1 * m1 * m2 - 3.0 * m1 * m1 * m1 * m1
@@ -129,34 +129,34 @@ def weighted_excess(w, exponent, y):
 
 
 @triton.jit
-def tilted_exponent(z, y, point, u, v, level):
-    """z + y = point u + (1 - point) v - level, taken the second way where the first would cancel.
+def tilted_exponent(z, y, point, u, v, log_norm):
+    """z + y = point u + (1 - point) v - log_norm, taken the second way where the first would cancel.
 
     A token that one model masks by a large finite logit has no weight exp(z), and all that the other model gives it is
     exp(z + y): the difference of two numbers of the mask's size.
     """
-    return tl.where(tl.abs(y) < CANCELS, z + y, point * u + (1.0 - point) * v - level)
+    return tl.where(tl.abs(y) < CANCELS, z + y, point * u + (1.0 - point) * v - log_norm)
 
 
 @triton.jit
-def _add_narrow(acc, pair, at, reference_theta, reference_t):
+def _add_narrow(acc, half, at, reference_theta, reference_t):
     up, down = at.upper - at.x, at.lower - at.x
-    z = at.x * pair.u + (1.0 - at.x) * pair.v - at.base
-    w = tl.where(pair.common, tl.exp2(z * LOG2E), 0.0)
-    delta = tl.where(pair.common, pair.d - at.centre, 0.0)
-    to_upper = tilted_exponent(z, up * delta, at.upper, pair.u, pair.v, at.base + up * at.chord)
-    to_lower = tilted_exponent(z, down * delta, at.lower, pair.u, pair.v, at.base + down * at.chord)
-    excess_upper = tl.where(pair.common, weighted_excess(w, to_upper, up * delta), 0.0)
-    excess_lower = tl.where(pair.common, weighted_excess(w, to_lower, down * delta), 0.0)
+    z = at.x * half.u + (1.0 - at.x) * half.v - at.base
+    w = tl.where(half.common, tl.exp2(z * LOG2E), 0.0)
+    delta = tl.where(half.common, half.d - at.centre, 0.0)
+    to_upper = tilted_exponent(z, up * delta, at.upper, half.u, half.v, at.base + up * at.chord)
+    to_lower = tilted_exponent(z, down * delta, at.lower, half.u, half.v, at.base + down * at.chord)
+    excess_upper = tl.where(half.common, weighted_excess(w, to_upper, up * delta), 0.0)
+    excess_lower = tl.where(half.common, weighted_excess(w, to_lower, down * delta), 0.0)
     # d is known up to the rounding of its two entries: some constant may lie within all those bounds.
-    size = tl.maximum(tl.abs(pair.u + reference_theta), tl.abs(pair.v + reference_t))
+    size = tl.maximum(tl.abs(half.u + reference_theta), tl.abs(half.v + reference_t))
     doubt = tl.maximum(size, 1.0) * EPSILON
     return NarrowSums(
         powers=_add_powers(acc.powers, w, delta),
         excess_upper=acc.excess_upper + excess_upper,
         excess_lower=acc.excess_lower + excess_lower,
-        lowest=tl.minimum(acc.lowest, tl.where(pair.common, pair.d + doubt, float("inf"))),
-        highest=tl.maximum(acc.highest, tl.where(pair.common, pair.d - doubt, -float("inf"))),
+        lowest=tl.minimum(acc.lowest, tl.where(half.common, half.d + doubt, float("inf"))),
+        highest=tl.maximum(acc.highest, tl.where(half.common, half.d - doubt, -float("inf"))),
     )
 
 
@@ -171,11 +171,11 @@ def narrow_moments(row, at, tile):
     acc = NarrowSums(powers, zero, zero, zero + float("inf"), zero - float("inf"))
     full = row.V // (2 * H) * (2 * H)
     for start in tl.range(0, full, 2 * H):
-        first, second = load_pair(row, start, tile, False)
+        first, second = load_both(row, start, tile, False)
         acc = _add_narrow(acc, first, at, reference_theta, reference_t)
         acc = _add_narrow(acc, second, at, reference_theta, reference_t)
     for start in tl.range(full, row.V, 2 * H):
-        first, second = load_pair(row, start, tile, True)
+        first, second = load_both(row, start, tile, True)
         acc = _add_narrow(acc, first, at, reference_theta, reference_t)
         acc = _add_narrow(acc, second, at, reference_theta, reference_t)
     sums = _over_lanes(acc.powers)
@@ -198,12 +198,13 @@ def _cumulant_gap(s, variance, third, kurtosis):
 
 
 @triton.jit
-def gap_difference(first, second, variance, third, fourth, width, otherwise):
+def gap_difference(first, second, moments, width, otherwise):
     """G(first) - G(second) of close rows, from d's central moments: of the sums for G it would be all rounding.
 
     ``otherwise`` where the first cumulant that is left out, the fifth, is not lost beside the variance, or where d is
     so wide that those after it would not fall.
     """
+    variance, third, fourth = moments.variance, moments.third, moments.fourth
     kurtosis = fourth - 3.0 * variance * variance
     series = _cumulant_gap(first, variance, third, kurtosis) - _cumulant_gap(second, variance, third, kurtosis)
     reach = tl.abs(first * first * first * first * first) + tl.abs(second * second * second * second * second)

@@ -9,8 +9,8 @@ from optsample_triton.kernels.records import Key
 
 @triton.jit
 def _fraction(high, low):
-    """53 of 64 bits as a number in [0, 1)."""
-    return ((high >> 5).to(tl.float64) * 67108864.0 + (low >> 6).to(tl.float64)) * 1.1102230246251565e-16
+    """27 bits of ``high`` and 26 of ``low`` as a number in [0, 1)."""
+    return ((high >> 5).to(tl.float64) * 2.0**26 + (low >> 6).to(tl.float64)) * 2.0**-53
 
 
 @triton.jit
@@ -37,6 +37,6 @@ def number(ptr, value, index, step):
 @triton.jit
 def key_of(seeds, group, count):
     """The random key of a group of rows, ``count`` draws on."""
-    seed = number(seeds.seed_ptr, seeds.seed, group, seeds.seed_step)
-    offset = number(seeds.offset_ptr, seeds.offset, group, seeds.offset_step)
+    seed = number(seeds.seed_ptr, seeds.seed, group, seeds.seed_stride)
+    offset = number(seeds.offset_ptr, seeds.offset, group, seeds.offset_stride)
     return Key(seed, offset + count, group * seeds.mixed)

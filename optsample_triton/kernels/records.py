@@ -22,7 +22,7 @@ class Tile(NamedTuple):
     PROBS: tl.constexpr  # probabilities, read as log(p + eps)
 
 
-class Place(NamedTuple):
+class Layout(NamedTuple):
     """Where row i of a matrix lies: at (i // inner) * outer + (i % inner) * stride."""
 
     inner: tl.tensor
@@ -35,7 +35,7 @@ class Matrix(NamedTuple):
 
     ptr: tl.tensor
     inverse_temperature_ptr: tl.tensor  # [N], or None for 1
-    place: Place
+    layout: Layout
 
 
 class Batch(NamedTuple):
@@ -64,7 +64,7 @@ class Row(NamedTuple):
     eps: tl.tensor
 
 
-class Pair(NamedTuple):
+class HalfTile(NamedTuple):
     """Half a tile [H] of both rows, in nats; 0 outside of the common support."""
 
     u: tl.tensor  # a relative to its reference
@@ -107,7 +107,7 @@ class FirstSweep(NamedTuple):
     row: Row
     chunk_sums_ptr: tl.tensor  # the row's
     total: NodeSums
-    last: tl.tensor  # whether it goes on with the row
+    last: tl.tensor  # whether it finishes the row
 
 
 class Survey(NamedTuple):
@@ -150,6 +150,16 @@ class Nodes(NamedTuple):
     slope_half: tl.tensor
     slope_high: tl.tensor
     curvature: tl.tensor
+
+
+class Derivatives(NamedTuple):
+    """Of a convex function at a point."""
+
+    value: tl.tensor
+    slope: tl.tensor
+    curvature: tl.tensor
+    third: tl.tensor
+    fourth: tl.tensor
 
 
 class Polynomial(NamedTuple):
@@ -247,7 +257,7 @@ class Evaluation(NamedTuple):
     width: tl.tensor  # of d, less its rounding: not above 0 where the rows agree, +inf where it was not looked for
 
 
-class Request(NamedTuple):
+class Options(NamedTuple):
     """How rows are to be solved."""
 
     given_alpha_ptr: tl.tensor  # [N], for the method FIXED
@@ -272,7 +282,7 @@ class Root(NamedTuple):
     """A solved row."""
 
     alpha: tl.tensor
-    precise: tl.tensor  # alpha before it was rounded
+    alpha_unrounded: tl.tensor
     psi: tl.tensor
     status: tl.tensor
     sweeps: tl.tensor
@@ -320,7 +330,7 @@ class ProbabilitySums(NamedTuple):
 class Tokens(NamedTuple):
     """A tile [BLOCK] of both rows."""
 
-    u: tl.tensor  # as in Pair, but 0 only where the model itself has no mass
+    u: tl.tensor  # as in HalfTile, but 0 only where the model itself has no mass
     v: tl.tensor
     d: tl.tensor
     support: tl.tensor  # where q* has mass
@@ -385,13 +395,13 @@ class Drawing(NamedTuple):
 
     CHUNK: tl.constexpr
     TILE: tl.constexpr
-    STEP: tl.constexpr  # tokens read at a time
+    READ: tl.constexpr  # tokens read at a time
     LANES: tl.constexpr  # at least the chunks of a row
     FILTER: tl.constexpr  # whether there is a temperature of q* and a min_p
 
 
 class Law(NamedTuple):
-    """Weights exp(inverse_temperature z), z = x a + (1 - x) b - base, cut below ``floor``.
+    """Weights exp(inverse_temperature z), z = x a + (1 - x) b - base, cut below ``threshold``.
 
     Where a model's law is taken off, its weights are exp(a - own) or exp(b - own).
     """
@@ -399,7 +409,7 @@ class Law(NamedTuple):
     x: tl.tensor
     base: tl.tensor
     inverse_temperature: tl.tensor  # of q*
-    floor: tl.tensor
+    threshold: tl.tensor
     far: tl.tensor  # whether z needs float64
     own: tl.tensor
 
@@ -412,7 +422,7 @@ class LogPartitions(NamedTuple):
     t: tl.tensor
 
 
-class Settled(NamedTuple):
+class DrawnLaw(NamedTuple):
     """A row that is ready to be drawn from."""
 
     row: Row
@@ -433,7 +443,7 @@ class Filtering(NamedTuple):
     """A row's filters."""
 
     inverse_temperature: tl.tensor
-    floor: tl.tensor  # of z, below which min_p cuts
+    threshold: tl.tensor  # of z, below which min_p cuts
     active: tl.tensor  # whether they change q*
     usable: tl.tensor  # whether they and alpha mean anything
 
@@ -453,8 +463,8 @@ class Seeds(NamedTuple):
     offset_ptr: tl.tensor
     seed: tl.tensor
     offset: tl.tensor
-    seed_step: tl.tensor
-    offset_step: tl.tensor
+    seed_stride: tl.tensor
+    offset_stride: tl.tensor
     mixed: tl.tensor  # 1 where the group's index takes part
 
 
@@ -467,12 +477,12 @@ class Drafts(NamedTuple):
     positions: tl.tensor
 
 
-class Logs(NamedTuple):
+class TokenLogs(NamedTuple):
     """Log-probabilities of tokens."""
 
-    q: tl.tensor
-    theta: tl.tensor
-    t: tl.tensor
+    log_q: tl.tensor
+    log_theta: tl.tensor
+    log_t: tl.tensor
 
 
 class Drawn(NamedTuple):

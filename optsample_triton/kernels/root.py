@@ -122,15 +122,16 @@ def meeting_point(bracket):
 
 
 @triton.jit
-def safeguarded_step(x, value, slope, variance, third, fourth, bracket, halve, tol):
-    """One third-order step for the root of F' inside a bracket: the next point, its error, the bracket.
+def safeguarded_step(x, at, bracket, halve, tol):
+    """One third-order step for the root of F' inside a bracket, from F's ``Derivatives`` at x.
 
-    ``value`` and ``slope`` are F(x) and F'(x), the next three the moments that give its derivatives.
+    Gives the next point, its error, and the bracket.
 
     A step that leaves the bracket, or is lost in x's rounding with an error above tol, is replaced: by the point
     where the end tangents meet, or by the bracket's middle where they are not known, add nothing new, or ``halve`` is
     set.
     """
+    value, slope, variance = at.value, at.slope, at.curvature
     above = slope > 0
     opposite = tl.where(above, bracket.slope_low, bracket.slope_high)
     bracket = Bracket(
@@ -143,9 +144,9 @@ def safeguarded_step(x, value, slope, variance, third, fourth, bracket, halve, t
     )
     inverse = 1.0 / variance  # one division: in float64 each is a call that registers must survive
     newton = -slope * inverse
-    ratio = third * inverse
+    ratio = at.third * inverse
     alpha = x + newton * (1.0 - 0.5 * ratio * newton)
-    spread = 0.5 * (ratio * ratio + variance) + fourth * inverse * (1.0 / 6.0)
+    spread = 0.5 * (ratio * ratio + variance) + at.fourth * inverse * (1.0 / 6.0)
     size = tl.abs(newton)
     error = 2.0 * size * size * size * spread * tl.maximum(tl.sqrt(tl.maximum(variance, 0.0)), 1.0)
     lost = (tl.abs(alpha - x) <= ROUNDOFF) & (error > tol)

@@ -11,14 +11,14 @@ import triton
 import triton.language as tl
 
 from optsample_triton.kernels.constants import DISJOINT
-from optsample_triton.kernels.records import ModelRow, Pair, Row
+from optsample_triton.kernels.records import HalfTile, ModelRow, Row
 
 
 @triton.jit
-def row_offset(index, place):
+def row_offset(index, layout):
     """Where row ``index`` starts, in 64 bits."""
     row = index.to(tl.int32)
-    return (row // place.inner).to(tl.int64) * place.outer + (row % place.inner).to(tl.int64) * place.stride
+    return (row // layout.inner).to(tl.int64) * layout.outer + (row % layout.inner).to(tl.int64) * layout.stride
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def entry_or_one(ptr, index):
 @triton.jit
 def locate(matrix, index):
     """Row ``index`` of one model with reference 0."""
-    ptr = matrix.ptr + row_offset(index, matrix.place)
+    ptr = matrix.ptr + row_offset(index, matrix.layout)
     return ModelRow(ptr, entry_or_one(matrix.inverse_temperature_ptr, index), tl.zeros([], tl.float32))
 
 
@@ -142,8 +142,8 @@ def _log_ratio(p, r):
 
 
 @triton.jit
-def load_pair(row, start, tile, TAIL: tl.constexpr):
-    """The tokens start .. start + 2 H of both rows as two halves, each a ``Pair``.
+def load_both(row, start, tile, TAIL: tl.constexpr):
+    """The tokens start .. start + 2 H of both rows as two halves, each a ``HalfTile``.
 
     Outside the common support, and beyond V, the values are 0 and ``common`` is False. d is not taken from u and v: of
     close logits a - b is exact.
@@ -167,7 +167,7 @@ def load_pair(row, start, tile, TAIL: tl.constexpr):
         d0 = a0 * row.theta.inverse_temperature - b0 * row.t.inverse_temperature
         d1 = a1 * row.theta.inverse_temperature - b1 * row.t.inverse_temperature
     d0, d1 = tl.where(common0, d0, 0.0), tl.where(common1, d1, 0.0)
-    return Pair(u0, v0, d0, common0), Pair(u1, v1, d1, common1)
+    return HalfTile(u0, v0, d0, common0), HalfTile(u1, v1, d1, common1)
 
 
 @triton.jit

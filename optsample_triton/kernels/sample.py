@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from optsample_triton.kernels.constants import INVALID, PLACE, TOKEN
+from optsample_triton.kernels.constants import DRAFTER_NONE, INVALID, PLACE, TOKEN
 from optsample_triton.kernels.draw import draw
-from optsample_triton.kernels.law import logs_at, settled, store_drawn
+from optsample_triton.kernels.law import drawn_law, logs_at, store_drawn
 from optsample_triton.kernels.nodes import first_sweep
 from optsample_triton.kernels.random import key_of, uniforms
 from optsample_triton.kernels.records import (
@@ -13,10 +13,10 @@ from optsample_triton.kernels.records import (
     Drawing,
     Drawn,
     Filters,
+    Layout,
     Matrix,
     Meeting,
-    Place,
-    Request,
+    Options,
     Seeds,
     Tile,
 )
@@ -36,13 +36,13 @@ def _store_samples(drawn_from, index, seeds, num_samples, drawn, drawing, DRAWS:
         token = tl.zeros([DRAWS], tl.int32)
         if status != INVALID:
             row_q = shared_row(drawn_from.row, status)
-            token = draw(row_q, drawn_from.law, drawn_from.masses, place, second, within, drawing, -1)
+            token = draw(row_q, drawn_from.law, drawn_from.masses, place, second, within, drawing, DRAFTER_NONE)
         logs = logs_at(drawn_from, token, drawing.FILTER, True)
         store_drawn(drawn, index * num_samples + which, token, logs, status, which < num_samples)
 
 
 @triton.jit(
-    do_not_specialize=["seed", "offset", "seed_step", "offset_step", "mixed", "num_samples", *PER_CALL],
+    do_not_specialize=["seed", "offset", "seed_stride", "offset_stride", "mixed", "num_samples", *PER_CALL],
     do_not_specialize_on_alignment=["splits"],
 )
 def sample_kernel(
@@ -57,8 +57,8 @@ def sample_kernel(
     offset_ptr,
     seed: tl.int64,
     offset: tl.int64,
-    seed_step,
-    offset_step,
+    seed_stride,
+    offset_stride,
     mixed,
     token_ptr,  # [N, num_samples]
     log_q_ptr,
@@ -85,24 +85,24 @@ def sample_kernel(
     CHUNK: tl.constexpr,
     UNROLL: tl.constexpr,
     TILE: tl.constexpr,
-    STEP: tl.constexpr,
+    READ: tl.constexpr,
     LANES: tl.constexpr,
     DRAWS: tl.constexpr,
     FILTER: tl.constexpr,
 ):
-    theta = Matrix(theta_ptr, inverse_temperature_theta_ptr, Place(inner_theta, outer_theta, stride_theta))
-    t = Matrix(t_ptr, inverse_temperature_t_ptr, Place(inner_t, outer_t, stride_t))
+    theta = Matrix(theta_ptr, inverse_temperature_theta_ptr, Layout(inner_theta, outer_theta, stride_theta))
+    t = Matrix(t_ptr, inverse_temperature_t_ptr, Layout(inner_t, outer_t, stride_t))
     batch = Batch(theta, t, V, 0.0)
     meeting = Meeting(chunk_sums_ptr, arrived_ptr, splits)
-    request = Request(given_alpha_ptr, tol, max_iter)
+    options = Options(given_alpha_ptr, tol, max_iter)
     filters = Filters(inverse_temperature_ptr, min_p_ptr)
-    seeds = Seeds(seed_ptr, offset_ptr, seed, offset, seed_step, offset_step, mixed)
+    seeds = Seeds(seed_ptr, offset_ptr, seed, offset, seed_stride, offset_stride, mixed)
     drawn = Drawn(token_ptr, log_q_ptr, log_theta_ptr, log_t_ptr, alpha_ptr, status_ptr)
-    drawing: tl.constexpr = Drawing(CHUNK, TILE, STEP, LANES, FILTER)
+    drawing: tl.constexpr = Drawing(CHUNK, TILE, READ, LANES, FILTER)
     # The sweeps after the first keep more values per pair: half the tile holds their registers down.
     tile: tl.constexpr = Tile(H, PACKED, False)
     later: tl.constexpr = Tile(H // 2, PACKED, False)
     first = first_sweep(batch, meeting, tile, later, CHUNK, UNROLL, True)
     if first.last:
-        drawn_from = settled(first, request, filters, drawn, drawing, later, METHOD)
+        drawn_from = drawn_law(first, options, filters, drawn, drawing, later, METHOD)
         _store_samples(drawn_from, first.index, seeds, num_samples, drawn, drawing, DRAWS)

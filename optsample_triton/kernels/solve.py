@@ -34,13 +34,14 @@ from optsample_triton.kernels.one_model import own_moments, probability_entropie
 from optsample_triton.kernels.records import (
     Batch,
     Bracket,
+    Derivatives,
     Ends,
     Evaluation,
     Expansion,
+    Layout,
     Matrix,
     Meeting,
-    Place,
-    Request,
+    Options,
     Results,
     Root,
     Search,
@@ -93,7 +94,7 @@ def _after_ends(METHOD: tl.constexpr):
 
 
 @triton.jit
-def search(row, ends, state, request, tile, METHOD: tl.constexpr):
+def search(row, ends, state, options, tile, METHOD: tl.constexpr):
     """One sweep after another until the row's task is done: the ``Root``, and the ``Ends`` that may have been found.
 
     FIND_ROOT looks for the root of psi' = target, by safeguarded steps or by the documents' bisection. FIND_A and
@@ -128,19 +129,18 @@ def search(row, ends, state, request, tile, METHOD: tl.constexpr):
                 alpha = nothing + 0.5 if METHOD == ENTROPY else alpha
         else:
             steps += 1
-            slope = gap_difference(-x, 1.0 - x, at.variance, at.third, at.fourth, at.width, at.slope)
+            slope = gap_difference(-x, 1.0 - x, at, at.width, at.slope)
             # L' itself, for probabilities: free of the rounding of A - B.
             residual = at.mean + reference_gap(row) if tile.PROBS else slope
             if BISECTING:
                 above = residual >= 0
                 low, high = tl.where(above, low, x), tl.where(above, x, high)
                 following, error = 0.5 * (low + high), high - low
-                error = tl.where(error < request.tol, 0.0, error)
+                error = tl.where(error < options.tol, 0.0, error)
             else:
                 value, halve = at.psi + (residual - slope) * x, sweeps % 3 == 0
-                following, error, moved = safeguarded_step(
-                    x, value, residual, at.variance, at.third, at.fourth, bracket, halve, request.tol
-                )
+                here = Derivatives(value, residual, at.variance, at.third, at.fourth)
+                following, error, moved = safeguarded_step(x, here, bracket, halve, options.tol)
                 low, high = moved.low, moved.high
                 value_low, slope_low = moved.value_low, moved.slope_low
                 value_high, slope_high = moved.value_high, moved.slope_high
@@ -149,9 +149,9 @@ def search(row, ends, state, request, tile, METHOD: tl.constexpr):
             if at.width <= 0.0:
                 alpha, psi, error = nothing + 0.5, nothing, nothing
                 status = tl.full([], IDENTICAL, tl.int32)
-            if error.to(tl.float32) <= request.tol:
+            if error.to(tl.float32) <= options.tol:
                 task = tl.full([], DONE, tl.int32)
-            elif (steps if BISECTING else sweeps) >= request.max_iter:
+            elif (steps if BISECTING else sweeps) >= options.max_iter:
                 task, status = tl.full([], FIND_PSI, tl.int32), tl.full([], NOT_CONVERGED, tl.int32)
         bracket = Bracket(low, high, value_low, slope_low, value_high, slope_high)
     return Root(alpha, precise, psi, status, sweeps), Ends(A, B, ends.psi_half, ends.shrink)
@@ -170,29 +170,20 @@ def balance_gap(row, x, slope, ends, tile):
         lower=(-x).to(tl.float32),
     )
     narrow = narrow_moments(row, at, tile)
-    moments = narrow.moments
-    difference = gap_difference(
-        2.0 - 2.0 * x,
-        -2.0 * x,
-        moments.variance,
-        moments.third,
-        moments.fourth,
-        narrow.width,
-        narrow.gap_upper - narrow.gap_lower,
-    )
-    return difference + 2.0 * slope
+    otherwise = narrow.gap_upper - narrow.gap_lower
+    return gap_difference(2.0 - 2.0 * x, -2.0 * x, narrow.moments, narrow.width, otherwise) + 2.0 * slope
 
 
 @triton.jit
-def balance_ess(row, ends, root, request, tile):
+def balance_ess(row, ends, root, options, tile):
     """The root of psi(2 - alpha) = psi(-alpha), by Newton inside a bracket; identical rows are found on the way."""
     nothing = tl.zeros([], tl.float64)
     unknown = nothing + float("nan")
-    status, sweeps, tol = root.status, root.sweeps, request.tol
+    status, sweeps, tol = root.status, root.sweeps, options.tol
     alpha, precise, psi, error = nothing + 0.5, nothing + 0.5, nothing, nothing + 1.0
     bracket = Bracket(nothing, nothing + 1.0, unknown, unknown, unknown, unknown)
     steps = 0
-    while (status == OK) & ~(error <= tol) & (steps < request.max_iter):
+    while (status == OK) & ~(error <= tol) & (steps < options.max_iter):
         x = tl.floor(alpha * EXACT + 0.5) / EXACT  # float32 then holds 1 - x and 2 - x as well
         difference, first, second = nothing, nothing, nothing  # with -difference's derivatives
         at = Evaluation(nothing, nothing, nothing, nothing, nothing, nothing, tl.zeros([], tl.float32))
@@ -202,12 +193,13 @@ def balance_ess(row, ends, root, request, tile):
             psi_half = tl.where(k == 2, ends.psi_half, nothing - 1.0)  # beyond the models the plain sum is good
             at = evaluate(row, point, Ends(ends.A, ends.B, psi_half, ends.shrink), tile)
             difference, first, second = difference + sign * at.psi, first + sign * at.mean, second - sign * at.variance
-        slope = gap_difference(-x, 1.0 - x, at.variance, at.third, at.fourth, at.width, at.slope)
+        slope = gap_difference(-x, 1.0 - x, at, at.width, at.slope)
         if (ends.psi_half > -NARROW) & (tl.abs(difference) < PLAIN):
             difference = balance_gap(row, x, slope, ends, tile)
         if tile.PROBS:  # not renormalised: the ends of the chord do not count
             difference += 2.0 * (ends.A - ends.B + reference_gap(row))
-        precise, _, bracket = safeguarded_step(x, unknown, -difference, first, second, nothing, bracket, True, tol)
+        here = Derivatives(unknown, -difference, first, second, nothing)
+        precise, _, bracket = safeguarded_step(x, here, bracket, True, tol)
         error = tl.where(difference == 0.0, 0.0, tl.abs(precise - x))
         alpha, psi = _settle(x, precise, at, slope)
         if at.width <= 0.0:
@@ -221,16 +213,16 @@ def balance_ess(row, ends, root, request, tile):
 
 
 @triton.jit
-def _search_start(row, total, index, request, tile, METHOD: tl.constexpr, NORMALISE: tl.constexpr):
+def _search_start(row, total, index, options, tile, METHOD: tl.constexpr, NORMALISE: tl.constexpr):
     """Row, ``Ends`` and ``Search`` after the first sweep, and after a second one where the first was not finite."""
     found, ends, target, finite = interpolant_start(row, total, tile.PROBS)
     alpha, psi, low, high = found.alpha, found.psi, found.low, found.high
     A, B, psi_half, shrink = ends.A, ends.B, ends.psi_half, ends.shrink
     reference_theta, reference_t = row.theta.reference, row.t.reference
     status, sweeps = tl.zeros([], tl.int32), tl.full([], 1, tl.int32)
-    task = tl.where(found.error.to(tl.float32) <= request.tol, DONE, FIND_ROOT)
+    task = tl.where(found.error.to(tl.float32) <= options.tol, DONE, FIND_ROOT)
     if METHOD == KL_SYMMETRY:
-        short = (task == FIND_ROOT) & (sweeps >= request.max_iter)
+        short = (task == FIND_ROOT) & (sweeps >= options.max_iter)
         task, status = tl.where(short, FIND_PSI, task), tl.where(short, NOT_CONVERGED, status)
     if finite == 0:
         # A NaN, +inf or empty row, or one of no references: its weights underflow between the nodes, or its
@@ -246,7 +238,7 @@ def _search_start(row, total, index, request, tile, METHOD: tl.constexpr, NORMAL
     row = with_references(row, reference_theta, reference_t)
     if alpha_is_known(METHOD):
         if METHOD == FIXED:
-            known = tl.load(request.given_alpha_ptr + index).to(tl.float64)
+            known = tl.load(options.given_alpha_ptr + index).to(tl.float64)
         else:
             known = entropy_formula(row, tile)
         alpha = rounded(known)
@@ -267,23 +259,23 @@ def _search_start(row, total, index, request, tile, METHOD: tl.constexpr, NORMAL
 
 
 @triton.jit
-def solved(row, total, index, request, tile, METHOD: tl.constexpr, NORMALISE: tl.constexpr):
+def solved(row, total, index, options, tile, METHOD: tl.constexpr, NORMALISE: tl.constexpr):
     """From the node sums to alpha: the row with its final references, its ``Ends``, and its ``Root``.
 
     Without NORMALISE a given alpha saves its sweep where the caller normalises anyway: psi is then psi(1/2).
     """
     few: tl.constexpr = Tile(tile.H // 2, tile.PACKED, tile.PROBS)
-    row, ends, state = _search_start(row, total, index, request, tile, METHOD, NORMALISE)
-    root, ends = search(row, ends, state, request, tile, METHOD)
+    row, ends, state = _search_start(row, total, index, options, tile, METHOD, NORMALISE)
+    root, ends = search(row, ends, state, options, tile, METHOD)
     status = root.status
     if METHOD == FIXED:
         status = status_of_given_alpha(row, ends, root.alpha, status, few)
     if METHOD == ESS_BALANCE:
-        root = balance_ess(row, ends, root, request, few)
+        root = balance_ess(row, ends, root, options, few)
         status = root.status
     # A finite mask that its temperature takes beyond float32 leaves no number for psi.
     status = tl.where((status == OK) & (root.psi != root.psi), NOT_CONVERGED, status)
-    return row, ends, Root(root.alpha, root.precise, root.psi, status, root.sweeps)
+    return row, ends, Root(root.alpha, root.alpha_unrounded, root.psi, status, root.sweeps)
 
 
 @triton.jit
@@ -344,8 +336,8 @@ def solve_kernel(
     CHUNK: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    theta = Matrix(theta_ptr, inverse_temperature_theta_ptr, Place(inner_theta, outer_theta, stride_theta))
-    t = Matrix(t_ptr, inverse_temperature_t_ptr, Place(inner_t, outer_t, stride_t))
+    theta = Matrix(theta_ptr, inverse_temperature_theta_ptr, Layout(inner_theta, outer_theta, stride_theta))
+    t = Matrix(t_ptr, inverse_temperature_t_ptr, Layout(inner_t, outer_t, stride_t))
     batch = Batch(theta, t, V, eps)
     meeting = Meeting(chunk_sums_ptr, arrived_ptr, splits)
     results = Results(
@@ -354,10 +346,10 @@ def solve_kernel(
     # The sweeps after the first keep more values per pair: half the tile holds their registers down.
     tile: tl.constexpr = Tile(H, PACKED, PROBS)
     later: tl.constexpr = Tile(H // 2, PACKED, PROBS)
-    request = Request(given_alpha_ptr, tol, max_iter)
+    options = Options(given_alpha_ptr, tol, max_iter)
     first = first_sweep(batch, meeting, tile, later, CHUNK, UNROLL, False)
     if first.last:
-        row, ends, root = solved(first.row, first.total, first.index, request, later, METHOD, True)
+        row, ends, root = solved(first.row, first.total, first.index, options, later, METHOD, True)
         _finish(row, ends, root, first.index, results, later)
 
 
@@ -383,10 +375,10 @@ def _finish(row, ends, root, index, results, tile):
         log_partition_theta=A + reference_in_nats(row.theta),
         log_partition_t=tl.where(status == DISJOINT, 0.0, B + reference_in_nats(row.t)),
         psi_half=tl.where(ends.psi_half == ends.psi_half, ends.psi_half, -float("inf")),
-        alpha=root.precise,
+        alpha=root.alpha_unrounded,
     )
     store_saved(results.saved_ptr, index, saved)
-    solution = Root(alpha, root.precise, psi, status, root.sweeps)
+    solution = Root(alpha, root.alpha_unrounded, psi, status, root.sweeps)
     if results.diagnostics_ptr is not None:
         diagnostics_ptr = results.diagnostics_ptr + index * DIAGNOSTICS
         if tile.PROBS:

@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from optsample_triton.kernels.constants import ACCEPT, DISJOINT, INVALID, RECOVER_PLACE, RECOVER_TOKEN
+from optsample_triton.kernels.constants import ACCEPT, DISJOINT, DRAFTER_THETA, INVALID, RECOVER_PLACE, RECOVER_TOKEN
 from optsample_triton.kernels.draw import draw, summed_masses
-from optsample_triton.kernels.law import logs_at, settled, store_drawn
+from optsample_triton.kernels.law import drawn_law, logs_at, store_drawn
 from optsample_triton.kernels.nodes import first_sweep
 from optsample_triton.kernels.random import key_of, uniforms
 from optsample_triton.kernels.records import (
@@ -15,10 +15,10 @@ from optsample_triton.kernels.records import (
     Drawn,
     Filters,
     Law,
+    Layout,
     Matrix,
     Meeting,
-    Place,
-    Request,
+    Options,
     Seeds,
     Tile,
 )
@@ -27,7 +27,7 @@ from optsample_triton.kernels.solve import PER_CALL
 
 
 @triton.jit
-def _store_decision(drawn_from, index, seeds, drafts, drawn, drawing, tile, MODEL: tl.constexpr):
+def _store_decision(drawn_from, index, seeds, drafts, drawn, drawing, tile, DRAFTER: tl.constexpr):
     """The row's draft where it is accepted, else a token from what is left."""
     row, status = drawn_from.row, drawn_from.status
     sequence, position = index // drafts.positions, index % drafts.positions
@@ -38,46 +38,46 @@ def _store_decision(drawn_from, index, seeds, drafts, drawn, drawing, tile, MODE
     usable = (draft >= 0) & (draft < row.V)
     token = tl.where(usable, draft, 0).to(tl.int32) + one
     logs = logs_at(drawn_from, token, drawing.FILTER, False)
-    log_p = logs.theta if MODEL == 0 else logs.t
+    log_p = logs.log_theta if DRAFTER == DRAFTER_THETA else logs.log_t
     chance, _ = uniforms(key, one, ACCEPT)
-    kept = usable & (log_p > -float("inf")) & (tl.log(chance) < logs.q - log_p)
+    kept = usable & (log_p > -float("inf")) & (tl.log(chance) < logs.log_q - log_p)
     accepted = tl.max(kept.to(tl.int32), 0)
     if (accepted == 0) & (position <= length) & (status != INVALID):
         # Where the supports are disjoint, no draft of t's lies where q has mass.
-        refused = has_draft & ((status != DISJOINT) | (MODEL == 0))
-        token = recovered(drawn_from, refused, key, drawing, tile, MODEL)
+        refused = has_draft & ((status != DISJOINT) | (DRAFTER == DRAFTER_THETA))
+        token = recovered(drawn_from, refused, key, drawing, tile, DRAFTER)
         logs = logs_at(drawn_from, token, drawing.FILTER, True)
     tl.store(drafts.accepted_ptr + index, accepted.to(tl.uint8))
     store_drawn(drawn, index + one, token, logs, status, None)
 
 
 @triton.jit
-def recovered(drawn_from, refused, key, drawing, tile, MODEL: tl.constexpr):
+def recovered(drawn_from, refused, key, drawing, tile, DRAFTER: tl.constexpr):
     """The token [1] of a row without an accepted draft: from what q has more than the draft's law, or from q."""
     law, masses, partitions = drawn_from.law, drawn_from.masses, drawn_from.partitions
     row = shared_row(drawn_from.row, drawn_from.status)
     one = tl.arange(0, 1)
     # The law's weights sum to exp(partitions.q), and so must the draft's; +inf takes nothing off.
-    own_partition = partitions.theta if MODEL == 0 else partitions.t
+    own_partition = partitions.theta if DRAFTER == DRAFTER_THETA else partitions.t
     own = tl.where(refused, own_partition - partitions.q, float("inf")).to(tl.float32)
     if refused:
-        left = summed_masses(row, _less_own(law, own), drawing, tile, MODEL)
+        left = summed_masses(row, _less_own(law, own), drawing, tile, DRAFTER)
         if tl.sum(left, 0) > 0.0:
             masses = left
         else:
             own += float("inf")
     place, second = uniforms(key, one, RECOVER_PLACE)
     within, _ = uniforms(key, one, RECOVER_TOKEN)
-    return draw(row, _less_own(law, own), masses, place, second, within, drawing, MODEL)
+    return draw(row, _less_own(law, own), masses, place, second, within, drawing, DRAFTER)
 
 
 @triton.jit
 def _less_own(law, own):
-    return Law(law.x, law.base, law.inverse_temperature, law.floor, law.far, own)
+    return Law(law.x, law.base, law.inverse_temperature, law.threshold, law.far, own)
 
 
 @triton.jit(
-    do_not_specialize=["seed", "offset", "seed_step", "offset_step", "mixed", "positions", *PER_CALL],
+    do_not_specialize=["seed", "offset", "seed_stride", "offset_stride", "mixed", "positions", *PER_CALL],
     do_not_specialize_on_alignment=["splits"],
 )
 def verify_kernel(
@@ -92,8 +92,8 @@ def verify_kernel(
     offset_ptr,
     seed: tl.int64,
     offset: tl.int64,
-    seed_step,
-    offset_step,
+    seed_stride,
+    offset_stride,
     mixed,
     draft_ptr,  # [B, positions - 1]
     length_ptr,  # [B]
@@ -123,25 +123,25 @@ def verify_kernel(
     CHUNK: tl.constexpr,
     UNROLL: tl.constexpr,
     TILE: tl.constexpr,
-    STEP: tl.constexpr,
+    READ: tl.constexpr,
     LANES: tl.constexpr,
     FILTER: tl.constexpr,
-    MODEL: tl.constexpr,
+    DRAFTER: tl.constexpr,
 ):
-    theta = Matrix(theta_ptr, inverse_temperature_theta_ptr, Place(inner_theta, outer_theta, stride_theta))
-    t = Matrix(t_ptr, inverse_temperature_t_ptr, Place(inner_t, outer_t, stride_t))
+    theta = Matrix(theta_ptr, inverse_temperature_theta_ptr, Layout(inner_theta, outer_theta, stride_theta))
+    t = Matrix(t_ptr, inverse_temperature_t_ptr, Layout(inner_t, outer_t, stride_t))
     batch = Batch(theta, t, V, 0.0)
     meeting = Meeting(chunk_sums_ptr, arrived_ptr, splits)
-    request = Request(given_alpha_ptr, tol, max_iter)
+    options = Options(given_alpha_ptr, tol, max_iter)
     filters = Filters(inverse_temperature_ptr, min_p_ptr)
-    seeds = Seeds(seed_ptr, offset_ptr, seed, offset, seed_step, offset_step, mixed)
+    seeds = Seeds(seed_ptr, offset_ptr, seed, offset, seed_stride, offset_stride, mixed)
     drafts = Drafts(draft_ptr, length_ptr, accepted_ptr, positions)
     drawn = Drawn(token_ptr, log_q_ptr, log_theta_ptr, log_t_ptr, alpha_ptr, status_ptr)
-    drawing: tl.constexpr = Drawing(CHUNK, TILE, STEP, LANES, FILTER)
+    drawing: tl.constexpr = Drawing(CHUNK, TILE, READ, LANES, FILTER)
     # The sweeps after the first keep more values per pair: half the tile holds their registers down.
     tile: tl.constexpr = Tile(H, PACKED, False)
     later: tl.constexpr = Tile(H // 2, PACKED, False)
     first = first_sweep(batch, meeting, tile, later, CHUNK, UNROLL, True)
     if first.last:
-        drawn_from = settled(first, request, filters, drawn, drawing, later, METHOD)
-        _store_decision(drawn_from, first.index, seeds, drafts, drawn, drawing, later, MODEL)
+        drawn_from = drawn_law(first, options, filters, drawn, drawing, later, METHOD)
+        _store_decision(drawn_from, first.index, seeds, drafts, drawn, drawing, later, DRAFTER)

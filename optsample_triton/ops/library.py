@@ -42,7 +42,7 @@ def refuse_second_gradient(name: str, of: str) -> None:
 
 def backend_of(rows: Tensor) -> Any:
     """The chosen backend's entry module: kernels.entry or eager.entry."""
-    if backend.choose(rows.device, rows.dtype)[0] == "triton":
+    if backend.choose(rows.device, rows.dtype).backend == "triton":
         from optsample_triton.kernels import entry as kernels
 
         return kernels

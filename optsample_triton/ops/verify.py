@@ -25,7 +25,7 @@ def _verify(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _until_refused(decided: Decided, drafts: Tensor) -> Verified:
-    """A sequence ends with its first token that is not an accepted draft; behind it stand -1 and 0."""
+    """A sequence ends with its first token that is not an accepted draft; -1 and 0 follow."""
     batch, positions = drafts.shape[0], drafts.shape[1] + 1
     token, log_q, log_theta, log_t, accepted, alpha, status = (x.view(batch, positions) for x in decided)
     num_accepted = accepted.long().cumprod(-1).sum(-1)

@@ -39,7 +39,7 @@ def need(module: str, extra: str = "pipeline") -> Any:
         if error.name != module.partition(".")[0]:
             raise
         raise PipelineError(
-            f"{error.name} is needed here, but is not installed: pip install 'optsample-triton[{extra}]'"
+            f"{error.name} is needed here, but is not installed: in a clone of this project, pip install '.[{extra}]'"
         ) from error
 
 

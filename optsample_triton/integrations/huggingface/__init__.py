@@ -9,7 +9,7 @@ try:
     import transformers  # noqa: F401
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        "optsample_triton.integrations.huggingface needs transformers: pip install 'optsample-triton[hf]'"
+        "optsample_triton.integrations.huggingface needs transformers: in a clone of this project, pip install '.[hf]'"
     ) from error
 
 from optsample_triton.integrations.huggingface.generation import generate

@@ -40,7 +40,7 @@ class CachedModel:
         self.padding = padding.to(self.device)
         self.padded = bool((padding > 0).any())
         self.width = 0
-        # No token that counts stands behind it, but a draft that will not count may, where a model has no positions.
+        # No token that counts comes after it, but a draft that will not count may, where a model has no positions.
         self.last: int | None = None
         accepted = inspect.signature(inner.forward).parameters
         self._takes_positions = "position_ids" in accepted
@@ -60,7 +60,7 @@ class CachedModel:
             )
 
     def read(self, ids: Tensor, keep: int = 1) -> Tensor:
-        """Take in ids [B, n]; the logits [B, keep, V] behind the last ``keep`` of them."""
+        """Take in ids [B, n]; the logits [B, keep, V] after the last ``keep`` of them."""
         ids = ids.to(self.device)
         slots = torch.arange(self.width + ids.shape[1], device=self.device)
         if not self.width:

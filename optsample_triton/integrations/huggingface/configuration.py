@@ -6,7 +6,7 @@ import math
 import warnings
 from typing import Any
 
-# The filters that transformers puts behind all other processors when do_sample is set: the name in the configuration,
+# The filters that transformers puts after all other processors when do_sample is set: the name in the configuration,
 # the one in the processor, and the default.
 _FILTERS = {
     "TemperatureLogitsWarper": ("temperature", "temperature", 1.0),
@@ -32,7 +32,7 @@ PENALTIES = {
 
 
 def without_filters(processors: Any, config: Any) -> list[Any]:
-    """The processors without the filters of the configuration, which stand behind the caller's own."""
+    """The processors without the filters of the configuration, which follow the caller's own."""
     kept = list(processors)
     for kind, (name, attribute, default) in _FILTERS.items() if config.do_sample else ():
         value = getattr(config, name, None)

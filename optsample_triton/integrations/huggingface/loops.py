@@ -64,7 +64,7 @@ def _draw(
         drawn = sample(
             scores, scores, alpha=1.0, min_p=settings.filters["min_p"], seed=rows.seed, offset=rows.offset
         )._replace(alpha=found.alpha, status=found.status)
-    # The records are of the models' laws, not of what the processors made of them.
+    # The records are of the models' distributions, not of what the processors made of them.
     recorded = drawn._replace(
         log_theta=_token_log(theta, drawn.token, settings.law["temperature_theta"]),
         log_t=_token_log(t, drawn.token, settings.law["temperature_t"]),
@@ -118,7 +118,7 @@ def speculate(pair: Pair, rows: Generated, target_ids: Tensor, _: list[Any]) -> 
         if settings.diagnostics:
             records |= _figures(theta, t, records["alpha"], settings)
         taken = rows.append(checked.tokens, checked.num_accepted + 1, records)
-        # Drafts behind an end were tested, but are no part of any text.
+        # Drafts after an end were tested, but are no part of any text.
         rows.accepted += torch.minimum(checked.num_accepted, taken)
         rows.tested += torch.minimum(torch.minimum(checked.num_accepted + 1, lengths), taken)
         last = target_last = _last_token(checked, rows.pad)
@@ -126,14 +126,14 @@ def speculate(pair: Pair, rows: Generated, target_ids: Tensor, _: list[Any]) -> 
 
 
 def _drafts(model: CachedModel, last: Tensor, count: int, rows: Generated, settings: Settings) -> tuple[Tensor, Tensor]:
-    """Tokens [B, count] of the model's own law, and its logits [B, count + 1, V] at their places and behind them."""
+    """Tokens [B, count] from the model's own distribution, and its logits [B, count + 1, V] there and one further."""
     temperature = settings.law["temperature_" + settings.draft]
     drafts, logits, token = [], [], last
     for k in range(count + 1):
         row = model.read(token)[:, -1, : settings.vocab_size].to(rows.ids.device)
         logits.append(row)
         if k < count:
-            # Both laws are the same, so alpha does not matter.
+            # Both distributions are the same, so alpha does not matter.
             token = sample(
                 row,
                 row,

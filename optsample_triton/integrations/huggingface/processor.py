@@ -29,7 +29,7 @@ class OptimalSamplingLogitsProcessor(LogitsProcessor):
         processor = OptimalSamplingLogitsProcessor(target_model, attention_mask=mask)
         model.generate(input_ids, attention_mask=mask, logits_processor=[processor], do_sample=True, top_k=0)
 
-    It stands behind the processors of the configuration and before temperature, top-k and top-p, which so act on q*.
+    It comes after the processors of the configuration and before temperature, top-k and top-p, which so act on q*.
     A token that is -inf in the scores stays -inf, and alpha is that of the tokens which are left. The target has a KV
     cache of its own, which follows what the rows say: beams that change places, drafts that are taken back, and new
     prompts are found by comparing the ids with those read before.
@@ -103,7 +103,7 @@ class OptimalSamplingLogitsProcessor(LogitsProcessor):
         return out
 
     def _read(self, ids: Tensor) -> Tensor:
-        """The target's logits [R, V] behind each row."""
+        """The target's logits [R, V] after each row."""
         common = self._follow(ids)
         if common is None:
             return self._begin(ids)
@@ -133,7 +133,7 @@ class OptimalSamplingLogitsProcessor(LogitsProcessor):
         return shared
 
     def _continued(self, ids: Tensor) -> bool:
-        """Whether these are the prompts that were read last, with what was generated behind them."""
+        """Whether these are the prompts that were read last, with what was generated since."""
         start = self._start
         return (
             len(ids) == len(self._seen)
@@ -185,7 +185,7 @@ class OptimalSamplingLogitsProcessor(LogitsProcessor):
             mask = expand(mask, ids.shape[0], copies, name)
         tokens = self._padding
         if self.target_input_ids is None and self._continued(ids):
-            # What stands behind a row's end is not asked about.
+            # What comes after a row's end is not asked about.
             tokens = tokens._replace(last=frozenset(), twice=frozenset())
         padding = left_padding(prompt, mask, name, tokens)
         # A cache that forgets what leaves a sliding window could not follow drafts that are taken back.

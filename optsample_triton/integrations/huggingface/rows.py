@@ -17,12 +17,13 @@ from optsample_triton.types import Diagnostics
 class OptimalGeneration(ModelOutput):
     """What was generated for B rows, T tokens at most; a row's end-of-sequence token is its last.
 
-    Behind a row's end stand the padding token, 0 for log-probabilities and diagnostics, NaN for alpha. ``log_theta``
-    and ``log_t`` are of the models' whole laws over the shared vocabulary, ``log_q`` of the law that was drawn from.
+    After a row's end come the padding token, 0 for log-probabilities and diagnostics, NaN for alpha. ``log_theta`` and
+    ``log_t`` are of the models' own distributions over the shared vocabulary, before any filter; ``log_q`` is of the
+    distribution that was drawn from.
     """
 
     sequences: Tensor | None = None  # [B, S + T]: the prompts as they were given, and the tokens
-    attention_mask: Tensor | None = None  # [B, S + T] int64: of the sequences, 0 behind the rows' ends
+    attention_mask: Tensor | None = None  # [B, S + T] int64: of the sequences, 0 after the rows' ends
     tokens: Tensor | None = None  # [B, T] int64
     lengths: Tensor | None = None  # [B] int64: how many tokens are the row's own
     log_q: Tensor | None = None  # [B, T], like the next ones
@@ -133,7 +134,7 @@ class Generated:
         """Ask the criteria about the rows with a new token, for each length that there is."""
         lengths = self.lengths[taking]
         for length in lengths.unique().tolist():
-            # They see the whole batch, as transformers shows it; what they say of the other rows is not heard.
+            # They see the whole batch, as transformers shows it; what they say of the other rows is ignored.
             ended = self.criteria(self.ids[:, : self.start + length], None).to(self.ids.device)
             group = taking[lengths == length]
             self.running[group] &= ~ended[group]
@@ -142,7 +143,7 @@ class Generated:
         if self.streamer is not None:
             self.streamer.end()
         records = {name: values[:, : self.width] for name, values in self.records.items()}
-        figures = [records.pop(name) for name in Diagnostics._fields if name in records]
+        diagnostics = [records.pop(name) for name in Diagnostics._fields if name in records]
         ids = self.ids[:, : self.start + self.width]
         slots = torch.arange(ids.shape[1], device=ids.device)
         own = (slots >= self.padding[:, None]) & (slots < self.start + self.lengths[:, None])
@@ -152,7 +153,7 @@ class Generated:
             tokens=ids[:, self.start :],
             lengths=self.lengths,
             **records,
-            diagnostics=Diagnostics(*figures) if figures else None,
+            diagnostics=Diagnostics(*diagnostics) if diagnostics else None,
             num_tested=self.tested if self.speculative else None,
             num_accepted=self.accepted if self.speculative else None,
         )

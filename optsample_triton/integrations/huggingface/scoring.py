@@ -23,7 +23,7 @@ from optsample_triton.types import Diagnostics
 
 
 class SequenceScores(NamedTuple):
-    """Figures of n tokens of B sequences, each [B, n]: what the models said of a token at the place before it.
+    """Results of n tokens of B sequences, each [B, n]: what the models said of a token at the place before it.
 
     ``mask`` says which tokens count: those of the text that a token of the text stands before, in both models' prompts.
     The others' log-probabilities are 0. Those of a token beyond the shared vocabulary are -inf.
@@ -37,7 +37,7 @@ class SequenceScores(NamedTuple):
     alpha: Tensor
     status: Tensor
     diagnostics: Diagnostics
-    log_q_star: Tensor | None  # [B, n, V] float32: the whole law, where it was asked for
+    log_q_star: Tensor | None  # [B, n, V] float32: the whole distribution, where it was asked for
 
 
 def score(model: Any, target_model: Any, input_ids: Tensor, **kwargs: Any) -> SequenceScores:
@@ -51,10 +51,10 @@ def score(model: Any, target_model: Any, input_ids: Tensor, **kwargs: Any) -> Se
     gives what ``generate`` has recorded, and the diagnostics.
     """
     chunks = list(score_chunks(model, target_model, input_ids, **kwargs))
-    figures = Diagnostics(*(torch.cat(parts, 1) for parts in zip(*(c.diagnostics for c in chunks), strict=True)))
+    diagnostics = Diagnostics(*(torch.cat(parts, 1) for parts in zip(*(c.diagnostics for c in chunks), strict=True)))
     stars = [c.log_q_star for c in chunks if c.log_q_star is not None]
     head = {name: torch.cat([getattr(chunk, name) for chunk in chunks], 1) for name in SequenceScores._fields[:7]}
-    return SequenceScores(**head, diagnostics=figures, log_q_star=torch.cat(stars, 1) if stars else None)
+    return SequenceScores(**head, diagnostics=diagnostics, log_q_star=torch.cat(stars, 1) if stars else None)
 
 
 @torch.no_grad()
@@ -111,7 +111,7 @@ def score_chunks(
     own, target_own = _own(input_ids, attention_mask), _own(target_input_ids, target_attention_mask)
     if bool(((input_ids < 0) & own).any()):
         raise ValueError("input_ids must hold no negative tokens, the -100 of labels among them: mask them")
-    # Behind padding a model says nothing of a text's first token.
+    # After padding, a model says nothing of a text's first token.
     mask = own[:, -count:] & own[:, -count - 1 : -1]
     if bool((mask & ~target_own[:, -count:]).any()):
         raise ValueError(
@@ -178,7 +178,7 @@ class _Reader:
         self.cached.check_tokens(self.ids[:, :-1])  # the last one is not read
 
     def read(self, start: int, stop: int) -> Tensor:
-        """[B, stop - start, V]: behind the tokens before those from start to stop."""
+        """The logits [B, stop - start, V] that predict the tokens from start to stop."""
         return self.cached.read(self.ids[:, self.cached.width : self.first + stop], stop - start)
 
 

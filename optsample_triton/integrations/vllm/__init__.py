@@ -8,7 +8,7 @@ try:
     import vllm  # noqa: F401
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        "optsample_triton.integrations.vllm needs vLLM: pip install 'optsample-triton[vllm]'"
+        "optsample_triton.integrations.vllm needs vLLM: in a clone of this project, pip install '.[vllm]'"
     ) from error
 
 from optsample_triton.integrations.vllm.processor import OptimalSampling

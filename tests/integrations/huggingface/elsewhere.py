@@ -19,7 +19,7 @@ COPIES = ("aten::_to_copy", "aten::copy_")
 
 
 class Elsewhere(torch.Tensor):
-    """What lies elsewhere; ``here`` holds its values."""
+    """A tensor that lies elsewhere; ``here`` holds its values."""
 
     @staticmethod
     def __new__(cls, here):

@@ -70,7 +70,7 @@ def prompts(lengths: tuple[int, ...] = (3, 6, 5), seed: int = 0, vocab: int = 10
 
 @torch.no_grad()
 def next_logits(model, text: Tensor) -> Tensor:
-    """[V] behind text [S], read from the beginning."""
+    """[V] after text [S], read from the beginning."""
     return model(input_ids=text[None], use_cache=False).logits[0, -1]
 
 

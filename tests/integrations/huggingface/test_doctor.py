@@ -14,7 +14,7 @@ def test_it_tries_what_is_installed(capsys):
 
 
 def test_it_says_in_one_sentence_what_fails(capsys, monkeypatch):
-    """As with a release that has renamed what this package uses."""
+    """As when a release renames what this package uses."""
 
     def generate(*args, **kwargs):
         raise TypeError("forward() got an unexpected keyword argument\nand more of it")

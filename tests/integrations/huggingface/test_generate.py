@@ -78,9 +78,9 @@ def test_records_are_those_of_fresh_passes(pairs, name, drafts):
             torch.testing.assert_close(torch.stack(found), torch.stack(expected), atol=2e-5, rtol=1e-5)
             assert float(out.alpha[row, k]) == pytest.approx(float(exact.alpha), abs=2e-4)
             assert int(out.status[row, k]) == ost.Status.OK
-            for figure in ("kl_theta", "kl_t", "ess_theta", "ess_t", "entropy_q", "overlap_theta"):
-                value = float(getattr(out.diagnostics, figure)[row, k])
-                assert value == pytest.approx(float(getattr(exact, figure)), rel=2e-3, abs=1e-5), figure
+            for name in ("kl_theta", "kl_t", "ess_theta", "ess_t", "entropy_q", "overlap_theta"):
+                value = float(getattr(out.diagnostics, name)[row, k])
+                assert value == pytest.approx(float(getattr(exact, name)), rel=2e-3, abs=1e-5), name
 
 
 @pytest.mark.parametrize("drafts", [0, 1, 4])
@@ -91,9 +91,17 @@ def test_the_mode_of_q_token_by_token(pairs, name, drafts):
     ids, mask = prompts()
     for draft in ("theta", "t") if drafts else ("theta",):
         out = generate(
-            model, target, ids, attention_mask=mask, max_new_tokens=8, seed=1, min_p=1.0, num_draft_tokens=drafts,
-            draft=draft, eos_token_id=-1,
-        )  # fmt: skip
+            model,
+            target,
+            ids,
+            attention_mask=mask,
+            max_new_tokens=8,
+            seed=1,
+            min_p=1.0,
+            num_draft_tokens=drafts,
+            draft=draft,
+            eos_token_id=-1,
+        )
         for row in range(3):
             text = own(ids, mask, row)
             assert out.tokens[row].tolist() == naive(model, target, text, text, 0, 8, greedy=True)
@@ -111,7 +119,7 @@ def test_sliding_windows(drafts):
             assert out.tokens[row].tolist() == naive(model, target, text, text, 0, 10, greedy=True)
 
 
-def test_three_doors_one_law(small_pair):
+def test_every_entry_point_has_one_law(small_pair):
     """20,000 continuations of three tokens: the function, custom_generate, drafts of either model, the processor.
 
     With the oldest transformers 5,000, so that both ends of the range are seen in little time.
@@ -148,9 +156,16 @@ def test_drafts_of_the_law_itself_are_all_kept(pairs):
     ids, mask = prompts()
     for alpha, draft in ((1.0, "theta"), (0.0, "t")):
         out = generate(
-            *pairs["trained"], ids, attention_mask=mask, max_new_tokens=9, seed=5, alpha=alpha, num_draft_tokens=2,
-            draft=draft, eos_token_id=-1,
-        )  # fmt: skip
+            *pairs["trained"],
+            ids,
+            attention_mask=mask,
+            max_new_tokens=9,
+            seed=5,
+            alpha=alpha,
+            num_draft_tokens=2,
+            draft=draft,
+            eos_token_id=-1,
+        )
         assert out.num_tested.tolist() == [6] * 3
         assert out.acceptance >= 17 / 18  # q / p is 1 up to float32's rounding
 
@@ -163,9 +178,17 @@ def test_speculation_with_temperatures(small_pair):
     law = truth.sample_law(theta, t, temperature=0.8, **kwargs)
     for draft in ("theta", "t"):
         out = generate(
-            model, target, prompt, max_new_tokens=2, num_return_sequences=8000, seed=0, temperature=0.8,
-            num_draft_tokens=1, draft=draft, **kwargs,
-        )  # fmt: skip
+            model,
+            target,
+            prompt,
+            max_new_tokens=2,
+            num_return_sequences=8000,
+            seed=0,
+            temperature=0.8,
+            num_draft_tokens=1,
+            draft=draft,
+            **kwargs,
+        )
         assert p_value(out.tokens[:, :1], law) > 1e-3
 
 
@@ -201,9 +224,15 @@ def test_custom_generate_is_the_function(pairs):
         assert torch.equal(keywords[name].nan_to_num(), value.nan_to_num()), name
     hinted = custom(seed=SEEDS, target_input_ids=ids.flip(1), target_attention_mask=mask)
     expected = generate(
-        model, None, ids, attention_mask=mask, max_new_tokens=6, seed=SEEDS, target_input_ids=ids.flip(1),
+        model,
+        None,
+        ids,
+        attention_mask=mask,
+        max_new_tokens=6,
+        seed=SEEDS,
+        target_input_ids=ids.flip(1),
         target_attention_mask=mask,
-    )  # fmt: skip
+    )
     assert torch.equal(hinted, expected.sequences)
 
 
@@ -263,20 +292,25 @@ def test_texts_beyond_the_positions_of_gpt2(hinted, drafts):
     hint = torch.full((1, 65), 5) if hinted else None
     with pytest.raises(ValueError, match=r"^a text must have at most 64 tokens, the positions of GPT2LMHeadModel, but"):
         generate(
-            model, target, ids, target_input_ids=hint, max_new_tokens=9, seed=0, eos_token_id=-1,
-            num_draft_tokens=drafts, attention_mask=torch.ones_like(ids),
-        )  # fmt: skip
+            model,
+            target,
+            ids,
+            target_input_ids=hint,
+            max_new_tokens=9,
+            seed=0,
+            eos_token_id=-1,
+            num_draft_tokens=drafts,
+            attention_mask=torch.ones_like(ids),
+        )
 
 
 def test_positions_of_the_caller(pairs):
-    """They are those that are counted, or an error: they would not be heard."""
+    """They must be the counted ones: others would be ignored, so they are refused."""
     ids, mask = prompts()
     counted = (mask.cumsum(-1) - 1).clamp(min=0)
     run = functools.partial(generate, *pairs["llama, gpt2"], ids, attention_mask=mask, max_new_tokens=2, seed=SEEDS)
     assert torch.equal(run(position_ids=counted).tokens, run().tokens)
-    assert torch.equal(
-        run(position_ids=counted, num_return_sequences=2).tokens, run(num_return_sequences=2).tokens
-    )  # fmt: skip
+    assert torch.equal(run(position_ids=counted, num_return_sequences=2).tokens, run(num_return_sequences=2).tokens)
     for other in (counted + 3, counted[:, 1:]):
         with pytest.raises(ValueError, match="position_ids must count each row's own tokens from 0"):
             run(position_ids=other)
@@ -289,7 +323,7 @@ def test_acceptance_of_no_drafts(pairs):
 
 
 def test_a_text_continued_is_the_text_uninterrupted(pairs):
-    """The offset is the place in the text, so that a seed says the same wherever generation was broken off."""
+    """The offset is the place in the text: a seed gives the same tokens wherever generation was interrupted."""
     model, target = pairs["llama, gpt2"]
     ids, _ = prompts((4, 4))
     whole = generate(model, target, ids, max_new_tokens=8, seed=SEEDS[:2], eos_token_id=-1)
@@ -300,7 +334,7 @@ def test_a_text_continued_is_the_text_uninterrupted(pairs):
 
 @pytest.mark.parametrize("drafts", [0, 3])
 def test_ends(small_pair, drafts):
-    """Rows end at any of several tokens, with it, and leave padding and zeros behind."""
+    """A row ends with the first of several end tokens; padding and zeros follow."""
     model, target = small_pair
     prompt = torch.tensor([[1, 3, 5]]).expand(200, -1)
     eos = [2, 6]
@@ -324,14 +358,21 @@ def test_ends(small_pair, drafts):
     assert len(set(out.lengths.tolist())) > 5
 
 
-def test_drafts_behind_an_end_are_not_counted(small_pair):
-    """With alpha=1 pi_theta's drafts are all kept: of L tokens every third is none, wherever the text ends."""
+def test_drafts_after_an_end_are_not_counted(small_pair):
+    """With alpha=1 all of pi_theta's drafts are kept: every third token is no draft, wherever the text ends."""
     model, target = small_pair
     prompt = torch.tensor([[1, 3, 5]]).expand(200, -1)
     out = generate(
-        model, target, prompt, max_new_tokens=12, seed=torch.arange(200), alpha=1.0, num_draft_tokens=2,
-        eos_token_id=[2, 6], pad_token_id=0,
-    )  # fmt: skip
+        model,
+        target,
+        prompt,
+        max_new_tokens=12,
+        seed=torch.arange(200),
+        alpha=1.0,
+        num_draft_tokens=2,
+        eos_token_id=[2, 6],
+        pad_token_id=0,
+    )
     assert len(set((out.lengths % 3).tolist())) == 3
     kept = out.num_accepted == out.num_tested
     assert kept.double().mean() > 0.99  # q / p is 1 up to float32's rounding
@@ -354,9 +395,15 @@ def test_stopping_criteria(pairs, drafts):
     model, target = pairs["trained"]
     ids, _ = prompts((4,) * 20)
     out = generate(
-        model, target, ids, max_new_tokens=6, seed=0, stopping_criteria=[Odd(20)], num_draft_tokens=drafts,
+        model,
+        target,
+        ids,
+        max_new_tokens=6,
+        seed=0,
+        stopping_criteria=[Odd(20)],
+        num_draft_tokens=drafts,
         eos_token_id=-1,
-    )  # fmt: skip
+    )
     for row in range(20):
         sums = out.tokens[row, : out.lengths[row]].cumsum(0) % 2
         assert not sums[:-1].any()
@@ -411,11 +458,11 @@ def test_processors_act_on_theta_and_warpers_on_q(pairs):
     # The models' own laws are not those of the processors.
     torch.testing.assert_close(out.log_theta, theta.log_softmax(-1).gather(1, out.tokens), atol=1e-5, rtol=1e-5)
 
-    # The figures are those of the law that was drawn from: nothing is known of banned tokens.
+    # The diagnostics are those of the law that was drawn from: nothing is known of banned tokens.
     out = generate(model, target, ids, bad_words_ids=[[k] for k in banned], diagnostics=True, **kwargs)
-    for figure in ("kl_theta", "kl_t", "ess_theta", "entropy_theta", "entropy_q", "overlap_theta"):
-        found = getattr(out.diagnostics, figure)[:, 0].double()
-        torch.testing.assert_close(found, getattr(exact, figure), atol=1e-5, rtol=2e-3)
+    for name in ("kl_theta", "kl_t", "ess_theta", "entropy_theta", "entropy_q", "overlap_theta"):
+        found = getattr(out.diagnostics, name)[:, 0].double()
+        torch.testing.assert_close(found, getattr(exact, name), atol=1e-5, rtol=2e-3)
 
     law = truth.log_q(theta, t) / 0.7
     best = law.topk(3)
@@ -442,7 +489,7 @@ def test_the_defaults_of_configurations_do_not_cut_the_law(pairs):
 
 
 def test_filters_of_the_caller_stay(pairs):
-    """Even one that is the same as the default of the configuration."""
+    """Even one that equals the configuration's default."""
     model, target = pairs["llama, gpt2"]
     ids, _ = prompts((4,) * 40)
     run = {"max_new_tokens": 2, "seed": 0}
@@ -482,7 +529,7 @@ def test_filters_of_configurations_are_left_out_aloud(pairs, name):
 
 @pytest.mark.parametrize(("name", "value"), [("repetition_penalty", 1.3), ("no_repeat_ngram_size", 1)])
 def test_penalties_of_a_models_configuration(name, value):
-    """As many instruction models have one."""
+    """Many instruction models have one."""
     model, target = llama(seed=1), gpt2(seed=2)
     ids, _ = prompts((4,) * 20)
     run = functools.partial(generate, model, target, ids, max_new_tokens=3, seed=0)
@@ -504,7 +551,7 @@ def test_penalties_of_a_models_configuration(name, value):
 
 @pytest.mark.parametrize("drafts", [0, 2])
 def test_padded_vocabularies(drafts):
-    """What pads a vocabulary is no token, even where its logits are large."""
+    """Entries that pad a vocabulary are never drawn, even where their logits are large."""
     model, wide = llama(seed=1), llama(vocab=128, seed=2)
     with torch.no_grad():
         wide.lm_head.weight[100:] *= 20
@@ -621,7 +668,7 @@ def test_wrong_arguments(pairs):
 
 
 def test_prompts_that_are_none(pairs):
-    """Nothing can follow a row of padding, and -100 is what labels hold."""
+    """A row of nothing but padding is refused, and so are the -100 of labels."""
     model, target = pairs["llama, gpt2"]
     ids, mask = prompts()
     run = functools.partial(generate, model, max_new_tokens=2, seed=0)
@@ -688,7 +735,7 @@ def test_rows_of_a_targets_prompts(pairs, copies):
 
 @pytest.mark.parametrize("drafts", [0, 2])
 def test_tokens_beyond_the_targets_embeddings(drafts):
-    """Padding may lie there, text may not."""
+    """Padding may have such ids, text may not."""
     model, target = llama(seed=1), gpt2(vocab=80, seed=2)
     model.generation_config.pad_token_id = 99
     model.generation_config.eos_token_id = list(range(20, 40))
@@ -719,7 +766,7 @@ REFUSED = r"^{}attention_mask must be given, since row \d {} with token \d, whic
 @pytest.mark.parametrize("first", [1, 2], ids=["bos", "bos is eos"])
 @pytest.mark.parametrize("lengths", [(3, 6, 5), (6, 5, 6)], ids=str)
 def test_padding_that_may_be_something_else(pad, first, lengths):
-    """Padding is the end of text in most people's hands: nothing but a mask tells where the text begins."""
+    """The padding token often ends texts as well: only a mask tells where a text begins."""
     model, target = llama(seed=1), gpt2(seed=2)
     for one in (model, target):
         one.generation_config.update(eos_token_id=2, pad_token_id=pad, bos_token_id=first)

@@ -1,4 +1,4 @@
-"""Models as they come: in wrappers, without position_ids, with states beside keys and values, put away on the disk."""
+"""Models as they come: in wrappers, without position_ids, with states beside keys and values, offloaded to the disk."""
 
 import pytest
 import torch
@@ -44,9 +44,16 @@ def check(model, target, drafts=0, lengths=(3, 6, 5)):
     """The mode of q*, token by token: padded rows as each alone without a cache."""
     ids, mask = prompts(lengths)
     out = generate(
-        model, target, ids, attention_mask=mask, max_new_tokens=6, seed=1, min_p=1.0, num_draft_tokens=drafts,
+        model,
+        target,
+        ids,
+        attention_mask=mask,
+        max_new_tokens=6,
+        seed=1,
+        min_p=1.0,
+        num_draft_tokens=drafts,
         eos_token_id=-1,
-    )  # fmt: skip
+    )
     for row in range(len(lengths)):
         text = ids[row][mask[row].bool()]
         assert out.tokens[row].tolist() == naive(model, target, text, text, 0, 6, greedy=True)
@@ -148,7 +155,7 @@ def test_states_beside_keys_and_values_go_forward_only(kind):
 
 
 def test_virtual_tokens_are_refused():
-    """As a policy too: its generate would forget them."""
+    """As the policy too: its generate would lose them."""
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     model, tuned = llama(seed=1), get_peft_model(gpt2(seed=2), config).eval()
     for pair in ((model, tuned), (tuned, model)):
@@ -258,7 +265,7 @@ def test_weights_that_accelerate_has_put_away(tmp_path, drafts):
 
 
 def everywhere(model, target):
-    """All that the three doors give, from arguments on the CPU."""
+    """The results of all three entry points, from arguments on the CPU."""
     ids, mask = prompts()
     hints, hint_mask = prompts((9, 4, 7), seed=5)
     hinted = {"target_input_ids": hints, "target_attention_mask": hint_mask}

@@ -1,4 +1,4 @@
-"""score(): alpha, q* and figures of given sequences against whole passes and the float64 oracle."""
+"""score(): alpha, q* and diagnostics of given sequences against whole passes and the float64 oracle."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from reference import truth
 
 
 def ragged():
-    """Four sequences padded at both ends, as completions of unequal length behind unequal prompts are."""
+    """Four sequences padded at both ends, as completions of unequal length after unequal prompts are."""
     ids, mask = prompts((12, 9, 7, 12), seed=4)
     mask[1, -3:] = mask[3, -1:] = 0
     return ids, mask
@@ -30,14 +30,14 @@ def test_equals_whole_passes(pairs, name, chunk_size):
         exact = truth.solve(a, b)
         here = where[1:] - 1  # the place of a token among those that have one before them
         found = {**scores._asdict(), **scores.diagnostics._asdict()}
-        for figure in ("alpha", "kl_theta", "kl_t", "ess_theta", "ess_t", "entropy_theta", "entropy_q", "overlap_t"):
-            expected = getattr(exact, figure)
-            torch.testing.assert_close(found[figure][row, here].double(), expected, atol=2e-5, rtol=2e-4)
+        for name in ("alpha", "kl_theta", "kl_t", "ess_theta", "ess_t", "entropy_theta", "entropy_q", "overlap_t"):
+            expected = getattr(exact, name)
+            torch.testing.assert_close(found[name][row, here].double(), expected, atol=2e-5, rtol=2e-4)
         star = truth.log_q(a, b)
         torch.testing.assert_close(scores.log_q_star[row, here].double(), star, atol=5e-5, rtol=1e-5)
-        for figure, law in (("log_q", star), ("log_theta", a.log_softmax(-1)), ("log_t", b.log_softmax(-1))):
+        for name, law in (("log_q", star), ("log_theta", a.log_softmax(-1)), ("log_t", b.log_softmax(-1))):
             expected = law.gather(1, text[1:, None])[:, 0].double()
-            torch.testing.assert_close(found[figure][row, here].double(), expected, atol=5e-5, rtol=1e-5)
+            torch.testing.assert_close(found[name][row, here].double(), expected, atol=5e-5, rtol=1e-5)
     # A row's first own token was predicted from padding.
     assert torch.equal(scores.mask, (mask[:, 1:] & mask[:, :-1]).bool())
     assert (scores.log_q[~scores.mask] == 0).all()
@@ -45,7 +45,7 @@ def test_equals_whole_passes(pairs, name, chunk_size):
 
 @pytest.mark.parametrize("chunk_size", [None, 2])
 def test_a_texts_first_token_does_not_count(pairs, chunk_size):
-    """Nobody predicted it: of the policy's row nor of the target's, whose prompts are empty here and there."""
+    """No model predicted it, neither in the policy's rows nor in the target's, some of whose prompts are empty."""
     model, target = pairs["trained"]
     ids, mask = prompts((3, 6, 5), seed=2)
     theirs = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
@@ -60,9 +60,9 @@ def test_a_texts_first_token_does_not_count(pairs, chunk_size):
     whole = next_logits(target, ids[1, 3:5]).log_softmax(-1)[ids[1, 5]]
     torch.testing.assert_close(found.log_t[1, 2], whole, atol=1e-4, rtol=1e-4)
     for wrong in ([1, 1, 1, 0, 1, 1], [1, 1, 1, 1, 1, 0]):
-        behind = torch.tensor([wrong]).expand(3, -1)
+        refused = torch.tensor([wrong]).expand(3, -1)
         with pytest.raises(ValueError, match=r"target_attention_mask must not mask|some in between"):
-            score(model, target, ids, target_input_ids=ids, target_attention_mask=behind, **run)
+            score(model, target, ids, target_input_ids=ids, target_attention_mask=refused, **run)
 
 
 def test_tokens_beyond_the_shared_vocabulary(pairs):
@@ -106,15 +106,27 @@ def test_a_target_with_its_own_prompt_as_generated(pairs, chunk_size):
     ids, mask = prompts()
     hints, hint_mask = prompts((9, 4, 7), seed=5)
     out = generate(
-        model, target, ids, attention_mask=mask, target_input_ids=hints, target_attention_mask=hint_mask,
-        max_new_tokens=7, seed=0, diagnostics=True,
-    )  # fmt: skip
+        model,
+        target,
+        ids,
+        attention_mask=mask,
+        target_input_ids=hints,
+        target_attention_mask=hint_mask,
+        max_new_tokens=7,
+        seed=0,
+        diagnostics=True,
+    )
     count = out.tokens.shape[1]
     scores = score(
-        model, target, out.sequences, attention_mask=out.attention_mask, num_tokens=count,
+        model,
+        target,
+        out.sequences,
+        attention_mask=out.attention_mask,
+        num_tokens=count,
         target_input_ids=torch.cat([hints, out.tokens], 1),
-        target_attention_mask=torch.cat([hint_mask, out.mask.long()], 1), chunk_size=chunk_size,
-    )  # fmt: skip
+        target_attention_mask=torch.cat([hint_mask, out.mask.long()], 1),
+        chunk_size=chunk_size,
+    )
     assert torch.equal(scores.tokens, out.tokens)
     assert torch.equal(scores.mask, out.mask)
     for name in ("log_q", "log_theta", "log_t"):

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from optsample_triton.integrations.huggingface import generate, score
 
 ROOT = Path(__file__).resolve().parents[3]
-# transformers finds out how tokens are spelt by putting them behind "abcdef".
+# transformers finds out how tokens are spelt by putting them after "abcdef".
 WORDS = [
     "two", "plus", "is", "the", "sky", "answer", "four", ".", "look", "up", "blue", "green", "abcdef", "one", "sum",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The other end of the supported range of versions: the same tests, but for those that take longest."""
+"""The oldest supported transformers: the same tests, except for those that take longest."""
 
 import subprocess
 import sys

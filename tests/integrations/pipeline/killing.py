@@ -1,6 +1,6 @@
 """A server that forks runs of the command and kills them: libraries are loaded once, so that many kills are cheap.
 
-Prints a JSON list: for each run of the command how many times it was killed before it went through; runs until there
+Prints a JSON list: for each run of the command how many times it was killed before it completed; it ends when there
 were enough kills.
 """
 

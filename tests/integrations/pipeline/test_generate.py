@@ -106,7 +106,7 @@ def test_files_fit_their_schemas_and_each_other(run: Runner) -> None:
 
 
 @pytest.mark.parametrize("told", [False, True], ids=["one prompt", "some told more"])
-def test_figures_are_those_of_the_models(told: bool, run: Runner) -> None:
+def test_diagnostics_are_those_of_the_models(told: bool, run: Runner) -> None:
     """Each token's diagnostics against float64 truth from the models' own logits, without batch, padding or cache.
 
     The target may read something else in some rows of a batch, here not in the first one.
@@ -281,7 +281,7 @@ def test_resume_refuses_what_has_changed(run: Runner, capsys: pytest.CaptureFixt
     assert "first 8 rows" in again(1, "--resume")
     write_rows(Path(run.dataset), questions(3))
     assert "has 3 rows now" in again(1, "--resume")
-    write_rows(Path(run.dataset), questions(30))  # more rows behind the others change nothing
+    write_rows(Path(run.dataset), questions(30))  # more rows after the others change nothing
     again(0, "--resume")
     assert contents(out) == whole
     run("out", "--num-samples", "12", "--resume")

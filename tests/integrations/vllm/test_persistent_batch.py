@@ -154,7 +154,7 @@ def test_prompts_given_as_embeddings(target):  # noqa: F811
 
 
 def one_row(processor, extra, output, logits):
-    """The row of one request behind a prompt of two tokens."""
+    """The row of one request after a prompt of two tokens."""
     added = [(0, SamplingParams(extra_args=extra), [3, 4], output)]
     processor.update_state(BatchUpdate(batch_size=1, removed=[], added=added, moved=[]))
     return processor.apply(logits.clone())

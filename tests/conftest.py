@@ -1,4 +1,7 @@
-"""One switch for all tests: kernels run natively if there is a GPU, else through the interpreter."""
+"""One switch for all tests: kernels run natively if there is a GPU, else through the interpreter.
+
+With --compiled they are compiled for a GPU and executed by tests/ptx, one as well as the other.
+"""
 
 import importlib.util
 import os
@@ -10,21 +13,39 @@ import pytest
 import torch
 from hypothesis import Phase, settings
 
-if not torch.cuda.is_available():
-    # Triton reads this when it is imported, and nothing above imports it.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+def _interpreted():
+    return os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
 
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
-if INTERPRETED:
-    # By path, since an integration's environment may have a package named tests.
-    sys.path.insert(0, str(Path(__file__).parent))
-    import device_arithmetic
-    import quick_interpreter
+def pytest_addoption(parser):
+    group = parser.getgroup("kernels")
+    group.addoption(
+        "--compiled", action="store_true", help="run the kernels' PTX on the CPU: the tests of a backend only"
+    )
+    group.addoption("--arch", type=int, default=90, help="compile them for sm_ARCH")
 
-    sys.path.pop(0)
-    quick_interpreter.install()
-    device_arithmetic.install()
+
+def _choose_how_kernels_run(config):
+    """Before anything imports Triton, which then reads TRITON_INTERPRET."""
+    if config.option.compiled:
+        os.environ["TRITON_INTERPRET"] = "0"
+        from tests.ptx import driver
+
+        driver.install(config.option.arch)
+        return
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    if _interpreted():
+        # By path, since an integration's environment may have a package named tests.
+        sys.path.insert(0, str(Path(__file__).parent))
+        import device_arithmetic
+        import quick_interpreter
+
+        sys.path.pop(0)
+        quick_interpreter.install()
+        device_arithmetic.install()
+
 
 # The interpreter computes with NumPy, which warns of overflow and NaN in lanes that a kernel masks later. A GPU does
 # not warn, and warnings are errors here.
@@ -32,16 +53,29 @@ np.seterr(all="ignore")
 
 
 def pytest_configure(config):
+    _choose_how_kernels_run(config)
     # Triton 3.6's interpreter uses 1-element arrays as scalars: NumPy 2.3 warns about them, 2.4 refuses them.
     config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim > 0:DeprecationWarning:triton")
     # A tile of NaN alone: the maximum of an INVALID row, which is not used. A GPU does not warn.
     config.addinivalue_line("filterwarnings", "ignore:All-NaN slice encountered:RuntimeWarning")
 
 
+def pytest_generate_tests(metafunc):
+    if "backend" in metafunc.fixturenames:
+        backends = ["compiled"] if metafunc.config.option.compiled else ["eager", "triton"]
+        metafunc.parametrize("backend", backends, indirect=True)
+
+
 @pytest.hookimpl(tryfirst=True)  # pytest leaves out what -m does not select after that
 def pytest_collection_modifyitems(config, items):
-    if INTERPRETED and without_deep(config):
-        quick_interpreter.leave_overflow_unchecked()
+    if _interpreted() and without_deep(config):
+        sys.modules["quick_interpreter"].leave_overflow_unchecked()
+    # Compiled, the tests of a backend and those that want compiled kernels; others choose a backend, or need none.
+    wanted = {"backend", "compiled"} if config.option.compiled else {"compiled"}
+    others = [item for item in items if wanted.isdisjoint(getattr(item, "fixturenames", ())) == config.option.compiled]
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
     if "deep" in config.option.markexpr and not any("::" in argument for argument in config.args):
         from tests import core  # not above: an environment of the integrations may hold a package that is called tests
 
@@ -82,11 +116,23 @@ def switches_kept():
     assert [os.environ.get(name) for name in switches] == before
 
 
-@pytest.fixture(params=["eager", "triton"])
+@pytest.fixture
 def backend(request, monkeypatch):
-    """Runs a test once on each backend; a backend chosen by name never falls back."""
-    monkeypatch.setenv("OPTSAMPLE_BACKEND", request.param)
+    """Runs a test once on each backend; a backend chosen by name never falls back.
+
+    "compiled" is the Triton backend as well, its kernels executed by tests/ptx.
+    """
+    monkeypatch.setenv("OPTSAMPLE_BACKEND", "eager" if request.param == "eager" else "triton")
     return request.param
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """The driver of compiled kernels. Only with --compiled are the tests that ask for it there."""
+    from tests.ptx import driver
+
+    monkeypatch.setenv("OPTSAMPLE_BACKEND", "triton")
+    return driver
 
 
 @pytest.fixture
@@ -98,8 +144,8 @@ def device(backend):
 
 @pytest.fixture
 def interpreted(backend, device):
-    """Whether kernels run through the interpreter. A row then costs a tenth of a second, so use fewer rows."""
-    return backend == "triton" and device == "cpu"
+    """Whether the CPU runs the kernels. A row then costs some hundredths of a second or more, so use fewer rows."""
+    return backend != "eager" and device == "cpu"
 
 
 @pytest.fixture

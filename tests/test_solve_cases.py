@@ -111,7 +111,7 @@ def test_a_finite_mask_at_a_low_temperature(models, temperature, backend, device
     found = ost.solve(a, b, temperature_theta=temperature, temperature_t=temperature)
     expected = truth.solve(a.cpu().double() / temperature, b.cpu().double() / temperature)
     solved = (found.status == Status.OK).cpu()
-    assert bool(solved.all()) or backend == "triton"
+    assert bool(solved.all()) or backend != "eager"
     assert set(found.status.tolist()) <= {Status.OK, Status.NOT_CONVERGED}
     assert_within(found.alpha.cpu()[solved], expected.alpha[solved], "alpha")
     assert_within(found.log_z.cpu()[solved], expected.log_z[solved], "log_z")
@@ -306,7 +306,7 @@ def test_fixed_alpha(alpha, backend, device):
 def test_alpha_per_row(case, backend, device):
     """One pair of rows at five values of alpha."""
     alpha = torch.tensor([-0.5, 0.0, 0.3, 1.0, 1.5])
-    for row in range(1 if backend == "triton" else len(case.make()[0])):
+    for row in range(1 if backend != "eager" else len(case.make()[0])):
         a, b = (x[row].expand(5, -1) for x in case.logits(device=device))
         solution = ost.solve(a, b, method="fixed", alpha=alpha.to(device), diagnostics=True)
         expected = truth.solve(a.cpu(), b.cpu(), alpha=alpha)

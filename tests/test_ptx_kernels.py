@@ -1,0 +1,261 @@
+"""With --compiled: the package's kernels are free of findings, their bits do not depend on how they are run, and faults
+that are planted in them are reported with the line of the kernel."""
+
+import contextlib
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import optsample_triton as ost
+from tests.ptx.machine import same_bits
+from tests.ptx.memory import Fault
+from tests.ptx.options import Options
+from tests.ptx.translate import Kernel
+
+NODES = (Path(ost.__file__).parent / "kernels" / "nodes.py").read_text().split("\n")
+ARRIVAL = next(number for number, line in enumerate(NODES, 1) if "tl.atomic_add(" in line)
+BARRIER = next(number for number, line in enumerate(NODES, 1) if "tl.debug_barrier()" in line)
+
+WIDE, SPLIT = 1500, 8192 + 1500  # tokens: one chunk, of full tiles and a part of one; two chunks, each with its program
+
+
+def rows(vocab, dtype=torch.bfloat16):
+    """Rows that take every way through the solver: wide and narrow ones, identical, disjoint, masked, invalid."""
+    g = torch.Generator().manual_seed(vocab)
+    a, b = (3 * torch.randn(8, vocab, generator=g) for _ in range(2))
+    b[1] = a[1]
+    b[2] = a[2] + 1e-2 * b[2]
+    a[3, : vocab // 2], b[3, vocab // 2 :] = -math.inf, -math.inf
+    a[4, 5:], b[4, : vocab - 10] = -math.inf, -math.inf
+    b[4, 2] = 0.0
+    a[5, 7] = math.nan
+    a[6, ::3] = -math.inf
+    a[7], b[7] = 1e4 * a[7], 1e4 * b[7]
+    return a.to(dtype), b.to(dtype)
+
+
+def bits(*tensors):
+    return b"".join(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes() for tensor in tensors)
+
+
+def solution(found):
+    return bits(found.alpha, found.log_z, found.status)
+
+
+def texts_of(compiled, call):
+    """The PTX of what a call launches."""
+    texts = []
+
+    def keep(text):
+        texts.append(text)
+        return text
+
+    with compiled.running(edit=keep) as runs:
+        call()
+    assert [run.findings for run in runs] == [[] for _ in runs]
+    return texts
+
+
+@contextlib.contextmanager
+def without_barrier(block):
+    block.end = "next"
+    try:
+        yield
+    finally:
+        block.end = "barrier"
+
+
+def findings_of(compiled, call, **how):
+    """All findings of a call's launches, or the fault that ended it."""
+    with compiled.running(**how) as runs:
+        try:
+            call()
+        except Fault as fault:
+            return [*(each for run in runs for each in run.findings), str(fault)]
+    return [each for run in runs for each in run.findings]
+
+
+def nothing_before(kernel, barrier):
+    """Whether another barrier comes before this one on every way, with no access between that it could order."""
+    blocks, todo, seen = kernel.entry.blocks, [barrier.index], set()
+    while todo:
+        index = todo.pop()
+        if any(re.match(r"(ld|st)\.shared|st\.global|atom", each.opcode) for each in blocks[index].code):
+            return False
+        if index == 0:
+            return False
+        before = [block for block in blocks if index in block.following()]
+        todo += [block.index for block in before if block.end != "barrier" and block.index not in seen]
+        seen.update(todo)
+    return True
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_every_barrier_of_the_solver_is_needed(together, compiled, monkeypatch):
+    """Each removed in turn is reported, where a row has one program, and where two meet.
+
+    One is not: the first of the second look at a chunk (nodes.py, the sums with masks). The look before it ends with a
+    barrier as well, and what the threads would read of shared memory after that is only needed on the other way.
+    """
+
+    def solve():
+        if together:
+            ost.solve(*(x[[0, 3]] for x in rows(SPLIT)))
+        else:
+            monkeypatch.setattr(compiled, "PROCESSORS", 1)  # too few for a second program
+            ost.solve(*rows(WIDE))
+            ost.solve(*(x[[0, 4]] for x in rows(SPLIT)))
+
+    (text,) = set(texts_of(compiled, solve))
+    kernel: Kernel = compiled.kernel_of(text)
+    with compiled.running() as runs:
+        solve()
+    visited = set().union(*(run.visited for run in runs))
+    barriers = [block for block in kernel.entry.blocks if block.end == "barrier" and block.index in visited]
+    assert len(barriers) >= (40 if together else 130)
+    silent = []
+    for block in barriers:
+        with without_barrier(block):
+            findings = findings_of(compiled, solve, options=Options(stop=True))
+        if not findings and not nothing_before(kernel, block):
+            silent.append(str(block.code[-1]))
+        assert all(re.search(r"\[\w+\.py:\d+", each) for each in findings)
+    assert silent == []
+
+
+def solve_split():
+    ost.solve(*(x[:2] for x in rows(SPLIT)))
+
+
+def solve_wide():
+    ost.solve(*rows(WIDE))
+
+
+def from_line(text, number, pattern):
+    """The place of the first line of PTX with this pattern that comes from a line of nodes.py."""
+    lines, source = text.split("\n"), ""
+    for place, line in enumerate(lines):
+        if line.strip().startswith(".loc"):
+            source = line.partition("//")[2].strip()
+        elif source.startswith(f"nodes.py:{number}:") and re.search(pattern, line):
+            return place
+    raise LookupError(f"nodes.py:{number}: {pattern}")
+
+
+def without_line(text, place):
+    lines = text.split("\n")
+    return "\n".join([*lines[:place], "", *lines[place + 1 :]])
+
+
+def by_another_thread(text):
+    """The arrival made by thread 32: Triton lets the thread that stores the sums arrive as well."""
+    place = from_line(text, ARRIVAL, r"setp\.eq\.b32 .*, 0;")
+    lines = text.split("\n")
+    lines[place] = "mov.u32 %r99999, %tid.x; " + re.sub(r"%r\d+, 0;", "%r99999, 32;", lines[place])
+    return "\n".join(lines)
+
+
+def without_the_barrier(text):
+    return without_line(text, from_line(text, BARRIER, r"bar\.sync"))
+
+
+def test_the_barrier_before_the_arrival_is_needed(compiled):
+    """For the shared memory that tells of the arrival, and for the sums if another thread than theirs arrives."""
+    (finding,) = findings_of(compiled, solve_split, edit=without_the_barrier)
+    assert "race in shared memory" in finding
+    assert f"nodes.py:{ARRIVAL}:" in finding
+    assert findings_of(compiled, solve_split, edit=by_another_thread) == []
+    findings = findings_of(compiled, solve_split, edit=lambda text: without_the_barrier(by_another_thread(text)))
+    assert any("race in global memory: this reads what was written" in each and "nodes.py" in each for each in findings)
+
+
+@pytest.mark.parametrize("order", ["relaxed", "acquire", "release"])
+def test_a_weaker_arrival(order, compiled):
+    findings = findings_of(compiled, solve_split, edit=lambda text: text.replace("acq_rel", order))
+    assert any("race in global memory" in each and "nodes.py" in each for each in findings)
+
+
+def test_an_arrival_that_only_its_own_program_sees(compiled):
+    findings = findings_of(compiled, solve_split, edit=lambda text: text.replace("atom.global.gpu", "atom.global.cta"))
+    assert any(f"nodes.py:{ARRIVAL}:" in each for each in findings)
+    assert any("race in global memory: this reads what was written" in each for each in findings)
+
+
+def test_a_load_without_its_mask(compiled):
+    edit = re.compile(r"@%p\d+ (?=ld\.global)")
+    (fault,) = findings_of(compiled, solve_wide, edit=lambda text: edit.sub("", text))
+    assert re.search(r"access (out of bounds|to a hole between rows).* \[rows\.py:\d+", fault)
+
+
+def test_a_hole_between_rows_is_no_row(compiled):
+    """The padding of rows that are cut out of wider ones."""
+    a, b = (torch.nn.functional.pad(x, (0, 52))[:, :WIDE] for x in rows(WIDE))
+    edit = re.compile(r"@%p\d+ (?=ld\.global)")
+    assert findings_of(compiled, lambda: ost.solve(a, b)) == []
+    (fault,) = findings_of(compiled, lambda: ost.solve(a, b), edit=lambda text: edit.sub("", text))
+    assert "access to a hole between rows" in fault
+
+
+def test_rows_that_are_not_where_the_kernel_believes(compiled):
+    """A kernel compiled for rows on multiples of 16 bytes, given rows 4 bytes off."""
+    vocab = 1600
+    a, b = (x.float() for x in rows(vocab))
+    (aligned,) = texts_of(compiled, lambda: ost.solve(a, b))
+    off = [torch.nn.functional.pad(x, (1, 15))[:, 1 : 1 + vocab] for x in (a, b)]
+    (fault,) = findings_of(compiled, lambda: ost.solve(*off), edit=lambda text: aligned)
+    assert re.search(r"misaligned access of (8|16) bytes.* \[rows\.py:\d+", fault)
+
+
+def test_an_accumulator_without_its_start(compiled):
+    """The register of a sum that is not set to 0 before the loop."""
+
+    def edit(text):
+        for match in re.finditer(r"\tmov\.b32 \t(%r\d+), 0f00000000;", text):
+            edited = text[: match.start()] + text[match.end() :]
+            added = re.search(rf"add\.f32 \t{match[1]}, {match[1]},|fma\.rn\.f32 .*{match[1]};", text)
+            if added and match[1] in Kernel(edited).flow.suspects:
+                return edited
+        raise LookupError
+
+    findings = findings_of(compiled, solve_wide, edit=edit)
+    assert any("a register that nobody wrote" in each and re.search(r"\[\w+\.py:\d+", each) for each in findings)
+
+
+def test_a_store_to_shared_memory_that_is_left_out(compiled):
+    findings = findings_of(compiled, solve_wide, edit=lambda text: re.sub(r"@%p\d+ st\.shared.*;", "", text, count=1))
+    assert any("shared memory that nobody wrote" in each and re.search(r"\[\w+\.py:\d+", each) for each in findings)
+
+
+AWAY = "mov.u32 %r99999, %tid.x;\nsetp.lt.u32 %p99999, %r99999, 16;\n@%p99999 bra $away;\n"
+
+
+def test_a_part_that_never_comes_to_a_barrier(compiled):
+    def edit(text):
+        text = text.replace("bar.sync", AWAY.replace("16", "32") + "bar.sync", 1)
+        return re.sub(r"\tret;", "$away:\n\tret;", text)
+
+    *_, fault = findings_of(compiled, solve_wide, edit=edit)
+    assert re.search(r"deadlock.* \[\w+\.py:\d+", fault)
+
+
+def test_a_shuffle_of_a_diverged_warp(compiled):
+    edit = re.compile(r"(\tshfl\.sync.*\n)")
+    findings = findings_of(compiled, solve_wide, edit=lambda text: edit.sub(rf"{AWAY}\1$away:\n", text, count=1))
+    assert re.search(r"a part of a warp.* \[\w+\.py:\d+", findings[-1])
+
+
+@pytest.mark.parametrize(("vocab", "count"), [(WIDE, 8), (SPLIT, 3)])
+def test_the_same_bits_however_it_is_run(vocab, count, compiled):
+    """Programs forward, backward and shuffled, few and many at a time, with other junk in registers and memory."""
+    a, b = (x[:count] for x in rows(vocab))
+
+    def run(options):
+        with compiled.running(options) as runs:
+            result = solution(ost.solve(a, b))
+        assert [each.findings for each in runs] == [[]]
+        return result
+
+    same_bits(run)

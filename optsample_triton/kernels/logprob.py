@@ -72,7 +72,8 @@ def _add_half(mass, first, x, row, ENTROPY: tl.constexpr):
 def row_sums(row, aligned_ptr, V, tile, CHUNK: tl.constexpr, UNROLL: tl.constexpr, ENTROPY: tl.constexpr):
     """sum exp(z) and, for the entropy, sum exp(z) z.
 
-    Chunks are merged in float64: beside a confident row's 1 a float32 sum of the whole row would lose its other tokens.
+    Lanes and chunks are merged in float64: beside a confident row's 1 a float32 sum would lose its other tokens, which
+    are all of its gradient.
     """
     H: tl.constexpr = tile.H
     mass, first = tl.zeros([], tl.float64), tl.zeros([], tl.float64)
@@ -91,7 +92,7 @@ def row_sums(row, aligned_ptr, V, tile, CHUNK: tl.constexpr, UNROLL: tl.constexp
             x0, x1 = tl.where(inside0, x0, -float("inf")), tl.where(inside1, x1, -float("inf"))
             part, moment = _add_half(part, moment, x0, row, ENTROPY)
             part, moment = _add_half(part, moment, x1, row, ENTROPY)
-        mass += tl.sum(part, 0).to(tl.float64)
+        mass += tl.sum(part.to(tl.float64), 0)
         if ENTROPY:
             first += tl.sum(moment, 0).to(tl.float64)
     return mass, first

@@ -24,6 +24,7 @@ from tests.ptx.options import Options
 from tests.ptx.translate import Kernel
 
 CACHE = "OPTSAMPLE_PTX_CACHE"
+AGAIN = Options(programs="backward", batch=3, junk=1)  # how every launch is run a second time, for the same bits
 PROCESSORS = 132  # that the package believes in: it decides how many programs share a row
 _FORMATS = {
     "i1": "<b", "i8": "<b", "u1": "<B", "u8": "<B", "i16": "<h", "u16": "<H", "i32": "<i", "u32": "<I", "i64": "<q",
@@ -52,7 +53,7 @@ def kernel_of(text: str) -> Kernel:
 def running(options: Options | None = None, edit: Callable[[str], str] | None = None) -> Iterator[list[Run]]:
     """Until the end, launches run with these options, and with the PTX that ``edit`` makes of what was compiled.
 
-    The list fills with a ``Run`` for each launch. Findings are then no errors.
+    The list fills with a ``Run`` for each launch. Launches then run once, and findings are no errors.
     """
     before = _settings.options, _settings.edit, _settings.runs
     runs: list[Run] = []
@@ -97,6 +98,11 @@ def _allowed(low: int, high: int, views: Sequence[tuple[str, torch.Tensor]]) -> 
     return allowed.numpy()
 
 
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """All memory that a tensor is part of."""
+    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+
+
 class Launcher:
     """What Triton calls to launch a compiled kernel."""
 
@@ -130,11 +136,24 @@ class Launcher:
                 bits[next(names).name] = struct.pack(_FORMATS[kind], value)
         for parameter in names:  # Triton's own scratch memory, which no kernel here asks for
             bits[parameter.name] = bytes(8)
-        run = machine.launch(kernel, (x, y, z), bits, self.shared, regions_of(tensors), _settings.options)
+
+        def launch(options: Options) -> Run:
+            return machine.launch(kernel, (x, y, z), bits, self.shared, regions_of(tensors), options)
+
         if _settings.runs is not None:
-            _settings.runs.append(run)
-        elif run.findings:
+            _settings.runs.append(launch(_settings.options))
+            return
+        memory = list({each.untyped_storage().data_ptr(): _bytes_of(each) for _, each in tensors}.values())
+        before = [each.clone() for each in memory]
+        run = launch(_settings.options)
+        if run.findings:
             raise Fault("\n".join(run.findings))
+        after = [each.clone() for each in memory]
+        for each, kept in zip(memory, before, strict=True):
+            each.copy_(kept)
+        launch(AGAIN)
+        if not all(map(torch.equal, memory, after)):
+            raise Fault(f"{kernel.entry.name}: other results with {AGAIN} than with {_settings.options}")
 
 
 class Utils:
@@ -189,8 +208,8 @@ def install(arch: int = 90) -> None:
     triton.runtime.driver.set_active(Driver(GPUTarget("cuda", arch, 32)))
     choose = backend.choose
 
-    def chosen(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    def chosen(device: torch.device, dtype: torch.dtype) -> backend.Choice:
         return choose(torch.device("cuda") if backend.requested() == "triton" else device, dtype)
 
     backend.choose = chosen
-    setattr(entry, "_device", lambda device: ("cuda", PROCESSORS))  # noqa: B010
+    setattr(entry, "_device", lambda device: entry._Device("cuda", PROCESSORS))  # noqa: B010

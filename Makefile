@@ -1,5 +1,5 @@
 # make bench: correctness check, then the reference against this package, as a table; under three minutes.
-# make test:  the core of the tests: every public function and kernel, on both backends.
+# make test:  the core of the tests: every public function and kernel, on both backends; then, compiled, every kernel.
 # make test-all: those, and the long tail: more cases, all combinations, more examples, more compiled kernels.
 # make theory: the documents' claims measured, docs/theory-report.md and its figures written; under ten minutes.
 # All need Python >= 3.10 and make, nothing else.
@@ -20,9 +20,13 @@ bench: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --compiled $(PYTEST_ARGS)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m "" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --compiled -m "not deeper" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --compiled --arch 80 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --compiled --arch 100 $(PYTEST_ARGS)
 
 theory: $(STAMP)
 	$(BIN)/python -m bench.theory $(THEORY_ARGS)

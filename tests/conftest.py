@@ -76,10 +76,24 @@ def pytest_collection_modifyitems(config, items):
     if others:
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if item not in others]
-    if "deep" in config.option.markexpr and not any("::" in argument for argument in config.args):
+    if config.option.markexpr and not any("::" in argument for argument in config.args):
         from tests import core  # not above: an environment of the integrations may hold a package that is called tests
 
         for item in core.deep_items(items):
+            item.add_marker("deep")
+        if config.option.compiled:
+            _mark_compiled(items, core)
+
+
+def _mark_compiled(items, core):
+    """What is deep is deeper here, and the core is a small one."""
+    for item in items:
+        chosen = core.is_core_of_compiled(item)
+        if item.get_closest_marker("deep"):
+            item.own_markers = [mark for mark in item.own_markers if mark.name != "deep" or not chosen]
+            if not chosen:
+                item.add_marker("deeper")
+        elif not chosen:
             item.add_marker("deep")
 
 

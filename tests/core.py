@@ -89,6 +89,30 @@ DEEP: dict[str, tuple[str, ...]] = {
     "test_quick_run_writes_everything": EVERYTHING,
 }
 
+# 4. Of the compiled kernels (pytest --compiled): each kernel, aligned and unaligned rows, one row of several programs.
+# make test-all runs the core of the other modes compiled, too; what is deep there is run by pytest --compiled -m "".
+COMPILED = {
+    "test_solve_cases.py::test_every_case[compiled-random std 3-chernoff]",
+    "test_solve_cases.py::test_every_case[compiled-every status-chernoff]",
+    "test_solve_cases.py::test_every_case[compiled-same top, V=50257-chernoff]",
+    "test_solve_cases.py::test_half_precision_is_exact_for_the_rounded_rows[compiled-masked, theta-torch.bfloat16]",
+    "test_solve_cases.py::test_log_q_of_every_case[compiled-random std 3]",
+    "test_solve_memory.py::test_layouts[compiled-masked, both-misaligned-torch.float32]",
+    "test_solve_memory.py::test_a_split_row_has_the_same_bits[1-compiled-chernoff-torch.float32]",
+    "test_sample.py::test_every_case[compiled-random std 3]",
+    "test_sample.py::test_every_case[compiled-every status]",
+    "test_verify.py::test_rows_of_every_status[compiled]",
+    "test_token_logprobs.py::test_against_truth[compiled-every status]",
+    "test_token_logprobs.py::test_gradient_against_truth[compiled-same top 0.999999]",
+    "test_ops.py::test_log_q_gradient_against_float64[compiled-zipf, std 1-{}]",
+    "test_dropin.py::test_info[compiled-kl_symmetry-10-1.0]",
+    "test_ptx_kernels.py::test_the_same_bits_however_it_is_run[9692-3]",
+}
+
+
+def is_core_of_compiled(item: pytest.Item) -> bool:
+    return f"{item.path.name}::{item.name}" in COMPILED
+
 
 def deep_items(items: Iterable[pytest.Item]) -> Iterator[pytest.Item]:
     """The tests among these that `make test` leaves out."""

@@ -50,6 +50,8 @@ def test_what_the_tables_name_is_there() -> None:
     there = {name for names in functions_in(FILES).values() for name in names}
     assert there >= core.DEEP.keys() | core.WITH_FEW_CASES
     assert core.CASES >= core.FEW_CASES
+    compiled = {tuple(re.split(r"\.py::|\[", name)[:2]) for name in core.COMPILED}
+    assert compiled <= {(file, test) for file, tests in functions_in(FILES).items() for test in tests}
 
 
 def test_few_items_have_all_values() -> None:

@@ -85,6 +85,12 @@ DEEP: dict[str, tuple[str, ...]] = {
     "test_the_emitted_law_is_q": ("t-4",),
     "test_a_split_row_has_the_same_bits": ("triton-bisect",),
     "test_the_law_with_options": ("{'method': 'entropy'}",),
+    # The executor of compiled kernels, opcode by opcode.
+    "test_plain": EVERYTHING,
+    "test_ternary": EVERYTHING,
+    "test_loads": EVERYTHING,
+    "test_stores": EVERYTHING,
+    "test_atomics": EVERYTHING,
     # A run of all of bench.theory.
     "test_quick_run_writes_everything": EVERYTHING,
 }

@@ -84,7 +84,7 @@ def regions_of(tensors: Sequence[tuple[str, torch.Tensor]]) -> list[Region]:
 
 
 def _span(tensor: torch.Tensor) -> int:
-    """Bytes from the first element to behind the last."""
+    """Bytes from the first element to just past the last."""
     steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (steps + 1) * tensor.element_size()
 

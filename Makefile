@@ -1,6 +1,7 @@
 # make bench: correctness check, then the reference against this package, as a table; under three minutes.
 # make test:  the core of the tests: every public function and kernel, on both backends; then, compiled, every kernel.
 # make test-all: those, and the long tail: more cases, all combinations, more examples, more compiled kernels.
+# make test-compiled: all tests of kernels, compiled for sm_80, sm_90 and sm_100; hours.
 # make theory: the documents' claims measured, docs/theory-report.md and its figures written; under ten minutes.
 # All need Python >= 3.10 and make, nothing else.
 PYTHON ?= python3
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: bench test test-all theory test-integrations lint types format clean
+.PHONY: bench test test-all test-compiled theory test-integrations lint types format clean
 
 bench: $(STAMP)
 	$(BIN)/python -m bench $(BENCH_ARGS)
@@ -27,6 +28,9 @@ test-all: $(STAMP)
 	$(BIN)/python -m pytest --compiled -m "not deeper" $(PYTEST_ARGS)
 	$(BIN)/python -m pytest --compiled --arch 80 $(PYTEST_ARGS)
 	$(BIN)/python -m pytest --compiled --arch 100 $(PYTEST_ARGS)
+
+test-compiled: $(STAMP)
+	for arch in 80 90 100; do $(BIN)/python -m pytest --compiled --arch $$arch -m "" $(PYTEST_ARGS) || exit 1; done
 
 theory: $(STAMP)
 	$(BIN)/python -m bench.theory $(THEORY_ARGS)

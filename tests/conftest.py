@@ -89,12 +89,12 @@ def _mark_compiled(items, core):
     """What is deep is deeper here, and the core is a small one."""
     for item in items:
         chosen = core.is_core_of_compiled(item)
-        if item.get_closest_marker("deep"):
-            item.own_markers = [mark for mark in item.own_markers if mark.name != "deep" or not chosen]
-            if not chosen:
-                item.add_marker("deeper")
-        elif not chosen:
-            item.add_marker("deep")
+        if chosen:
+            item.own_markers = [mark for mark in item.own_markers if mark.name != "deep"]
+            continue
+        if item.get_closest_marker("deep") or core.is_deeper_of_compiled(item):
+            item.add_marker("deeper")
+        item.add_marker("deep")
 
 
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -96,7 +96,11 @@ DEEP: dict[str, tuple[str, ...]] = {
 }
 
 # 4. Of the compiled kernels (pytest --compiled): each kernel, aligned and unaligned rows, one row of several programs.
-# make test-all runs the core of the other modes compiled, too; what is deep there is run by pytest --compiled -m "".
+# make test-all runs more of the core compiled (COMPILED_FILES); make test-compiled runs all there is.
+COMPILED_FILES = {
+    "test_linear_token_logprobs", "test_ops", "test_ptx_kernels", "test_sample", "test_saved", "test_solve_cases",
+    "test_token_logprobs", "test_verify",
+}  # fmt: skip
 COMPILED = {
     "test_solve_cases.py::test_every_case[compiled-random std 3-chernoff]",
     "test_solve_cases.py::test_every_case[compiled-every status-chernoff]",
@@ -111,6 +115,8 @@ COMPILED = {
     "test_token_logprobs.py::test_against_truth[compiled-every status]",
     "test_token_logprobs.py::test_gradient_against_truth[compiled-same top 0.999999]",
     "test_ops.py::test_log_q_gradient_against_float64[compiled-zipf, std 1-{}]",
+    "test_verify.py::test_alignment_does_not_change_a_bit[compiled-torch.bfloat16]",
+    "test_ops.py::test_alignment_does_not_change_a_bit_of_the_gradient[compiled-torch.float32]",
     "test_dropin.py::test_info[compiled-kl_symmetry-10-1.0]",
     "test_ptx_kernels.py::test_the_same_bits_however_it_is_run[9692-3]",
 }
@@ -118,6 +124,12 @@ COMPILED = {
 
 def is_core_of_compiled(item: pytest.Item) -> bool:
     return f"{item.path.name}::{item.name}" in COMPILED
+
+
+def is_deeper_of_compiled(item: pytest.Item) -> bool:
+    """A layout compiles kernels of its own: of many only some."""
+    of_layouts = "test_layouts" in item.name and "misaligned" not in item.name
+    return item.path.stem not in COMPILED_FILES or of_layouts
 
 
 def deep_items(items: Iterable[pytest.Item]) -> Iterator[pytest.Item]:

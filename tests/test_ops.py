@@ -490,3 +490,14 @@ def test_graph_capture(monkeypatch):
     assert alpha.equal(expected)
     assert sample.token.equal(token)
     assert_within(log_q, truth.log_q(other_a.cpu(), other_b.cpu()), "log_q")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_alignment_does_not_change_a_bit_of_the_gradient(dtype, backend, device):
+    a, b = (x[:2] for x in cases.by_name("zipf, std 1").logits(dtype, device))
+    found = []
+    for rows in (cases.misaligned(a, b), (a.clone(), b.clone())):
+        rows = [x.detach().requires_grad_() for x in rows]
+        found.append(torch.autograd.grad(ost.log_q(*rows).float().square().sum(), rows))
+    for x, y in zip(*found, strict=True):
+        assert torch.equal(x, y)

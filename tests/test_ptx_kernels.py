@@ -116,14 +116,18 @@ def test_every_barrier_of_the_solver_is_needed(together, compiled, monkeypatch):
     visited = set().union(*(run.visited for run in runs))
     barriers = [block for block in kernel.entry.blocks if block.end == "barrier" and block.index in visited]
     assert len(barriers) >= (40 if together else 130)
-    silent = []
+    silent, excused = [], 0
     for block in barriers:
         with without_barrier(block):
             findings = findings_of(compiled, solve, options=Options(stop=True))
-        if not findings and not nothing_before(kernel, block):
-            silent.append(str(block.code[-1]))
+        if not findings:
+            if nothing_before(kernel, block):
+                excused += 1
+            else:
+                silent.append(str(block.code[-1]))
         assert all(re.search(r"\[\w+\.py:\d+", each) for each in findings)
     assert silent == []
+    assert excused <= 1
 
 
 def solve_split():

@@ -149,3 +149,7 @@ $end:"""
     stored = text.replace("PLAIN", "st.global.b32 [%rd0], 5;")
     findings = run(entry(stored, 1), y, programs=2, options=one_by_one).findings
     assert len(findings) == 2  # the atomic operation itself, and the number
+    wider = text.replace("[%rd0], 1", "[%rd0+4], 1").replace("[%rd0], 0", "[%rd0+4], 0")
+    assert run(entry(wider.replace("PLAIN", ""), 1), y, programs=2, options=one_by_one).findings == []
+    stored = wider.replace("PLAIN", "st.global.v2.b32 [%rd0], {5, 5};")
+    assert len(run(entry(stored, 1), y, programs=2, options=one_by_one).findings) == 2

@@ -178,7 +178,8 @@ def test_shuffles(how, segment, step):
 def test_reductions_of_a_warp(opcode):
     rule, code = opcodes.REDUCTIONS[opcode], opcodes.CODES[opcodes.REDUCTIONS[opcode].type]
     x, y = aligned(64 * 4, "u4"), aligned(64 * 4, "u4")
-    x.view(code)[:] = np.random.default_rng(3).integers(0, 1000, 256)
+    x.view(code)[:] = np.random.default_rng(3).integers(-1000, 1000, 256).astype(code)
+    x.view("u4")[:] |= np.uint32(rule.how == "and") << np.uint32(5)  # or it would be 0
     x.reshape(64, 4)[7, 0] = 0x7FC00000 if code == "f4" else 7
     body = f"{OWN}\n ld.global.b32 %r20, [%rd10];\n {opcode} %r21, %r20, -1;\n st.global.b32 [%rd11], %r21;"
     run(entry(body.replace(", -1;", ", %r22;").replace(OWN, f"{OWN}\n mov.b32 %r22, -1;"), threads=64), x, y)

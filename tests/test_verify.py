@@ -365,3 +365,13 @@ ROWS, DRAFTS = torch.zeros(2, 3, 5), torch.zeros(2, 2, dtype=torch.int64)
 def test_wrong_arguments(tokens, rows, options, message):
     with pytest.raises((TypeError, ValueError), match=message):
         ost.verify(tokens, rows, rows, **{"seed": 0, **options})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_alignment_does_not_change_a_bit(dtype, backend, device):
+    a, b = cases.by_name("masked, both").logits(dtype, device)
+    laid = cases.misaligned(a[:4].reshape(2, 2, -1), b[:4].reshape(2, 2, -1))
+    drafts = torch.tensor([[3], [5]], device=device)
+    plain = ost.verify(drafts, *(x.contiguous().clone() for x in laid), seed=1)
+    for name, x, y in zip(plain._fields, plain, ost.verify(drafts, *laid, seed=1), strict=True):
+        assert torch.equal(x, y), name

@@ -67,7 +67,7 @@ def summed_masses(row, law, drawing, tile, DRAFTER: tl.constexpr):
             acc = _add_weights(acc, row, law, at, tile, False, drawing.FILTER, DRAFTER)
         if full < stop:
             acc = _add_weights(acc, row, law, full, tile, True, drawing.FILTER, DRAFTER)
-        masses = tl.where(lanes == chunk, tl.sum(acc, 0).to(tl.float64), masses)
+        masses = tl.where(lanes == chunk, tl.sum(acc.to(tl.float64), 0), masses)
     return masses
 
 

@@ -11,7 +11,7 @@ is dF/da; ``_root_slopes`` and ``_entropy_slope`` have the rest.
 import triton
 import triton.language as tl
 
-from optsample_triton.kernels.constants import DISJOINT, ENTROPY, ESS_BALANCE, FIXED, INVALID, LOG2E, OK
+from optsample_triton.kernels.constants import DISJOINT, ENTROPY, ESS_BALANCE, FIXED, INVALID, LOG2E, OK, STRETCH
 from optsample_triton.kernels.evaluate import evaluate, rounded
 from optsample_triton.kernels.moments import weighted_excess
 from optsample_triton.kernels.one_model import own_moments
@@ -31,7 +31,6 @@ from optsample_triton.kernels.records import (
     Tokens,
 )
 from optsample_triton.kernels.rows import (
-    aligned_zeros,
     first_maxima,
     locate,
     narrowed,
@@ -39,7 +38,6 @@ from optsample_triton.kernels.rows import (
     reference_in_nats,
     relative,
     with_references,
-    zeros,
 )
 from optsample_triton.kernels.solve import PER_CALL, load_saved
 
@@ -86,15 +84,21 @@ def _open_solved_row(batch, index, saved_ptr, disjoint, tile):
 def _sums_of_upstream(row, ptr, coarse, fine, disjoint, BLOCK: tl.constexpr):
     """Of the upstream of log q* over a row: its sum, and that of its products with d - E[d]."""
     lanes = tl.arange(0, BLOCK)
-    total, product = zeros(row, lanes), zeros(row, lanes)
+    # Not rows.zeros, since the gradients' stores would then go through shared memory. The order of the lanes differs
+    # where rows are not aligned, but in float64 a sum's rounding to float32 does not show it.
+    zero = tl.zeros([BLOCK], tl.float32)
+    total, product = zero.to(tl.float64), zero.to(tl.float64)
     if ptr is not None:
-        total += aligned_zeros(ptr, row.aligned_ptr, lanes, row.V)
-        for start in tl.range(0, row.V, BLOCK):
-            tokens = _load_tokens(row, start, disjoint, BLOCK)
-            upstream = tl.load(ptr + start + lanes, mask=tokens.support, other=0.0).to(tl.float32)
-            total += upstream
-            product += tl.where(disjoint, 0.0, upstream * (tokens.d - coarse - fine))
-    return tl.sum(total, 0), tl.sum(product, 0).to(tl.float64)
+        for begin in tl.range(0, row.V, STRETCH * BLOCK):
+            part, moment = zero, zero
+            for start in tl.range(begin, tl.minimum(begin + STRETCH * BLOCK, row.V), BLOCK):
+                tokens = _load_tokens(row, start, disjoint, BLOCK)
+                upstream = tl.load(ptr + start + lanes, mask=tokens.support, other=0.0).to(tl.float32)
+                part += upstream
+                moment += tl.where(disjoint, 0.0, upstream * (tokens.d - coarse - fine))
+            total += part
+            product += moment
+    return tl.sum(total, 0).to(tl.float32), tl.sum(product, 0)
 
 
 @triton.jit(do_not_specialize=PER_CALL)

@@ -9,8 +9,9 @@
 ``wide_moments`` and ``narrow_moments`` evaluate at one point, the latter with G. All are relative to the row's
 references.
 
-Sums of positive numbers go over to float64 after every ``STRETCH`` tiles: beside the 1 of a confident row's top token a
-float32 sum would lose the tokens of less than 6e-8, however many there are.
+Masses and excesses go over to float64 after every ``STRETCH`` tiles: beside the 1 of a confident row's top token a
+float32 sum would lose the tokens of less than 6e-8, however many there are. In the other sums the top token counts
+little, since ``centre`` is near its d.
 """
 
 import triton

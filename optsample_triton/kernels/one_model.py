@@ -81,13 +81,18 @@ def own_moments(row, model, tile):
 def probability_entropies(row, tile):
     """The documents' -sum p log(p + eps) of both models."""
     H: tl.constexpr = tile.H
-    sum_theta, sum_t = zeros(row, tl.arange(0, H)), zeros(row, tl.arange(0, H))
-    for start in tl.range(0, row.V, 2 * H):
-        p0, p1 = load_halves(row.theta.ptr, start, row.V, tile, True)
-        r0, r1 = load_halves(row.t.ptr, start, row.V, tile, True)
-        sum_theta -= p0 * tl.log(p0 + row.eps) + p1 * tl.log(p1 + row.eps)
-        sum_t -= r0 * tl.log(r0 + row.eps) + r1 * tl.log(r1 + row.eps)
-    return tl.sum(sum_theta, 0).to(tl.float64), tl.sum(sum_t, 0).to(tl.float64)
+    zero = zeros(row, tl.arange(0, H))
+    total_theta, total_t = zero.to(tl.float64), zero.to(tl.float64)
+    for begin in tl.range(0, row.V, STRETCH * 2 * H):
+        sum_theta, sum_t = zero, zero
+        for start in tl.range(begin, tl.minimum(begin + STRETCH * 2 * H, row.V), 2 * H):
+            p0, p1 = load_halves(row.theta.ptr, start, row.V, tile, True)
+            r0, r1 = load_halves(row.t.ptr, start, row.V, tile, True)
+            sum_theta -= p0 * tl.log(p0 + row.eps) + p1 * tl.log(p1 + row.eps)
+            sum_t -= r0 * tl.log(r0 + row.eps) + r1 * tl.log(r1 + row.eps)
+        total_theta += sum_theta
+        total_t += sum_t
+    return tl.sum(total_theta, 0), tl.sum(total_t, 0)
 
 
 @triton.jit
@@ -99,11 +104,20 @@ def _add_online(acc, z):
 
 
 @triton.jit
-def _log_total(acc):
-    peak = tl.max(acc.top, 0)
+def _joined_online(total, acc):
+    """A stretch of tiles joins the sum of those before it, whose masses are float64."""
+    top = tl.maximum(total.top, acc.top)
+    safe = tl.where(top == -float("inf"), 0.0, top)
+    kept, added = tl.exp2((total.top - safe) * LOG2E), tl.exp2((acc.top - safe) * LOG2E)
+    return OnlineSum(top, total.mass * kept + acc.mass * added)
+
+
+@triton.jit
+def _log_total(total):
+    peak = tl.max(total.top, 0)
     safe = tl.where(peak == -float("inf"), 0.0, peak)
-    total = tl.sum((acc.mass * tl.exp2((acc.top - safe) * LOG2E)).to(tl.float64), 0)
-    return safe.to(tl.float64) + tl.log(total)
+    mass = tl.sum(total.mass * tl.exp2((total.top - safe) * LOG2E), 0)
+    return safe.to(tl.float64) + tl.log(mass)
 
 
 @triton.jit
@@ -111,10 +125,13 @@ def own_log_partitions(row, tile):
     """Log-partitions of both models over their own finite entries, relative to the references, in one read; float64."""
     nothing = tl.full([tile.H], -float("inf"), tl.float32)
     zero = zeros(row, tl.arange(0, tile.H))
-    theta, t = OnlineSum(nothing, zero), OnlineSum(nothing, zero)
-    for start in tl.range(0, row.V, 2 * tile.H):
-        a0, a1 = _load_own(row, row.theta, start, tile)
-        b0, b1 = _load_own(row, row.t, start, tile)
-        theta = _add_online(_add_online(theta, a0), a1)
-        t = _add_online(_add_online(t, b0), b1)
-    return _log_total(theta), _log_total(t)
+    total_theta, total_t = OnlineSum(nothing, zero.to(tl.float64)), OnlineSum(nothing, zero.to(tl.float64))
+    for begin in tl.range(0, row.V, STRETCH * 2 * tile.H):
+        theta, t = OnlineSum(nothing, zero), OnlineSum(nothing, zero)
+        for start in tl.range(begin, tl.minimum(begin + STRETCH * 2 * tile.H, row.V), 2 * tile.H):
+            a0, a1 = _load_own(row, row.theta, start, tile)
+            b0, b1 = _load_own(row, row.t, start, tile)
+            theta = _add_online(_add_online(theta, a0), a1)
+            t = _add_online(_add_online(t, b0), b1)
+        total_theta, total_t = _joined_online(total_theta, theta), _joined_online(total_t, t)
+    return _log_total(total_theta), _log_total(total_t)

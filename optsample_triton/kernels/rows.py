@@ -76,7 +76,8 @@ def aligned_zeros(ptr, aligned_ptr, offs, V):
     """Accumulators of 0, in the threads that would hold them if ``ptr`` were aligned.
 
     The compiler gives a thread as many neighbouring lanes as the widest load of a tile of this shape allows. Without
-    this load, from which every lane is masked out, aligned rows and others would be summed in different orders.
+    this load, from which every lane is masked out, aligned rows and others would be summed in different orders. Its
+    mask asks for V so that the compiler sees no constant and keeps the load until it has placed the lanes.
     """
     aligned_ptr = aligned_ptr.to(tl.pointer_type(ptr.dtype.element_ty), bitcast=True)
     return tl.load(aligned_ptr + offs, mask=(offs < 0) & (V < 0), other=0.0).to(tl.float32)

@@ -26,7 +26,8 @@ tries more orders.
 
 It cannot see what ptxas makes of the PTX (its own fusing of a product and a sum, spills, the limit of registers), how
 long anything takes, the true last bits of approximate instructions, the payload of a NaN, or caches that are not
-coherent. Of several reads of a word by other programs it remembers two. A loop that waits for another program is a
+coherent; nor global memory that nobody wrote, but that a kernel reads. Of a word it remembers the last atomic operation
+and two reads by other programs, so a race with an earlier one may pass. A loop that waits for another program is a
 fault, since it need not end here.
 Tensor cores, asynchronous copies and AMD are not known.
 """

@@ -151,7 +151,9 @@ class Launcher:
         after = [each.clone() for each in memory]
         for each, kept in zip(memory, before, strict=True):
             each.copy_(kept)
-        launch(AGAIN)
+        again = launch(AGAIN)
+        if again.findings:
+            raise Fault("\n".join(again.findings))
         if not all(map(torch.equal, memory, after)):
             raise Fault(f"{kernel.entry.name}: other results with {AGAIN} than with {_settings.options}")
 

@@ -143,7 +143,7 @@ class Global:
     def _holes(self, region: Region, at: Array, width: int, picked: Picked, site: int) -> None:
         if region.allowed is not None:
             first = at - np.uint64(region.low)
-            inside = region.allowed[first] & region.allowed[first + np.uint64(width - 1)]
+            inside = region.allowed[first[:, None] + np.arange(width, dtype=np.uint64)].all(1)
             if not inside.all():
                 raise self._fault("access to a hole between rows", at, ~inside, width, picked, site)
 
@@ -188,7 +188,7 @@ class Global:
             if races is not None:
                 wave.find(f"race in global memory: this writes what was {what}", site, thread[races])
             if self.order.published:
-                self.order.overwritten(set((start + np.uint64(region.base)).tolist()))
+                self.order.overwritten(set((start + np.uint64(region.base)).tolist()), size * count)
             write(region, start, size, picked.of(stacked(values)), count, wave, site, thread)
 
     def atomic(

@@ -98,9 +98,9 @@ class Order:
         given = self.release(thread) if order in ("release", "acq_rel") else self.fenced.get(thread, {})
         self.published[address] = joined(before, given)
 
-    def overwritten(self, addresses: set[int]) -> None:
-        """A plain store: who reads it there acquires nothing."""
-        for address in addresses & self.published.keys():
+    def overwritten(self, starts: set[int], size: int) -> None:
+        """Plain stores of so many bytes: who reads there acquires nothing."""
+        for address in [each for each in self.published if not starts.isdisjoint(range(each - size + 1, each + 1))]:
             del self.published[address]
 
     # What is ordered

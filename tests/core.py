@@ -116,7 +116,7 @@ COMPILED = {
     "test_token_logprobs.py::test_gradient_against_truth[compiled-same top 0.999999]",
     "test_ops.py::test_log_q_gradient_against_float64[compiled-zipf, std 1-{}]",
     "test_verify.py::test_alignment_does_not_change_a_bit[compiled-torch.bfloat16]",
-    "test_ops.py::test_alignment_does_not_change_a_bit_of_the_gradient[compiled-torch.float32]",
+    "test_ops.py::test_alignment_changes_a_gradient_in_its_last_digits_at_most[compiled-torch.float32]",
     "test_dropin.py::test_info[compiled-kl_symmetry-10-1.0]",
     "test_ptx_kernels.py::test_the_same_bits_however_it_is_run[9692-3]",
 }

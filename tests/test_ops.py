@@ -493,11 +493,12 @@ def test_graph_capture(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_alignment_does_not_change_a_bit_of_the_gradient(dtype, backend, device):
+def test_alignment_changes_a_gradient_in_its_last_digits_at_most(dtype, backend, device):
     a, b = (x[:2] for x in cases.by_name("zipf, std 1").logits(dtype, device))
     found = []
     for rows in (cases.misaligned(a, b), (a.clone(), b.clone())):
         rows = [x.detach().requires_grad_() for x in rows]
         found.append(torch.autograd.grad(ost.log_q(*rows).float().square().sum(), rows))
+    unit = torch.finfo(dtype).eps
     for x, y in zip(*found, strict=True):
-        assert torch.equal(x, y)
+        assert torch.allclose(x, y, rtol=4 * unit, atol=4 * unit * float(y.abs().max()))

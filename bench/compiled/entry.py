@@ -35,7 +35,7 @@ TYPES = {
 OPTIONAL = (
     *("given_alpha_ptr", "inverse_temperature_theta_ptr", "inverse_temperature_t_ptr", "inverse_temperature_ptr"),
     *("min_p_ptr", "seed_ptr", "offset_ptr", "diagnostics_ptr", "out_ptr", "upstream_alpha_ptr", "upstream_log_z_ptr"),
-    *("other_ptr", "other_inverse_temperature_ptr", "entropy_ptr", "upstream_entropy_ptr"),
+    *("aligned_ptr", "other_ptr", "other_inverse_temperature_ptr", "entropy_ptr", "upstream_entropy_ptr"),
 )
 
 
@@ -129,23 +129,26 @@ def entries(kind: str) -> list[Entry]:
         )
 
     limit = launch.SHAPES[kind][16].registers
+    placed = ("aligned_ptr",) if kind == "cuda" else ()
 
     def solve(name: str, *present: str, **rest: Any) -> Entry:
         writes = "out_ptr" in present
         passes = rest.pop("passes", {**step, **(write if writes else {})})
-        return entry(name, "solve:solve_kernel", limit, 2, int(writes), present=present, passes=passes, **rest)
+        return entry(
+            name, "solve:solve_kernel", limit, 2, int(writes), present=(*placed, *present), passes=passes, **rest
+        )
 
     def draw(name: str, *present: str, **flags: Any) -> Entry:
         flags = {"CHUNK": launch.DRAW_CHUNK, **flags}
         kernel = "{0}:{0}_kernel".format(name.split()[0])
-        return entry(name, kernel, limit, 2, present=present, constexprs=flags, passes=step)
+        return entry(name, kernel, limit, 2, present=(*placed, *present), constexprs=flags, passes=step)
 
     def gradient(name: str, **rest: Any) -> Entry:
         kernel = "gradient:gradient_kernel"
         return entry(name, kernel, None, 2, 2, divisible=("V",), main_loop="step", passes=write, **rest)
 
     def logprob(name: str, *present: str) -> Entry:
-        return entry(name, "logprob:logprob_kernel", launch.LOGPROB_REGISTERS[kind], 1, present=present)
+        return entry(name, "logprob:logprob_kernel", launch.LOGPROB_REGISTERS[kind], 1, present=(*placed, *present))
 
     def logprob_gradient(name: str, *present: str) -> Entry:
         return entry(name, "logprob:logprob_gradient_kernel", None, 1, present=present)

@@ -134,22 +134,6 @@ def _add_probabilities(acc, p, r, a, b, q, eps):
 
 
 @triton.jit
-def _joined_probabilities(total, acc):
-    """The sums of a stretch of tiles join those in float64."""
-    return ProbabilitySums(
-        kl_theta=total.kl_theta + acc.kl_theta,
-        kl_t=total.kl_t + acc.kl_t,
-        square_theta=total.square_theta + acc.square_theta,
-        square_t=total.square_t + acc.square_t,
-        entropy_theta=total.entropy_theta + acc.entropy_theta,
-        entropy_t=total.entropy_t + acc.entropy_t,
-        entropy_q=total.entropy_q + acc.entropy_q,
-        overlap_theta=total.overlap_theta + acc.overlap_theta,
-        overlap_t=total.overlap_t + acc.overlap_t,
-    )
-
-
-@triton.jit
 def store_probability_diagnostics(row, ends, root, ptr, tile):
     """The documents' eps forms of the same diagnostics, for probability rows."""
     BLOCK: tl.constexpr = 2 * tile.H
@@ -158,30 +142,26 @@ def store_probability_diagnostics(row, ends, root, ptr, tile):
     x32 = x.to(tl.float32)
     offs = tl.arange(0, BLOCK)
     zero = zeros(row, offs)
-    wide = zero.to(tl.float64)
-    total = ProbabilitySums(wide, wide, wide, wide, wide, wide, wide, wide, wide)
-    for begin in tl.range(0, row.V, STRETCH * BLOCK):
-        acc = ProbabilitySums(zero, zero, zero, zero, zero, zero, zero, zero, zero)
-        for start in tl.range(begin, tl.minimum(begin + STRETCH * BLOCK, row.V), BLOCK):
-            inside = start + offs < row.V
-            p = tl.load(row.theta.ptr + start + offs, mask=inside, other=1.0).to(tl.float32)
-            r = tl.load(row.t.ptr + start + offs, mask=inside, other=1.0).to(tl.float32)
-            a, b = tl.log(p + eps), tl.log(r + eps)
-            z = x32 * (a - row.theta.reference) + (1.0 - x32) * (b - row.t.reference) - base
-            q = tl.where(inside, tl.exp2(z * LOG2E), 0.0)
-            p, r = tl.where(inside, p, 0.0), tl.where(inside, r, 0.0)
-            acc = _add_probabilities(acc, p, r, a, b, q, eps)
-        total = _joined_probabilities(total, acc)
+    acc = ProbabilitySums(zero, zero, zero, zero, zero, zero, zero, zero, zero)
+    for start in tl.range(0, row.V, BLOCK):
+        inside = start + offs < row.V
+        p = tl.load(row.theta.ptr + start + offs, mask=inside, other=1.0).to(tl.float32)
+        r = tl.load(row.t.ptr + start + offs, mask=inside, other=1.0).to(tl.float32)
+        a, b = tl.log(p + eps), tl.log(r + eps)
+        z = x32 * (a - row.theta.reference) + (1.0 - x32) * (b - row.t.reference) - base
+        q = tl.where(inside, tl.exp2(z * LOG2E), 0.0)
+        p, r = tl.where(inside, p, 0.0), tl.where(inside, r, 0.0)
+        acc = _add_probabilities(acc, p, r, a, b, q, eps)
     diagnostics = Diagnostics(
-        kl_theta=tl.sum(total.kl_theta, 0),
-        kl_t=tl.sum(total.kl_t, 0),
-        ess_theta=1.0 / tl.sum(total.square_theta, 0),
-        ess_t=1.0 / tl.sum(total.square_t, 0),
-        entropy_theta=tl.sum(total.entropy_theta, 0),
-        entropy_t=tl.sum(total.entropy_t, 0),
-        entropy_q=tl.sum(total.entropy_q, 0),
-        overlap_theta=tl.sum(total.overlap_theta, 0),
-        overlap_t=tl.sum(total.overlap_t, 0),
+        kl_theta=tl.sum(acc.kl_theta, 0),
+        kl_t=tl.sum(acc.kl_t, 0),
+        ess_theta=1.0 / tl.sum(acc.square_theta, 0),
+        ess_t=1.0 / tl.sum(acc.square_t, 0),
+        entropy_theta=tl.sum(acc.entropy_theta, 0),
+        entropy_t=tl.sum(acc.entropy_t, 0),
+        entropy_q=tl.sum(acc.entropy_q, 0),
+        overlap_theta=tl.sum(acc.overlap_theta, 0),
+        overlap_t=tl.sum(acc.overlap_t, 0),
         sweeps=root.sweeps,
     )
     _store(ptr, diagnostics, tl.where(root.status == INVALID, float("nan"), 0.0))

@@ -74,6 +74,11 @@ def _packed(*matrices: Tensor) -> bool:
     )
 
 
+def _aligned(device: torch.device, memory: Tensor) -> Tensor | None:
+    """For rows.zeros, on NVIDIA's GPUs: there it costs nothing, while on AMD's a pair would take twice the slots."""
+    return memory if _device(device).kind == "cuda" else None
+
+
 def _contiguous(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.contiguous()
 
@@ -132,6 +137,7 @@ def solve(problem: Problem, diagnostics: bool, out: Tensor | None) -> Solved:
             arrived = torch.zeros(n, dtype=torch.int32, device=device)
         solve_kernel[(n * splits,)](
             **_solver_arguments(problem, shape, splits),
+            aligned_ptr=_aligned(device, solved.alpha),
             alpha_ptr=solved.alpha,
             log_z_ptr=solved.log_z,
             status_ptr=solved.status,
@@ -171,6 +177,7 @@ def _draw_arguments(problem: Problem, draws: Draws, drawn: Sample) -> tuple[int,
         "log_q_ptr": drawn.log_q,
         "log_theta_ptr": drawn.log_theta,
         "log_t_ptr": drawn.log_t,
+        "aligned_ptr": _aligned(device, drawn.alpha),
         "alpha_ptr": drawn.alpha,
         "status_ptr": drawn.status,
         "chunk_sums_ptr": torch.empty(n * chunks * SUM_COUNT.value, dtype=torch.float32, device=device),
@@ -273,6 +280,7 @@ def token_logprobs(models: Sequence[Model], targets: Targets, entropy: bool) -> 
             token_ptr=targets.tokens,
             inverse_temperature_ptr=model.inverse_temperature,
             other_inverse_temperature_ptr=second_temperature,
+            aligned_ptr=_aligned(device, found.log_probs),
             log_prob_ptr=found.log_probs,
             entropy_ptr=found.entropies,
             log_partition_ptr=found.log_partitions,

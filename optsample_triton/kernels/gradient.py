@@ -11,7 +11,7 @@ is dF/da; ``_root_slopes`` and ``_entropy_slope`` have the rest.
 import triton
 import triton.language as tl
 
-from optsample_triton.kernels.constants import DISJOINT, ENTROPY, ESS_BALANCE, FIXED, INVALID, LOG2E, OK, STRETCH
+from optsample_triton.kernels.constants import DISJOINT, ENTROPY, ESS_BALANCE, FIXED, INVALID, LOG2E, OK
 from optsample_triton.kernels.evaluate import evaluate, rounded
 from optsample_triton.kernels.moments import weighted_excess
 from optsample_triton.kernels.one_model import own_moments
@@ -84,21 +84,14 @@ def _open_solved_row(batch, index, saved_ptr, disjoint, tile):
 def _sums_of_upstream(row, ptr, coarse, fine, disjoint, BLOCK: tl.constexpr):
     """Of the upstream of log q* over a row: its sum, and that of its products with d - E[d]."""
     lanes = tl.arange(0, BLOCK)
-    # Not rows.zeros, since the gradients' stores would then go through shared memory. The order of the lanes differs
-    # where rows are not aligned, but in float64 a sum's rounding to float32 does not show it.
-    zero = tl.zeros([BLOCK], tl.float32)
-    total, product = zero.to(tl.float64), zero.to(tl.float64)
+    total, product = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     if ptr is not None:
-        for begin in tl.range(0, row.V, STRETCH * BLOCK):
-            part, moment = zero, zero
-            for start in tl.range(begin, tl.minimum(begin + STRETCH * BLOCK, row.V), BLOCK):
-                tokens = _load_tokens(row, start, disjoint, BLOCK)
-                upstream = tl.load(ptr + start + lanes, mask=tokens.support, other=0.0).to(tl.float32)
-                part += upstream
-                moment += tl.where(disjoint, 0.0, upstream * (tokens.d - coarse - fine))
-            total += part
-            product += moment
-    return tl.sum(total, 0).to(tl.float32), tl.sum(product, 0)
+        for start in tl.range(0, row.V, BLOCK):
+            tokens = _load_tokens(row, start, disjoint, BLOCK)
+            upstream = tl.load(ptr + start + lanes, mask=tokens.support, other=0.0).to(tl.float32)
+            total += upstream
+            product += tl.where(disjoint, 0.0, upstream * (tokens.d - coarse - fine))
+    return tl.sum(total, 0), tl.sum(product, 0).to(tl.float64)
 
 
 @triton.jit(do_not_specialize=PER_CALL)
@@ -131,7 +124,7 @@ def gradient_kernel(
     index = tl.program_id(0).to(tl.int64)
     theta = Matrix(theta_ptr, inverse_temperature_theta_ptr, Layout(inner_theta, outer_theta, stride_theta))
     t = Matrix(t_ptr, inverse_temperature_t_ptr, Layout(inner_t, outer_t, stride_t))
-    batch = Batch(theta, t, V, 0.0, grad_alpha_ptr)
+    batch = Batch(theta, t, V, 0.0, None)
     BLOCK: tl.constexpr = 2 * H
     tile: tl.constexpr = Tile(H, PACKED, False)
     status = tl.load(status_ptr + index).to(tl.int32)

@@ -114,7 +114,7 @@ def row_logprob(row, V, token, slot, results, tile, CHUNK: tl.constexpr, UNROLL:
     while sweeps < 2:
         if sweeps == 1:
             reference = true_maximum(row.ptr, V, tile)
-        mass, first = row_sums(with_reference(row, reference), results.log_prob_ptr, V, tile, CHUNK, UNROLL, ENTROPY)
+        mass, first = row_sums(with_reference(row, reference), results.aligned_ptr, V, tile, CHUNK, UNROLL, ENTROPY)
         done = (mass < float("inf")) & (first <= mass * HIGH)
         sweeps += tl.where(done, 2, 1)
     nan = mass * float("nan")
@@ -135,6 +135,7 @@ def logprob_kernel(
     token_ptr,  # [N]
     inverse_temperature_ptr,  # [N] or None
     other_inverse_temperature_ptr,
+    aligned_ptr,  # of float32, aligned, for rows.zeros; or None
     log_prob_ptr,  # [N], or [2, N] where there is another model
     entropy_ptr,  # likewise, or None
     log_partition_ptr,
@@ -152,7 +153,7 @@ def logprob_kernel(
     PACKED: tl.constexpr,
 ):
     tile: tl.constexpr = Tile(H, PACKED, False)
-    results = LogprobResults(log_prob_ptr, entropy_ptr, log_partition_ptr)
+    results = LogprobResults(log_prob_ptr, entropy_ptr, log_partition_ptr, aligned_ptr)
     slot = tl.program_id(0)
     index = slot % N
     token = tl.load(token_ptr + index)

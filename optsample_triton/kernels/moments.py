@@ -8,16 +8,12 @@
 
 ``wide_moments`` and ``narrow_moments`` evaluate at one point, the latter with G. All are relative to the row's
 references.
-
-Masses and excesses go over to float64 after every ``STRETCH`` tiles: beside the 1 of a confident row's top token a
-float32 sum would lose the tokens of less than 6e-8, however many there are. In the other sums the top token counts
-little, since ``centre`` is near its d.
 """
 
 import triton
 import triton.language as tl
 
-from optsample_triton.kernels.constants import EPSILON, LOG2E, STRETCH
+from optsample_triton.kernels.constants import EPSILON, LOG2E
 from optsample_triton.kernels.records import Moments, NarrowMoments, NarrowSums, PowerSums
 from optsample_triton.kernels.rows import load_both, zeros
 
@@ -77,33 +73,23 @@ def wide_moments(row, x, base, centre, shrink, tile):
     H: tl.constexpr = tile.H
     zero = zeros(row, tl.arange(0, H))
     acc = PowerSums(zero, zero, zero, zero, zero)
-    mass = zero.to(tl.float64)
     full = row.V // (2 * H) * (2 * H)
-    for begin in tl.range(0, full, STRETCH * 2 * H):
-        for start in tl.range(begin, tl.minimum(begin + STRETCH * 2 * H, full), 2 * H):
-            first, second = load_both(row, start, tile, False)
-            acc = _add_wide(acc, first, x, base, centre, shrink)
-            acc = _add_wide(acc, second, x, base, centre, shrink)
-        mass += acc.mass
-        acc = _without_mass(acc, zero)
+    for start in tl.range(0, full, 2 * H):
+        first, second = load_both(row, start, tile, False)
+        acc = _add_wide(acc, first, x, base, centre, shrink)
+        acc = _add_wide(acc, second, x, base, centre, shrink)
     # A loop, though of one tile at most: a branch's addresses would be held in registers through all sweeps.
     for start in tl.range(full, row.V, 2 * H):
         first, second = load_both(row, start, tile, True)
         acc = _add_wide(acc, first, x, base, centre, shrink)
         acc = _add_wide(acc, second, x, base, centre, shrink)
-    return _central(_over_lanes(acc, mass), centre)
+    return _central(_over_lanes(acc), centre)
 
 
 @triton.jit
-def _without_mass(acc, zero):
-    return PowerSums(zero, acc.first, acc.second, acc.third, acc.fourth)
-
-
-@triton.jit
-def _over_lanes(acc, mass):
-    """The sums of all lanes; ``mass`` is what they have in float64 already."""
+def _over_lanes(acc):
     return PowerSums(
-        mass=tl.sum(mass + acc.mass, 0),
+        mass=tl.sum(acc.mass.to(tl.float64), 0),
         first=tl.sum(acc.first, 0),
         second=tl.sum(acc.second, 0),
         third=tl.sum(acc.third, 0),
@@ -183,27 +169,21 @@ def narrow_moments(row, at, tile):
     zero = zeros(row, tl.arange(0, H))
     powers = PowerSums(zero, zero, zero, zero, zero)
     acc = NarrowSums(powers, zero, zero, zero + float("inf"), zero - float("inf"))
-    mass, upper, lower = zero.to(tl.float64), zero.to(tl.float64), zero.to(tl.float64)
     full = row.V // (2 * H) * (2 * H)
-    for begin in tl.range(0, full, STRETCH * 2 * H):
-        for start in tl.range(begin, tl.minimum(begin + STRETCH * 2 * H, full), 2 * H):
-            first, second = load_both(row, start, tile, False)
-            acc = _add_narrow(acc, first, at, reference_theta, reference_t)
-            acc = _add_narrow(acc, second, at, reference_theta, reference_t)
-        mass += acc.powers.mass
-        upper += acc.excess_upper
-        lower += acc.excess_lower
-        acc = NarrowSums(_without_mass(acc.powers, zero), zero, zero, acc.lowest, acc.highest)
+    for start in tl.range(0, full, 2 * H):
+        first, second = load_both(row, start, tile, False)
+        acc = _add_narrow(acc, first, at, reference_theta, reference_t)
+        acc = _add_narrow(acc, second, at, reference_theta, reference_t)
     for start in tl.range(full, row.V, 2 * H):
         first, second = load_both(row, start, tile, True)
         acc = _add_narrow(acc, first, at, reference_theta, reference_t)
         acc = _add_narrow(acc, second, at, reference_theta, reference_t)
-    sums = _over_lanes(acc.powers, mass)
+    sums = _over_lanes(acc.powers)
     moments = _central(sums, at.centre)
     share = 1.0 / sums.mass
     offset = sums.first.to(tl.float64) * share
-    excess_upper = tl.sum(upper + acc.excess_upper, 0) * share
-    excess_lower = tl.sum(lower + acc.excess_lower, 0) * share
+    excess_upper = tl.sum(acc.excess_upper.to(tl.float64), 0) * share
+    excess_lower = tl.sum(acc.excess_lower.to(tl.float64), 0) * share
     return NarrowMoments(
         moments=moments,
         gap_upper=gap((at.upper - at.x).to(tl.float64) * offset, excess_upper),

@@ -63,7 +63,7 @@ class Row(NamedTuple):
     t: ModelRow
     V: tl.tensor
     eps: tl.tensor
-    aligned_ptr: tl.tensor  # any memory of the launch's own, for rows.zeros
+    aligned_ptr: tl.tensor  # any aligned memory of the launch's own, for rows.zeros; or None
 
 
 class HalfTile(NamedTuple):
@@ -505,6 +505,7 @@ class LogprobResults(NamedTuple):
     log_prob_ptr: tl.tensor
     entropy_ptr: tl.tensor  # or None
     log_partition_ptr: tl.tensor
+    aligned_ptr: tl.tensor  # as in Row
 
 
 class LogprobSlopes(NamedTuple):

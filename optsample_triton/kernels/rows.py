@@ -3,7 +3,7 @@
 A tile is 2 H tokens of both rows, held as two halves of shape [H] that feed the same accumulators. 16-bit rows are
 read as 32-bit words, one load for tokens 2k and 2k + 1; it halves the registers and makes a bf16 conversion one shift
 or mask. Rows whose start is not 4-byte aligned read the same tokens into the same lanes one by one, and ``zeros`` keeps
-the lanes in the same threads: alignment does not change a result's bits. Inside loops every tile is full; the tail of a
+the lanes in the same threads on NVIDIA's GPUs: alignment does not change a result's bits. Inside loops every tile is full; the tail of a
 row is peeled, since one masked load would cost the loop its 16-byte loads.
 """
 
@@ -77,10 +77,14 @@ def aligned_zeros(ptr, aligned_ptr, offs, V):
 
     The compiler gives a thread as many neighbouring lanes as the widest load of a tile of this shape allows. Without
     this load, from which every lane is masked out, aligned rows and others would be summed in different orders. Its
-    mask asks for V so that the compiler sees no constant and keeps the load until it has placed the lanes.
+    mask asks for V so that the compiler sees no constant and keeps the load until it has placed the lanes. Without an
+    ``aligned_ptr`` the lanes lie where the compiler likes.
     """
-    aligned_ptr = aligned_ptr.to(tl.pointer_type(ptr.dtype.element_ty), bitcast=True)
-    return tl.load(aligned_ptr + offs, mask=(offs < 0) & (V < 0), other=0.0).to(tl.float32)
+    if aligned_ptr is None:
+        return tl.zeros(offs.shape, tl.float32)
+    else:
+        aligned_ptr = aligned_ptr.to(tl.pointer_type(ptr.dtype.element_ty), bitcast=True)
+        return tl.load(aligned_ptr + offs, mask=(offs < 0) & (V < 0), other=0.0).to(tl.float32)
 
 
 @triton.jit

@@ -305,6 +305,7 @@ def solve_kernel(
     theta_ptr,  # rows [N, V] of both models
     t_ptr,
     given_alpha_ptr,  # [N] or None
+    aligned_ptr,  # of float32, aligned, for rows.zeros; or None
     inverse_temperature_theta_ptr,  # [N] or None
     inverse_temperature_t_ptr,
     alpha_ptr,  # results [N]
@@ -338,7 +339,7 @@ def solve_kernel(
 ):
     theta = Matrix(theta_ptr, inverse_temperature_theta_ptr, Layout(inner_theta, outer_theta, stride_theta))
     t = Matrix(t_ptr, inverse_temperature_t_ptr, Layout(inner_t, outer_t, stride_t))
-    batch = Batch(theta, t, V, eps, alpha_ptr)
+    batch = Batch(theta, t, V, eps, aligned_ptr)
     meeting = Meeting(chunk_sums_ptr, arrived_ptr, splits)
     results = Results(
         alpha_ptr, log_z_ptr, status_ptr, sweeps_ptr, saved_ptr, diagnostics_ptr, out_ptr, stride_out, width

@@ -84,6 +84,7 @@ def verify_kernel(
     theta_ptr,  # rows [N, V] of both models
     t_ptr,
     given_alpha_ptr,  # [N] or None
+    aligned_ptr,  # of float32, aligned, for rows.zeros; or None
     inverse_temperature_theta_ptr,  # [N] or None
     inverse_temperature_t_ptr,
     inverse_temperature_ptr,  # of q* [N] or None
@@ -130,7 +131,7 @@ def verify_kernel(
 ):
     theta = Matrix(theta_ptr, inverse_temperature_theta_ptr, Layout(inner_theta, outer_theta, stride_theta))
     t = Matrix(t_ptr, inverse_temperature_t_ptr, Layout(inner_t, outer_t, stride_t))
-    batch = Batch(theta, t, V, 0.0, alpha_ptr)
+    batch = Batch(theta, t, V, 0.0, aligned_ptr)
     meeting = Meeting(chunk_sums_ptr, arrived_ptr, splits)
     options = Options(given_alpha_ptr, tol, max_iter)
     filters = Filters(inverse_temperature_ptr, min_p_ptr)

@@ -25,9 +25,7 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m "" $(PYTEST_ARGS)
-	$(BIN)/python -m pytest --compiled -m "not deeper" $(PYTEST_ARGS)
-	$(BIN)/python -m pytest --compiled --arch 80 $(PYTEST_ARGS)
-	$(BIN)/python -m pytest --compiled --arch 100 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --compiled $(PYTEST_ARGS)
 
 test-compiled: $(STAMP)
 	for arch in 80 90 100; do $(BIN)/python -m pytest --compiled --arch $$arch -m "" $(PYTEST_ARGS) || exit 1; done

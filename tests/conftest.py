@@ -18,6 +18,11 @@ def _interpreted():
     return os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
 
 
+if not torch.cuda.is_available():
+    # Triton reads this when it is imported, and nothing above imports it; a conftest below this one may.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 def pytest_addoption(parser):
     group = parser.getgroup("kernels")
     group.addoption(
@@ -27,15 +32,13 @@ def pytest_addoption(parser):
 
 
 def _choose_how_kernels_run(config):
-    """Before anything imports Triton, which then reads TRITON_INTERPRET."""
+    """Before a test imports Triton, which then reads TRITON_INTERPRET."""
     if config.option.compiled:
         os.environ["TRITON_INTERPRET"] = "0"
         from tests.ptx import driver
 
         driver.install(config.option.arch)
         return
-    if not torch.cuda.is_available():
-        os.environ.setdefault("TRITON_INTERPRET", "1")
     if _interpreted():
         # By path, since an integration's environment may have a package named tests.
         sys.path.insert(0, str(Path(__file__).parent))

@@ -1,7 +1,7 @@
 # make bench: correctness check, then the reference against this package, as a table; under three minutes.
 # make test:  the core of the tests: every public function and kernel, on both backends; then, compiled, every kernel.
 # make test-all: those, and the long tail: more cases, all combinations, more examples, more compiled kernels.
-# make test-compiled: all tests of kernels, compiled for sm_80, sm_90 and sm_100; hours.
+# make test-compiled: all tests of kernels, compiled for sm_80, sm_90 and sm_100; very long.
 # make theory: the documents' claims measured, docs/theory-report.md and its figures written; under ten minutes.
 # All need Python >= 3.10 and make, nothing else.
 PYTHON ?= python3
@@ -26,6 +26,7 @@ test: $(STAMP)
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m "" $(PYTEST_ARGS)
 	$(BIN)/python -m pytest --compiled $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --compiled -m "" $(PYTEST_ARGS) tests/test_ptx_kernels.py
 
 test-compiled: $(STAMP)
 	for arch in 80 90 100; do $(BIN)/python -m pytest --compiled --arch $$arch -m "" $(PYTEST_ARGS) || exit 1; done

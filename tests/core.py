@@ -91,6 +91,7 @@ DEEP: dict[str, tuple[str, ...]] = {
     "test_loads": EVERYTHING,
     "test_stores": EVERYTHING,
     "test_atomics": EVERYTHING,
+    "test_the_compiled_core_is_what_its_table_names": EVERYTHING,
     # A run of all of bench.theory.
     "test_quick_run_writes_everything": EVERYTHING,
 }

@@ -50,8 +50,6 @@ def test_what_the_tables_name_is_there() -> None:
     there = {name for names in functions_in(FILES).values() for name in names}
     assert there >= core.DEEP.keys() | core.WITH_FEW_CASES
     assert core.CASES >= core.FEW_CASES
-    compiled = {tuple(re.split(r"\.py::|\[", name)[:2]) for name in core.COMPILED}
-    assert compiled <= {(file, test) for file, tests in functions_in(FILES).items() for test in tests}
 
 
 def test_few_items_have_all_values() -> None:
@@ -75,12 +73,17 @@ Kept = dict[tuple[str, str], set[str]]  # file and function of the tests that ru
 @pytest.fixture(scope="module")
 def kept() -> Kept:
     """What `make test` runs, as pytest collects it in a process of its own."""
+    return read(collected())
+
+
+def collected(*options: str) -> str:
+    """The listing of the tests that pytest would run with these options."""
     pytest.importorskip("triton")  # without it whole files are skipped
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "tests"]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *options, "tests"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
-    return read(done.stdout)
+    return done.stdout
 
 
 def read(listing: str) -> Kept:
@@ -144,6 +147,10 @@ def test_no_test_is_dropped_but_those_that_are_deep_as_a_whole(kept: Kept) -> No
     # This would be seen.
     without = {test: values for test, values in kept.items() if test != ("test_verify", "test_the_emitted_law_is_q")}
     assert dropped(without, FILES) - dropped(kept, FILES) == {"test_verify::test_the_emitted_law_is_q"}
+
+
+def test_the_compiled_core_is_what_its_table_names() -> None:
+    assert set(re.findall(r"^tests/(\S+\.py::.*)$", collected("--compiled"), re.MULTILINE)) == core.COMPILED
 
 
 def test_every_public_function_and_every_kernel_is_used_by_what_is_kept(kept: Kept) -> None:

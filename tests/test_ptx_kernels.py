@@ -15,8 +15,10 @@ from tests.ptx.memory import Fault
 from tests.ptx.options import Options
 from tests.ptx.translate import Kernel
 
-NODES = (Path(ost.__file__).parent / "kernels" / "nodes.py").read_text().split("\n")
+KERNELS = Path(ost.__file__).parent / "kernels"
+NODES, ROWS = ((KERNELS / name).read_text().split("\n") for name in ("nodes.py", "rows.py"))
 ARRIVAL = next(number for number, line in enumerate(NODES, 1) if "tl.atomic_add(" in line)
+ZEROS = next(number for number, line in enumerate(ROWS, 1) if "tl.load(aligned_ptr" in line)
 BARRIER = next(number for number, line in enumerate(NODES, 1) if "tl.debug_barrier()" in line)
 
 WIDE, SPLIT = 1500, 8192 + 1500  # tokens: one chunk, of full tiles and a part of one; two chunks, each with its program
@@ -138,15 +140,15 @@ def solve_wide():
     ost.solve(*rows(WIDE))
 
 
-def from_line(text, number, pattern):
-    """The place of the first line of PTX with this pattern that comes from a line of nodes.py."""
+def from_line(text, number, pattern, file="nodes.py"):
+    """The place of the first line of PTX with this pattern that comes from this line of a file of kernels."""
     lines, source = text.split("\n"), ""
     for place, line in enumerate(lines):
         if line.strip().startswith(".loc"):
             source = line.partition("//")[2].strip()
-        elif source.startswith(f"nodes.py:{number}:") and re.search(pattern, line):
+        elif source.startswith(f"{file}:{number}:") and re.search(pattern, line):
             return place
-    raise LookupError(f"nodes.py:{number}: {pattern}")
+    raise LookupError(f"{file}:{number}: {pattern}")
 
 
 def without_line(text, place):
@@ -214,15 +216,10 @@ def test_rows_that_are_not_where_the_kernel_believes(compiled):
 
 
 def test_an_accumulator_without_its_start(compiled):
-    """The register of a sum that is not set to 0 before the loop."""
+    """The register of a sum, not set to 0 before the load of rows.zeros that never happens."""
 
     def edit(text):
-        for match in re.finditer(r"\tmov\.b32 \t(%r\d+), 0f00000000;", text):
-            edited = text[: match.start()] + text[match.end() :]
-            added = re.search(rf"add\.f32 \t{match[1]}, {match[1]},|fma\.rn\.f32 .*{match[1]};", text)
-            if added and match[1] in Kernel(edited).flow.suspects:
-                return edited
-        raise LookupError
+        return without_line(text, from_line(text, ZEROS, r"mov\.u32 %r\d+, %r\d+;", "rows.py"))
 
     findings = findings_of(compiled, solve_wide, edit=edit)
     assert any("a register that nobody wrote" in each and re.search(r"\[\w+\.py:\d+", each) for each in findings)

@@ -124,7 +124,7 @@ def gradient_kernel(
     index = tl.program_id(0).to(tl.int64)
     theta = Matrix(theta_ptr, inverse_temperature_theta_ptr, Layout(inner_theta, outer_theta, stride_theta))
     t = Matrix(t_ptr, inverse_temperature_t_ptr, Layout(inner_t, outer_t, stride_t))
-    batch = Batch(theta, t, V, 0.0, None)
+    batch = Batch(theta, t, V, 0.0, None)  # no memory for rows.zeros: it would spill registers
     BLOCK: tl.constexpr = 2 * H
     tile: tl.constexpr = Tile(H, PACKED, False)
     status = tl.load(status_ptr + index).to(tl.int32)

@@ -230,6 +230,14 @@ def test_a_store_to_shared_memory_that_is_left_out(compiled):
     assert any("shared memory that nobody wrote" in each and re.search(r"\[\w+\.py:\d+", each) for each in findings)
 
 
+def test_a_result_that_is_not_stored(compiled):
+    edit = re.compile(r"@%p\d+ st\.global\.b32 .*;")
+    with compiled.running(edit=lambda text: edit.sub("", text)):
+        found = ost.solve(*rows(WIDE))
+    assert found.alpha.isnan().all()
+    assert found.log_z.isnan().all()
+
+
 AWAY = "mov.u32 %r99999, %tid.x;\nsetp.lt.u32 %p99999, %r99999, 16;\n@%p99999 bra $away;\n"
 
 

@@ -153,3 +153,78 @@ $end:"""
     assert run(entry(wider.replace("PLAIN", ""), 1), y, programs=2, options=one_by_one).findings == []
     stored = wider.replace("PLAIN", "st.global.v2.b32 [%rd0], {5, 5};")
     assert len(run(entry(stored, 1), y, programs=2, options=one_by_one).findings) == 2
+
+
+ONE_BY_ONE = Options(batch=1)
+
+
+def alone(program, body, label=""):
+    """What thread 0 of one program does."""
+    label = f"{program}{label}"
+    return f"""
+    setp.ne.b32 %p1, %r98, {program};
+    setp.ne.b32 %p3, %r97, 0;
+    or.pred %p2, %p1, %p3;
+    @%p2 bra $after_{label};
+    {body}
+$after_{label}:"""
+
+
+def release(place):
+    return f"atom.global.gpu.release.add.u32 %r20, [%rd0+{place}], 1;"
+
+
+def acquire(place):
+    return f"atom.global.gpu.acquire.add.u32 %r20, [%rd0+{place}], 0;"
+
+
+@pytest.mark.parametrize("missing", [None, 0, 1, 2])
+def test_every_program_that_read_is_remembered(missing):
+    """Three programs read a number that a fourth overwrites: it has to know of each."""
+    read = "ld.global.b32 %r21, [%rd0+64];\n"
+    readers = "".join(alone(number, read + release(4 * number)) for number in range(3))
+    known = "\n".join(acquire(4 * number) for number in range(3) if number != missing)
+    text = entry(readers + alone(3, f"{known}\n st.global.b32 [%rd0+64], %r98;"), 1)
+    findings = run(text, aligned(64, "u4"), programs=4, options=ONE_BY_ONE).findings
+    assert len(findings) == (missing is not None)
+    assert all("this writes what was read" in each for each in findings)
+
+
+@pytest.mark.parametrize("barrier", ["", "bar.sync 0;", "bar.warp.sync -1;"])
+def test_a_thread_releases_what_others_read_before_a_barrier(barrier):
+    """Of its program, that is; what its warp did it does not release, though a GPU would."""
+    text = f"""
+    setp.eq.b32 %p4, %r98, 1;
+    @%p4 bra $second;
+    ld.global.b32 %r21, [%rd0+64];
+    {barrier}
+$second:""" + alone(0, release(0)) + alone(1, f"{acquire(0)}\n st.global.b32 [%rd0+64], %r98;")  # fmt: skip
+    findings = run(entry(text, 1, 64), aligned(64, "u4"), programs=2, options=ONE_BY_ONE).findings
+    assert len(findings) == (barrier != "bar.sync 0;")
+
+
+@pytest.mark.parametrize("barrier", ["", "bar.warp.sync -1;"])
+def test_a_warp_knows_after_its_barrier_what_one_of_it_acquired(barrier):
+    store = "st.global.b32 [%rd0+64], %r98;\n" + release(0)
+    read = f"setp.ne.b32 %p4, %r98, 1;\n @%p4 bra $end;\n {barrier}\n ld.global.b32 %r21, [%rd0+64];\n$end:"
+    text = entry(alone(0, store) + alone(1, acquire(0)) + read, 1)
+    findings = run(text, aligned(64, "u4"), programs=2, options=ONE_BY_ONE).findings
+    assert len(findings) == (not barrier)
+
+
+@pytest.mark.parametrize("expected", [0, 7])
+def test_a_comparison_that_fails_releases_nothing(expected):
+    compare = f"mov.b32 %r22, {expected}; mov.b32 %r23, 1; atom.global.gpu.acq_rel.cas.b32 %r20, [%rd0], %r22, %r23;"
+    body = alone(0, f"st.global.b32 [%rd0+64], %r98;\n {compare}")
+    body += alone(1, f"{acquire(0)}\n ld.global.b32 %r21, [%rd0+64];")
+    findings = run(entry(body, 1), aligned(64, "u4"), programs=2, options=ONE_BY_ONE).findings
+    assert len(findings) == (expected != 0)
+
+
+@pytest.mark.parametrize("program", [0, 1])
+def test_who_changed_a_number_last_may_overwrite_it(program):
+    """It saw all changes before its own, though it acquired nothing of what came with them; the first may not."""
+    change = "atom.global.gpu.relaxed.add.u32 %r20, [%rd0], 1;"
+    body = alone(0, change) + alone(1, change) + alone(program, "st.global.b32 [%rd0], 0;", "again")
+    findings = run(entry(body, 1), aligned(64, "u4"), programs=2).findings  # side by side: 0 changes it before 1 does
+    assert len(findings) == (program == 0)

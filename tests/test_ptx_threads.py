@@ -84,6 +84,15 @@ def test_loads_into_a_wider_register(type_):
     assert (y.reshape(32, 16)[:, : wide // 8].copy().view(f"{code[0]}{wide // 8}")[:, 0] == given).all()
 
 
+def test_a_lane_that_loads_nothing_keeps_the_whole_register():
+    """A load of a byte writes two; under a guard that fails it writes none."""
+    x, y = bytes_of(512), aligned(512, "u1")
+    body = f"{OWN} mov.b16 %rs20, 0x1234;\n @%p1 ld.global.b8 %rs20, [%rd10];\n st.global.b16 [%rd11], %rs20;"
+    run(entry(body), x, y)
+    expected = [int(first) for first in x.reshape(32, 16)[:20, 0]] + [0x1234] * 12
+    assert y.reshape(32, 16)[:, :2].copy().view("u2")[:, 0].tolist() == expected
+
+
 @pytest.mark.parametrize("opcode", sorted(opcodes.STORES))
 def test_stores(opcode):
     rule = opcodes.STORES[opcode]
@@ -123,12 +132,13 @@ def test_atomics(rule):
     number, results = aligned(16 // size, f"u{size}"), aligned(64, f"u{size}")
     number.view(code)[0] = 3
     stem, move = ("%r", "cvt.u32.u64") if size == 4 else ("%rd", "mov.b64")
-    value = {"f4": "cvt.rn.f32.u32 %r20, %r0;", "f8": "cvt.rn.f64.u32 %rd20, %r0;"}.get(
-        code, f"cvt.u64.u32 %rd21, %r0;\n {move} {stem}20, %rd21;"
+    value = {"f4": "cvt.rn.f32.s32 %r20, %r18;", "f8": "cvt.rn.f64.s32 %rd20, %r18;"}.get(
+        code, f"cvt.s64.s32 %rd21, %r18;\n {move} {stem}20, %rd21;"
     )
     compared = f"{stem}22, " if rule.operation == "cas" else ""
     body = f"""
     mul.wide.s32 %rd9, %r0, {size}; add.s64 %rd11, %rd1, %rd9; setp.lt.u32 %p1, %r97, 20;
+    sub.s32 %r18, %r0, 30;
     {value}
     mov.b{8 * size} {stem}22, 3;
     @%p1 {opcode} {stem}30, [%rd0+0], {compared}{stem}20;
@@ -143,7 +153,7 @@ def test_atomics(rule):
     }[rule.operation]  # fmt: skip
     for thread in (*range(20), *range(32, 52)):
         expected.append(state.copy())
-        state = np.array(change(state, np.array(thread, code)), code)
+        state = np.array(change(state, np.array(thread - 30).astype(code)), code)
     got = results.view(code)
     assert [*got[:20], *got[32:52]] == expected
     assert number.view(code)[0] == state

@@ -22,12 +22,10 @@ A launch fails with the line of PTX and of Python where it
 Arithmetic is exact to the bit, with fused multiplications and flushed denormals. Where the manual grants an error, one
 of up to its size is chosen by a seed. Every launch runs twice, the second time with its programs in another order and
 number, and with other junk in registers and shared memory: the results may not differ by a bit. ``machine.same_bits``
-tries more orders.
+tries more orders. New tensors are full of NaN, so that a result shows whether it read what nobody wrote.
 
 It cannot see what ptxas makes of the PTX (its own fusing of a product and a sum, spills, the limit of registers), how
 long anything takes, the true last bits of approximate instructions, the payload of a NaN, or caches that are not
-coherent; nor global memory that nobody wrote, but that a kernel reads. Of a word it remembers the last atomic operation
-and two reads by other programs, so a race with an earlier one may pass. A loop that waits for another program is a
-fault, since it need not end here.
+coherent. A loop that waits for another program is a fault, since it need not end here.
 Tensor cores, asynchronous copies and AMD are not known.
 """

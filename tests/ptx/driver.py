@@ -208,6 +208,7 @@ def install(arch: int = 90) -> None:
     triton.knobs.propagate_env = propagated
     CUDABackend.make_cubin = lambda self, src, metadata, options, capability: src.encode()
     triton.runtime.driver.set_active(Driver(GPUTarget("cuda", arch, 32)))
+    torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
     choose = backend.choose
 
     def chosen(device: torch.device, dtype: torch.dtype) -> backend.Choice:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.ptx.order import OF_CTA, OF_DEVICE, Cells, Order
+from tests.ptx.order import OF_CTA, OF_DEVICE, Access, Cells, Order, access
 from tests.ptx.translate import SHARED_BASE
 
 Array = NDArray[Any]
@@ -59,12 +59,12 @@ class Region(Bytes):
         size = -(-(high - self.base) // 16) * 16
         super().__init__(np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self.base)))
         self.cells: Cells | None = None  # made when something is written
-        self.reads: list[tuple[Array, int, Array, int]] = []  # noted before that
+        self.reads: list[Access] = []  # before that
 
     def written_cells(self, order: Order) -> Cells:
         if self.cells is None:
             self.cells = Cells(order, len(self.raw))
-            self.cells.noted = self.reads
+            self.cells.reads = self.reads
         return self.cells
 
 
@@ -165,7 +165,7 @@ class Global:
         for region, picked, start in self._places(address, offset, width, mask, site):
             thread = picked.of(wave.thread)
             if region.cells is None:
-                region.reads.append((start, width, thread, self.order.tick()))
+                region.reads.append(access(start, width, thread, self.order.tick()))
             else:
                 races, _ = region.cells.check_read(start, width, thread)
                 if races is not None:
@@ -215,10 +215,12 @@ class Global:
                 races, what = cells.check_write(np.array([byte]), int(code[1]), thread, kind)
                 if races is not None:
                     wave.find(f"race in global memory: this changes what was {what}", site, thread)
-                self.order.atomic(int(thread[0]), int(byte) + region.base, order, scope)
                 place = int(byte) // int(code[1])
-                result[lane] = elements[place]
-                elements[place] = changed(operation, elements[place], *(value[lane] for value in values))
+                old = result[lane] = elements[place]
+                given = [value[lane] for value in values]
+                wrote = operation != "cas" or bool(old == given[0])
+                self.order.atomic(int(thread[0]), int(byte) + region.base, order, scope, wrote)
+                elements[place] = changed(operation, old, *given)
         return result
 
 

@@ -14,7 +14,7 @@ which the CTAs happen to run here plays no part.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,6 +68,10 @@ class Order:
 
     def warp_barrier(self, warps: Array) -> None:
         self.warp_epoch[warps] = self.tick()
+        for warp in {each // WARP for each in self.own} & set(warps.tolist()):
+            lanes = range(warp * WARP, (warp + 1) * WARP)
+            acquired = joined(*(self.own[lane] for lane in lanes if lane in self.own))
+            self.own.update(dict.fromkeys(lanes, acquired))
 
     def release(self, thread: int) -> Clock:
         """What a release of this thread publishes now."""
@@ -86,7 +90,7 @@ class Order:
             self.acquire(thread, self.observed.pop(thread, {}))
             self.fenced[thread] = self.release(thread)
 
-    def atomic(self, thread: int, address: int, order: str, scope: str) -> None:
+    def atomic(self, thread: int, address: int, order: str, scope: str, wrote: bool = True) -> None:
         """One read and write of an address. Within the scope of a CTA it says nothing to other CTAs."""
         if scope == "cta":
             return
@@ -95,6 +99,8 @@ class Order:
             self.acquire(thread, before)
         else:
             self.observed[thread] = joined(self.observed.get(thread, {}), before)
+        if not wrote:
+            return
         given = self.release(thread) if order in ("release", "acq_rel") else self.fenced.get(thread, {})
         self.published[address] = joined(before, given)
 
@@ -136,34 +142,41 @@ PLAIN, OF_CTA, OF_DEVICE = 0, 1, 2  # how far an access is atomic
 NOBODY = -1
 
 
-class Cells:
-    """Who wrote and read each cell of a memory last, and when.
+class Access(NamedTuple):
+    """What one instruction touched: for each thread the first byte, and for all of them how many."""
 
-    A cell has as many bytes as the narrowest access so far. Reads are only noted; somebody looks through them when
-    something is written. A cell keeps its last reader and, of the other CTAs, one more.
+    start: Array
+    size: int
+    thread: Array
+    stamp: int
+    atomic: int
+    low: int
+    high: int
+
+
+def access(start: Array, size: int, thread: Array, stamp: int, atomic: int = PLAIN) -> Access:
+    return Access(start, size, thread, stamp, atomic, int(start.min()), int(start.max()) + size)
+
+
+class Cells:
+    """Who wrote each cell of a memory last, and when; and every read and atomic operation since.
+
+    Writes are ordered, or a finding, so of those the last tells enough. Reads and atomic operations may be in no order,
+    so all are kept. A cell has as many bytes as the narrowest write so far.
     """
 
     def __init__(self, order: Order, size: int) -> None:
         self.order, self.width = order, 4
-        count = -(-size // 4)
-        self.writer = np.full(count, NOBODY, np.int64)
-        self.written = np.full(count, -1, np.int64)
-        self.atomic = np.zeros(count, np.int8)
-        self.reader = np.full(count, NOBODY, np.int64)
-        self.read = np.full(count, -1, np.int64)
-        self.several = np.zeros(count, np.int8)  # 1: several lanes of the reader's warp, 2: several warps of its CTA
-        self.foreign = np.full(count, NOBODY, np.int64)  # a reader of another CTA
-        self.foreign_read = np.full(count, -1, np.int64)
-        self.noted: list[tuple[Array, int, Array, int]] = []  # start, size, thread, stamp
-
-    _FIELDS = "writer", "written", "atomic", "reader", "read", "several", "foreign", "foreign_read"
+        self.writer = np.full(-(-size // 4), NOBODY, np.int64)
+        self.written = np.full(-(-size // 4), -1, np.int64)
+        self.reads: list[Access] = []
+        self.atomics: list[Access] = []
 
     def expand(self, start: Array, size: int, thread: Array) -> tuple[Array, Array, int]:
         """The cells of accesses of so many bytes, their threads, and how many cells one access has."""
         start = start.astype(np.int64)
         if size < self.width:
-            for name in self._FIELDS:
-                setattr(self, name, np.repeat(getattr(self, name), self.width // size))
+            self.writer, self.written = (np.repeat(each, self.width // size) for each in (self.writer, self.written))
             self.width = size
         count = size // self.width
         first = start // self.width
@@ -174,84 +187,61 @@ class Cells:
     def check_read(self, start: Array, size: int, thread: Array) -> tuple[Array | None, bool]:
         """Note a read: which of these accesses race with a write, and whether one reads what nobody wrote."""
         cells, threads, count = self.expand(start, size, thread)
-        now = self.order.tick()
-        self.noted.append((start, size, thread, now))
+        now = access(start, size, thread, self.order.tick())
+        self.reads.append(now)
         written = self.written[cells]
-        if not len(written) or written.max() < 0:
-            return None, bool(len(written))
-        races: Array = (written >= 0) & ~self.order.before(threads, self.writer[cells], written)
-        found = of_accesses(races, count) if races.any() else None
-        return found, bool(written.min() < 0)
+        races = of_accesses((written >= 0) & ~self.order.before(threads, self.writer[cells], written), count)
+        races |= self._unordered(now, self.atomics)
+        return (races if races.any() else None), bool(len(written)) and bool(written.min() < 0)
 
     def check_write(self, start: Array, size: int, thread: Array, atomic: int = PLAIN) -> tuple[Array | None, str]:
         """Record a write: which of these accesses race, and with what."""
-        self._look_through()
         cells, threads, count = self.expand(start, size, thread)
-        now = self.order.tick()
-        written, read = self.written[cells], self.read[cells]
-        found: Array | None = None
-        what = ""
-        if written.max() >= 0:
-            writer = self.writer[cells]
-            races = (written >= 0) & ~self.order.before(threads, writer, written)
-            if atomic and races.any():
-                same = writer // self.order.threads == threads // self.order.threads
-                races &= ~((self.atomic[cells] >= np.where(same, OF_CTA, OF_DEVICE)) & (same | (atomic == OF_DEVICE)))
-            if races.any():
-                found, what = of_accesses(races, count), "written"
-        if found is None and read.max() >= 0:
-            races = (read >= 0) & self._races_with_reads(cells, threads, read)
-            if races.any():
-                found, what = of_accesses(races, count), "read"
-        self.writer[cells], self.written[cells], self.atomic[cells] = threads, now, atomic
-        if found is None and len(cells) > 1:  # at once: one program's threads may store the same value
-            races = self.writer[cells] // self.order.threads != threads // self.order.threads
-            if races.any():
-                found, what = of_accesses(races, count), "written"
-        return found, what
+        now = access(start, size, thread, self.order.tick(), atomic)
+        written, writer = self.written[cells], self.writer[cells]
+        races = of_accesses((written >= 0) & ~self.order.before(threads, writer, written), count)
+        races |= self._unordered(now, self.atomics)
+        what = "written"
+        if not races.any():
+            races, what = self._unordered(now, self.reads), "read"
+        if atomic:
+            self.atomics.append(now)
+        else:
+            self.writer[cells], self.written[cells] = threads, now.stamp
+            if not races.any() and len(cells) > 1:  # at once: one program's threads may store the same value
+                elsewhere = self.writer[cells] // self.order.threads != threads // self.order.threads
+                races, what = of_accesses(elsewhere, count), "written"
+        return (races if races.any() else None), what
 
-    def _races_with_reads(self, cells: Array, threads: Array, read: Array) -> Array:
-        order, reader, several = self.order, self.reader[cells], self.several[cells]
-        races = ~order.before(threads, reader, read)
-        # One of several readers is not this thread; a warp's barrier orders its lanes.
-        cta, warp = threads // order.threads, threads // WARP
-        own_cta = (cta == reader // order.threads) & (read >= order.epoch[cta])
-        own_warp = (warp == reader // WARP) & (read < order.warp_epoch[warp])
-        races |= own_cta & (several == 2)
-        races |= own_cta & (several == 1) & ~own_warp
-        foreign = self.foreign[cells]
-        if foreign.max() >= 0:
-            races |= (foreign >= 0) & ~order.before(threads, foreign, self.foreign_read[cells])
-        return races
-
-    def _look_through(self) -> None:
-        for start, size, thread, now in self.noted:
-            self._record_read(start, size, thread, now)
-        self.noted.clear()
-
-    def _record_read(self, start: Array, size: int, thread: Array, now: int) -> None:
-        cells, threads, _ = self.expand(start, size, thread)
-        order = self.order
-        reader, read = self.reader[cells], self.read[cells]
-        cta = threads // order.threads
-        same_cta = reader // order.threads == cta
-        moved = (reader >= 0) & ~same_cta
-        if moved.any():
-            self.foreign[cells[moved]], self.foreign_read[cells[moved]] = reader[moved], read[moved]
-        self.reader[cells], self.read[cells] = threads, now
-        last = self.reader[cells]  # of several lanes that read a cell at once
-        other = last != threads
-        elsewhere = last // order.threads != cta
-        if elsewhere.any():
-            self.foreign[cells[elsewhere]], self.foreign_read[cells[elsewhere]] = threads[elsewhere], now
-        # Readers since the last barrier: the one before, or several of now.
-        recent = (reader >= 0) & same_cta & (read >= order.epoch[cta])
-        before = np.where(recent, self.several[cells], 0)
-        different = np.where(recent & (reader != threads), np.where(reader // WARP == threads // WARP, 1, 2), 0)
-        at_once = np.where(other & ~elsewhere, np.where(last // WARP == threads // WARP, 1, 2), 0)
-        self.several[cells] = 0
-        np.maximum.at(self.several, cells, np.maximum(np.maximum(before, different), at_once).astype(np.int8))
+    def _unordered(self, now: Access, earlier: list[Access]) -> Array:
+        """Which of these accesses are in no order with an earlier one of the same bytes, and not both atomic enough."""
+        found, seen = np.zeros((2, len(now.start)), bool)
+        for each in reversed(earlier):
+            if each.low < now.high and now.low < each.high:
+                mine, theirs = overlapping(now, each)
+                thread, other = now.thread[mine], each.thread[theirs]
+                ordered = self.order.before(thread, other, np.full(len(mine), each.stamp))
+                if each.atomic:  # it observed those before it, so who comes after it comes after them
+                    seen[mine[ordered]] = True
+                    ordered = seen[mine]
+                if each.atomic and now.atomic:
+                    within = thread // self.order.threads == other // self.order.threads
+                    ordered |= within | (min(now.atomic, each.atomic) == OF_DEVICE)
+                found[mine[~ordered]] = True
+        return found
 
     def forget_reads(self) -> None:
         """All CTAs that read here have passed a barrier, and nobody else writes here."""
-        self.noted.clear()
+        self.reads.clear()
+
+
+def overlapping(a: Access, b: Access) -> tuple[Array, Array]:
+    """The pairs of accesses, one of each, that share a byte: their places."""
+    order = np.argsort(b.start, kind="stable")
+    starts = b.start[order].astype(np.int64)
+    first = np.searchsorted(starts, a.start.astype(np.int64) - b.size, side="right")
+    last = np.searchsorted(starts, a.start.astype(np.int64) + a.size, side="left")
+    counts = last - first
+    mine = np.repeat(np.arange(len(a.start)), counts)
+    step = np.arange(len(mine)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return mine, order[np.repeat(first, counts) + step]

@@ -293,7 +293,8 @@ class _Writer:
         for place, result in enumerate(results):
             self.follow(each, result, "M.nowhere")
             sign = f".view('{CODES[rule.type]}')" if rule.type.startswith("s") else ""
-            self.define(result, f"{loaded}[{place}]{sign}", rule.type)
+            wider = SIZES[self.kernel.entry.register(result)] > SIZES[rule.type]  # then a lane keeps all of it
+            self.define(result, f"{loaded}[{place}]{sign}", rule.type, each if wider else None)
 
     def matrices(self, each: Instruction, rule: opcodes.Matrix) -> None:
         results = split(each.operands[0].strip("{} "))

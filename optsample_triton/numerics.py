@@ -29,23 +29,20 @@ class Method(IntEnum):
     FIXED = 4
 
 
-# The first sweep evaluates L at these points, L' at the inner three and L'' at 1/2.
-NODE_LOW, NODE_HIGH = 0.375, 0.625
-NODES = (0.0, NODE_LOW, 0.5, NODE_HIGH, 1.0)
-
 # Which form of psi and psi' a row needs (docs/theory.md, "Conditioning").
 NARROW = 0.3  # Chernoff information below which psi' is evaluated through G
 REACH = 2.5  # beyond this distance from 1/2 the models are no neighbours of q_x, and G would overflow
 PLAIN = 1.0  # |psi| from which its plain sum is as good as G
 FAR = 50.0  # Chernoff information beyond which float32 would blur alpha a + (1 - alpha) b
 
-# The interpolant's error (docs/theory.md, "Interpolation").
-NOISE_ALWAYS, NOISE_OF_TOP = 1.7, 8.4  # rounding of psi' in epsilons: in any row, and for all mass on one token
-NEGLECTED_ODD, NEGLECTED_EVEN = 4.0, 0.05  # the first terms left out, in units of the last such coefficients
+# The error of alpha on the first sweep's curve (docs/theory.md, "The first sweep").
+NEGLECTED = 48.0  # of the curve's slope: the first terms left out, in units of the last two coefficients times s^6
+NOISE = 0.6  # rounding of each sum, in epsilons
+OF_MOMENTS = 0.5  # rounding of the moments, in epsilons
 SD_SHARE = 0.25  # q* feels an error of alpha in units of 1/sd; the estimate is pessimistic enough to count this much
-CLEAR = 4.0  # a node's sign counts where psi' is this many times its rounding
-NEWTON_START = 0.375  # in s = 2 alpha - 1: the Newton steps inside the interpolant start no farther out
-BLURRED = 0.1  # an error from which the interpolant's root says nothing, and the bracket's middle is taken
+CLEAR = 4.0  # the sign of psi' counts where psi' is this many times its rounding
+LEAP = 1.0 / 64.0  # a longer step is looked at again
+BLURRED = 0.1  # an error from which the curve's root says nothing, and the bracket's middle is taken
 
 # Drawing.
 SLACK = 1e-6  # nats below a min_p threshold that still count as at it, or rounding would drop tokens

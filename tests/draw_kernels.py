@@ -7,7 +7,7 @@ import triton.language as tl
 from optsample_triton import launch
 from optsample_triton.kernels.constants import KL_SYMMETRY
 from optsample_triton.kernels.draw import interpolated_masses
-from optsample_triton.kernels.nodes import SUM_COUNT, first_sweep, kept_nodes
+from optsample_triton.kernels.first_sweep import SUM_COUNT, first_sweep, kept_sums
 from optsample_triton.kernels.random import number, uniforms
 from optsample_triton.kernels.records import Batch, Key, Layout, Matrix, Meeting, Options, Tile
 from optsample_triton.kernels.solve import solved
@@ -54,11 +54,11 @@ def _kernel(
     meeting = Meeting(chunk_sums_ptr, arrived_ptr, 1)
     first = first_sweep(batch, meeting, tile, tile, CHUNK, 1, True)
     chunks = tl.cdiv(V, CHUNK)
-    total = kept_nodes(first.chunk_sums_ptr, chunks, LANES)
+    total = kept_sums(first.row, first.chunk_sums_ptr, chunks, LANES)
     _, ends, root = solved(first.row, total, first.index, Options(None, 1e-4, 20), tile, KL_SYMMETRY, False)
     alpha = root.alpha
     level = alpha * ends.A + (1.0 - alpha) * ends.B + root.psi
-    masses, misplaced = interpolated_masses(first.chunk_sums_ptr, chunks, alpha, level, LANES)
+    masses, misplaced = interpolated_masses(first.row, first.chunk_sums_ptr, chunks, alpha, level, LANES)
     tl.store(alpha_ptr + first.index, alpha)
     tl.store(misplaced_ptr + first.index, misplaced / tl.sum(masses, 0))
     tl.store(mass_ptr + first.index * LANES + tl.arange(0, LANES), masses)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from optsample_triton.eager.curve import Curve, Interpolant, curve_of, interpolate
 from optsample_triton.eager.evaluate import Evaluation, WidthGroup, groups, plain_slope
+from optsample_triton.eager.first_sweep import first_sums, least_mass, survey
 from optsample_triton.eager.moments import tilted_moments
-from optsample_triton.eager.nodes import Nodes, node_sums, survey
 from optsample_triton.eager.one_model import own_moments, probability_entropies
-from optsample_triton.eager.root import Bracket, Derivatives, Interpolant, Resolution, interpolate, safeguarded_step
-from optsample_triton.eager.rows import Rows
+from optsample_triton.eager.root import Bracket, Derivatives, Resolution, safeguarded_step
+from optsample_triton.eager.rows import Pair, Rows
 from optsample_triton.eager.state import State, rows_where
 from optsample_triton.numerics import BLURRED, FAR, Status
 from optsample_triton.types import Options, Problem
@@ -62,14 +64,17 @@ class _Ends(NamedTuple):
 
 
 def _first_sweep(rows: Rows) -> State:
-    """Node sums for every row, the interpolant's root, and how far it can be trusted."""
-    nodes = node_sums(rows)
-    finite = nodes.finite
-    ends = _ends(rows, nodes, finite)
+    """The first read of every row, the root on its curve, and how far that can be trusted."""
+    sums = first_sums(rows)
+    curve = curve_of(sums)
+    finite = torch.isfinite(curve.log_partition_theta + curve.log_partition_t + curve.psi_half)
+    # What the weights' dtype cannot hold at 1/2 is lost.
+    finite &= curve.log_half >= math.log(least_mass(rows.working_dtype))
+    ends = _ends(rows, curve, sums.reference, finite)
     chord = ends.log_partition_theta - ends.log_partition_t
     # Probability rows are not renormalised: their root condition is L' = 0, not L' = A - B.
     target = -chord if rows.from_probabilities else torch.zeros_like(chord)
-    found = interpolate(nodes, target, EPSILON[rows.working_dtype])
+    found = interpolate(curve, target, EPSILON[rows.working_dtype])
     bracket = _first_bracket(found, ends, target, finite)
     # A root that rounding has blurred over its bracket says nothing: go on from the bracket's middle.
     alpha = torch.where(finite & (found.error < BLURRED), found.alpha, bracket.middle)
@@ -77,7 +82,7 @@ def _first_sweep(rows: Rows) -> State:
         alpha=alpha,
         alpha_unrounded=alpha.clone(),
         psi=found.psi,
-        psi_half=torch.where(finite, found.psi_half, -torch.inf),
+        psi_half=torch.where(finite, curve.psi_half, -torch.inf),
         status=ends.status,
         sweeps=ends.sweeps,
         log_partition_theta=ends.log_partition_theta,
@@ -85,16 +90,17 @@ def _first_sweep(rows: Rows) -> State:
         centre_theta=ends.log_partition_theta.clone(),
         centre_t=ends.log_partition_t.clone(),
         centred_log_norm=found.psi.clone(),
-        error=found.error,
-        rounding=found.rounding,
+        error=torch.where(finite, found.error, torch.inf),
+        rounding=torch.where(finite, found.rounding, torch.inf),
+        chord_rounding=torch.where(finite, found.chord_rounding, 0.0),
         bracket=bracket,
     )
 
 
-def _ends(rows: Rows, nodes: Nodes, finite: Tensor) -> _Ends:
-    """A and B: from the node sums, or by a read at each end for valid rows whose sums are not finite."""
-    log_partition_theta = nodes.log_partition[-1] + nodes.reference_theta.double()
-    log_partition_t = nodes.log_partition[0] + nodes.reference_t.double()
+def _ends(rows: Rows, curve: Curve, reference: Pair, finite: Tensor) -> _Ends:
+    """A and B: from the first read, or by a read at each end for valid rows whose sums are not finite."""
+    log_partition_theta = curve.log_partition_theta + reference.theta
+    log_partition_t = curve.log_partition_t + reference.t
     slope_theta = torch.full_like(log_partition_theta, torch.nan)
     status = torch.full((rows.count,), int(Status.OK), device=rows.device)
     ends = _Ends(
@@ -105,7 +111,7 @@ def _ends(rows: Rows, nodes: Nodes, finite: Tensor) -> _Ends:
         ends.status[special] = survey(rows.select(special))
         ends.sweeps[special] += 1
         valid = special[ends.status[special] == Status.OK]
-        if valid.numel():  # weights between the nodes underflow, or logits lie beyond the references
+        if valid.numel():  # weights at 1/2 underflow, or logits lie beyond the references
             _read_ends(rows.select(valid), ends, valid)
     return ends
 
@@ -121,7 +127,7 @@ def _read_ends(rows: Rows, ends: _Ends, index: Tensor) -> None:
 
 
 def _first_bracket(found: Interpolant, ends: _Ends, target: Tensor, finite: Tensor) -> Bracket:
-    """The nodes' bracket of F = psi - target alpha, whose slope the root makes zero: F(0) = 0, F(1) = -target."""
+    """The curve's bracket of F = psi - target alpha, whose slope the root makes zero: F(0) = 0, F(1) = -target."""
     chord = ends.log_partition_theta - ends.log_partition_t
     slope_low, slope_high = ends.slope_t - chord - target, ends.slope_theta - chord - target
     return Bracket(
@@ -194,7 +200,23 @@ def _refine(rows: Rows, state: State, options: Options, tol: float) -> None:
             step = safeguarded_step(derivatives, part.bracket, part.sweeps % 3 == 0, resolution)
             part.bracket, part.error = step.bracket, step.error
             _settle(part, at, step.alpha, rows.working_dtype)
+            if not group.narrow:
+                _doubt_chord(group, moments.variance, tol)
             group.put_into(state)
+
+
+def _doubt_chord(group: WidthGroup, variance: Tensor, tol: float) -> None:
+    """Where the rounding of A - B would move alpha by more than tol, read both again, in float64."""
+    part = group.state
+    blurred = rows_where(part.ok & (part.error <= tol) & (part.chord_rounding > tol * variance))
+    if blurred.numel():
+        chosen = group.rows.select(blurred)
+        zero = torch.zeros(chosen.count, dtype=torch.float64, device=chosen.device)
+        at_theta, at_t = tilted_moments(chosen, zero + 1.0, zero), tilted_moments(chosen, zero, zero)
+        part.log_partition_theta[blurred] = at_theta.log_mass + at_theta.top_theta
+        part.log_partition_t[blurred] = at_t.log_mass + at_t.top_t
+        part.chord_rounding[blurred], part.error[blurred] = 0.0, torch.inf
+        part.sweeps[blurred] += 2
 
 
 def _bisect(rows: Rows, state: State, options: Options, tol: float) -> None:

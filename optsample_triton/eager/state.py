@@ -31,6 +31,7 @@ class State:
     centred_log_norm: Tensor  # log sum exp(alpha (a - centre_theta) + (1 - alpha) (b - centre_t))
     error: Tensor  # estimated |alpha - alpha*|
     rounding: Tensor  # what rounding in the first sweep moves alpha by; infinite where that sweep is no guide
+    chord_rounding: Tensor  # that of A - B, which wide rows are solved with; 0 where both were read again
     bracket: Bracket
 
     @property

@@ -32,19 +32,16 @@ STREAMS = tl.constexpr(numerics.STREAMS)
 DRAFTER_NONE = tl.constexpr(Drafter.NONE.value)
 DRAFTER_THETA = tl.constexpr(Drafter.THETA.value)
 
-NODE_LOW = tl.constexpr(numerics.NODE_LOW)
-NODE_HIGH = tl.constexpr(numerics.NODE_HIGH)
 NARROW = tl.constexpr(numerics.NARROW)
 REACH = tl.constexpr(numerics.REACH)
 PLAIN = tl.constexpr(numerics.PLAIN)
 FAR = tl.constexpr(numerics.FAR)
-NOISE_ALWAYS = tl.constexpr(numerics.NOISE_ALWAYS)
-NOISE_OF_TOP = tl.constexpr(numerics.NOISE_OF_TOP)
-NEGLECTED_ODD = tl.constexpr(numerics.NEGLECTED_ODD)
-NEGLECTED_EVEN = tl.constexpr(numerics.NEGLECTED_EVEN)
+NEGLECTED = tl.constexpr(numerics.NEGLECTED)
+NOISE = tl.constexpr(numerics.NOISE)
+OF_MOMENTS = tl.constexpr(numerics.OF_MOMENTS)
+LEAP = tl.constexpr(numerics.LEAP)
 SD_SHARE = tl.constexpr(numerics.SD_SHARE)
 CLEAR = tl.constexpr(numerics.CLEAR)
-NEWTON_START = tl.constexpr(numerics.NEWTON_START)
 BLURRED = tl.constexpr(numerics.BLURRED)
 SLACK = tl.constexpr(numerics.SLACK)
 LOWEST = tl.constexpr(numerics.LOWEST)
@@ -53,8 +50,6 @@ SAVED = tl.constexpr(len(Saved._fields))
 LOG2E = tl.constexpr(1.4426950408889634)
 EPSILON = tl.constexpr(1.1920929e-7)  # of float32
 STRETCH = tl.constexpr(16)  # tiles that a lane adds up in float32
-# The node sums are of weights whose eighth roots are powers of two: what one power more means in nats, 8 log 2, and its
-# square, both as float32 holds them.
-NATS_PER_POWER = tl.constexpr(5.5451774597167969)
-NATS_PER_POWER_SQUARED = tl.constexpr(30.748992919921875)
+# In the first sweep the square roots of weights are powers of two: what one power more means in nats, 2 log 2.
+NATS_PER_POWER = tl.constexpr(1.3862943611198906)
 WILD = tl.constexpr(30.0)  # Chernoff information beyond which no reference is known before a sweep

@@ -1,6 +1,6 @@
 """Drawing a token by its weight: a chunk by its mass, a tile of it, a token of that, each from a uniform of its own.
 
-The chunks' masses are interpolated from their node sums where that is exact enough, else summed in another sweep. Tiles
+The chunks' masses are interpolated from their first sums where that is exact enough, else summed in another sweep. Tiles
 and tokens are read again, so that within a chunk the law is that of the weights themselves.
 
 A DRAFTER says whose law is taken off the weights.
@@ -9,25 +9,15 @@ A DRAFTER says whose law is taken off the weights.
 import triton
 import triton.language as tl
 
-from optsample_triton.kernels.constants import (
-    DRAFTER_NONE,
-    DRAFTER_THETA,
-    LOG2E,
-    NATS_PER_POWER,
-    NATS_PER_POWER_SQUARED,
-    NEGLECTED_EVEN,
-    NEGLECTED_ODD,
-    NODE_HIGH,
-    NODE_LOW,
-)
+from optsample_triton.kernels.constants import DRAFTER_NONE, DRAFTER_THETA, LOG2E, NATS_PER_POWER
+from optsample_triton.kernels.curve import curve_of, left_out, value_of
+from optsample_triton.kernels.first_sweep import SUM_COUNT, in_powers, load_sums
 from optsample_triton.kernels.moments import tilted
-from optsample_triton.kernels.nodes import SUM_COUNT, load_sums
-from optsample_triton.kernels.records import Nodes
-from optsample_triton.kernels.root import polynomial, psi_of
 from optsample_triton.kernels.rows import load_both, relative, zeros
 
 # Of the whole mass, how much interpolation may misplace: the law is this close to q_alpha in total variation.
 MISPLACED = tl.constexpr(1e-6)
+LEFT_OUT = tl.constexpr(8.0)  # how far a chunk's mass may be off, in units of ``left_out``
 FEW = tl.constexpr(32)  # tokens that are told apart in a draw's last step
 
 
@@ -72,38 +62,20 @@ def summed_masses(row, law, drawing, tile, DRAFTER: tl.constexpr):
 
 
 @triton.jit
-def interpolated_masses(chunk_sums_ptr, chunks, x, base, LANES: tl.constexpr):
-    """The chunks' masses [LANES] at x relative to exp(base), from their node sums, and how much may be misplaced.
-
-    The interpolant is that of the row's psi (kernels/root.py), and so is the estimate of what it neglects.
-    """
+def interpolated_masses(row, chunk_sums_ptr, chunks, x, base, LANES: tl.constexpr):
+    """The chunks' masses [LANES] at x relative to exp(base), from their first sums, and how much may be misplaced."""
     lanes = tl.arange(0, LANES)
     sums = load_sums(chunk_sums_ptr + lanes * SUM_COUNT, lanes < chunks)
-    log_t, log_theta = tl.log(sums.mass_t), tl.log(sums.mass_theta)
-    chord = log_theta - log_t
-    mean_low = sums.first_low * NATS_PER_POWER / sums.mass_low
-    mean_half = sums.first_half * NATS_PER_POWER / sums.mass_half
-    mean_high = sums.first_high * NATS_PER_POWER / sums.mass_high
-    square = sums.second_half * NATS_PER_POWER_SQUARED / sums.mass_half
-    nodes = Nodes(
-        psi_low=tl.log(sums.mass_low) - chord * NODE_LOW - log_t,
-        psi_half=tl.log(sums.mass_half) - 0.5 * chord - log_t,
-        psi_high=tl.log(sums.mass_high) - chord * NODE_HIGH - log_t,
-        slope_low=mean_low - chord,
-        slope_half=mean_half - chord,
-        slope_high=mean_high - chord,
-        curvature=square - mean_half * mean_half,
-    )
-    g = polynomial(nodes)
+    f = curve_of(sums, 0.0 * sums.masked, 0.0 * sums.masked)
     s = 2.0 * x - 1.0
-    value, _, _ = psi_of(g, s)
-    beyond = s * s - 0.0625
-    shape = tl.abs(1.0 - s * s) * s * s * beyond * beyond
-    neglected_odd = (tl.abs(g.g5) + tl.abs(g.g6)) * NEGLECTED_ODD * tl.abs(s)
-    neglected = shape * (neglected_odd + tl.abs(g.g6) * NEGLECTED_EVEN)
+    value, _, _ = value_of(f, s)
     empty = (sums.mass_t == 0.0) & (sums.mass_half == 0.0) & (sums.mass_theta == 0.0)
-    masses = tl.where(empty, 0.0, tl.exp(value + x * chord + log_t - base))
-    return masses, tl.sum(tl.where(empty, 0.0, masses * neglected), 0)
+    rest = tl.where(empty, 0.0, tl.exp(value - base))
+    misplaced = tl.where(empty, 0.0, rest * left_out(f, s) * (tl.abs(s) * LEFT_OUT))
+    apart_theta, apart_t = in_powers(row, sums.apart_theta, sums.apart_t)
+    some = apart_theta > -float("inf")
+    log_weight = tl.where(some, x * apart_theta + (1.0 - x) * apart_t, 0.0) * NATS_PER_POWER - base
+    return rest + tl.where(some, tl.exp(log_weight), 0.0), tl.sum(misplaced, 0)
 
 
 @triton.jit

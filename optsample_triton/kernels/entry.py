@@ -11,9 +11,9 @@ import triton
 from torch import Tensor
 
 from optsample_triton import backend, launch
+from optsample_triton.kernels.first_sweep import SUM_COUNT
 from optsample_triton.kernels.gradient import gradient_kernel
 from optsample_triton.kernels.logprob import logprob_gradient_kernel, logprob_kernel
-from optsample_triton.kernels.nodes import SUM_COUNT
 from optsample_triton.kernels.sample import sample_kernel
 from optsample_triton.kernels.solve import solve_kernel
 from optsample_triton.kernels.verify import verify_kernel

@@ -6,8 +6,8 @@ import triton.language as tl
 from optsample_triton.kernels.constants import DISJOINT, DRAFTER_NONE, FAR, INVALID, SLACK
 from optsample_triton.kernels.draw import MISPLACED, interpolated_masses, summed_masses
 from optsample_triton.kernels.evaluate import rounded
+from optsample_triton.kernels.first_sweep import kept_sums
 from optsample_triton.kernels.moments import tilted_top
-from optsample_triton.kernels.nodes import kept_nodes
 from optsample_triton.kernels.one_model import own_log_partitions
 from optsample_triton.kernels.records import DrawnLaw, Filtering, Law, LogPartitions, TokenLogs
 from optsample_triton.kernels.rows import relative, shared_row
@@ -34,9 +34,9 @@ def _filtering(filters, index, x, FILTER: tl.constexpr):
 
 @triton.jit
 def drawn_law(first, options, filters, drawn, drawing, tile, METHOD: tl.constexpr):
-    """From the chunks' node sums to a normalised law, ``DrawnLaw``; alpha and status are stored."""
+    """From the chunks' first sums to a normalised law, ``DrawnLaw``; alpha and status are stored."""
     index, chunks = first.index, tl.cdiv(first.row.V, drawing.CHUNK)
-    total = kept_nodes(first.chunk_sums_ptr, chunks, drawing.LANES)
+    total = kept_sums(first.row, first.chunk_sums_ptr, chunks, drawing.LANES)
     row, ends, root = solved(first.row, total, index, options, tile, METHOD, False)
     disjoint = root.status == DISJOINT
     x = tl.where(disjoint, 1.0, rounded(root.alpha))
@@ -57,13 +57,13 @@ def drawn_law(first, options, filters, drawn, drawing, tile, METHOD: tl.constexp
         log_mass = tilted_top(row_q, x, tile)
     base = tl.where(far, log_mass, rounded(log_mass))
     law = Law(x, base, filtering.inverse_temperature, filtering.threshold, far, tl.full([], float("inf"), tl.float32))
-    masses, misplaced = interpolated_masses(first.chunk_sums_ptr, chunks, x, base, drawing.LANES)
-    # Beyond the models, and where sums are denormal, the nodes do not see every token that counts.
+    masses, misplaced = interpolated_masses(first.row, first.chunk_sums_ptr, chunks, x, base, drawing.LANES)
+    # Beyond the models, and where sums are denormal, the first sweep does not see every token that counts.
     seen = (ends.shrink == 1.0) & (x >= 0.0) & (x <= 1.0) & (ends.psi_half > -FAR)
     whole = tl.sum(masses, 0)
     trusted = seen & (filtering.active == 0) & (disjoint == 0) & (misplaced <= whole * MISPLACED)
     if not alpha_is_known(METHOD):
-        # The solver knows the whole mass. Beside a finite mask L bends within a hair of an end, unseen by the nodes.
+        # The solver knows the whole mass. Beside a finite mask L bends within a hair of an end, unseen by the first sweep.
         trusted = trusted & (tl.abs(whole - 1.0) <= OFF)
     if trusted == 0:
         masses = summed_masses(row_q, law, drawing, tile, DRAFTER_NONE)

@@ -75,29 +75,45 @@ class HalfTile(NamedTuple):
     common: tl.tensor  # whether the token is in both supports
 
 
-# From the node sums to alpha.
+# From the first sweep to alpha.
 
 
-class NodeSums(NamedTuple):
-    """What the first sweep sums: of tokens, of a chunk or of a row. In memory a chunk's sums have this order."""
+class TokenSums(NamedTuple):
+    """Sums over tokens; d, and the tops' weights, are in powers (``NATS_PER_POWER``)."""
 
-    mass_t: tl.tensor  # exp(L) at 0, 3/8, 1/2, 5/8 and 1
-    mass_low: tl.tensor
+    mass_t: tl.tensor  # exp(L) at 0, 1/2 and 1
     mass_half: tl.tensor
-    mass_high: tl.tensor
     mass_theta: tl.tensor
-    first_low: tl.tensor  # sums of weight times d at 3/8, 1/2 and 5/8, d in units of NATS_PER_POWER
-    first_half: tl.tensor
-    first_high: tl.tensor
-    second_half: tl.tensor  # of weight times d^2 at 1/2
-    top: tl.tensor  # the square root of the largest weight at 1/2
+    first: tl.tensor  # of the weight at 1/2 times d, d^2, ... d^6
+    second: tl.tensor
+    third: tl.tensor
+    fourth: tl.tensor
+    fifth: tl.tensor
+    sixth: tl.tensor
+    top: tl.tensor  # the largest weight at 1/2
+
+
+class FirstSums(NamedTuple):
+    """What the first sweep knows of a chunk or of a row. In memory a chunk's sums have this order."""
+
+    mass_t: tl.tensor  # as above, without the token apart
+    mass_half: tl.tensor
+    mass_theta: tl.tensor
+    first: tl.tensor
+    second: tl.tensor
+    third: tl.tensor
+    fourth: tl.tensor
+    fifth: tl.tensor
+    sixth: tl.tensor
+    apart_theta: tl.tensor  # the logits of the token apart; -inf where there is none
+    apart_t: tl.tensor
     masked: tl.tensor  # how many chunks have tokens outside of a support
 
 
 class Meeting(NamedTuple):
     """Where the programs that share a row meet."""
 
-    chunk_sums_ptr: tl.tensor  # [N, chunks] of NodeSums
+    chunk_sums_ptr: tl.tensor  # [N, chunks] of FirstSums
     arrived_ptr: tl.tensor  # [N], 0 before a launch and after it
     splits: tl.tensor  # programs per row
 
@@ -108,7 +124,7 @@ class FirstSweep(NamedTuple):
     index: tl.tensor  # of its row
     row: Row
     chunk_sums_ptr: tl.tensor  # the row's
-    total: NodeSums
+    total: FirstSums
     last: tl.tensor  # whether it finishes the row
 
 
@@ -142,18 +158,6 @@ class Bracket(NamedTuple):
     slope_high: tl.tensor
 
 
-class Nodes(NamedTuple):
-    """psi at 3/8, 1/2 and 5/8, its slopes, and its curvature at 1/2."""
-
-    psi_low: tl.tensor
-    psi_half: tl.tensor
-    psi_high: tl.tensor
-    slope_low: tl.tensor
-    slope_half: tl.tensor
-    slope_high: tl.tensor
-    curvature: tl.tensor
-
-
 class Derivatives(NamedTuple):
     """Of a convex function at a point."""
 
@@ -164,24 +168,39 @@ class Derivatives(NamedTuple):
     fourth: tl.tensor
 
 
-class Polynomial(NamedTuple):
-    """Coefficients of g in s = 2 alpha - 1."""
+class Curve(NamedTuple):
+    """The logarithm of a mass as a polynomial in s = 2 alpha - 1, f0 + f1 s + ... + f8 s^8, and its values at the ends."""
 
-    g0: tl.tensor
-    g1: tl.tensor
-    g2: tl.tensor
-    g3: tl.tensor
-    g4: tl.tensor
-    g5: tl.tensor
-    g6: tl.tensor
+    f0: tl.tensor
+    f1: tl.tensor
+    f2: tl.tensor
+    f3: tl.tensor
+    f4: tl.tensor
+    f5: tl.tensor
+    f6: tl.tensor
+    f7: tl.tensor
+    f8: tl.tensor
+    at_t: tl.tensor  # f(-1)
+    at_theta: tl.tensor  # f(1)
+    spread: tl.tensor  # root mean square of d at 1/2, as it was summed, in units of s
+
+
+class CurvePoint(NamedTuple):
+    """psi on the curve, with its derivatives in s."""
+
+    psi: tl.tensor
+    slope: tl.tensor
+    curvature: tl.tensor
+    share: tl.tensor  # of all tokens but the one apart
 
 
 class Interpolant(NamedTuple):
-    """What the interpolant says of the root."""
+    """What the curve says of the root."""
 
     alpha: tl.tensor
     psi: tl.tensor
-    error: tl.tensor  # of alpha, estimated
+    error: tl.tensor  # a bound on that of alpha
+    chord_rounding: tl.tensor  # that of A - B
     low: tl.tensor  # a bracket of the root
     high: tl.tensor
 

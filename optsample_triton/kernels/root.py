@@ -1,114 +1,12 @@
-"""Where a root is found, in float64 scalars: the interpolant after the first sweep, one safeguarded step later on.
-
-The interpolant lives on s = 2 alpha - 1: psi(s) = (1 - s^2) g(s), with g the polynomial of degree 6 through value and
-slope at s = -1/4, 0, 1/4 and the curvature at 0 (docs/theory.md, "Interpolation").
-"""
+"""One safeguarded step for the root of a rising function, in float64 scalars."""
 
 import triton
 import triton.language as tl
 
-from optsample_triton.kernels.constants import (
-    BLURRED,
-    CLEAR,
-    EPSILON,
-    NEGLECTED_EVEN,
-    NEGLECTED_ODD,
-    NEWTON_START,
-    NOISE_ALWAYS,
-    NOISE_OF_TOP,
-    SD_SHARE,
-)
-from optsample_triton.kernels.records import Bracket, Interpolant, Polynomial
+from optsample_triton.kernels.constants import LEAP
+from optsample_triton.kernels.records import Bracket
 
-NEWTON_STEPS = tl.constexpr(8)
 ROUNDOFF = tl.constexpr(2.0**-24)  # how far apart float32 numbers lie just below 1
-
-
-@triton.jit
-def polynomial(nodes):
-    """g through the ``Nodes`` of psi."""
-    # In s slopes are halved, and the curvature is a quarter.
-    slope_low, slope_half, slope_high = 0.5 * nodes.slope_low, 0.5 * nodes.slope_half, 0.5 * nodes.slope_high
-    curvature = 0.25 * nodes.curvature
-    stretch = 16.0 / 15.0
-    g0, g1 = nodes.psi_half, slope_half
-    g2 = 0.5 * curvature + g0
-    low, high = nodes.psi_low * stretch, nodes.psi_high * stretch
-    slope_low = (slope_low - 0.5 * low) * stretch
-    slope_high = (slope_high + 0.5 * high) * stretch
-    # What the Taylor polynomial at 0 leaves at -1/4 and 1/4, split into its odd and even part.
-    left, right = low - (g0 - 0.25 * g1 + 0.0625 * g2), high - (g0 + 0.25 * g1 + 0.0625 * g2)
-    slope_left, slope_right = slope_low - (g1 - 0.5 * g2), slope_high - (g1 + 0.5 * g2)
-    odd, even = 0.5 * (right - left), 0.5 * (right + left)
-    slope_odd, slope_even = 0.125 * (slope_right + slope_left), 0.125 * (slope_right - slope_left)
-    g3 = 32.0 * (5.0 * odd - slope_odd)
-    g4 = 128.0 * (6.0 * even - slope_even)
-    g5 = 512.0 * (slope_odd - 3.0 * odd)
-    g6 = 2048.0 * (slope_even - 4.0 * even)
-    return Polynomial(g0, g1, g2, g3, g4, g5, g6)
-
-
-@triton.jit
-def _horner(value, first, second, s, coefficient):
-    return value * s + coefficient, first * s + value, second * s + 2.0 * first
-
-
-@triton.jit
-def psi_of(g, s):
-    """psi = (1 - s^2) g and its first two derivatives in s."""
-    value, first, second = _horner(g.g6, 0.0 * s, 0.0 * s, s, g.g5)
-    value, first, second = _horner(value, first, second, s, g.g4)
-    value, first, second = _horner(value, first, second, s, g.g3)
-    value, first, second = _horner(value, first, second, s, g.g2)
-    value, first, second = _horner(value, first, second, s, g.g1)
-    value, first, second = _horner(value, first, second, s, g.g0)
-    edge = 1.0 - s * s
-    return edge * value, edge * first - 2.0 * s * value, edge * second - 4.0 * s * first - 2.0 * value
-
-
-@triton.jit
-def interpolate(nodes, target, top_share):
-    """The ``Interpolant`` through the ``Nodes``, for the root of psi' = target.
-
-    ``top_share`` is the largest weight at 1/2, of their sum.
-    """
-    noise = (top_share * NOISE_OF_TOP + NOISE_ALWAYS) * EPSILON
-    g = polynomial(nodes)
-    # A node's sign brackets the root only where it stands clear of rounding.
-    clear = noise * CLEAR
-    nothing = tl.zeros([], tl.float64)
-    low = tl.where(nodes.slope_low - target < -clear, nothing - 0.25, nothing - 1.0)
-    low = tl.where(nodes.slope_half - target < -clear, 0.0, low)
-    low = tl.where(nodes.slope_high - target < -clear, 0.25, low)
-    high = tl.where(nodes.slope_high - target > clear, nothing + 0.25, nothing + 1.0)
-    high = tl.where(nodes.slope_half - target > clear, 0.0, high)
-    high = tl.where(nodes.slope_low - target > clear, -0.25, high)
-    s = tl.minimum(tl.maximum(0.5 * (low + high), -NEWTON_START), NEWTON_START)
-    inner_low, inner_high = low, high
-    for _ in range(NEWTON_STEPS):
-        _, first, second = psi_of(g, s)
-        excess = first - 0.5 * target
-        inner_high = tl.where(excess > 0, s, inner_high)
-        inner_low = tl.where(excess > 0, inner_low, s)
-        step = s - excess / second
-        inside = (step >= inner_low) & (step <= inner_high)
-        s = tl.where(inside, step, 0.5 * (inner_low + inner_high))
-    value, _, curvature = psi_of(g, s)
-    # The first neglected terms of g are taken as large as its last odd and even ones.
-    beyond = s * s - 0.0625
-    edge = 1.0 - s * s
-    shape_odd = s * s * beyond * (edge * (3.0 * beyond + 4.0 * s * s) - 2.0 * s * s * beyond)
-    shape_even = s * beyond * (edge * (2.0 * beyond + 4.0 * s * s) - 2.0 * s * s * beyond)
-    neglected_odd = (tl.abs(g.g5) + tl.abs(g.g6)) * NEGLECTED_ODD * tl.abs(shape_odd)
-    truncation = neglected_odd + tl.abs(g.g6 * shape_even) * NEGLECTED_EVEN
-    variance = nodes.curvature
-    error = 0.5 * truncation / curvature * tl.maximum(tl.sqrt(tl.maximum(variance, 0.0)) * SD_SHARE, 1.0)
-    error += noise / variance
-    trusted = (error == error) & (curvature > 0) & (variance > 0)
-    error = tl.where(trusted, error, float("inf"))
-    # A root that rounding has blurred over its bracket says nothing: go on from the bracket's middle.
-    s = tl.where(error < BLURRED, s, 0.5 * (low + high))
-    return Interpolant(alpha=0.5 + 0.5 * s, psi=value, error=error, low=0.5 + 0.5 * low, high=0.5 + 0.5 * high)
 
 
 @triton.jit
@@ -148,7 +46,9 @@ def safeguarded_step(x, at, bracket, halve, tol):
     alpha = x + newton * (1.0 - 0.5 * ratio * newton)
     spread = 0.5 * (ratio * ratio + variance) + at.fourth * inverse * (1.0 / 6.0)
     size = tl.abs(newton)
-    error = 2.0 * size * size * size * spread * tl.maximum(tl.sqrt(tl.maximum(variance, 0.0)), 1.0)
+    error = 3.0 * size * size * size * spread * tl.maximum(tl.sqrt(tl.maximum(variance, 0.0)), 1.0)
+    # The moments at x do not see a token that only takes over far from x.
+    error = tl.where(size > LEAP, tl.maximum(error, 2.0 * size), error)
     lost = (tl.abs(alpha - x) <= ROUNDOFF) & (error > tol)
     inside = (alpha >= bracket.low) & (alpha <= bracket.high) & (size < 0.5) & (lost == 0)
     # F lies above both tangents and its minimum not above F(x): that bounds how far beyond their meeting it can be.

@@ -1,7 +1,7 @@
 """The solver, whole, in one launch: one program per row, or several where there are few rows.
 
-docs/theory.md has the algorithm; its pieces have the names used here. ``nodes`` is the first sweep,
-``interpolant_start`` reads the interpolant off it, ``evaluate`` is one further sweep at a point, and a method is a loop
+docs/theory.md has the algorithm; its pieces have the names used here. ``first_sweep`` sums,
+``curve_start`` reads psi's curve off it, ``evaluate`` is one further sweep at a point, and a method is a loop
 over ``evaluate``. Scalars between the sweeps are float64.
 """
 
@@ -25,11 +25,12 @@ from optsample_triton.kernels.constants import (
     SAVED,
     WILD,
 )
+from optsample_triton.kernels.curve import curve_start
 from optsample_triton.kernels.diagnostics import DIAGNOSTICS, store_diagnostics, store_probability_diagnostics
 from optsample_triton.kernels.evaluate import evaluate, rounded
+from optsample_triton.kernels.first_sweep import first_sweep, survey
 from optsample_triton.kernels.log_q import store_log_q
 from optsample_triton.kernels.moments import gap_difference, narrow_moments
-from optsample_triton.kernels.nodes import first_sweep, interpolant_start, survey
 from optsample_triton.kernels.one_model import own_moments, probability_entropies
 from optsample_triton.kernels.records import (
     Batch,
@@ -215,7 +216,7 @@ def balance_ess(row, ends, root, options, tile):
 @triton.jit
 def _search_start(row, total, index, options, tile, METHOD: tl.constexpr, NORMALISE: tl.constexpr):
     """Row, ``Ends`` and ``Search`` after the first sweep, and after a second one where the first was not finite."""
-    found, ends, target, finite = interpolant_start(row, total, tile.PROBS)
+    found, ends, target, finite = curve_start(row, total, tile.PROBS)
     alpha, psi, low, high = found.alpha, found.psi, found.low, found.high
     A, B, psi_half, shrink = ends.A, ends.B, ends.psi_half, ends.shrink
     reference_theta, reference_t = row.theta.reference, row.t.reference

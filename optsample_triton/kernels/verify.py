@@ -5,8 +5,8 @@ import triton.language as tl
 
 from optsample_triton.kernels.constants import ACCEPT, DISJOINT, DRAFTER_THETA, INVALID, RECOVER_PLACE, RECOVER_TOKEN
 from optsample_triton.kernels.draw import draw, summed_masses
+from optsample_triton.kernels.first_sweep import first_sweep
 from optsample_triton.kernels.law import drawn_law, logs_at, store_drawn
-from optsample_triton.kernels.nodes import first_sweep
 from optsample_triton.kernels.random import key_of, uniforms
 from optsample_triton.kernels.records import (
     Batch,

@@ -1,0 +1,180 @@
+"""The first sweep: L(t) = log sum exp(t a + (1 - t) b) at 0, 1/2 and 1 and its derivatives at 1/2, for one read.
+
+With e = exp(a / 2) and f = exp(b / 2) the weights at the three points are f^2, e f and e^2: two exponentials per pair.
+The logits are taken relative to references, so that the weights stay within the dtype's range. The likeliest token at
+1/2 stays apart: beside it the others would lose their digits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from optsample_triton.eager.rows import Pair, Rows, outside_common_support, references
+from optsample_triton.eager.shards import Shard
+from optsample_triton.numerics import Status
+
+UNDERFLOW = 1e6  # smallest normal numbers
+
+# The rows of a tensor of sums: of the weights at 0, 1/2 and 1, and of those at 1/2 times d^k, d in units of 2 nats.
+MASS_T, MASS_HALF, MASS_THETA, MOMENTS = 0, 1, 2, slice(3, 9)
+SUM_COUNT, ORDERS = 9, 6
+UNIT = 2.0  # nats
+
+
+def least_mass(dtype: torch.dtype) -> float:
+    """Below it a sum of this dtype's weights has lost some of its mass."""
+    return UNDERFLOW * float(torch.finfo(dtype).tiny)
+
+
+class Sums(NamedTuple):
+    """What one read adds up, in float64."""
+
+    rest: Tensor  # [9, N]: of all tokens but one
+    top: Pair  # [N] each: that one's half logits, -inf where there is none
+    reference: Pair  # [N] each
+
+
+def first_sums(rows: Rows) -> Sums:
+    """One read of the rows. A -inf shows as a non-finite sum; the block is then summed again with its masks."""
+    reference = references(rows)
+    rest = torch.empty(SUM_COUNT, rows.count, dtype=torch.float64, device=rows.device)
+    top = Pair(*torch.empty(2, rows.count, dtype=torch.float64, device=rows.device))
+    for block in rows.blocks():
+        at = Pair(*(x[block] for x in reference))
+        rest[:, block], top.theta[block], top.t[block] = _block_sums(rows, block, at, masked=False)
+        if not bool(torch.isfinite(rest[:, block]).all()):
+            rest[:, block], top.theta[block], top.t[block] = _block_sums(rows, block, at, masked=True)
+    found = Sums(rest, top, Pair(*(x.double() for x in reference)))
+    if rows.shard is not None:
+        found = _merged(rows.shard, found, least_mass(rows.working_dtype))
+    return found
+
+
+def _block_sums(rows: Rows, block: slice, reference: Pair, *, masked: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums [9, R] over all chunks but for one token, and that token's half logits [R]."""
+    bases = Pair(*(-0.5 * x[:, None] for x in reference))
+    total = bases.t.new_zeros(SUM_COUNT, bases.t.shape[0], dtype=torch.float64)
+    best = Pair(*total.new_full((2, total.shape[1]), -torch.inf))
+    part = bases.t.new_empty(SUM_COUNT, bases.t.shape[0])
+    for chunk in rows.chunks():
+        a, b = rows.read(block, chunk, rows.working_dtype)
+        x, y = torch.add(bases.theta, a, alpha=0.5), torch.add(bases.t, b, alpha=0.5)
+        outside = None
+        if masked:  # a NaN or +inf stays in, so that the sums show it: the row is INVALID
+            outside = outside_common_support(a, b) & (torch.maximum(a, b) < torch.inf)
+        place, weight = _chunk_sums(x, y, outside, part)
+        total += part
+        logits = (z.gather(1, place)[:, 0].double() for z in (a, b))
+        top = Pair(*(0.5 * (z - base.double()) for z, base in zip(logits, reference, strict=True)))
+        top = Pair(*(torch.where(weight == 0.0, -torch.inf, z) for z in top))
+        best = _keep_better(total, best, top)
+    return total, best.theta, best.t
+
+
+def _chunk_sums(x: Tensor, y: Tensor, outside: Tensor | None, into: Tensor) -> tuple[Tensor, Tensor]:
+    """All sums into [9, R], from half the logits [R, C], which are consumed; but for one token.
+
+    Gives that token's place [R, 1] and its weight [R] at 1/2.
+    """
+    d = x - y
+    if outside is not None:
+        x.masked_fill_(outside, -torch.inf)
+        y.masked_fill_(outside, -torch.inf)
+        d.masked_fill_(outside, 0.0)
+    e, f = x.exp_(), y.exp_()
+    half = e * f
+    weight, place = half.max(-1, keepdim=True)
+    for weights in (e, f, half):
+        weights.scatter_(1, place, 0.0)
+    torch.sum(f.mul_(f), -1, out=into[MASS_T])
+    torch.sum(half, -1, out=into[MASS_HALF])
+    torch.sum(e.mul_(e), -1, out=into[MASS_THETA])
+    for moment in into[MOMENTS]:
+        torch.sum(half.mul_(d), -1, out=moment)
+    return place, weight[:, 0]
+
+
+def _keep_better(total: Tensor, one: Pair, other: Pair) -> Pair:
+    """The likelier of two tokens at 1/2, given their half logits [N]; the other one is added to the sums.
+
+    A NaN is added, and so spoils the sums.
+    """
+    first = ~(other.theta + other.t > one.theta + one.t)
+    kept = Pair(*(torch.where(first, a, b) for a, b in zip(one, other, strict=True)))
+    left = Pair(*(torch.where(first, b, a) for a, b in zip(one, other, strict=True)))
+    _add_token(total, left)
+    return kept
+
+
+def _add_token(total: Tensor, token: Pair) -> None:
+    e, f = token.theta.exp(), token.t.exp()
+    half = e * f
+    total[MASS_T] += f.square()
+    total[MASS_HALF] += half
+    total[MASS_THETA] += e.square()
+    d = torch.where(torch.isneginf(token.theta), 0.0, token.theta - token.t)
+    for moment in total[MOMENTS]:
+        half = half * d
+        moment += half
+
+
+def _merged(shard: Shard, read: Sums, least: float) -> Sums:
+    """Each shard's sums are relative to its own references: all of them relative to common ones, in one collective.
+
+    A shard with a sum below ``least`` has lost some of its mass at the points, and the row gets NaN: others may have
+    kept theirs, so that it would not show.
+    """
+    parts = shard.gathered(torch.cat([read.rest, *(x[None] for x in (*read.top, *read.reference))]))
+    rest, top, references = parts.split((SUM_COUNT, 2, 2), 1)  # [P, 9, N], [P, 2, N], [P, 2, N]
+    empty = torch.isneginf(top[:, 0])  # no common support here
+    mass = rest[:, : MASS_THETA + 1] + _weights(top)
+    lost = ((mass.amin(1) < least) & ~empty).any(0)
+    references = references.masked_fill(empty[:, None], -torch.inf)
+    common = references.amax(0)
+    common = common.masked_fill(torch.isneginf(common), 0.0)
+    below = torch.where(empty[:, None], 0.0, 0.5 * (references - common))  # [P, 2, N], at most 0
+    total = torch.zeros_like(read.rest)
+    best = Pair(*torch.full_like(top[0], -torch.inf))
+    for sums, shift, token in zip(rest, below, top + below, strict=True):
+        total += _shifted(sums, shift)
+        best = _keep_better(total, best, Pair(*token))
+    return Sums(total.masked_fill(lost, torch.nan), best, Pair(*common))
+
+
+def _weights(half_logits: Tensor) -> Tensor:
+    """At 0, 1/2 and 1, [P, 3, N] of [P, 2, N]."""
+    theta, t = half_logits.unbind(1)
+    return torch.stack([2.0 * t, theta + t, 2.0 * theta], 1).exp()
+
+
+def _shifted(sums: Tensor, shift: Tensor) -> Tensor:
+    """Sums [9, N] of half logits to which ``shift`` [2, N] is added."""
+    by = shift[0] - shift[1]  # what d gains
+    powers = [sums[MASS_HALF], *sums[MOMENTS]]
+    for order in range(1, len(powers)):  # the binomials, one power at a time
+        for k in range(len(powers) - 1, order - 1, -1):
+            powers[k] = powers[k] + by * powers[k - 1]
+    at_t, at_half, at_theta = _weights(shift[None])[0]
+    return torch.stack(
+        [at_t * sums[MASS_T], at_half * powers[0], at_theta * sums[MASS_THETA]]
+        + [at_half * power for power in powers[1:]]
+    )
+
+
+def survey(rows: Rows) -> Tensor:
+    """OK, DISJOINT or INVALID for rows whose sums are not finite, by looking at every entry."""
+    flags = torch.zeros(rows.count, 4, dtype=torch.bool, device=rows.device)
+    for block in rows.blocks():
+        for chunk in rows.chunks():
+            a, b = rows.read(block, chunk, rows.working_dtype)
+            invalid = torch.isnan(a) | torch.isnan(b) | torch.isposinf(a) | torch.isposinf(b)
+            some_a, some_b = a > -torch.inf, b > -torch.inf
+            flags[block] |= torch.stack([z.any(-1) for z in (invalid, some_a, some_b, some_a & some_b)], -1)
+    invalid, any_theta, any_t, any_common = rows.largest(flags).unbind(-1)
+    status = torch.full((rows.count,), int(Status.OK), device=rows.device)
+    status[~any_common] = int(Status.DISJOINT)
+    status[invalid | ~any_theta | ~any_t] = int(Status.INVALID)
+    return status

@@ -1,0 +1,190 @@
+"""psi between the models from the first sweep, and the root of its slope, in float64 (docs/theory.md).
+
+On s = 2 alpha - 1 the logarithm f of the mass of all tokens but the one apart is taken as the polynomial of degree 8
+that has f's value and six derivatives at 0 and its values at -1 and 1. Relative to the token apart the whole mass is
+1 + exp(f); where there is none it is exp(f).
+"""
+
+import triton
+import triton.language as tl
+
+from optsample_triton.kernels.constants import (
+    BLURRED,
+    CLEAR,
+    EPSILON,
+    NATS_PER_POWER,
+    NEGLECTED,
+    NOISE,
+    OF_MOMENTS,
+    SD_SHARE,
+)
+from optsample_triton.kernels.first_sweep import in_powers
+from optsample_triton.kernels.records import Curve, CurvePoint, Ends, Interpolant
+from optsample_triton.kernels.rows import reference_gap
+
+NEWTON_STEPS = tl.constexpr(8)
+LOG2 = tl.constexpr(0.6931471805599453)  # what d of one power is in s
+
+
+@triton.jit
+def curve_of(sums, x, y):
+    """The ``Curve`` of ``FirstSums``, relative to a token that is given in powers; to the references with 0, 0."""
+    share = 1.0 / sums.mass_half
+    m1, m2, m3 = sums.first * share, sums.second * share, sums.third * share
+    m4, m5, m6 = sums.fourth * share, sums.fifth * share, sums.sixth * share
+    c2 = m2 - m1 * m1
+    c3 = m3 - m1 * (3.0 * m2 - 2.0 * m1 * m1)
+    c4 = m4 - m1 * (4.0 * m3 - m1 * (6.0 * m2 - 3.0 * m1 * m1))
+    c5 = m5 - m1 * (5.0 * m4 - m1 * (10.0 * m3 - m1 * (10.0 * m2 - 4.0 * m1 * m1)))
+    c6 = m6 - m1 * (6.0 * m5 - m1 * (15.0 * m4 - m1 * (20.0 * m3 - m1 * (15.0 * m2 - 5.0 * m1 * m1))))
+    k4 = c4 - 3.0 * c2 * c2
+    k5 = c5 - 10.0 * c2 * c3
+    k6 = c6 - 15.0 * c2 * k4 - 10.0 * c3 * c3 - 15.0 * c2 * c2 * c2
+    unit = LOG2
+    square = unit * unit
+    f0 = tl.log(sums.mass_half) - (x + y) * unit
+    f1 = (m1 - (x - y)) * unit
+    f2 = c2 * (square / 2.0)
+    f3 = c3 * (square * unit / 6.0)
+    f4 = k4 * (square * square / 24.0)
+    f5 = k5 * (square * square * unit / 120.0)
+    f6 = k6 * (square * square * square / 720.0)
+    at_theta = tl.log(sums.mass_theta) - x * NATS_PER_POWER
+    at_t = tl.log(sums.mass_t) - y * NATS_PER_POWER
+    even, odd = f0 + f2 + f4 + f6, f1 + f3 + f5
+    f7 = 0.5 * (at_theta - at_t) - odd
+    f8 = 0.5 * (at_theta + at_t) - even
+    spread = tl.sqrt(m2) * unit
+    return Curve(f0, f1, f2, f3, f4, f5, f6, f7, f8, at_t, at_theta, spread)
+
+
+@triton.jit
+def _horner(value, first, second, s, coefficient):
+    return value * s + coefficient, first * s + value, second * s + 2.0 * first
+
+
+@triton.jit
+def value_of(f, s):
+    """f and its first two derivatives in s."""
+    value, first, second = f.f8 + 0.0 * s, 0.0 * s, 0.0 * s
+    value, first, second = _horner(value, first, second, s, f.f7)
+    value, first, second = _horner(value, first, second, s, f.f6)
+    value, first, second = _horner(value, first, second, s, f.f5)
+    value, first, second = _horner(value, first, second, s, f.f4)
+    value, first, second = _horner(value, first, second, s, f.f3)
+    value, first, second = _horner(value, first, second, s, f.f2)
+    value, first, second = _horner(value, first, second, s, f.f1)
+    return _horner(value, first, second, s, f.f0)
+
+
+@triton.jit
+def left_out(f, s):
+    """The size of the last terms at s, per power: those left out are measured by it. Infinite where terms do not fall."""
+    square = s * s
+    size = tl.abs(s)
+    kept = tl.abs(f.f2)
+    rising = tl.abs(f.f4) * square > kept
+    rising = rising | (tl.abs(f.f5) * square * size > kept) | (tl.abs(f.f6) * square * square > kept)
+    return tl.where(rising, float("inf"), (tl.abs(f.f7) + tl.abs(f.f8)) * (square * square * square))
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) of x >= 0, to the last digits of a small x as well."""
+    series = x * (1.0 - x * (0.5 - x * (1.0 / 3.0)))
+    return tl.where(x < 1e-5, series, tl.log(1.0 + x))
+
+
+@triton.jit
+def whole(f, apart):
+    """The logarithm of the whole mass, and the share in it of all tokens but the one apart."""
+    mass = tl.exp(tl.minimum(f, 700.0))
+    together = tl.where(f > 40.0, f, _log1p(mass))
+    return tl.where(apart, together, f), tl.where(apart, mass / (1.0 + mass), 1.0)
+
+
+@triton.jit
+def at_point(f, apart, log_t, log_theta, s):
+    """psi and its derivatives in s on the curve, as a ``CurvePoint``; the whole mass's logarithm is known at the ends."""
+    value, first, second = value_of(f, s)
+    log_mass, share = whole(value, apart)
+    slope = share * first - 0.5 * (log_theta - log_t)
+    curvature = share * (second + (1.0 - share) * first * first)
+    psi = log_mass - 0.5 * ((1.0 + s) * log_theta + (1.0 - s) * log_t)
+    return CurvePoint(psi, slope, curvature, share)
+
+
+@triton.jit
+def _root(f, apart, log_t, log_theta, aim, low, high):
+    """s where psi's slope in s is ``aim``, by Newton inside the bracket, and the last step's length."""
+    s, step = 0.0 * aim, 0.0 * aim + 1.0
+    k = 0
+    while (step > 1e-12) & (k < NEWTON_STEPS):
+        at = at_point(f, apart, log_t, log_theta, s)
+        excess = at.slope - aim
+        high = tl.where(excess > 0, s, high)
+        low = tl.where(excess > 0, low, s)
+        following = s - excess / at.curvature
+        inside = (following >= low) & (following <= high)
+        following = tl.where(inside, following, 0.5 * (low + high))
+        step = tl.abs(following - s)
+        s = following
+        k += 1
+    return s, step
+
+
+@triton.jit
+def interpolate(f, apart, target):
+    """The ``Interpolant`` for the root of psi' = target, and the ``Ends`` relative to the token apart."""
+    log_theta, share_theta = whole(f.at_theta, apart)
+    log_t, share_t = whole(f.at_t, apart)
+    nothing = tl.zeros([], tl.float64)
+    half = at_point(f, apart, log_t, log_theta, nothing)
+    of_ends = (share_theta + share_t) * (NOISE * EPSILON)
+    noise = of_ends + half.share * (2.0 * NOISE * EPSILON)
+    aim = 0.5 * target
+    # The slope's sign at 1/2 brackets the root only where it stands clear of rounding.
+    ahead, clear = half.slope - aim, noise * CLEAR
+    low = tl.where(ahead < -clear, nothing, nothing - 1.0)
+    high = tl.where(ahead > clear, nothing, nothing + 1.0)
+    s, step = _root(f, apart, log_t, log_theta, aim, low, high)
+    at = at_point(f, apart, log_t, log_theta, s)
+    variance = 4.0 * half.curvature
+    reach = f.spread * tl.abs(s)
+    # exp(reach) - 1 from above
+    grown = tl.where(reach < 0.5, reach * (1.0 + reach), tl.exp(tl.minimum(reach, 700.0)))
+    rounding = noise + at.share * f.spread * grown * (OF_MOMENTS * EPSILON)
+    error = 0.5 * (at.share * left_out(f, s) * NEGLECTED / at.curvature + step)
+    error = error * tl.maximum(tl.sqrt(tl.maximum(variance, 0.0)) * SD_SHARE, 1.0) + 0.5 * rounding / at.curvature
+    trusted = (error == error) & (at.curvature > 0) & (variance > 0)
+    error = tl.where(trusted, error, float("inf"))
+    # A root that rounding has blurred over its bracket says nothing: go on from the bracket's middle.
+    s = tl.where(error < BLURRED, s, 0.5 * (low + high))
+    psi = tl.where(trusted, at.psi, half.psi)
+    found = Interpolant(0.5 + 0.5 * s, psi, error, of_ends, 0.5 + 0.5 * low, 0.5 + 0.5 * high)
+    return found, Ends(log_theta, log_t, half.psi, tl.full([], 1.0, tl.float32))
+
+
+@triton.jit
+def curve_start(row, total, PROBS: tl.constexpr):
+    """From a row's ``FirstSums``: the ``Interpolant``, the ``Ends``, the root's target, and whether all is finite."""
+    apart = total.apart_theta > -float("inf")
+    x, y = in_powers(row, total.apart_theta, total.apart_t)
+    x, y = tl.where(apart, x, 0.0), tl.where(apart, y, 0.0)
+    f = curve_of(total, x, y)
+    # Relative to the token apart A - B lacks what the references and that token differ by.
+    between = (x - y) * NATS_PER_POWER
+    target = tl.zeros([], tl.float64)
+    if PROBS:  # rows that are not renormalised: their root condition is L' = 0, not L' = A - B
+        log_theta, _ = whole(f.at_theta, apart)
+        log_t, _ = whole(f.at_t, apart)
+        target = -(log_theta - log_t + between) - reference_gap(row)
+    found, ends = interpolate(f, apart, target)
+    A, B = ends.A + x * NATS_PER_POWER, ends.B + y * NATS_PER_POWER
+    check = A + B + ends.psi_half
+    log_half = ends.psi_half + 0.5 * (A + B)
+    finite = (check - check == 0.0) & (log_half > LEAST)
+    return found, Ends(A, B, ends.psi_half, ends.shrink), target, finite
+
+
+LEAST = tl.constexpr(-73.0)  # the logarithm of a mass at 1/2 from which float32 has lost some of it

@@ -1,0 +1,398 @@
+"""The first sweep: L at 0, 1/2 and 1 and its derivatives at 1/2, for one read of the rows (docs/theory.md).
+
+A row is summed in chunks, by one program or several, and the chunks are merged in their order. A token that outweighs
+the rest of its chunk stays apart: beside it the others would lose their digits. ``survey`` looks again at a row whose
+sums are not finite.
+"""
+
+import triton
+import triton.language as tl
+
+from optsample_triton.kernels.constants import DISJOINT, INVALID, LOG2E, NATS_PER_POWER, OK
+from optsample_triton.kernels.records import FirstSums, FirstSweep, ModelRow, Row, Survey, TokenSums
+from optsample_triton.kernels.rows import as_logits, inside_halves, load_halves, load_logits, open_row, relative, zeros
+
+SUM_COUNT = tl.constexpr(len(FirstSums._fields))
+DOMINANT = tl.constexpr(2.0 / 3.0)  # the share of a chunk's mass at 1/2 from which a token stays apart
+NEARLY = tl.constexpr(0.8)  # of a dominant token's weight: no other token has half of it
+FAINT = tl.constexpr(0.25)  # of the references' weight: a chunk whose top is below that does not hold the row's
+
+
+@triton.jit
+def _in_powers(model):
+    """The model with a temperature that makes the square root of a weight a power of two: exp2 of a logit."""
+    return ModelRow(model.ptr, model.inverse_temperature * (LOG2E / 2.0), model.reference)
+
+
+@triton.jit
+def _add_tokens(acc, x, y, d):
+    """Add one half tile [H], given as powers: e and f are the square roots of the weights at 1 and at 0."""
+    e = tl.exp2(x)
+    f = tl.exp2(y)
+    half = e * f
+    first = half * d
+    second = first * d
+    third = second * d
+    fourth = third * d
+    fifth = fourth * d
+    return TokenSums(
+        mass_t=acc.mass_t + f * f,
+        mass_half=acc.mass_half + half,
+        mass_theta=acc.mass_theta + e * e,
+        first=acc.first + first,
+        second=acc.second + second,
+        third=acc.third + third,
+        fourth=acc.fourth + fourth,
+        fifth=acc.fifth + fifth,
+        sixth=acc.sixth + fifth * d,
+        top=tl.maximum(acc.top, half),
+    )
+
+
+@triton.jit
+def _add_kept(acc, row, a, b, inside, above):
+    """Add one half tile without what is masked, and without a token whose weight at 1/2 lies ``above``: where it is."""
+    # A NaN or +inf stays in, whatever stands opposite, and spoils the sums: the row is INVALID.
+    spoilt = (a != a) | (b != b) | (a == float("inf")) | (b == float("inf"))
+    keep = inside & (spoilt | ((a != -float("inf")) & (b != -float("inf"))))
+    x, y = relative(a, row.theta), relative(b, row.t)
+    apart = keep & (x + y > above)
+    keep = keep & (apart == 0)
+    d = tl.where(keep, x - y, 0.0)
+    x, y = tl.where(keep, x, -float("inf")), tl.where(keep, y, -float("inf"))
+    return _add_tokens(acc, x, y, d), apart
+
+
+@triton.jit
+def _no_sums(row, tile):
+    zero = zeros(row, tl.arange(0, tile.H))
+    return TokenSums(zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
+
+
+@triton.jit
+def plain_chunk(row, start, stop, tile, UNROLL: tl.constexpr):
+    """``TokenSums`` of the tokens start .. stop over all lanes, and 1 where masked tokens were left out of its tail.
+
+    A -inf or NaN elsewhere shows as a non-finite moment, for no extra work.
+    """
+    H: tl.constexpr = tile.H
+    row = Row(_in_powers(row.theta), _in_powers(row.t), row.V, row.eps, row.aligned_ptr)
+    acc = _no_sums(row, tile)
+    masked = tl.zeros([], tl.float32)
+    full = start + (stop - start) // (2 * H) * (2 * H)
+    for at in tl.range(start, full, 2 * H, loop_unroll_factor=UNROLL):
+        a0, a1, b0, b1 = load_logits(row, at, tile, False)
+        x0, y0 = relative(a0, row.theta), relative(b0, row.t)
+        acc = _add_tokens(acc, x0, y0, x0 - y0)
+        x1, y1 = relative(a1, row.theta), relative(b1, row.t)
+        acc = _add_tokens(acc, x1, y1, x1 - y1)
+    if full < stop:
+        a0, a1, b0, b1 = load_logits(row, full, tile, True)
+        inside0, inside1 = inside_halves(row.theta.ptr, full, row.V, tile)
+        acc, _ = _add_kept(acc, row, a0, b0, inside0, float("inf"))
+        acc, _ = _add_kept(acc, row, a1, b1, inside1, float("inf"))
+        least = tl.minimum(tl.where(inside0, tl.minimum(a0, b0), 0.0), tl.where(inside1, tl.minimum(a1, b1), 0.0))
+        masked = tl.where(tl.min(least, 0) == -float("inf"), 1.0, masked)
+    return _over_lanes(acc), masked
+
+
+@triton.jit
+def careful_chunk(row, start, stop, above, tile):
+    """``TokenSums`` without masked tokens and without the one token whose weight at 1/2, in powers, lies ``above``.
+
+    With that token's logits, -inf where there is none.
+    """
+    H: tl.constexpr = tile.H
+    row = Row(_in_powers(row.theta), _in_powers(row.t), row.V, row.eps, row.aligned_ptr)
+    acc = _no_sums(row, tile)
+    apart_theta = acc.top - float("inf")
+    apart_t = apart_theta
+    for at in tl.range(start, stop, 2 * H):
+        a0, a1, b0, b1 = load_logits(row, at, tile, True)
+        inside0, inside1 = inside_halves(row.theta.ptr, at, stop, tile)
+        acc, apart0 = _add_kept(acc, row, a0, b0, inside0, above)
+        acc, apart1 = _add_kept(acc, row, a1, b1, inside1, above)
+        apart_theta = tl.where(apart0, a0, tl.where(apart1, a1, apart_theta))
+        apart_t = tl.where(apart0, b0, tl.where(apart1, b1, apart_t))
+    return _over_lanes(acc), tl.max(apart_theta, 0), tl.max(apart_t, 0)
+
+
+@triton.jit
+def _over_lanes(sums):
+    return TokenSums(
+        mass_t=tl.sum(sums.mass_t, 0),
+        mass_half=tl.sum(sums.mass_half, 0),
+        mass_theta=tl.sum(sums.mass_theta, 0),
+        first=tl.sum(sums.first, 0),
+        second=tl.sum(sums.second, 0),
+        third=tl.sum(sums.third, 0),
+        fourth=tl.sum(sums.fourth, 0),
+        fifth=tl.sum(sums.fifth, 0),
+        sixth=tl.sum(sums.sixth, 0),
+        top=tl.max(sums.top, 0),
+    )
+
+
+@triton.jit
+def _spoilt(sums):
+    """Whether a mass or a moment is not finite: their sum then is not, either."""
+    masses = sums.mass_t + sums.mass_half + sums.mass_theta
+    check = masses + sums.first + sums.second + sums.third + sums.fourth + sums.fifth + sums.sixth
+    return check - check != 0.0
+
+
+@triton.jit
+def _apart_above(sums):
+    """Above which weight at 1/2, in powers, a token stays apart; +inf where none does."""
+    dominant = (sums.top > sums.mass_half * DOMINANT) & (sums.top > FAINT)
+    return tl.where(dominant, tl.log2(sums.top * NEARLY), float("inf"))
+
+
+@triton.jit
+def summed_chunk(row, start, stop, tile, UNROLL: tl.constexpr):
+    """``FirstSums`` of the tokens start .. stop, in float32: a second look where there are masks or a dominant token."""
+    sums, masked = plain_chunk(row, start, stop, tile, UNROLL)
+    none = tl.full([], -float("inf"), tl.float32)
+    apart_theta, apart_t = none, none
+    spoilt = _spoilt(sums)
+    above = tl.where(spoilt, float("inf"), _apart_above(sums))
+    masked = tl.where(spoilt, 1.0, masked)
+    while spoilt | (above < float("inf")):
+        sums, apart_theta, apart_t = careful_chunk(row, start, stop, above, tile)
+        above = tl.where(spoilt, _apart_above(sums), float("inf"))
+        spoilt = spoilt & (spoilt == 0)
+    return FirstSums(
+        mass_t=sums.mass_t,
+        mass_half=sums.mass_half,
+        mass_theta=sums.mass_theta,
+        first=sums.first,
+        second=sums.second,
+        third=sums.third,
+        fourth=sums.fourth,
+        fifth=sums.fifth,
+        sixth=sums.sixth,
+        apart_theta=apart_theta,
+        apart_t=apart_t,
+        masked=masked,
+    )
+
+
+@triton.jit
+def in_powers(row, a, b):
+    """Half of a token's logits relative to the references, as powers in float64; the sums have the same unit."""
+    theta, t = _in_powers(row.theta), _in_powers(row.t)
+    x = (a.to(tl.float64) - theta.reference.to(tl.float64)) * theta.inverse_temperature.to(tl.float64)
+    y = (b.to(tl.float64) - t.reference.to(tl.float64)) * t.inverse_temperature.to(tl.float64)
+    return x, y
+
+
+@triton.jit
+def _with_tokens(total, x, y, some):
+    """Sums with tokens, given in powers, added where there are ``some``."""
+    d = tl.where(some, x - y, 0.0)
+    e = tl.where(some, tl.exp(x * (NATS_PER_POWER / 2.0)), 0.0)
+    f = tl.where(some, tl.exp(y * (NATS_PER_POWER / 2.0)), 0.0)
+    half = e * f
+    return FirstSums(
+        mass_t=total.mass_t + f * f,
+        mass_half=total.mass_half + half,
+        mass_theta=total.mass_theta + e * e,
+        first=total.first + half * d,
+        second=total.second + half * d * d,
+        third=total.third + half * d * d * d,
+        fourth=total.fourth + half * d * d * d * d,
+        fifth=total.fifth + half * d * d * d * d * d,
+        sixth=total.sixth + half * d * d * d * d * d * d,
+        apart_theta=total.apart_theta,
+        apart_t=total.apart_t,
+        masked=total.masked,
+    )
+
+
+@triton.jit
+def _merge(total, sums, row):
+    """A chunk's sums added to those of the chunks before it. Of two tokens apart the likelier one stays so."""
+    a, b = sums.apart_theta.to(tl.float64), sums.apart_t.to(tl.float64)
+    x, y = in_powers(row, a, b)
+    best_x, best_y = in_powers(row, total.apart_theta, total.apart_t)
+    likelier = x + y > best_x + best_y
+    left_x, left_y = tl.where(likelier, best_x, x), tl.where(likelier, best_y, y)
+    total = FirstSums(
+        mass_t=total.mass_t + sums.mass_t.to(tl.float64),
+        mass_half=total.mass_half + sums.mass_half.to(tl.float64),
+        mass_theta=total.mass_theta + sums.mass_theta.to(tl.float64),
+        first=total.first + sums.first.to(tl.float64),
+        second=total.second + sums.second.to(tl.float64),
+        third=total.third + sums.third.to(tl.float64),
+        fourth=total.fourth + sums.fourth.to(tl.float64),
+        fifth=total.fifth + sums.fifth.to(tl.float64),
+        sixth=total.sixth + sums.sixth.to(tl.float64),
+        apart_theta=tl.where(likelier, a, total.apart_theta),
+        apart_t=tl.where(likelier, b, total.apart_t),
+        masked=total.masked + sums.masked.to(tl.float64),
+    )
+    some = left_x > -float("inf")
+    if some:
+        total = _with_tokens(total, left_x, left_y, some)
+    return total
+
+
+@triton.jit
+def _store_sums(ptr, sums):
+    for k in tl.static_range(SUM_COUNT):
+        tl.store(ptr + k, sums[k])
+
+
+@triton.jit
+def _load_sum(ptr, k, mask, other):
+    # Other programs may have stored it: read past a stale L1.
+    if mask is None:
+        return tl.load(ptr + k, cache_modifier=".cg")
+    else:
+        return tl.load(ptr + k, mask=mask, other=other, cache_modifier=".cg").to(tl.float64)
+
+
+@triton.jit
+def load_sums(ptr, mask):
+    """What ``_store_sums`` stored: of one chunk in float32, or, with a mask, of many chunks in float64."""
+    none = -float("inf")
+    return FirstSums(
+        _load_sum(ptr, 0, mask, 0.0),
+        _load_sum(ptr, 1, mask, 0.0),
+        _load_sum(ptr, 2, mask, 0.0),
+        _load_sum(ptr, 3, mask, 0.0),
+        _load_sum(ptr, 4, mask, 0.0),
+        _load_sum(ptr, 5, mask, 0.0),
+        _load_sum(ptr, 6, mask, 0.0),
+        _load_sum(ptr, 7, mask, 0.0),
+        _load_sum(ptr, 8, mask, 0.0),
+        _load_sum(ptr, 9, mask, none),
+        _load_sum(ptr, 10, mask, none),
+        _load_sum(ptr, 11, mask, 0.0),
+    )
+
+
+@triton.jit
+def row_sums(
+    row,
+    part,
+    splits,
+    chunk_sums_ptr,
+    arrived_ptr,
+    tile,
+    CHUNK: tl.constexpr,
+    UNROLL: tl.constexpr,
+    KEEP: tl.constexpr,
+):
+    """The ``FirstSums`` of a row in float64, and whether this program is the one to go on with it.
+
+    Chunks are summed one by one and merged in their order, whichever program took them: bits do not depend on splits.
+    With KEEP the sums of the chunks are left at ``chunk_sums_ptr`` instead, for the caller to merge.
+    """
+    chunks = tl.cdiv(row.V, CHUNK)
+    zero = tl.zeros([], tl.float64)
+    none = zero - float("inf")
+    total = FirstSums(zero, zero, zero, zero, zero, zero, zero, zero, zero, none, none, zero)
+    for chunk in tl.range(part, chunks, splits):
+        start = chunk * CHUNK
+        sums = summed_chunk(row, start, tl.minimum(start + CHUNK, row.V), tile, UNROLL)
+        if KEEP or splits > 1:
+            _store_sums(chunk_sums_ptr + chunk * SUM_COUNT, sums)
+        if not KEEP and splits == 1:
+            total = _merge(total, sums, row)
+    last = True
+    if KEEP or splits > 1:
+        # All of this program's stores are ordered before its arrival.
+        tl.debug_barrier()
+    if splits > 1:
+        arrived = tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu")
+        last = arrived == splits - 1
+        if last and not KEEP:
+            for chunk in tl.range(0, chunks):
+                total = _merge(total, load_sums(chunk_sums_ptr + chunk * SUM_COUNT, None), row)
+        if last:
+            tl.store(arrived_ptr, 0)
+    return total, last
+
+
+@triton.jit
+def kept_sums(row, chunk_sums_ptr, chunks, LANES: tl.constexpr):
+    """The row's ``FirstSums`` from those that ``row_sums`` kept of its chunks, in float64."""
+    lanes = tl.arange(0, LANES)
+    sums = load_sums(chunk_sums_ptr + lanes * SUM_COUNT, lanes < chunks)
+    x, y = in_powers(row, sums.apart_theta, sums.apart_t)
+    likeliest = tl.max(x + y, 0)
+    best = tl.min(tl.where(x + y == likeliest, lanes, LANES), 0)
+    sums = _with_tokens(sums, x, y, (x > -float("inf")) & (lanes != best))
+    return FirstSums(
+        mass_t=tl.sum(sums.mass_t, 0),
+        mass_half=tl.sum(sums.mass_half, 0),
+        mass_theta=tl.sum(sums.mass_theta, 0),
+        first=tl.sum(sums.first, 0),
+        second=tl.sum(sums.second, 0),
+        third=tl.sum(sums.third, 0),
+        fourth=tl.sum(sums.fourth, 0),
+        fifth=tl.sum(sums.fifth, 0),
+        sixth=tl.sum(sums.sixth, 0),
+        apart_theta=tl.max(tl.where(lanes == best, sums.apart_theta, -float("inf")), 0),
+        apart_t=tl.max(tl.where(lanes == best, sums.apart_t, -float("inf")), 0),
+        masked=tl.sum(sums.masked, 0),
+    )
+
+
+@triton.jit
+def first_sweep(batch, meeting, tile, later, CHUNK: tl.constexpr, UNROLL: tl.constexpr, KEEP: tl.constexpr):
+    """A program's row, opened, with what ``row_sums`` gives."""
+    program = tl.program_id(0)
+    index = (program // meeting.splits).to(tl.int64)
+    row = open_row(batch, index, later)
+    chunk_sums_ptr = meeting.chunk_sums_ptr + index * tl.cdiv(row.V, CHUNK) * SUM_COUNT
+    total, last = row_sums(
+        row,
+        program % meeting.splits,
+        meeting.splits,
+        chunk_sums_ptr,
+        meeting.arrived_ptr + index,
+        tile,
+        CHUNK,
+        UNROLL,
+        KEEP,
+    )
+    return FirstSweep(index, row, chunk_sums_ptr, total, last)
+
+
+@triton.jit
+def _add_survey(acc, a, b, inside):
+    bad = inside & ((a != a) | (b != b) | (a == float("inf")) | (b == float("inf")))
+    has_a = inside & (a > -float("inf"))
+    has_b = inside & (b > -float("inf"))
+    both = has_a & has_b
+    size = tl.where(both & ~bad, tl.maximum(tl.abs(a), tl.abs(b)), 0.0)
+    return Survey(
+        spoilt=acc.spoilt | bad.to(tl.int32),
+        some_theta=acc.some_theta | has_a.to(tl.int32),
+        some_t=acc.some_t | has_b.to(tl.int32),
+        some_common=acc.some_common | both.to(tl.int32),
+        largest=tl.maximum(acc.largest, size),
+    )
+
+
+@triton.jit
+def survey(row, tile):
+    """Look at every entry of a row whose sums are not finite: its status, and its largest scaled |logit| in common."""
+    zero = tl.zeros([tile.H], tl.int32)
+    acc = Survey(zero, zero, zero, zero, tl.zeros([tile.H], tl.float32))
+    for start in tl.range(0, row.V, 2 * tile.H):
+        a0, a1 = load_halves(row.theta.ptr, start, row.V, tile, True)
+        b0, b1 = load_halves(row.t.ptr, start, row.V, tile, True)
+        inside0, inside1 = inside_halves(row.theta.ptr, start, row.V, tile)
+        a0 = as_logits(a0, row.eps, tile.PROBS) * row.theta.inverse_temperature
+        a1 = as_logits(a1, row.eps, tile.PROBS) * row.theta.inverse_temperature
+        b0 = as_logits(b0, row.eps, tile.PROBS) * row.t.inverse_temperature
+        b1 = as_logits(b1, row.eps, tile.PROBS) * row.t.inverse_temperature
+        acc = _add_survey(_add_survey(acc, a0, b0, inside0), a1, b1, inside1)
+    spoilt = tl.max(acc.spoilt, 0)
+    some_theta, some_t, some_common = tl.max(acc.some_theta, 0), tl.max(acc.some_t, 0), tl.max(acc.some_common, 0)
+    status = tl.where(some_common == 0, DISJOINT, OK)
+    status = tl.where((spoilt != 0) | (some_theta == 0) | (some_t == 0), INVALID, status)
+    return status, tl.max(acc.largest, 0)

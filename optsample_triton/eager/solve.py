@@ -16,7 +16,7 @@ from optsample_triton.eager.one_model import own_moments, probability_entropies
 from optsample_triton.eager.root import Bracket, Derivatives, Resolution, safeguarded_step
 from optsample_triton.eager.rows import Pair, Rows
 from optsample_triton.eager.state import State, rows_where
-from optsample_triton.numerics import BLURRED, FAR, Status
+from optsample_triton.numerics import BLURRED, FAR, LEAP, Status
 from optsample_triton.types import Options, Problem
 
 FLOAT64_TOL = 1e-12  # float64 is the precision path: solved to this, whatever looser tolerance is asked for
@@ -67,7 +67,7 @@ def _first_sweep(rows: Rows) -> State:
     """The first read of every row, the root on its curve, and how far that can be trusted."""
     sums = first_sums(rows)
     curve = curve_of(sums)
-    finite = torch.isfinite(curve.log_partition_theta + curve.log_partition_t + curve.psi_half)
+    finite = torch.isfinite(curve.log_partition_theta + curve.log_partition_t + curve.psi_half + sums.rest.sum(0))
     # What the weights' dtype cannot hold at 1/2 is lost.
     finite &= curve.log_half >= math.log(least_mass(rows.working_dtype))
     ends = _ends(rows, curve, sums.reference, finite)
@@ -201,14 +201,18 @@ def _refine(rows: Rows, state: State, options: Options, tol: float) -> None:
             part.bracket, part.error = step.bracket, step.error
             _settle(part, at, step.alpha, rows.working_dtype)
             if not group.narrow:
-                _doubt_chord(group, moments.variance, tol)
+                _doubt_chord(group, at, tol)
             group.put_into(state)
 
 
-def _doubt_chord(group: WidthGroup, variance: Tensor, tol: float) -> None:
-    """Where the rounding of A - B would move alpha by more than tol, read both again, in float64."""
-    part = group.state
-    blurred = rows_where(part.ok & (part.error <= tol) & (part.chord_rounding > tol * variance))
+def _doubt_chord(group: WidthGroup, at: Evaluation, tol: float) -> None:
+    """Where the rounding of A - B would move alpha by more than tol, read both again, in float64.
+
+    A corner's slopes stand clear of it.
+    """
+    part, variance = group.state, at.moments.variance
+    smooth = part.ok & (part.error <= tol) & (at.slope.abs() <= LEAP * variance)
+    blurred = rows_where(smooth & (part.chord_rounding > tol * variance))
     if blurred.numel():
         chosen = group.rows.select(blurred)
         zero = torch.zeros(chosen.count, dtype=torch.float64, device=chosen.device)
@@ -216,6 +220,10 @@ def _doubt_chord(group: WidthGroup, variance: Tensor, tol: float) -> None:
         part.log_partition_theta[blurred] = at_theta.log_mass + at_theta.top_theta
         part.log_partition_t[blurred] = at_t.log_mass + at_t.top_t
         part.chord_rounding[blurred], part.error[blurred] = 0.0, torch.inf
+        # The bracket was narrowed by the slopes of the old chord.
+        part.bracket.low[blurred], part.bracket.high[blurred] = 0.0, 1.0
+        for tangent in part.bracket[2:]:
+            tangent[blurred] = torch.nan
         part.sweeps[blurred] += 2
 
 

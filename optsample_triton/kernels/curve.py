@@ -139,17 +139,19 @@ def interpolate(f, apart, target):
     log_theta, share_theta = whole(f.at_theta, apart)
     log_t, share_t = whole(f.at_t, apart)
     nothing = tl.zeros([], tl.float64)
-    half = at_point(f, apart, log_t, log_theta, nothing)
+    log_half, share_half = whole(f.f0, apart)
+    slope_half = share_half * f.f1 - 0.5 * (log_theta - log_t)
+    variance = 4.0 * share_half * (2.0 * f.f2 + (1.0 - share_half) * f.f1 * f.f1)
+    psi_half = log_half - 0.5 * (log_theta + log_t)
     of_ends = (share_theta + share_t) * (NOISE * EPSILON)
-    noise = of_ends + half.share * (2.0 * NOISE * EPSILON)
+    noise = of_ends + share_half * (2.0 * NOISE * EPSILON)
     aim = 0.5 * target
     # The slope's sign at 1/2 brackets the root only where it stands clear of rounding.
-    ahead, clear = half.slope - aim, noise * CLEAR
+    ahead, clear = slope_half - aim, noise * CLEAR
     low = tl.where(ahead < -clear, nothing, nothing - 1.0)
     high = tl.where(ahead > clear, nothing, nothing + 1.0)
     s, step = _root(f, apart, log_t, log_theta, aim, low, high)
     at = at_point(f, apart, log_t, log_theta, s)
-    variance = 4.0 * half.curvature
     reach = f.spread * tl.abs(s)
     # exp(reach) - 1 from above
     grown = tl.where(reach < 0.5, reach * (1.0 + reach), tl.exp(tl.minimum(reach, 700.0)))
@@ -160,9 +162,9 @@ def interpolate(f, apart, target):
     error = tl.where(trusted, error, float("inf"))
     # A root that rounding has blurred over its bracket says nothing: go on from the bracket's middle.
     s = tl.where(error < BLURRED, s, 0.5 * (low + high))
-    psi = tl.where(trusted, at.psi, half.psi)
+    psi = tl.where(trusted, at.psi, psi_half)
     found = Interpolant(0.5 + 0.5 * s, psi, error, of_ends, 0.5 + 0.5 * low, 0.5 + 0.5 * high)
-    return found, Ends(log_theta, log_t, half.psi, tl.full([], 1.0, tl.float32))
+    return found, Ends(log_theta, log_t, psi_half, tl.full([], 1.0, tl.float32))
 
 
 @triton.jit
@@ -181,7 +183,8 @@ def curve_start(row, total, PROBS: tl.constexpr):
         target = -(log_theta - log_t + between) - reference_gap(row)
     found, ends = interpolate(f, apart, target)
     A, B = ends.A + x * NATS_PER_POWER, ends.B + y * NATS_PER_POWER
-    check = A + B + ends.psi_half
+    moments = total.first + total.second + total.third + total.fourth + total.fifth + total.sixth
+    check = A + B + ends.psi_half + moments
     log_half = ends.psi_half + 0.5 * (A + B)
     finite = (check - check == 0.0) & (log_half > LEAST)
     return found, Ends(A, B, ends.psi_half, ends.shrink), target, finite

@@ -297,6 +297,7 @@ class Search(NamedTuple):
     target: tl.tensor  # of psi' at the root
     status: tl.tensor
     sweeps: tl.tensor
+    chord_rounding: tl.tensor  # that of A - B; 0 once both have been summed again
 
 
 class Root(NamedTuple):

@@ -1,4 +1,4 @@
-"""The numbers that both backends keep to: status and method codes, the nodes, thresholds, random streams.
+"""The numbers that both backends keep to: status and method codes, thresholds, random streams.
 
 The kernels and the eager path share an algorithm and no code. What must be equal for their results to agree stands
 here once.

@@ -7,10 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from optsample_triton.eager.evaluate import evaluate
 from optsample_triton.eager.log_q import by_precision
 from optsample_triton.eager.one_model import OwnMoments, own_moments
 from optsample_triton.eager.rows import Rows, outside_common_support
-from optsample_triton.eager.state import State
+from optsample_triton.eager.state import State, rows_where
+from optsample_triton.numerics import NARROW, REACH
 from optsample_triton.types import DIAGNOSTIC_COUNT, Diagnostics
 
 
@@ -30,9 +32,19 @@ def _of_logits(rows: Rows, state: State) -> Tensor:
         part, own_part = state.part(index), own.part(index)
         sums = _mixture_sums(rows.select(index), _Norms.of(part, own_part), dtype)
         values[index] = _columns(_from_sums(part, own_part, sums))
+    _sharpen(rows, state, values)
     values = torch.where(torch.isnan(values), _columns(_beyond_floats(values)), values)
     values = torch.where(state.disjoint[:, None], _columns(_disjoint(state, own)), values)
     return torch.where(state.invalid[:, None], torch.nan, values)
+
+
+def _sharpen(rows: Rows, state: State, values: Tensor) -> None:
+    """The KLs of narrow rows again, from G: beside the noise of A - B they would be nothing."""
+    narrow = rows_where(state.ok & (state.psi > -NARROW) & ((state.alpha - 0.5).abs() < REACH))
+    if narrow.numel():
+        at = evaluate(rows.select(narrow), state.alpha[narrow], state.part(narrow), narrow=True)
+        values[narrow, 0] = (-(1.0 - at.x) * at.slope - at.psi).clamp(min=0.0)
+        values[narrow, 1] = (at.x * at.slope - at.psi).clamp(min=0.0)
 
 
 def _beyond_floats(like: Tensor) -> Diagnostics:
@@ -161,7 +173,7 @@ def _block_sums(rows: Rows, block: slice, norms: _Norms, dtype: torch.dtype, *, 
 
 def _from_sums(state: State, own: OwnMoments, sums: _MixtureSums) -> Diagnostics:
     x, mass = state.alpha, sums.mass
-    # What the node sums' rounding left of both models' masses.
+    # What the first sweep's rounding left of both models' masses.
     psi = state.psi + mass.log() - x * sums.mass_theta.log() - (1.0 - x) * sums.mass_t.log()
     slope = sums.log_ratio / mass - sums.mass_theta.log() + sums.mass_t.log()
     return Diagnostics(

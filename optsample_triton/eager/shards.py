@@ -1,7 +1,7 @@
 """One process's part of the vocabulary.
 
 Every process gathers the others' few numbers per row and merges them in the order of the ranks, so that all of them
-hold the same bits and take the same decisions. Each kind of sums is merged where it is made: ``nodes``, ``moments``,
+hold the same bits and take the same decisions. Each kind of sums is merged where it is made: ``first_sweep``, ``moments``,
 ``one_model``.
 """
 

@@ -21,7 +21,7 @@ class State:
     alpha: Tensor
     alpha_unrounded: Tensor  # before it was rounded to the dtype that it is reported in
     psi: Tensor
-    psi_half: Tensor  # psi(1/2) from the node sums, -inf where they cannot be used
+    psi_half: Tensor  # psi(1/2) from the first sweep, -inf where it cannot be used
     status: Tensor
     sweeps: Tensor
     log_partition_theta: Tensor  # A

@@ -243,7 +243,7 @@ def _search_start(row, total, index, options, tile, METHOD: tl.constexpr, NORMAL
         short = (task == FIND_ROOT) & (sweeps >= options.max_iter)
         task, status = tl.where(short, FIND_PSI, task), tl.where(short, NOT_CONVERGED, status)
     if finite == 0:
-        # A NaN, +inf or empty row, or one of no references: its weights underflow between the nodes, or its
+        # A NaN, +inf or empty row, or one of no references: its weights underflow at 1/2, or its
         # logits lie far beyond the first ones.
         status, size = survey(row, tile)
         sweeps += 1
@@ -278,7 +278,7 @@ def _search_start(row, total, index, options, tile, METHOD: tl.constexpr, NORMAL
 
 @triton.jit
 def solved(row, total, index, options, tile, METHOD: tl.constexpr, NORMALISE: tl.constexpr):
-    """From the node sums to alpha: the row with its final references, its ``Ends``, and its ``Root``.
+    """From the first sweep to alpha: the row with its final references, its ``Ends``, and its ``Root``.
 
     Without NORMALISE a given alpha saves its sweep where the caller normalises anyway: psi is then psi(1/2).
     """

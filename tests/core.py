@@ -37,8 +37,9 @@ NAMES = {case.name for case in cases.CASES}
 # 2. In these files a test runs, on each backend, with each value of each of its arguments once or more. That covers
 # every dtype, layout, method and option; what is deep is their combinations.
 COVERED = {
-    "test_device", "test_dropin", "test_is_reshape_loss", "test_is_reshape_presets", "test_linear_token_logprobs",
-    "test_ops", "test_pipeline_run", "test_reference_precision", "test_reference_rows", "test_sample", "test_saved",
+    "test_device", "test_divergence", "test_dropin", "test_is_reshape_loss", "test_is_reshape_presets",
+    "test_linear_token_logprobs", "test_ops", "test_pipeline_run", "test_reference_precision", "test_reference_rows",
+    "test_sample", "test_saved",
     "test_sharded", "test_solve_cases", "test_solve_memory", "test_token_logprobs", "test_verify",
 }  # fmt: skip
 

@@ -312,6 +312,23 @@ def test_lognormal_weights(deviation: float, trusted: bool) -> None:
         assert (judged("π_θ", "answers", reservoir, 0).faults == []) is trusted
 
 
+def test_a_high_k_hat_of_nearly_equal_weights_is_no_fault() -> None:
+    """Most tokens are as likely under both models; the fit of a tail then says little. A heavy tail stays a fault."""
+    random = np.random.default_rng(0)
+    for heavy in (False, True):
+        log_w = np.where(random.random(600) < 0.9, random.normal(0, 1e-4, 600), random.normal(0, 0.5, 600))
+        if heavy:
+            log_w += 0.9 * random.exponential(size=600)  # Pareto's tail of index 0.9
+            log_w -= np.log(np.exp(log_w).mean())
+        reservoir = Reservoir(600, 1)
+        reservoir.add(log_w[:, None])
+        weights = judged("π_θ", "tokens", reservoir, 0)
+        if math.isfinite(weights.k_hat):
+            assert weights.k_hat > 0.7
+            assert weights.faults == (["k̂ is above 0.7"] if heavy else [])
+            assert weights.verdict.startswith("do not trust" if heavy else "no fault seen but a high k̂")
+
+
 def test_weights_of_zero_count(records: list[dict], tmp_path: Path) -> None:
     """generate writes null for log 0. A token that pi_t cannot give has weight 0, and so has its answer."""
     some = [json.loads(json.dumps(r)) for r in records[:40]]

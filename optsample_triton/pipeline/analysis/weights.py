@@ -47,6 +47,8 @@ class Weights(NamedTuple):
             return f"do not trust: {'; '.join(self.faults)}"
         if not self.number:
             return "none"
+        if self.k_hat > UNRELIABLE_K:
+            return "no fault seen but a high k̂: look at the tail's curve"
         return "no fault seen" if math.isfinite(self.k_hat) else "no fault seen, k̂ unknown"
 
     @property
@@ -91,23 +93,28 @@ def judged(model: str, of: str, reservoir: Reservoir, column: int) -> Weights:
     share = float(w.sum() ** 2 / (w.size * np.square(w).sum()))
     mean, error = float(w.mean()) * unit, float(w.std()) * unit / math.sqrt(w.size)
     median, k = float(np.median(w)) * unit, k_hat(reservoir, column)
-    found = faults(mean, error, share * w.size, k)
-    return Weights(model, of, reservoir.seen, mean, error, median, share, k, float(w.max() / w.sum()), found)
+    largest = float(w.max() / w.sum())
+    found = faults(mean, error, w.size, share, k, largest)
+    return Weights(model, of, reservoir.seen, mean, error, median, share, k, largest, found)
 
 
-def faults(mean: float, error: float, effective: float, k: float) -> list[str]:
+def faults(mean: float, error: float, number: int, share: float, k: float, largest: float) -> list[str]:
     """Why a mean over the weights is not to be trusted.
 
-    >>> faults(1.02, 0.05, 900.0, 0.3), faults(0.128, 0.03, 60.0, 0.49)
+    A high k̂ is no fault of weights that are nearly equal, as of tokens on which both models agree: the fitted tail then
+    begins among weights of 1. More than half of the sample must be effective, and no weight large in the sum.
+
+    >>> faults(1.02, 0.05, 1000, 0.9, 0.3, 0.01), faults(0.128, 0.03, 200, 0.3, 0.49, 0.04)
     ([], ['the mean is 0.128, not 1'])
     """
     found = []
+    nearly_equal = share > 0.5 and largest < number**-0.5
     if _is_far(mean, error):
         found.append(f"the mean is {mean:.3g}, not 1")
-    if k > UNRELIABLE_K:
+    if k > UNRELIABLE_K and not nearly_equal:
         found.append(f"k̂ is above {UNRELIABLE_K}")
-    if effective < FEW:
-        found.append(f"they count as {effective:.1f} equal weights")
+    if share * number < FEW:
+        found.append(f"they count as {share * number:.1f} equal weights")
     return found
 
 

@@ -29,6 +29,7 @@ CASES = {
 FEW_CASES = {"random std 3", "same top 0.999", "masked, theta", "one common token", "V=17", "every status"}
 WITH_FEW_CASES = {
     "test_alpha_gradient_against_truth", "test_alpha_gradient_of_other_methods", "test_alpha_per_row",
+    "test_both_directions_against_truth", "test_gradients_of_divergences",
     "test_half_precision_is_exact_for_the_rounded_rows", "test_other_methods", "test_temperatures",
 }  # fmt: skip
 
@@ -55,6 +56,7 @@ DEEP: dict[str, tuple[str, ...]] = {
     "test_nothing_inexact_is_compiled_that_is_not_imitated": EVERYTHING,
     "test_the_front_end_takes_every_launch": EVERYTHING,
     "test_every_target": EVERYTHING,
+    "test_memory_grows_by_the_gradient_alone": EVERYTHING,
     # Without a GPU these say little that other tests do not.
     "test_the_same_bits_every_time_and_in_any_batch": ("bisect", "ess_balance", "diagnostics", "entropy", "verify"),
     "test_streams_side_by_side": ("bisect", "ess_balance", "diagnostics", "entropy", "verify", "dropin"),

@@ -100,7 +100,7 @@ def finite_rows(name, device):
 
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("name", ["random std 8", "same top 0.999", "nearly identical 1e-3", "masked, theta", "V=17"])
-def test_gradients_against_truth(name, kind, device):
+def test_gradients_of_divergences(name, kind, device):
     """Of both models, with a temperature; an infinite row has none."""
     a, b = finite_rows(name, device)
     inputs = [x.clone().requires_grad_() for x in (a, b)]
@@ -194,19 +194,33 @@ def test_masks_and_reductions(device):
 
 def test_gradcheck_and_opcheck():
     g = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(1, 3, 6, generator=g, dtype=torch.float64).requires_grad_() for _ in range(2))
+    a, b = (torch.randn(1, 3, 4, generator=g, dtype=torch.float64).requires_grad_() for _ in range(2))
     warm = torch.tensor([0.7, 1.0, 2.0], dtype=torch.float64)
+    inputs = a.detach(), b, None, warm, 0.3
+    torch.library.opcheck(torch.ops.optsample.divergence.default, inputs, test_utils=CHECKS)
     for kind, beta in LOSSES.items():
         assert_within(
             distillation_loss(a[0], b[0], kind=kind, beta=0.3, reduction="none"), truth(a[0], b[0], beta), "kl"
         )
         assert gradcheck(lambda x, y, beta=beta: torch.ops.optsample.divergence(x, y, None, warm, beta)[0], (a, b))
-        torch.library.opcheck(
-            torch.ops.optsample.divergence.default, (a.detach(), b, None, warm, beta), test_utils=CHECKS
-        )
     (first,) = torch.autograd.grad(ost.kl_t_theta(a, b).sum(), a, create_graph=True)
     with pytest.raises(RuntimeError, match="cannot be differentiated again"):
         torch.autograd.grad(first.sum(), a)
+
+
+def test_compiles_as_one_graph():
+    a, b = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(0)).unbind(0)
+
+    def loss(x, y):
+        return distillation_loss(x, y, kind="js", mask=torch.ones(3), temperature=0.7)
+
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        student = a.clone().requires_grad_()
+        value = function(student, b)
+        value.backward()
+        results.append((value.detach(), student.grad))
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
 def test_memory_grows_by_the_gradient_alone():

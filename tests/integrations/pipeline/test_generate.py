@@ -140,7 +140,6 @@ def test_diagnostics_are_those_of_the_models(told: bool, run: Runner) -> None:
             torch.testing.assert_close(torch.tensor(record[name]).double(), values, atol=2e-4, rtol=1e-3)
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 def test_hints_of_rows_are_read_by_the_target_alone(run: Runner) -> None:
     """pi_t is the policy itself with a hint in each row's prompt; the numbers are those of the model's own logits."""
     rows = [{**row, "tip": "so careful" if k % 2 else "what ?"} for k, row in enumerate(questions(6))]
@@ -178,6 +177,7 @@ def test_hints_of_rows_are_read_by_the_target_alone(run: Runner) -> None:
     assert run("out", *more, "--resume", "--hint-template", "{prompt} {hint}", dataset=dataset, code=1)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 def test_trl_and_datasets_read_the_files(run: Runner) -> None:
     import datasets
     from trl import SFTConfig, SFTTrainer

@@ -16,10 +16,10 @@ from tests.ptx.options import Options
 from tests.ptx.translate import Kernel
 
 KERNELS = Path(ost.__file__).parent / "kernels"
-NODES, ROWS = ((KERNELS / name).read_text().split("\n") for name in ("nodes.py", "rows.py"))
-ARRIVAL = next(number for number, line in enumerate(NODES, 1) if "tl.atomic_add(" in line)
+SWEEP, ROWS = ((KERNELS / name).read_text().split("\n") for name in ("first_sweep.py", "rows.py"))
+ARRIVAL = next(number for number, line in enumerate(SWEEP, 1) if "tl.atomic_add(" in line)
 ZEROS = next(number for number, line in enumerate(ROWS, 1) if "tl.load(aligned_ptr" in line)
-BARRIER = next(number for number, line in enumerate(NODES, 1) if "tl.debug_barrier()" in line)
+BARRIER = next(number for number, line in enumerate(SWEEP, 1) if "tl.debug_barrier()" in line)
 
 WIDE, SPLIT = 1500, 8192 + 1500  # tokens: one chunk, of full tiles and a part of one; two chunks, each with its program
 
@@ -99,7 +99,7 @@ def nothing_before(kernel, barrier):
 def test_every_barrier_of_the_solver_is_needed(together, compiled, monkeypatch):
     """Each removed in turn is reported, where a row has one program, and where two meet.
 
-    One is not: the first of the second look at a chunk (nodes.py, the sums with masks). The look before it ends with a
+    One is not: the first of the second look at a chunk (first_sweep.py, the careful look). The look before it ends with a
     barrier as well, and what the threads would read of shared memory after that is only needed on the other way.
     """
 
@@ -140,7 +140,7 @@ def solve_wide():
     ost.solve(*rows(WIDE))
 
 
-def from_line(text, number, pattern, file="nodes.py"):
+def from_line(text, number, pattern, file="first_sweep.py"):
     """The place of the first line of PTX with this pattern that comes from this line of a file of kernels."""
     lines, source = text.split("\n"), ""
     for place, line in enumerate(lines):
@@ -172,21 +172,21 @@ def test_the_barrier_before_the_arrival_is_needed(compiled):
     """For the shared memory that tells of the arrival, and for the sums if another thread than theirs arrives."""
     (finding,) = findings_of(compiled, solve_split, edit=without_the_barrier)
     assert "race in shared memory" in finding
-    assert f"nodes.py:{ARRIVAL}:" in finding
+    assert f"first_sweep.py:{ARRIVAL}:" in finding
     assert findings_of(compiled, solve_split, edit=by_another_thread) == []
     findings = findings_of(compiled, solve_split, edit=lambda text: without_the_barrier(by_another_thread(text)))
-    assert any("race in global memory: this reads what was written" in each and "nodes.py" in each for each in findings)
+    assert any("race in global memory: this reads what was written" in each and "first_sweep.py" in each for each in findings)
 
 
 @pytest.mark.parametrize("order", ["relaxed", "acquire", "release"])
 def test_a_weaker_arrival(order, compiled):
     findings = findings_of(compiled, solve_split, edit=lambda text: text.replace("acq_rel", order))
-    assert any("race in global memory" in each and "nodes.py" in each for each in findings)
+    assert any("race in global memory" in each and "first_sweep.py" in each for each in findings)
 
 
 def test_an_arrival_that_only_its_own_program_sees(compiled):
     findings = findings_of(compiled, solve_split, edit=lambda text: text.replace("atom.global.gpu", "atom.global.cta"))
-    assert any(f"nodes.py:{ARRIVAL}:" in each for each in findings)
+    assert any(f"first_sweep.py:{ARRIVAL}:" in each for each in findings)
     assert any("race in global memory: this reads what was written" in each for each in findings)
 
 

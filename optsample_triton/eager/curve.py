@@ -125,8 +125,12 @@ def interpolate(curve: Curve, target: Tensor, epsilon: float) -> Interpolant:
     aim = 0.5 * target
     zero = torch.zeros_like(target)
     half = curve.at(zero)
-    of_ends = epsilon * NOISE * (torch.sigmoid(curve.f_theta) + torch.sigmoid(curve.f_t))
+    share_theta, share_t = torch.sigmoid(curve.f_theta), torch.sigmoid(curve.f_t)
+    of_ends = epsilon * NOISE * (share_theta + share_t)
     noise = of_ends + 2.0 * epsilon * NOISE * half.share
+    # Logits far from their reference are rounded as well: a sweep that reads them anew does not share that.
+    far = share_theta * curve.log_partition_theta.abs() + share_t * curve.log_partition_t.abs()
+    of_chord = of_ends + 0.5 * epsilon * far
     # The sign of the slope at 1/2 brackets the root only where it stands clear of rounding.
     ahead, clear = half.slope - aim, CLEAR * noise
     low, high = torch.where(ahead < -clear, 0.0, zero - 1.0), torch.where(ahead > clear, 0.0, zero + 1.0)
@@ -139,11 +143,11 @@ def interpolate(curve: Curve, target: Tensor, epsilon: float) -> Interpolant:
     rounding = (noise + of_moments) / (2.0 * at.curvature)
     error = 0.5 * (neglected / at.curvature + last) * (SD_SHARE * variance.sqrt()).clamp(min=1.0) + rounding
     terms = curve.f[2:-2].abs() * s.abs() ** torch.arange(2.0, DEGREE - 1.0).to(s)[:, None]
-    falling = terms[2:].amax(0) <= terms[0]
+    falling = terms[2:].sum(0) <= 0.5 * terms[0]
     trusted = torch.isfinite(error) & (at.curvature > 0) & (variance > 0) & falling
     error, rounding = (torch.where(trusted, each, torch.inf) for each in (error, rounding))
     psi = torch.where(trusted, at.psi, curve.psi_half)
-    return Interpolant(0.5 + 0.5 * s, psi, error, rounding, of_ends, 0.5 + 0.5 * low, 0.5 + 0.5 * high)
+    return Interpolant(0.5 + 0.5 * s, psi, error, rounding, of_chord, 0.5 + 0.5 * low, 0.5 + 0.5 * high)
 
 
 def _root(curve: Curve, aim: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

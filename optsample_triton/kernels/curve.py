@@ -81,11 +81,9 @@ def value_of(f, s):
 def left_out(f, s):
     """The size of the last terms at s, per power: those left out are measured by it. Infinite where terms do not fall."""
     square = s * s
-    size = tl.abs(s)
-    kept = tl.abs(f.f2)
-    rising = tl.abs(f.f4) * square > kept
-    rising = rising | (tl.abs(f.f5) * square * size > kept) | (tl.abs(f.f6) * square * square > kept)
-    return tl.where(rising, float("inf"), (tl.abs(f.f7) + tl.abs(f.f8)) * (square * square * square))
+    higher = tl.abs(f.f4) + tl.abs(f.f5) * tl.abs(s) + tl.abs(f.f6) * square
+    last = (tl.abs(f.f7) + tl.abs(f.f8)) * (square * square * square)
+    return tl.where(higher * square > 0.5 * tl.abs(f.f2), float("inf"), last)
 
 
 @triton.jit
@@ -134,8 +132,8 @@ def _root(f, apart, log_t, log_theta, aim, low, high):
 
 
 @triton.jit
-def interpolate(f, apart, target):
-    """The ``Interpolant`` for the root of psi' = target, and the ``Ends`` relative to the token apart."""
+def interpolate(f, apart, x, y, target):
+    """The ``Interpolant`` for the root of psi' = target, and the ``Ends``; the token apart is given in powers."""
     log_theta, share_theta = whole(f.at_theta, apart)
     log_t, share_t = whole(f.at_t, apart)
     nothing = tl.zeros([], tl.float64)
@@ -143,7 +141,10 @@ def interpolate(f, apart, target):
     slope_half = share_half * f.f1 - 0.5 * (log_theta - log_t)
     variance = 4.0 * share_half * (2.0 * f.f2 + (1.0 - share_half) * f.f1 * f.f1)
     psi_half = log_half - 0.5 * (log_theta + log_t)
+    A, B = log_theta + x * NATS_PER_POWER, log_t + y * NATS_PER_POWER
     of_ends = (share_theta + share_t) * (NOISE * EPSILON)
+    # Logits far from their reference are rounded as well: a sweep that reads them anew does not share that.
+    of_chord = of_ends + (share_theta * tl.abs(A) + share_t * tl.abs(B)) * (0.5 * EPSILON)
     noise = of_ends + share_half * (2.0 * NOISE * EPSILON)
     aim = 0.5 * target
     # The slope's sign at 1/2 brackets the root only where it stands clear of rounding.
@@ -163,8 +164,8 @@ def interpolate(f, apart, target):
     # A root that rounding has blurred over its bracket says nothing: go on from the bracket's middle.
     s = tl.where(error < BLURRED, s, 0.5 * (low + high))
     psi = tl.where(trusted, at.psi, psi_half)
-    found = Interpolant(0.5 + 0.5 * s, psi, error, of_ends, 0.5 + 0.5 * low, 0.5 + 0.5 * high)
-    return found, Ends(log_theta, log_t, psi_half, tl.full([], 1.0, tl.float32))
+    found = Interpolant(0.5 + 0.5 * s, psi, error, of_chord, 0.5 + 0.5 * low, 0.5 + 0.5 * high)
+    return found, Ends(A, B, psi_half, tl.full([], 1.0, tl.float32))
 
 
 @triton.jit
@@ -181,13 +182,13 @@ def curve_start(row, total, PROBS: tl.constexpr):
         log_theta, _ = whole(f.at_theta, apart)
         log_t, _ = whole(f.at_t, apart)
         target = -(log_theta - log_t + between) - reference_gap(row)
-    found, ends = interpolate(f, apart, target)
-    A, B = ends.A + x * NATS_PER_POWER, ends.B + y * NATS_PER_POWER
+    found, ends = interpolate(f, apart, x, y, target)
+    A, B = ends.A, ends.B
     moments = total.first + total.second + total.third + total.fourth + total.fifth + total.sixth
     check = A + B + ends.psi_half + moments
     log_half = ends.psi_half + 0.5 * (A + B)
     finite = (check - check == 0.0) & (log_half > LEAST)
-    return found, Ends(A, B, ends.psi_half, ends.shrink), target, finite
+    return found, ends, target, finite
 
 
 LEAST = tl.constexpr(-73.0)  # the logarithm of a mass at 1/2 from which float32 has lost some of it

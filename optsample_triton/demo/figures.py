@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from itertools import accumulate
@@ -23,6 +24,8 @@ _STYLE = "<style>svg{color:#1d2733}@media(prefers-color-scheme:dark){svg{color:#
 _LOOK = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
     "svg.hashsalt": "optsample",  # the same data give the same file
+    "svg.fonttype": "none",  # text stays text: the reader's fonts have letters that matplotlib's lacks
+    "text.parse_math": False,  # a token may be a dollar sign
     "font.size": 10,
 }
 
@@ -38,7 +41,8 @@ def draw_all(drawn: Drawn, questions: tuple[Question, ...]) -> list[Figure]:
     matplotlib = need("matplotlib", "demo")
     figure_class = need("matplotlib.figure", "demo").Figure
     found = []
-    with matplotlib.rc_context(_LOOK):
+    with matplotlib.rc_context(_LOOK), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         for name, title, draw_one in _FIGURES:
             figure = figure_class(figsize=_SIZE, layout="constrained")
             axes = figure.add_subplot()

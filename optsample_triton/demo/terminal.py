@@ -67,7 +67,8 @@ def side_by_side(drawn: Drawn, number: int, question: Question, width: int, pain
         blank, tall = " " * column, max(map(len, cells))
         rows = zip(*(cell + [blank] * (tall - len(cell)) for cell in cells), strict=True)
         lines += [(" " * GAP).join(row).rstrip() for row in rows] + [""]
-    return "\n".join([*lines, paint(_below(drawn, number, question), "dim")])
+    below = (paint(line, "dim") for line in _folded(_below(drawn, number, question), width))
+    return "\n".join([*lines, *below])
 
 
 def _below(drawn: Drawn, number: int, question: Question) -> str:

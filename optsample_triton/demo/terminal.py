@@ -115,7 +115,7 @@ def figures_in_words(drawn: Drawn) -> list[str]:
     accepted = sum(text.accepted for text in drawn.texts[SPECULATIVE])
     lines = [
         f"α* of {len(tokens)} tokens of q*: {min(alphas):.2f} to {max(alphas):.2f}, mean {_mean(alphas):.2f}",
-        f"sweeps over the vocabulary to find α*: {_mean(sweeps):.2f} on average at a tolerance of {TIGHT:g}, "
+        f"sweeps over the vocabulary to find α*: {_mean(sweeps):.2f} on average at a tolerance of {scientific(TIGHT)}, "
         f"{_mean(drawn.sweeps_loose):.2f} at that of sampling",
     ]
     if tested:
@@ -123,6 +123,14 @@ def figures_in_words(drawn: Drawn) -> list[str]:
             f"speculative: {accepted} of {tested} drafts of π_θ accepted ({accepted / tested:.0%}), {DRAFTED} at a time"
         )
     return lines
+
+
+def scientific(value: float) -> str:
+    """
+    >>> scientific(1e-6)
+    '1e-6'
+    """
+    return f"{value:.0e}".replace("e-0", "e-")
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,10 +1,11 @@
 """`python -m bench.speed.make_real_rows`: write rows of a real language model to bench/real_rows.npz.
 
-The policy is the model of `optsample demo`, the target the same model with each question's hint. Their texts are
-q*'s, drawn by the pipeline; a pair of rows is what both models' logits were at one token of one text, in bfloat16. Half
-of the pairs are hard, those that take the most sweeps, and half are picked at random among the others. Needs the extra
-`demo`, and the model's package once. The file says of every pair which token it is from, its alpha in float64, and how
-many sweeps it takes.
+The policy is the model of `optsample demo`, the target the same model with each question's hint, at temperature 0.7:
+targets are often sharpened. The texts are of q* between both at temperature 1, as the pipeline draws them. A pair of
+rows is what both models' logits were at one token of one text, in bfloat16. Half of the pairs are hard, those that take
+the most sweeps, and half are picked at random among the others. The file says of every pair which token of which text
+it is from, its alpha in float64, and how many sweeps it takes. Needs the extra `demo`, and fetches the model if the
+cache does not have it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from .real_rows import PATH
 
 PAIRS = 8
 SAMPLES, TOKENS = 4, 24
+SHARPENED = 0.7  # temperature of the target; at 1 hardly a row takes more than two sweeps
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +40,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cache-dir", metavar="DIR", help="keeps the model, as for optsample demo")
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        # At temperature 1, so that the rows are the models' own.
         kept = model.obtain(model.cache_folder(arguments.cache_dir))
         made = Settings(kept, QUESTIONS, Path(folder), SAMPLES, TOKENS, 1.0, 0)
         write_questions(made)
@@ -65,9 +66,9 @@ def _logits(reader: Reader, records: list[dict[str, Any]]) -> tuple[Tensor, Tens
     rows: tuple[list[Tensor], list[Tensor]] = ([], [])
     places = []
     for k, record in enumerate(records):
-        for found, (prompt, answer) in zip(rows, reader.ids(record), strict=True):
+        for found, temperature, (prompt, answer) in zip(rows, (1.0, SHARPENED), reader.ids(record), strict=True):
             logits = reader.model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-            found.append(logits.to(torch.bfloat16))
+            found.append((logits / temperature).to(torch.bfloat16))
         places += [(k, j) for j in range(len(record["tokens"]))]
     theta, t = map(torch.cat, rows)
     return theta, t, places

@@ -115,7 +115,10 @@ def _told(drawn: Drawn, settings: Settings, color: str) -> str:
     parts = [terminal.legend(paint)]
     parts += [terminal.side_by_side(drawn, k, each, width, paint) for k, each in enumerate(settings.questions)]
     parts.append("The first text of q*, token by token:\n\n" + terminal.token_table(drawn.texts["q_star"][0], paint))
-    return "\n" + "\n\n".join([*parts, "\n".join(terminal.figures_in_words(drawn))])
+    parts.append(
+        "\n".join(line for sentence in terminal.figures_in_words(drawn) for line in terminal.folded(sentence, width))
+    )
+    return "\n" + "\n\n".join(parts)
 
 
 def _say(sentence: str) -> None:

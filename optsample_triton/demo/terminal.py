@@ -46,15 +46,14 @@ def wanted_by(token: Token) -> str:
 
 def legend(paint: Paint) -> str:
     theta, t = paint(SYMBOLS["theta"], "THETA"), paint(SYMBOLS["t"], "T")
-    words = f"wanted more by {theta}, by {t}, or by both alike (within a factor of 1.5)"
-    return f"Colours: a token {words}; {END} ends a text."
+    return f"Coloured by the model that wanted a token more: {theta} or {t}. {END} ends a text."
 
 
 def side_by_side(drawn: Drawn, number: int, question: Question, width: int, paint: Paint) -> str:
     """The question's first text under each law in columns, or one below the other on a narrow terminal."""
     heads = [f"{SYMBOLS[law]}, {_TITLES[law]}" for law in LAWS]
     texts = [drawn.of(law, number)[0] for law in LAWS]
-    lines = [*_folded(f"{question.text}  (π_t is told: “{question.hint}”)", width), ""]
+    lines = [*folded(f"{question.text}  (π_t is told: “{question.hint}”)", width), ""]
     if width < NARROW:
         for head, text in zip(heads, texts, strict=True):
             lines += [head, *("  " + line for line in wrapped(text, width - 2, paint)), ""]
@@ -67,7 +66,7 @@ def side_by_side(drawn: Drawn, number: int, question: Question, width: int, pain
         blank, tall = " " * column, max(map(len, cells))
         rows = zip(*(cell + [blank] * (tall - len(cell)) for cell in cells), strict=True)
         lines += [(" " * GAP).join(row).rstrip() for row in rows] + [""]
-    below = (paint(line, "dim") for line in _folded(_below(drawn, number, question), width))
+    below = (paint(line, "dim") for line in folded(_below(drawn, number, question), width))
     return "\n".join([*lines, *below])
 
 
@@ -203,7 +202,7 @@ def pad(text: str, width: int) -> str:
     return text + " " * (width - columns_of(text))
 
 
-def _folded(text: str, width: int) -> list[str]:
+def folded(text: str, width: int) -> list[str]:
     lines = [""]
     for word in text.split(" "):
         if lines[-1] and columns_of(f"{lines[-1]} {word}") > width:

@@ -63,8 +63,8 @@ def _stages(arguments: argparse.Namespace) -> None:
     for name in ("samples", "max_new_tokens"):
         if getattr(arguments, name) < 1:
             raise PipelineError(f"{name.replace('_', '-')} must be at least 1, but is {getattr(arguments, name)}")
-    for module in ("transformers", "datasets", "matplotlib"):  # better now than after the download
-        quiet(need(module, "demo")) if module == "transformers" else need(module, "demo")
+    quiet(need("transformers", "demo"))
+    need("matplotlib", "demo")  # better now than after the download
     folder = Path(arguments.output_dir)
     settings = Settings(
         _model(arguments), asked, folder, arguments.samples, arguments.max_new_tokens, arguments.temperature,

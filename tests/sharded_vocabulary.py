@@ -25,7 +25,7 @@ def rows() -> tuple[torch.Tensor, torch.Tensor]:
     t[4] = theta[4]  # identical
     theta[5, :10_000], t[5, 10_000:] = -torch.inf, -torch.inf  # disjoint
     theta[6, 19_999] = torch.nan  # invalid, seen by the last process alone
-    theta[7] *= 30  # nodes underflow
+    theta[7] *= 30  # weights at 1/2 underflow
     theta[8, 5] = t[8, 5] = 40.0  # both models sure of one token
     theta[9] = theta[9] * 5 + 300
     return theta, t
@@ -98,7 +98,7 @@ def collectives(part: slice, group) -> dict[str, int]:
     counted, counts = Counted(), {}
     for name, call in {
         "random": lambda: ost.solve(theta, t, group=group),
-        "zipf": lambda: ost.solve(zipf + 2 * theta, zipf + 2 * t, group=group),
+        "close": lambda: ost.solve(zipf + 0.3 * theta, zipf + 0.3 * t, group=group),
         "sample": lambda: ost.sample(theta, t, seed=0, group=group),
         "token_logprobs": lambda: ost.token_logprobs(theta, torch.arange(8), group=group),
     }.items():

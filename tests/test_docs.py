@@ -418,14 +418,27 @@ def test_cumulant_rule_and_its_worst_case():
         assert max(refined) <= 9e-6 * width**5 + 1e-12
 
 
-def test_two_exponentials_make_all_nodes():
+def test_two_exponentials_make_three_points():
     a, b = logits(8)
-    e, f = ((a - a.max()) / 8).exp(), ((b - b.max()) / 8).exp()
-    for k in (0, 3, 4, 5, 8):
-        weights, t = e**k * f ** (8 - k), k / 8
+    e, f = ((a - a.max()) / 2).exp(), ((b - b.max()) / 2).exp()
+    for weights, t in ((f * f, 0.0), (e * f, 0.5), (e * e, 1.0)):
         direct = torch.logsumexp(t * a + (1 - t) * b, -1)
         torch.testing.assert_close(weights.sum().log() + t * a.max() + (1 - t) * b.max(), direct)
         torch.testing.assert_close((weights @ (a - b)) / weights.sum(), mixture(a, b, t) @ (a - b))
+
+
+def test_a_token_apart():
+    """psi from all other tokens: lambda(f(t)) - t lambda(f(1)) - (1 - t) lambda(f(0))."""
+    a, b = logits(11)
+    rest = torch.arange(len(a)) != 3
+
+    def whole(t):
+        return torch.nn.functional.softplus(torch.logsumexp((t * (a - a[3]) + (1 - t) * (b - b[3]))[rest], -1))
+
+    for t in (0.2, 0.5, 0.9):
+        line = t * torch.logsumexp(a, -1) + (1 - t) * torch.logsumexp(b, -1)
+        psi = torch.logsumexp(t * a + (1 - t) * b, -1) - line
+        torch.testing.assert_close(whole(t) - t * whole(1.0) - (1 - t) * whole(0.0), psi)
 
 
 def test_correction_is_of_third_order():

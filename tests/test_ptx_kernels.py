@@ -99,8 +99,8 @@ def nothing_before(kernel, barrier):
 def test_every_barrier_of_the_solver_is_needed(together, compiled, monkeypatch):
     """Each removed in turn is reported, where a row has one program, and where two meet.
 
-    One is not: the first of the second look at a chunk (first_sweep.py, the careful look). The look before it ends with a
-    barrier as well, and what the threads would read of shared memory after that is only needed on the other way.
+    One is not: the first of the second look at a chunk (first_sweep.py). The look before it ends with a barrier as
+    well, and what the threads would read of shared memory after that is only needed on the other way.
     """
 
     def solve():
@@ -175,7 +175,9 @@ def test_the_barrier_before_the_arrival_is_needed(compiled):
     assert f"first_sweep.py:{ARRIVAL}:" in finding
     assert findings_of(compiled, solve_split, edit=by_another_thread) == []
     findings = findings_of(compiled, solve_split, edit=lambda text: without_the_barrier(by_another_thread(text)))
-    assert any("race in global memory: this reads what was written" in each and "first_sweep.py" in each for each in findings)
+    assert any(
+        "race in global memory: this reads what was written" in each and "first_sweep.py" in each for each in findings
+    )
 
 
 @pytest.mark.parametrize("order", ["relaxed", "acquire", "release"])

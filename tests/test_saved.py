@@ -39,7 +39,7 @@ FEW = [
         "zipf, std 2, V=151936",
     )
 ]
-# Weights underflow between the nodes: psi(1/2) is not known in float32, and of huge logits not in float64.
+# Weights underflow at 1/2: psi(1/2) is not known in float32, and of huge logits not in float64.
 NO_PSI_HALF = {
     torch.float32: ("nearly disjoint, gap 1000", "huge 1e4", "huge 1e30", "huge 3e38"),
     torch.float64: ("huge 1e4", "huge 1e30", "huge 3e38"),

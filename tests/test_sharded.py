@@ -109,7 +109,7 @@ def test_token_logprobs_and_gradients_are_those_of_the_whole(found: list[dict], 
 @pytest.mark.parametrize("size", shards.CUTS)
 def test_few_collectives(found: list[dict], size: int) -> None:
     """One compares shapes; a solve gathers once, or twice if rows need a second sweep."""
-    assert found[0][size, "collectives"] == {"random": 2, "zipf": 3, "sample": 7, "token_logprobs": 2}
+    assert found[0][size, "collectives"] == {"random": 2, "close": 3, "sample": 7, "token_logprobs": 2}
 
 
 @pytest.mark.parametrize("size", shards.CUTS)

@@ -1,8 +1,5 @@
 """``tol`` is a bound on the error of alpha: on hostile rows, on rows that once broke it, and on a language model's."""
 
-import math
-
-import numpy as np
 import pytest
 import torch
 
@@ -92,7 +89,7 @@ def rows_of(family, vocab, count):
 
 
 def assert_bounded(a, b, tol, device):
-    """Rows with status OK; and nearly all have it. Where psi'' is lost in rounding, alpha is no number to be bounded."""
+    """Rows with status OK, which nearly all have. Where psi'' is lost in rounding, alpha is no number to be bounded."""
     found = ost.solve(a.to(device), b.to(device), tol=tol)
     right = truth.solve(a, b)
     variance = truth.log_partition(a, b, right.alpha)[2]

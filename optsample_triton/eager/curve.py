@@ -29,13 +29,18 @@ NEWTON_STEPS = 7
 class Curve(NamedTuple):
     """f as a polynomial in s, its values at both ends, and what lies beside it."""
 
-    f: Tensor  # [9, N]
+    derivatives: Tensor  # [3, 9, N]: the coefficients of f and of its first two derivatives
     f_t: Tensor  # [N]: f(-1)
     f_theta: Tensor  # f(1)
     log_partition_t: Tensor  # L(0), L(1/2) and L(1), relative to the references
     log_half: Tensor
     log_partition_theta: Tensor
     spread: Tensor  # [N]: root mean square of d at 1/2 as it was summed, in units of 2 nats
+
+    @property
+    def f(self) -> Tensor:
+        """[9, N]"""
+        return self.derivatives[0]
 
     def whole(self, f: Tensor) -> Tensor:
         """log(1 + exp(f))"""
@@ -53,7 +58,7 @@ class Curve(NamedTuple):
     def at(self, s: Tensor) -> _Point:
         """psi and its first two derivatives in s [N]."""
         powers = pad(s.expand(DEGREE, -1).cumprod(0), (0, 0, 1, 0), value=1.0)
-        f, slope, curvature = (_with_derivatives(self.f) * powers).sum(1)
+        f, slope, curvature = torch.einsum("kdn,dn->kn", self.derivatives, powers)
         share = torch.sigmoid(f)
         line = 0.5 * ((1.0 + s) * self.whole(self.f_theta) + (1.0 - s) * self.whole(self.f_t))
         bend = share * (curvature + (1.0 - share) * slope.square())
@@ -100,8 +105,10 @@ def curve_of(sums: Sums) -> Curve:
     series = torch.stack([value, slope, *cumulants]) / _FACTORIALS.to(moments)[:, None]
     above, below = f_theta - series.sum(0), f_t - (series * _SIGNS.to(moments)[:, None]).sum(0)
     f = torch.cat([series, torch.stack([0.5 * (above - below), 0.5 * (above + below)])])
-    ends = (torch.logaddexp(part.log(), top) for part, top in zip(mass, (t, 0.5 * (t + theta), theta), strict=True))
-    return Curve(f, f_t, f_theta, *ends, moments[1].sqrt())
+    at_t, at_half, at_theta = (
+        torch.logaddexp(part.log(), top) for part, top in zip(mass, (t, 0.5 * (t + theta), theta), strict=True)
+    )
+    return Curve(_with_derivatives(f), f_t, f_theta, at_t, at_half, at_theta, moments[1].sqrt())
 
 
 _FACTORIALS = torch.tensor([1.0, 1.0, 2.0, 6.0, 24.0, 120.0, 720.0])

@@ -1,8 +1,8 @@
 """One process's part of the vocabulary.
 
 Every process gathers the others' few numbers per row and merges them in the order of the ranks, so that all of them
-hold the same bits and take the same decisions. Each kind of sums is merged where it is made: ``first_sweep``, ``moments``,
-``one_model``.
+hold the same bits and take the same decisions. Each kind of sums is merged where it is made: ``first_sweep``,
+``moments``, ``one_model``.
 """
 
 from __future__ import annotations

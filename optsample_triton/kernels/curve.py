@@ -79,7 +79,7 @@ def value_of(f, s):
 
 @triton.jit
 def left_out(f, s):
-    """The size of the last terms at s, per power: those left out are measured by it. Infinite where terms do not fall."""
+    """The size of the last terms at s, which measures those left out; infinite where the terms do not fall."""
     square = s * s
     higher = tl.abs(f.f4) + tl.abs(f.f5) * tl.abs(s) + tl.abs(f.f6) * square
     last = (tl.abs(f.f7) + tl.abs(f.f8)) * (square * square * square)
@@ -103,7 +103,7 @@ def whole(f, apart):
 
 @triton.jit
 def at_point(f, apart, log_t, log_theta, s):
-    """psi and its derivatives in s on the curve, as a ``CurvePoint``; the whole mass's logarithm is known at the ends."""
+    """psi and its derivatives in s on the curve, as a ``CurvePoint``; the ends' whole log-masses are given."""
     value, first, second = value_of(f, s)
     log_mass, share = whole(value, apart)
     slope = share * first - 0.5 * (log_theta - log_t)

@@ -70,7 +70,7 @@ def store_diagnostics(row, ends, root, ptr, tile):
     entropy_q, overlap_theta, overlap_t = entropy_theta, nothing + 1.0, nothing
     if (status != DISJOINT) & (status != INVALID):
         far = ends.shrink < 1.0
-        # First what the first sweep's rounding left of psi at the two ends, then psi and psi' at x, psi at 2 - x and -x.
+        # First what rounding left of psi at the two ends, then psi and psi' at x, psi at 2 - x and -x.
         for k in range(5):
             beyond = tl.where(k == 3, 2.0 - x, -x)
             beyond = tl.where(far, beyond, rounded(beyond))

@@ -1,7 +1,7 @@
 """Drawing a token by its weight: a chunk by its mass, a tile of it, a token of that, each from a uniform of its own.
 
-The chunks' masses are interpolated from their first sums where that is exact enough, else summed in another sweep. Tiles
-and tokens are read again, so that within a chunk the law is that of the weights themselves.
+The chunks' masses are read off their curves where that is exact enough, else summed in another sweep. Tiles and tokens
+are read again, so that within a chunk the law is that of the weights themselves.
 
 A DRAFTER says whose law is taken off the weights.
 """
@@ -17,7 +17,6 @@ from optsample_triton.kernels.rows import load_both, relative, zeros
 
 # Of the whole mass, how much interpolation may misplace: the law is this close to q_alpha in total variation.
 MISPLACED = tl.constexpr(1e-6)
-LEFT_OUT = tl.constexpr(8.0)  # how far a chunk's mass may be off, in units of ``left_out``
 FEW = tl.constexpr(32)  # tokens that are told apart in a draw's last step
 
 
@@ -71,7 +70,7 @@ def interpolated_masses(row, chunk_sums_ptr, chunks, x, base, LANES: tl.constexp
     value, _, _ = value_of(f, s)
     empty = (sums.mass_t == 0.0) & (sums.mass_half == 0.0) & (sums.mass_theta == 0.0)
     rest = tl.where(empty, 0.0, tl.exp(value - base))
-    misplaced = tl.where(empty, 0.0, rest * left_out(f, s) * (tl.abs(s) * LEFT_OUT))
+    misplaced = tl.where(empty, 0.0, rest * left_out(f, s) * tl.abs(s))
     apart_theta, apart_t = in_powers(row, sums.apart_theta, sums.apart_t)
     some = apart_theta > -float("inf")
     log_weight = tl.where(some, x * apart_theta + (1.0 - x) * apart_t, 0.0) * NATS_PER_POWER - base

@@ -150,7 +150,7 @@ def _apart_above(sums):
 
 @triton.jit
 def summed_chunk(row, start, stop, tile, UNROLL: tl.constexpr):
-    """``FirstSums`` of the tokens start .. stop, in float32: a second look where there are masks or a dominant token."""
+    """``FirstSums`` of the tokens start .. stop, in float32; masks and a dominant token ask for a second look."""
     sums, masked = plain_chunk(row, start, stop, tile, UNROLL)
     none = tl.full([], -float("inf"), tl.float32)
     apart_theta, apart_t = none, none

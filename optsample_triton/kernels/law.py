@@ -63,7 +63,7 @@ def drawn_law(first, options, filters, drawn, drawing, tile, METHOD: tl.constexp
     whole = tl.sum(masses, 0)
     trusted = seen & (filtering.active == 0) & (disjoint == 0) & (misplaced <= whole * MISPLACED)
     if not alpha_is_known(METHOD):
-        # The solver knows the whole mass. Beside a finite mask L bends within a hair of an end, unseen by the first sweep.
+        # The solver knows the whole mass. Beside a finite mask L bends within a hair of an end, unseen by the curve.
         trusted = trusted & (tl.abs(whole - 1.0) <= OFF)
     if trusted == 0:
         masses = summed_masses(row_q, law, drawing, tile, DRAFTER_NONE)

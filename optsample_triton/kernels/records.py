@@ -169,7 +169,7 @@ class Derivatives(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """The logarithm of a mass as a polynomial in s = 2 alpha - 1, f0 + f1 s + ... + f8 s^8, and its values at the ends."""
+    """The logarithm of a mass, f0 + f1 s + ... + f8 s^8 in s = 2 alpha - 1, and its values at the ends."""
 
     f0: tl.tensor
     f1: tl.tensor

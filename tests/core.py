@@ -41,7 +41,7 @@ COVERED = {
     "test_device", "test_divergence", "test_dropin", "test_is_reshape_loss", "test_is_reshape_presets",
     "test_linear_token_logprobs", "test_ops", "test_pipeline_run", "test_reference_precision", "test_reference_rows",
     "test_sample", "test_saved",
-    "test_sharded", "test_solve_cases", "test_solve_memory", "test_token_logprobs", "test_verify",
+    "test_sharded", "test_solve_bounds", "test_solve_cases", "test_solve_memory", "test_token_logprobs", "test_verify",
 }  # fmt: skip
 
 # 3. Tests that are deep as a whole, (), or where their id holds one of these.
@@ -102,8 +102,8 @@ DEEP: dict[str, tuple[str, ...]] = {
 # 4. Of the compiled kernels (pytest --compiled): each kernel, aligned and unaligned rows, one row of several programs.
 # -m 'not deeper' runs more of the core compiled (COMPILED_FILES); make test-compiled runs all there is.
 COMPILED_FILES = {
-    "test_linear_token_logprobs", "test_ops", "test_ptx_kernels", "test_sample", "test_saved", "test_solve_cases",
-    "test_token_logprobs", "test_verify",
+    "test_linear_token_logprobs", "test_ops", "test_ptx_kernels", "test_sample", "test_saved", "test_solve_bounds",
+    "test_solve_cases", "test_token_logprobs", "test_verify",
 }  # fmt: skip
 COMPILED = {
     "test_solve_cases.py::test_every_case[compiled-random std 3-chernoff]",

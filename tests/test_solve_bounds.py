@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import optsample_triton as ost
+from bench.speed import real_rows
 from optsample_triton import Status
 from reference import truth
 
@@ -139,3 +140,28 @@ def test_a_first_tile_of_masks(backend, device):
     for row, low in enumerate([-100.0, -1e4, -1e9, -3.4028234e38]):
         a[row, :2048] = b[row, :2048] = low
     assert_bounded(a, b, 1e-6, device)
+
+
+# Rows of a language model
+
+
+def real_pairs(interpreted):
+    """In the interpreter a row of a whole vocabulary takes many seconds: a hard one and another."""
+    rows = real_rows.load()
+    return (rows.theta[[0, 5]], rows.t[[0, 5]]) if interpreted else (rows.theta, rows.t)
+
+
+@pytest.mark.parametrize(("tol", "sweeps"), [(1e-3, 1.0), (1e-4, 1.0), (1e-5, 1.25), (1e-6, 1.25), (1e-7, 2.0)])
+def test_real_rows(tol, sweeps, backend, device, interpreted):
+    a, b = real_pairs(interpreted)
+    assert_bounded(a, b, tol, device)
+    found = ost.solve(a.to(device), b.to(device), tol=tol, diagnostics=True)
+    assert found.sweeps.double().mean() <= sweeps
+
+
+def test_divergences_of_real_rows_have_all_their_digits(backend, device, interpreted):
+    """They are as small as 8e-5; at the root both are -log z."""
+    a, b = real_pairs(interpreted)
+    found, right = ost.solve(a.to(device), b.to(device), diagnostics=True), truth.solve(a, b)
+    for kl in (found.kl_theta, found.kl_t, -found.log_z):
+        torch.testing.assert_close(kl.cpu().double(), -right.log_z, rtol=1e-5, atol=0.0)

@@ -63,7 +63,7 @@ CPU_CASES = (
     Case("token_logprobs_backward", 16, 50_257),
 )
 
-# Rows of a real language model (real_rows.py): a few tokens have nearly all the mass, and half take several sweeps.
+# Rows of a real language model (real_rows.py): a few tokens have nearly all the mass.
 REAL_CASES = tuple(Case(work, 8, 49_152, "bfloat16", real=True) for work in ("solve", "sample"))
 
 # The cases that goals are set for (goals.py). They run first, so that a run that is cut short has them; those against

@@ -2,10 +2,10 @@
 
 The policy is the model of `optsample demo`, the target the same model with each question's hint, at temperature 0.7:
 targets are often sharpened. The texts are of q* between both at temperature 1, as the pipeline draws them. A pair of
-rows is what both models' logits were at one token of one text, in bfloat16. Half of the pairs are hard, those that take
-the most sweeps, and half are picked at random among the others. The file says of every pair which token of which text
-it is from, its alpha in float64, and how many sweeps it takes. Needs the extra `demo`, and fetches the model if the
-cache does not have it.
+rows is what both models' logits were at one token of one text, in bfloat16. Half of the pairs are hard, those that took
+the solver most sweeps when they were chosen, and half are picked at random among the others. The file says of every
+pair which token of which text it is from, and its alpha in float64. Needs the extra `demo`, and fetches the model if
+the cache does not have it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .real_rows import PATH
 
 PAIRS = 8
 SAMPLES, TOKENS = 4, 24
-SHARPENED = 0.7  # temperature of the target; at 1 hardly a row takes more than two sweeps
+SHARPENED = 0.7  # temperature of the target; at 1 hardly a row is hard
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,14 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         job = jobs(made)["q_star"]
         generate(job)
         theta, t, places = _logits(Reader(job), list(read(job)))
-    chosen, sweeps = choose(theta, t)
+    chosen = choose(theta, t)
     alpha = truth.solve(theta[chosen], t[chosen]).alpha
     np.savez_compressed(
         PATH,
         theta=_bits(theta[chosen]),
         t=_bits(t[chosen]),
         alpha=alpha.numpy(),
-        sweeps=sweeps[chosen].numpy(),
         text_and_token=np.array([places[k] for k in chosen.tolist()]),
     )
     print(f"wrote {len(chosen)} of {len(theta)} pairs of rows to {PATH.relative_to(ROOT)}")
@@ -74,13 +73,13 @@ def _logits(reader: Reader, records: list[dict[str, Any]]) -> tuple[Tensor, Tens
     return theta, t, places
 
 
-def choose(theta: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Which pairs to keep, the hard half first, and how many sweeps each of all pairs takes."""
+def choose(theta: Tensor, t: Tensor) -> Tensor:
+    """Which pairs to keep, the hard half first."""
     sweeps = ost.solve(theta, t, diagnostics=True).sweeps
     hard = sweeps.argsort(descending=True, stable=True)[: PAIRS // 2]
     others = torch.randperm(len(sweeps), generator=torch.Generator().manual_seed(0))
     easy = others[~torch.isin(others, hard)][: PAIRS - len(hard)]
-    return torch.cat([hard, easy]), sweeps
+    return torch.cat([hard, easy])
 
 
 def _bits(rows: Tensor) -> Any:

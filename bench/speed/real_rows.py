@@ -14,16 +14,15 @@ PATH = ROOT / "bench" / "real_rows.npz"
 
 
 class Rows(NamedTuple):
-    """Both models' logits [pairs, V] in bfloat16, alpha in float64, and the sweeps that each pair takes."""
+    """Both models' logits [pairs, V] in bfloat16, and alpha in float64; the hard half first."""
 
     theta: Tensor
     t: Tensor
     alpha: Tensor
-    sweeps: Tensor
 
 
 def load() -> Rows:
     """The file has the rows' bits as 16-bit integers, since numpy has no bfloat16."""
     with np.load(PATH) as file:
         theta, t = (torch.from_numpy(file[name]).view(torch.bfloat16) for name in ("theta", "t"))
-        return Rows(theta, t, torch.from_numpy(file["alpha"]), torch.from_numpy(file["sweeps"]))
+        return Rows(theta, t, torch.from_numpy(file["alpha"]))

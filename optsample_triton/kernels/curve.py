@@ -54,7 +54,7 @@ def curve_of(sums, x, y):
     even, odd = f0 + f2 + f4 + f6, f1 + f3 + f5
     f7 = 0.5 * (at_theta - at_t) - odd
     f8 = 0.5 * (at_theta + at_t) - even
-    spread = tl.sqrt(m2) * unit
+    spread = (tl.sqrt(m2) * unit).to(tl.float32)
     return Curve(f0, f1, f2, f3, f4, f5, f6, f7, f8, at_t, at_theta, spread)
 
 
@@ -139,13 +139,11 @@ def interpolate(f, apart, x, y, target):
     nothing = tl.zeros([], tl.float64)
     log_half, share_half = whole(f.f0, apart)
     slope_half = share_half * f.f1 - 0.5 * (log_theta - log_t)
-    variance = 4.0 * share_half * (2.0 * f.f2 + (1.0 - share_half) * f.f1 * f.f1)
+    variance = (4.0 * share_half * (2.0 * f.f2 + (1.0 - share_half) * f.f1 * f.f1)).to(tl.float32)
     psi_half = log_half - 0.5 * (log_theta + log_t)
     A, B = log_theta + x * NATS_PER_POWER, log_t + y * NATS_PER_POWER
-    of_ends = (share_theta + share_t) * (NOISE * EPSILON)
-    # Logits far from their reference are rounded as well: a sweep that reads them anew does not share that.
-    of_chord = of_ends + (share_theta * tl.abs(A) + share_t * tl.abs(B)) * (0.5 * EPSILON)
-    noise = of_ends + share_half * (2.0 * NOISE * EPSILON)
+    # What only estimates is float32: float64 takes two registers.
+    noise = ((share_theta + share_t + 2.0 * share_half) * (NOISE * EPSILON)).to(tl.float32)
     aim = 0.5 * target
     # The slope's sign at 1/2 brackets the root only where it stands clear of rounding.
     ahead, clear = slope_half - aim, noise * CLEAR
@@ -153,9 +151,9 @@ def interpolate(f, apart, x, y, target):
     high = tl.where(ahead > clear, nothing, nothing + 1.0)
     s, step = _root(f, apart, log_t, log_theta, aim, low, high)
     at = at_point(f, apart, log_t, log_theta, s)
-    reach = f.spread * tl.abs(s)
+    reach = f.spread * tl.abs(s).to(tl.float32)
     # exp(reach) - 1 from above
-    grown = tl.where(reach < 0.5, reach * (1.0 + reach), tl.exp(tl.minimum(reach, 700.0)))
+    grown = tl.where(reach < 0.5, reach * (1.0 + reach), tl.exp(tl.minimum(reach, 80.0)))
     rounding = noise + at.share * f.spread * grown * (OF_MOMENTS * EPSILON)
     error = 0.5 * (at.share * left_out(f, s) * NEGLECTED / at.curvature + step)
     error = error * tl.maximum(tl.sqrt(tl.maximum(variance, 0.0)) * SD_SHARE, 1.0) + 0.5 * rounding / at.curvature
@@ -164,7 +162,7 @@ def interpolate(f, apart, x, y, target):
     # A root that rounding has blurred over its bracket says nothing: go on from the bracket's middle.
     s = tl.where(error < BLURRED, s, 0.5 * (low + high))
     psi = tl.where(trusted, at.psi, psi_half)
-    found = Interpolant(0.5 + 0.5 * s, psi, error, of_chord, 0.5 + 0.5 * low, 0.5 + 0.5 * high)
+    found = Interpolant(0.5 + 0.5 * s, psi, error, 0.5 + 0.5 * low, 0.5 + 0.5 * high)
     return found, Ends(A, B, psi_half, tl.full([], 1.0, tl.float32))
 
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from optsample_triton.kernels.constants import DISJOINT, INVALID, LOG2E, NATS_PER_POWER, OK
-from optsample_triton.kernels.records import FirstSums, FirstSweep, ModelRow, Row, Survey, TokenSums
+from optsample_triton.kernels.records import FirstSums, FirstSweep, ModelRow, Row, Survey, Tile, TokenSums
 from optsample_triton.kernels.rows import as_logits, inside_halves, load_halves, load_logits, open_row, relative, zeros
 
 SUM_COUNT = tl.constexpr(len(FirstSums._fields))
@@ -158,7 +158,7 @@ def summed_chunk(row, start, stop, tile, UNROLL: tl.constexpr):
     above = tl.where(spoilt, float("inf"), _apart_above(sums))
     masked = tl.where(spoilt, 1.0, masked)
     while spoilt | (above < float("inf")):
-        sums, apart_theta, apart_t = careful_chunk(row, start, stop, above, tile)
+        sums, apart_theta, apart_t = careful_chunk(row, start, stop, above, Tile(tile.H // 2, tile.PACKED, tile.PROBS))
         above = tl.where(spoilt, _apart_above(sums), float("inf"))
         spoilt = spoilt & (spoilt == 0)
     return FirstSums(
@@ -323,7 +323,9 @@ def kept_sums(row, chunk_sums_ptr, chunks, LANES: tl.constexpr):
     x, y = in_powers(row, sums.apart_theta, sums.apart_t)
     likeliest = tl.max(x + y, 0)
     best = tl.min(tl.where(x + y == likeliest, lanes, LANES), 0)
-    sums = _with_tokens(sums, x, y, (x > -float("inf")) & (lanes != best))
+    others = (x > -float("inf")) & (lanes != best)
+    if tl.max(others.to(tl.int32), 0) > 0:
+        sums = _with_tokens(sums, x, y, others)
     return FirstSums(
         mass_t=tl.sum(sums.mass_t, 0),
         mass_half=tl.sum(sums.mass_half, 0),
@@ -336,7 +338,7 @@ def kept_sums(row, chunk_sums_ptr, chunks, LANES: tl.constexpr):
         sixth=tl.sum(sums.sixth, 0),
         apart_theta=tl.max(tl.where(lanes == best, sums.apart_theta, -float("inf")), 0),
         apart_t=tl.max(tl.where(lanes == best, sums.apart_t, -float("inf")), 0),
-        masked=tl.sum(sums.masked, 0),
+        masked=tl.max(sums.masked.to(tl.float32), 0),
     )
 
 

@@ -8,7 +8,7 @@ from optsample_triton.kernels.draw import MISPLACED, interpolated_masses, summed
 from optsample_triton.kernels.evaluate import rounded
 from optsample_triton.kernels.first_sweep import kept_sums
 from optsample_triton.kernels.moments import tilted_top
-from optsample_triton.kernels.one_model import log_partitions
+from optsample_triton.kernels.one_model import own_log_partitions
 from optsample_triton.kernels.records import DrawnLaw, Filtering, Law, LogPartitions, TokenLogs
 from optsample_triton.kernels.rows import relative, shared_row
 from optsample_triton.kernels.solve import alpha_is_known, solved
@@ -46,7 +46,7 @@ def drawn_law(first, options, filters, drawn, drawing, tile, METHOD: tl.constexp
     tl.store(drawn.status_ptr + index, status.to(tl.uint8))
     own_theta, own_t = ends.A, ends.B
     if (total.masked > 0) | disjoint:
-        own_theta, own_t = log_partitions(row, tile, False)
+        own_theta, own_t = own_log_partitions(row, tile)
     row_q = shared_row(row, status)
     psi = tl.where(disjoint, 0.0, root.psi)
     log_mass = tl.where(disjoint, own_theta, x * ends.A + (1.0 - x) * ends.B + psi)

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from optsample_triton.kernels.constants import LOG2E, STRETCH
 from optsample_triton.kernels.records import OnlineSum, OwnSums
-from optsample_triton.kernels.rows import as_logits, inside_halves, load_both, load_halves, relative, zeros
+from optsample_triton.kernels.rows import as_logits, inside_halves, load_halves, relative, zeros
 
 
 @triton.jit
@@ -116,31 +116,21 @@ def _joined_online(total, acc):
 def _log_total(total):
     peak = tl.max(total.top, 0)
     safe = tl.where(peak == -float("inf"), 0.0, peak)
-    # In float64: the likeliest tokens, each of another lane, then keep all their digits.
-    mass = tl.sum(total.mass * tl.exp(total.top.to(tl.float64) - safe.to(tl.float64)), 0)
+    mass = tl.sum(total.mass * tl.exp2((total.top - safe) * LOG2E), 0)
     return safe.to(tl.float64) + tl.log(mass)
 
 
 @triton.jit
-def log_partitions(row, tile, COMMON: tl.constexpr):
-    """Log-partitions of both models relative to the references, in one read; float64.
-
-    Over the COMMON support, or else over each model's own finite entries.
-    """
+def own_log_partitions(row, tile):
+    """Log-partitions of both models over their own finite entries, relative to the references, in one read; float64."""
     nothing = tl.full([tile.H], -float("inf"), tl.float32)
     zero = zeros(row, tl.arange(0, tile.H))
     total_theta, total_t = OnlineSum(nothing, zero.to(tl.float64)), OnlineSum(nothing, zero.to(tl.float64))
     for begin in tl.range(0, row.V, STRETCH * 2 * tile.H):
         theta, t = OnlineSum(nothing, zero), OnlineSum(nothing, zero)
         for start in tl.range(begin, tl.minimum(begin + STRETCH * 2 * tile.H, row.V), 2 * tile.H):
-            if COMMON:
-                first, second = load_both(row, start, tile, True)
-                low = -float("inf")
-                a0, a1 = tl.where(first.common, first.u, low), tl.where(second.common, second.u, low)
-                b0, b1 = tl.where(first.common, first.v, low), tl.where(second.common, second.v, low)
-            else:
-                a0, a1 = _load_own(row, row.theta, start, tile)
-                b0, b1 = _load_own(row, row.t, start, tile)
+            a0, a1 = _load_own(row, row.theta, start, tile)
+            b0, b1 = _load_own(row, row.t, start, tile)
             theta = _add_online(_add_online(theta, a0), a1)
             t = _add_online(_add_online(t, b0), b1)
         total_theta, total_t = _joined_online(total_theta, theta), _joined_online(total_t, t)

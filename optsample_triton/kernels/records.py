@@ -200,7 +200,6 @@ class Interpolant(NamedTuple):
     alpha: tl.tensor
     psi: tl.tensor
     error: tl.tensor  # a bound on that of alpha
-    chord_rounding: tl.tensor  # that of A - B
     low: tl.tensor  # a bracket of the root
     high: tl.tensor
 
@@ -297,7 +296,6 @@ class Search(NamedTuple):
     target: tl.tensor  # of psi' at the root
     status: tl.tensor
     sweeps: tl.tensor
-    chord_rounding: tl.tensor  # that of A - B; 0 once both have been summed again
 
 
 class Root(NamedTuple):

@@ -48,9 +48,9 @@ def safeguarded_step(x, at, bracket, halve, tol):
     size = tl.abs(newton)
     error = 3.0 * size * size * size * spread * tl.maximum(tl.sqrt(tl.maximum(variance, 0.0)), 1.0)
     # The moments at x do not see a token that only takes over far from x.
-    error = tl.where(size > LEAP, tl.maximum(error, 2.0 * size), error)
     lost = (tl.abs(alpha - x) <= ROUNDOFF) & (error > tol)
     inside = (alpha >= bracket.low) & (alpha <= bracket.high) & (size < 0.5) & (lost == 0)
+    error = tl.where(size.to(tl.float32) > LEAP, 1.0, error)
     # F lies above both tangents and its minimum not above F(x): that bounds how far beyond their meeting it can be.
     width = bracket.high - bracket.low
     meeting = meeting_point(bracket)

@@ -17,7 +17,6 @@ from optsample_triton.kernels.constants import (
     IDENTICAL,
     INVALID,
     KL_SYMMETRY,
-    LEAP,
     NARROW,
     NOT_CONVERGED,
     OK,
@@ -32,7 +31,7 @@ from optsample_triton.kernels.evaluate import evaluate, rounded
 from optsample_triton.kernels.first_sweep import first_sweep, survey
 from optsample_triton.kernels.log_q import store_log_q
 from optsample_triton.kernels.moments import gap_difference, narrow_moments
-from optsample_triton.kernels.one_model import log_partitions, own_moments, probability_entropies
+from optsample_triton.kernels.one_model import own_moments, probability_entropies
 from optsample_triton.kernels.records import (
     Batch,
     Bracket,
@@ -65,7 +64,6 @@ FIND_PSI = tl.constexpr(4)  # at an alpha that stays
 
 NEARLY_IDENTICAL = tl.constexpr(1e-4)  # Chernoff information below which a sweep says whether the rows are identical
 LARGEST_LOGIT = tl.constexpr(64.0)  # |logit| up to which the moments of d stay within float32's range as they are
-REFINED = tl.constexpr(2.0**-25)  # rounding of A - B once both have been summed with care
 EXACT = tl.constexpr(8388608.0)  # 2^23: float32 holds multiples of its inverse up to 2
 
 
@@ -108,8 +106,7 @@ def search(row, ends, state, options, tile, METHOD: tl.constexpr):
     A, B, bracket, target = ends.A, ends.B, state.bracket, state.target
     alpha, psi, error, status, sweeps = state.alpha, state.psi, state.error, state.status, state.sweeps
     task = state.task
-    precise, chord_rounding = alpha, state.chord_rounding
-    unknown = nothing + float("nan")
+    precise = alpha
     steps = 0
     while task != DONE:
         middle = rounded(0.5 * (bracket.low + bracket.high) if BISECTING else alpha)
@@ -153,19 +150,6 @@ def search(row, ends, state, options, tile, METHOD: tl.constexpr):
             if at.width <= 0.0:
                 alpha, psi, error = nothing + 0.5, nothing, nothing
                 status = tl.full([], IDENTICAL, tl.int32)
-            # Narrow rows do not need A - B, and a corner's slopes stand clear of its rounding.
-            smooth = (at.width == float("inf")) & (tl.abs(slope) <= at.variance * LEAP)
-            blurred = smooth & (chord_rounding > at.variance * options.tol)
-            if not BISECTING and blurred & (error.to(tl.float32) <= options.tol):
-                error = nothing + 1.0
-                if chord_rounding > REFINED:
-                    A, B = log_partitions(row, tile, True)
-                    chord_rounding, sweeps = nothing + REFINED, sweeps + 1
-                    # The bracket was narrowed by the slopes of the old chord.
-                    low, high = nothing, nothing + 1.0
-                    value_low, slope_low, value_high, slope_high = unknown, unknown, unknown, unknown
-                else:
-                    sweeps = tl.maximum(sweeps, options.max_iter)  # float32 knows no better
             if error.to(tl.float32) <= options.tol:
                 task = tl.full([], DONE, tl.int32)
             elif (steps if BISECTING else sweeps) >= options.max_iter:
@@ -236,7 +220,6 @@ def _search_start(row, total, index, options, tile, METHOD: tl.constexpr, NORMAL
     alpha, psi, low, high = found.alpha, found.psi, found.low, found.high
     A, B, psi_half, shrink = ends.A, ends.B, ends.psi_half, ends.shrink
     reference_theta, reference_t = row.theta.reference, row.t.reference
-    chord_rounding = found.chord_rounding
     status, sweeps = tl.zeros([], tl.int32), tl.full([], 1, tl.int32)
     task = tl.where(found.error.to(tl.float32) <= options.tol, DONE, FIND_ROOT)
     if METHOD == KL_SYMMETRY:
@@ -251,7 +234,7 @@ def _search_start(row, total, index, options, tile, METHOD: tl.constexpr, NORMAL
         reference_theta, reference_t = 0.0 * shrink, 0.0 * shrink
         nothing = tl.zeros([], tl.float64)
         alpha, low, high = nothing + 0.5, nothing, nothing + 1.0
-        A, B, psi_half, chord_rounding = nothing, nothing, nothing - float("inf"), nothing
+        A, B, psi_half = nothing, nothing, nothing - float("inf")
         task = tl.where(status == OK, FIND_A, DONE)
     row = with_references(row, reference_theta, reference_t)
     if alpha_is_known(METHOD):
@@ -272,7 +255,7 @@ def _search_start(row, total, index, options, tile, METHOD: tl.constexpr, NORMAL
         task = tl.where(task == FIND_A, FIND_A, DONE)
     unknown = tl.zeros([], tl.float64) + float("nan")
     bracket = Bracket(low, high, unknown, unknown, unknown, unknown)
-    state = Search(task, alpha, psi, found.error, bracket, target, status, sweeps, chord_rounding)
+    state = Search(task, alpha, psi, found.error, bracket, target, status, sweeps)
     return row, Ends(A, B, psi_half, shrink), state
 
 

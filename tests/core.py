@@ -29,6 +29,7 @@ CASES = {
 FEW_CASES = {"random std 3", "same top 0.999", "masked, theta", "one common token", "V=17", "every status"}
 WITH_FEW_CASES = {
     "test_alpha_gradient_against_truth", "test_alpha_gradient_of_other_methods", "test_alpha_per_row",
+    "test_both_directions_against_truth", "test_gradients_of_divergences",
     "test_half_precision_is_exact_for_the_rounded_rows", "test_other_methods", "test_temperatures",
 }  # fmt: skip
 
@@ -37,8 +38,9 @@ NAMES = {case.name for case in cases.CASES}
 # 2. In these files a test runs, on each backend, with each value of each of its arguments once or more. That covers
 # every dtype, layout, method and option; what is deep is their combinations.
 COVERED = {
-    "test_device", "test_dropin", "test_is_reshape_loss", "test_is_reshape_presets", "test_linear_token_logprobs",
-    "test_ops", "test_pipeline_run", "test_reference_precision", "test_reference_rows", "test_sample", "test_saved",
+    "test_device", "test_divergence", "test_dropin", "test_is_reshape_loss", "test_is_reshape_presets",
+    "test_linear_token_logprobs", "test_ops", "test_pipeline_run", "test_reference_precision", "test_reference_rows",
+    "test_sample", "test_saved",
     "test_sharded", "test_solve_cases", "test_solve_memory", "test_token_logprobs", "test_verify",
 }  # fmt: skip
 
@@ -54,6 +56,7 @@ DEEP: dict[str, tuple[str, ...]] = {
     "test_nothing_inexact_is_compiled_that_is_not_imitated": EVERYTHING,
     "test_the_front_end_takes_every_launch": EVERYTHING,
     "test_every_target": EVERYTHING,
+    "test_memory_grows_by_the_gradient_alone": EVERYTHING,
     # Without a GPU these say little that other tests do not.
     "test_the_same_bits_every_time_and_in_any_batch": ("bisect", "ess_balance", "diagnostics", "entropy", "verify"),
     "test_streams_side_by_side": ("bisect", "ess_balance", "diagnostics", "entropy", "verify", "dropin"),

@@ -102,6 +102,37 @@ def test_doctor_survives_a_transformers_that_cannot_be_imported(
     assert lines[-1].endswith("since generate with transformers 9.9 raised ModuleNotFoundError.")
 
 
+def test_doctor_tries_frameworks_in_processes_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """verl is said to be there and is not: one line, and what to do; vLLM waits for its option."""
+    monkeypatch.delenv("OPTSAMPLE_BACKEND", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).parents[1]))
+    monkeypatch.setattr(cli, "_installed_version", {"torch": "2.0", "triton": "3.7", "verl": "9", "vllm": "9"}.get)
+    assert exit_code(["doctor"]) == 1
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    (line,) = [line for line in lines if line.startswith("verl loss ")]
+    assert line.partition(" FAILED: ")[2] == "ModuleNotFoundError: No module named 'verl'"
+    assert any(line.startswith("vLLM engine ") and line.endswith("optsample doctor --vllm") for line in lines)
+    assert not any(line.startswith(("TRL trainer", "pipeline")) for line in lines)
+    assert lines[-1] == "To do: install another verl, pip install 'verl', since verl loss raised ModuleNotFoundError."
+    assert captured.err.splitlines() == ["trying: verl loss ..."]
+
+
+@pytest.mark.parametrize(
+    ("stderr", "error"),
+    [
+        ("Traceback:\n  File x\nValueError: bad\nWARNING: at exit\n", "ValueError: bad"),
+        ("a.b.CustomError: one\nTypeError: two\n", "TypeError: two"),
+        ("killed\n", "killed"),
+        ("", ""),
+    ],
+)
+def test_the_last_error_of_a_process(stderr: str, error: str) -> None:
+    assert cli._last_error(stderr) == error
+
+
 def test_bench_is_handed_its_arguments(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert exit_code(["bench", "--quick", "--filter", "no such case"]) == 2

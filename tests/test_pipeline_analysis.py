@@ -11,9 +11,13 @@ import numpy as np
 import pytest
 
 from optsample_triton import cli
-from optsample_triton.pipeline import PipelineError, analyze
+from optsample_triton.pipeline import Job, PipelineError, analyze
 from optsample_triton.pipeline.analysis import Report, read
+from optsample_triton.pipeline.analysis import header as read_header
+from optsample_triton.pipeline.analysis.answers import Accuracy
 from optsample_triton.pipeline.analysis.tally import KEPT, Reservoir
+from optsample_triton.pipeline.analysis.weights import judged, weights_of
+from optsample_triton.pipeline.journal import Journal
 from optsample_triton.pipeline.records import EXACT
 from optsample_triton.types import Status
 
@@ -109,11 +113,16 @@ def test_the_report_is_what_was_measured(records: list[dict], report: Report) ->
         w = np.exp([r[f"log_w_{model}"] for r in records])
         assert summary["weights"][k]["ess_share"] == pytest.approx(w.sum() ** 2 / (150 * (w**2).sum()))
         assert summary["weights"][k]["largest_share"] == pytest.approx(w.max() / w.sum())
+        assert summary["weights"][k]["mean"] == pytest.approx(w.mean())
+        assert summary["weights"][k]["error"] == pytest.approx(w.std() / math.sqrt(150))
+        assert summary["weights"][k]["median"] == pytest.approx(np.median(w))
         if importlib.util.find_spec("arviz_stats"):  # Python 3.11 or newer
             assert math.isfinite(summary["weights"][k]["k_hat"])
     worst = sorted(records, key=lambda r: min(r["ess_theta"], r["ess_t"]))[:5]
     assert [r["line"] for r in report.tally.worst()] == [r["line"] for r in worst]
     markdown = report.markdown.read_text()
+    assert "What was run is not known: out.journal.jsonl" in markdown
+    assert "Accuracy" not in markdown
     for r in worst:
         assert f"| {r['line']} | {r['num_tokens']} |" in markdown
         assert f"question \\| {r['line']} <b>" in markdown
@@ -260,6 +269,169 @@ def test_memory_does_not_grow_with_the_file(records: list[dict], tmp_path: Path)
             tracemalloc.stop()
 
     assert peak(6) < 1.05 * peak(1)
+
+
+BLIND = "k̂ describes only the weights that were drawn: it cannot see a tail that the sample never reached"
+
+
+def with_weights(records: list[dict], log_w: np.ndarray) -> list[dict]:
+    """Answers of one token with these weights of pi_theta."""
+    found = []
+    for r, log_weight in zip(records, log_w, strict=True):
+        own = {name: r[name][:1] for name, value in r.items() if isinstance(value, list)}
+        own |= {"num_tokens": 1, "log_theta": [r["log_q"][0] + log_weight], "log_w_theta": float(log_weight)}
+        found.append(r | own)
+    return found
+
+
+def test_weights_whose_tail_was_never_drawn_are_not_trusted(records: list[dict], tmp_path: Path) -> None:
+    """Their mean must be 1 and is 0.1; k-hat, which sees the drawn weights alone, finds nothing."""
+    log_w = np.log(2.7 * ((np.arange(150) + 0.5) / 150) ** 20)
+    report = analyze(written(tmp_path, with_weights(records, log_w)), tmp_path / "analysis")
+    answers = report.weights[0]
+    assert answers.mean == pytest.approx(np.exp(log_w).mean())
+    assert answers.mean < 0.15
+    assert answers.median < 1e-4
+    assert not answers.k_hat > 0.7  # NaN without arviz-stats
+    assert answers.faults == [f"the mean is {answers.mean:.3g}, not 1"]
+    assert answers.missed == 1 - answers.mean
+    assert f"do not trust: the mean is {answers.mean:.3g}, not 1" in report.summary
+    for text in (report.markdown.read_text(), report.html.read_text()):
+        assert BLIND in text
+        assert f"Do not trust π_θ/q* of answers: its mean is {answers.mean:.3g} where it must be 1" in text
+        assert f"about {answers.missed:.0%} of π_θ lies where no sample fell" in text
+        assert f"its median is {answers.median:.2g}." in text
+
+
+@pytest.mark.parametrize(("deviation", "trusted"), [(0.3, True), (3.0, False), (6.0, False)])
+def test_lognormal_weights(deviation: float, trusted: bool) -> None:
+    """Their mean is 1 over all answers; the wide ones need more answers than the 200 there are."""
+    for seed in range(10):
+        reservoir = Reservoir(200, 1)
+        reservoir.add(np.random.default_rng(seed).normal(-(deviation**2) / 2, deviation, (200, 1)))
+        assert (judged("π_θ", "answers", reservoir, 0).faults == []) is trusted
+
+
+def test_a_high_k_hat_of_nearly_equal_weights_is_no_fault() -> None:
+    """Most tokens are as likely under both models; the fit of a tail then says little. A heavy tail stays a fault."""
+    random = np.random.default_rng(0)
+    for heavy in (False, True):
+        log_w = np.where(random.random(600) < 0.9, random.normal(0, 1e-4, 600), random.normal(0, 0.5, 600))
+        if heavy:
+            log_w += 0.9 * random.exponential(size=600)  # Pareto's tail of index 0.9
+            log_w -= np.log(np.exp(log_w).mean())
+        reservoir = Reservoir(600, 1)
+        reservoir.add(log_w[:, None])
+        weights = judged("π_θ", "tokens", reservoir, 0)
+        if math.isfinite(weights.k_hat):
+            assert weights.k_hat > 0.7
+            assert weights.faults == (["k̂ is above 0.7"] if heavy else [])
+            assert weights.verdict.startswith("do not trust" if heavy else "no fault seen but a high k̂")
+
+
+def test_weights_of_zero_count(records: list[dict], tmp_path: Path) -> None:
+    """generate writes null for log 0. A token that pi_t cannot give has weight 0, and so has its answer."""
+    some = [json.loads(json.dumps(r)) for r in records[:40]]
+    for r in some[:10]:
+        r["log_t"][0], r["log_w_t"] = None, None
+    theta, t, _, tokens = weights_of(read(written(tmp_path, some), 0))
+    assert (theta.number, t.number) == (40, 40)
+    assert theta.mean == pytest.approx(np.exp([r["log_w_theta"] for r in some]).mean())
+    assert t.mean == pytest.approx(np.sum(np.exp([r["log_w_t"] for r in some[10:]])) / 40)
+    assert tokens.number == sum(r["num_tokens"] for r in some)
+    nothing = [r | {"log_t": [None] * r["num_tokens"], "log_w_t": None} for r in some[:3]]
+    zero = weights_of(read(written(tmp_path, nothing), 0))[1]
+    assert (zero.mean, zero.verdict) == (0.0, "do not trust: every weight is 0")
+
+
+def header(folder: Path, **more: object) -> None:
+    """The journal's first line, as generate writes it."""
+    run = {"model_theta": "directory 0123", "model_t": "org/target@abc", "alpha_method": "fixed", "alpha": 0.25}
+    run |= {"temperature": 1.0, "temperature_theta": 0.7, "temperature_t": 1.0, "seed": 17, "dataset": "rows.jsonl"}
+    run |= {"names": {"model_theta": "policy", "model_t": "org/target"}, "backend": "hf", "dtype": "auto", **more}
+    (folder / "out.journal.jsonl").write_text(json.dumps(run) + "\n" + '{"state": {}}\n')
+
+
+def test_the_header_says_what_was_run(records: list[dict], tmp_path: Path) -> None:
+    path = written(tmp_path, records[:5])
+    hinted = {"hint_column": "tip", "hint_template": "{prompt} {hint}", "target_system_prompt": "Be right."}
+    header(tmp_path, **hinted, min_p=0.05, max_new_tokens=16, samples_per_prompt=4, stop=["."])
+    text = analyze(path, tmp_path / "analysis").markdown.read_text()
+    for line in (
+        "| policy π_θ | policy (directory 0123) |",
+        "| target π_t | org/target@abc |",
+        "| method | fixed, α = 0.25 |",
+        "| temperatures | π_θ 0.7, π_t 1, q* 1 |",
+        "| filters on q* | min_p 0.05 |",
+        "| seed | 17 |",
+        "| prompts | rows.jsonl |",
+        "| hints, read by π_t only | of each row, column 'tip' in '{prompt} {hint}'; system prompt 'Be right.' |",
+        "| answers | at most 16 tokens, 4 per prompt, stopped by '.' |",
+    ):
+        assert line in text
+    assert json.loads((tmp_path / "analysis" / "summary.json").read_text())["run"]["seed"] == 17
+    header(tmp_path, model_t=None)
+    rows = dict(read_header.rows(read_header.configuration(path) or {}))
+    assert rows["target π_t"] == "the policy itself, with another prompt"
+    assert rows["hints, read by π_t only"] == "none"
+
+
+@pytest.mark.parametrize("journal", [None, b"", b"{torn", b"[1]\n", b'{"seed": 1}\n'])
+def test_a_header_that_is_not_there(journal: bytes | None, tmp_path: Path) -> None:
+    if journal is not None:
+        (tmp_path / "out.journal.jsonl").write_bytes(journal)
+    assert read_header.configuration(tmp_path / "out.diagnostics.jsonl") is None
+
+
+def test_a_journal_of_a_real_job_has_what_the_header_needs(tmp_path: Path) -> None:
+    job = Job(model_theta="a", model_t="b", dataset="d.jsonl", output="o.jsonl", hint_column="tip")
+    with Journal(tmp_path / "out.journal.jsonl", {}, job.fields("law", "layout")):
+        pass
+    run = read_header.configuration(tmp_path / "out.diagnostics.jsonl")
+    assert run is not None
+    rows = dict(read_header.rows(run))
+    assert rows["hints, read by π_t only"] == "of each row, column 'tip'"
+    assert rows["answers"] == "at most 256 tokens, 1 per prompt"
+    assert rows["drawn by"] == "hf, dtype auto"
+
+
+def test_accuracy_of_recorded_answers(records: list[dict], tmp_path: Path) -> None:
+    pairs = [
+        ("12", "12."), ("12", "It is 12, I think"), ("12", "It is 112"), ("5 + 7 = 12\n#### 12", "Sum: #### 12"),
+        ("\\boxed{\\frac{1}{2}}", "so $\\boxed{\\frac{1}{2}}$."), ("0.5", "1/2"), ("Paris", "paris"),
+        ("1,200", "1200 apples"), ("x" * 201, "x" * 201),
+    ]  # fmt: skip
+    some = [r | {"answer": answer} for r, (answer, _) in zip(records, pairs, strict=False)]
+    some += [records[len(pairs)], records[len(pairs) + 1] | {"answer": "gone"}]
+    path = written(tmp_path, some)
+    chat = [[{"role": "user", "content": "?"}, {"role": "assistant", "content": text}] for _, text in pairs]
+    lines = [json.dumps({"messages": messages}) for messages in chat]
+    (tmp_path / "out.jsonl").write_text("\n".join([*lines, "{}"]) + "\n")
+    report = analyze(path, tmp_path / "analysis")
+    found = {"recorded": 10, "compared": 8, "equal": 4, "contain": 6, "long": 1}
+    assert vars(report.tally.accuracy) == found
+    text = report.markdown.read_text()
+    assert "| equal it | 4 of 8 | 50.0% |" in text
+    assert "| contain it | 6 of 8 | 75.0% |" in text
+    assert "1 answers of more than 200 characters" in text
+    assert "1 texts were not compared" in text
+    assert json.loads((tmp_path / "analysis" / "summary.json").read_text())["accuracy"] == found
+    (tmp_path / "out.jsonl").unlink()
+    assert vars(read(path, 0).accuracy) == {"recorded": 10, "compared": 0, "equal": 0, "contain": 0, "long": 1}
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "equal", "contain"),
+    [
+        ("3", "3.5", 0, 0), ("3", "13", 0, 0), ("3", "0.3", 0, 0), ("3", "the 3.", 0, 1), ("-3", "is -3", 0, 1),
+        ("c++", "use C++ here", 0, 1), ("yes", "yesterday", 0, 0), ("", "anything", 0, 0), ("####", "x", 0, 0),
+        ("\\boxed{4", "\\boxed{4", 1, 1), ("12", "#### 12\n#### 13", 0, 1), ("é", "É", 1, 1), ("a b", "a\n b", 1, 1),
+    ],
+)  # fmt: skip
+def test_what_equals_and_contains_mean(answer: str, text: str, equal: int, contain: int) -> None:
+    accuracy = Accuracy()
+    accuracy.add(answer, text)
+    assert (accuracy.equal, accuracy.contain) == (equal, contain)
 
 
 def test_a_reservoir_is_a_fair_part() -> None:

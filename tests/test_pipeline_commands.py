@@ -97,6 +97,8 @@ def test_underscores_are_dashes() -> None:
         ({"stop": (".", "")}, "one of them is empty"),
         ({"stop": ("\udcff",)}, "stop must be UTF-8"),
         ({"dataset": "d\udcff.jsonl"}, "dataset must be UTF-8"),
+        ({"hint_column": "tip", "hint_template": "{hint}"}, r"hint_template must hold \{hint\} and \{prompt\}"),
+        ({"hint_template": "{hint} {prompt}"}, "hint_template needs a hint_column"),
         ({"output": "./d.jsonl", "overwrite": True}, "output must be another file than dataset"),
         ({"dataset": "o.rejected.jsonl"}, r"o\.rejected\.jsonl would be overwritten"),
         ({"output": "b/o.jsonl"}, "output must not lie in the directory of model_t"),

@@ -8,7 +8,7 @@ import pytest
 
 from optsample_triton.pipeline import PipelineError
 from optsample_triton.pipeline.dataset import Reject, read
-from optsample_triton.pipeline.prompts import Prompt, adapt, choose
+from optsample_triton.pipeline.prompts import Prompt, adapt, choose, with_columns
 
 SHAREGPT = [
     {"from": "system", "value": "Be brief."},
@@ -54,6 +54,22 @@ def test_published_datasets(name: str) -> None:
     assert isinstance(prompt, Prompt)
     assert prompt.messages[-1] == {"role": "user", "content": question}
     assert prompt.answer == answer
+
+
+def test_columns_of_hints_and_answers() -> None:
+    columns = ["prompt", "answer", "key", "tip"]
+    adapter = with_columns(choose(columns)[1], columns, "key", "tip")
+    row = {"prompt": "1 + 1?", "answer": "no", "key": 2, "tip": "count"}
+    assert adapt(adapter, row) == Prompt([{"role": "user", "content": "1 + 1?"}], "2", "count")
+    assert adapt(adapter, row | {"key": None}) == Prompt([{"role": "user", "content": "1 + 1?"}], None, "count")
+    for tip in (None, "", " ", ["a"], True):
+        assert adapt(adapter, row | {"tip": tip}) == Reject("empty", "the row has no hint in column 'tip'")
+    assert adapt(adapter, row | {"tip": "\udcff"}).reason == "undecodable"  # type: ignore[union-attr]
+    assert adapt(adapter, row | {"prompt": None}).reason == "empty"  # type: ignore[union-attr]
+    with pytest.raises(PipelineError, match="hint_column is 'tips', but the dataset's columns are 'prompt', 'answer'"):
+        with_columns(adapter, columns, hint="tips")
+    with pytest.raises(PipelineError, match="answer_column is 'keys'"):
+        with_columns(adapter, columns, answer="keys")
 
 
 def test_a_conversation_keeps_what_comes_before() -> None:

@@ -73,6 +73,22 @@ def test_a_row_that_is_drawn_in_part_must_be_there(count: int | None, tmp_path: 
     )
 
 
+def test_hints_are_part_of_a_sample_and_of_the_dataset(tmp_path: Path) -> None:
+    """Another hint is another distribution: another id, the same prompt's id; changed hints are a changed dataset."""
+    rows = [{"prompt": "a", "tip": "x"}, {"prompt": "a", "tip": "y"}, {"prompt": "b", "tip": ""}]
+    asked = job(tmp_path, rows, hint_column="tip", batch_size=1)
+    whole = planned(asked, Position())
+    first, second = (batch.samples[0] for batch in whole[:2])
+    assert (first.prompt.hint, second.prompt.hint) == ("x", "y")
+    assert first.prompt_id == second.prompt_id
+    assert json.loads(whole[2].rejected[0])["reason"] == "empty"
+    job(tmp_path, [{"prompt": "a", "tip": "z"}, *rows[1:]])
+    (changed, *_), *_ = (batch.samples for batch in planned(asked, Position()))
+    assert changed.id != first.id
+    with pytest.raises(PipelineError, match="the first 1 rows"):
+        planned(asked, whole[0].position)
+
+
 def test_the_first_row_alone_does_not_say_what_prompts_are(tmp_path: Path) -> None:
     """It lacks the prompt's column and some of the template's; later rows have them."""
     rows = [{"level": 1}, "no object", {"question": "q", "level": 2}]

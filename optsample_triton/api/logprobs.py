@@ -64,8 +64,8 @@ def token_logprobs(
         check_rows(logits, logits if logits_t is None else logits_t, "logits", "logits_t")
         check_tokens(tokens, logits.shape[:-1], logits.device, "logits")
         check_ignore_index(ignore_index)
-        inverse = _inverse_temperature(temperature, logits, "temperature")
-        inverse_t = _inverse_temperature(temperature_t, logits, "temperature_t")
+        inverse = constant_inverse_temperature(temperature, logits, "temperature")
+        inverse_t = constant_inverse_temperature(temperature_t, logits, "temperature_t")
         if inplace_backward and torch.is_grad_enabled():
             for rows, name in ((logits, "logits"), (logits_t, "logits_t")):
                 if rows is not None and rows.requires_grad:
@@ -146,7 +146,7 @@ def linear_token_logprobs(
     check_ignore_index(ignore_index)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, but is {chunk_size}")
-    inverse = _inverse_temperature(temperature, hidden, "temperature")
+    inverse = constant_inverse_temperature(temperature, hidden, "temperature")
     log_probs, entropies, _ = torch.ops.optsample.linear_token_logprobs(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
@@ -193,7 +193,7 @@ def check_ignore_index(ignore_index: int) -> None:
         raise ValueError(f"ignore_index must be a 32-bit integer, but is {ignore_index!r}")
 
 
-def _inverse_temperature(temperature: float | Tensor, rows: Tensor, name: str) -> Tensor | None:
+def constant_inverse_temperature(temperature: float | Tensor, rows: Tensor, name: str) -> Tensor | None:
     """1/temperature per row, NaN where a tensor's value is not positive and finite."""
     inverse = inverse_temperature(temperature, rows, name)
     if inverse is None or not isinstance(temperature, Tensor):

@@ -1,11 +1,12 @@
 """IS Reshape: learn from samples of another distribution, with importance weights reshaped by gamma or a kernel.
 
-``is_reshape_loss`` is the whole family in one function; ``gamma_star`` and ``gamma_exact`` choose gamma; ``PRESETS``
-holds published methods; ``diagnose`` and ``robust_gamma`` tell where the closed form holds. docs/is-reshape.md derives
-them.
+``is_reshape_loss`` is the whole family in one function; ``distillation_loss`` learns from all tokens, not from samples;
+``gamma_star`` and ``gamma_exact`` choose gamma; ``PRESETS`` holds published methods; ``diagnose`` and ``robust_gamma``
+tell where the closed form holds. docs/is-reshape.md derives them.
 """
 
 from optsample_triton.is_reshape.diagnostics import Choice, Diagnosis, diagnose, psis, psis_gamma, robust_gamma
+from optsample_triton.is_reshape.distillation import distillation_loss
 from optsample_triton.is_reshape.gamma import (
     Moments,
     Weights,
@@ -54,6 +55,7 @@ __all__ = [
     "Weights",
     "curves",
     "diagnose",
+    "distillation_loss",
     "gamma_closed_form",
     "gamma_combined",
     "gamma_exact",

@@ -42,6 +42,11 @@ def generate_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--prompt-template", metavar="TEXT", help="the prompt with columns in braces: 'Q: {question}'")
     group.add_argument("--system-prompt", metavar="TEXT", help="system prompt of both models; replaces the dataset's")
     group.add_argument("--target-system-prompt", metavar="TEXT", help="system prompt of pi_t only; not in the output")
+    group.add_argument("--hint-column", metavar="COLUMN", help="a hint for each row, which only pi_t reads")
+    group.add_argument(
+        "--hint-template", metavar="TEXT", help="pi_t's prompt with {hint} and {prompt} (hint, blank line, prompt)"
+    )
+    group.add_argument("--answer-column", metavar="COLUMN", help="the right answer's column (default: found by name)")
     group.add_argument("--chat-template", metavar="JINJA", help="a text or a file; replaces the tokenisers' templates")
     group.add_argument("--target-chat-template", metavar="JINJA", help="chat template of pi_t only")
     group.add_argument(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ PLAIN = (
     "{{ message['role'] | capitalize + ': ' + message['content'] + '\\n\\n' }}"
     "{%- endfor -%}Assistant:{%- endif -%}"
 )
+
+HINTED = "{hint}\n\n{prompt}"  # what pi_t reads in place of the prompt, with a hint column
 
 
 class Encoder:
@@ -43,7 +46,10 @@ class Encoder:
         # Two tokenisers count as different even with equal vocabularies and templates, since one of them may add a
         # token at the start of a text.
         self._same = (
-            target is self.tokenizer and self._templates[0] == self._templates[1] and job.target_system_prompt is None
+            target is self.tokenizer
+            and self._templates[0] == self._templates[1]
+            and job.target_system_prompt is None
+            and job.hint_column is None
         )
         self.limit = self._limit()
 
@@ -53,8 +59,9 @@ class Encoder:
             ids = self._ids(self.tokenizer, self._templates[0], messages)
             target_ids = None
             if not self._same:
-                theirs = self.job.target_system_prompt
-                target_messages = messages if theirs is None else _with_system(messages, theirs)
+                target_messages = _hinted(messages, prompt.hint, self.job.hint_template or HINTED)
+                if self.job.target_system_prompt is not None:
+                    target_messages = _with_system(target_messages, self.job.target_system_prompt)
                 target_ids = self._ids(self.target_tokenizer, self._templates[1], target_messages)
                 if target_ids == ids:
                     target_ids = None
@@ -113,6 +120,20 @@ def _with_system(messages: list[dict[str, str]], text: str | None) -> list[dict[
         return messages
     rest = messages[1:] if messages[0]["role"] == "system" else messages
     return [{"role": "system", "content": text}, *rest]
+
+
+def _hinted(messages: list[dict[str, str]], hint: str | None, template: str) -> list[dict[str, str]]:
+    """The conversation with the hint in the user's last message.
+
+    >>> _hinted([{"role": "user", "content": "2 + 2?"}], "Count {it}.", "{hint} {prompt}")
+    [{'role': 'user', 'content': 'Count {it}. 2 + 2?'}]
+    """
+    if hint is None:
+        return messages
+    *before, last = messages
+    parts = {"{hint}": hint, "{prompt}": last["content"]}  # at once, since either text may hold braces
+    text = re.sub(r"\{hint\}|\{prompt\}", lambda found: parts[found[0]], template)
+    return [*before, {**last, "content": text}]
 
 
 def _template_of(tokenizer: Any) -> str:

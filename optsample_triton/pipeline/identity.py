@@ -33,9 +33,9 @@ def prompt_id(messages: list[dict[str, str]]) -> str:
     return digest("prompt", messages)
 
 
-def sample_id(prompt: str, law: str, row: int, repeat: int) -> str:
+def sample_id(prompt: str, law: str, row: int, repeat: int, hint: str | None = None) -> str:
     """``prompt`` is a prompt's id, ``law`` the digest of the configuration with its seed."""
-    return digest("sample", prompt, law, row, repeat)
+    return digest("sample", prompt, law, row, repeat, *([] if hint is None else [hint]))
 
 
 def stream(sample: str) -> int:

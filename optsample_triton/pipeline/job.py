@@ -78,6 +78,7 @@ class Job:
     target_system_prompt: str | None = _part("law", None)
     chat_template: str | None = _part("law", None)
     target_chat_template: str | None = _part("law", None)
+    hint_template: str | None = _part("law", None)
     alpha_method: str = _part("law", "kl_symmetry")
     alpha: float | None = _part("law", None)
     temperature: float = _part("law", 1.0)
@@ -100,6 +101,8 @@ class Job:
     split: str = _part("layout", "train")
     prompt_field: str | None = _part("layout", None)
     prompt_template: str | None = _part("layout", None)
+    hint_column: str | None = _part("layout", None)
+    answer_column: str | None = _part("layout", None)
     max_prompt_tokens: int | None = _part("layout", None)
     num_samples: int | None = _part("layout", None)
     samples_per_prompt: int = _part("layout", 1)
@@ -129,8 +132,15 @@ class Job:
             raise PipelineError(
                 f"alpha goes with alpha_method fixed, but they are {self.alpha} and {self.alpha_method}"
             )
-        if self.model_t is None and self.target_system_prompt is None and self.target_chat_template is None:
-            raise PipelineError("model_t is missing: name a target, or give model_theta itself a target_system_prompt")
+        if self.model_t is None and not self._target_reads_more():
+            raise PipelineError(
+                "model_t is missing: name a target, or give model_theta itself a target_system_prompt or a hint_column"
+            )
+        if self.hint_template is not None:
+            if self.hint_column is None:
+                raise PipelineError("hint_template needs a hint_column, but hint_column is None")
+            if not all(field in self.hint_template for field in ("{hint}", "{prompt}")):
+                raise PipelineError(f"hint_template must hold {{hint}} and {{prompt}}, but is {self.hint_template!r}")
         for name in ("batch_size", "max_new_tokens", "samples_per_prompt"):
             _at_least(getattr(self, name), 1, name)
         for name in ("num_samples", "max_prompt_tokens", "top_k", "vocab_size", "workers"):
@@ -163,6 +173,11 @@ class Job:
             raise PipelineError("resume keeps the existing output and overwrite deletes it: give one of them")
         if self.ray and self.backend != "hf":
             raise PipelineError(f"ray goes with the hf backend, but backend is {self.backend}")
+
+    def _target_reads_more(self) -> bool:
+        """Whether pi_t is asked in another way than pi_theta."""
+        own = (self.target_system_prompt, self.target_chat_template, self.hint_column)
+        return any(value is not None for value in own)
 
     def _check_places(self) -> None:
         """The output must not overwrite the dataset or change a model's directory."""

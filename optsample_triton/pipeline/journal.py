@@ -27,6 +27,7 @@ with contextlib.suppress(ImportError):
     fcntl = importlib.import_module("fcntl")
 
 _BLOCK = 1 << 20
+NAMES = "names"  # the part of the header that may change: what things were called
 
 
 class Journal:
@@ -209,7 +210,7 @@ def _is_json(line: bytes) -> bool:
 
 def _check_header(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
     new = json.loads(canonical(new))
-    changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    changed = [name for name in sorted({*old, *new} - {NAMES}) if old.get(name) != new.get(name)]
     if changed:
         what = "; ".join(f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in changed)
         raise PipelineError(f"--resume needs the configuration with which {path} was begun, but {what}")

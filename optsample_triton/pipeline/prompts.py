@@ -19,10 +19,14 @@ ROLES = {
 
 
 class Prompt(NamedTuple):
-    """A conversation that ends with a user's message; ``answer`` is the dataset's own, if it has one."""
+    """A conversation that ends with a user's message.
+
+    ``answer`` is the dataset's own, if it has one; ``hint`` is what pi_t reads besides, with a hint column.
+    """
 
     messages: list[dict[str, str]]
     answer: str | None
+    hint: str | None = None
 
 
 Adapter = Callable[[dict[str, Any]], "Prompt | Reject"]
@@ -65,6 +69,36 @@ def choose(columns: Iterable[str], field: str | None = None, template: str | Non
     )
 
 
+def with_columns(
+    adapter: Adapter, columns: Iterable[str], answer: str | None = None, hint: str | None = None
+) -> Adapter:
+    """The adapter, with the answer and the hint from these columns. A row without a hint is rejected.
+
+    >>> adapter = with_columns(choose(["prompt", "key", "tip"])[1], ["prompt", "key", "tip"], "key", "tip")
+    >>> adapter({"prompt": "1 + 1?", "key": 2, "tip": "count"})[1:]
+    ('2', 'count')
+    """
+    have = list(columns)
+    for name, column in (("answer_column", answer), ("hint_column", hint)):
+        if column is not None and column not in have:
+            raise PipelineError(f"{name} is {column!r}, but the dataset's columns are {', '.join(map(repr, have))}")
+
+    def adapted(row: dict[str, Any]) -> Prompt | Reject:
+        prompt = adapter(row)
+        if isinstance(prompt, Reject):
+            return prompt
+        if answer is not None:
+            prompt = prompt._replace(answer=_plain(row.get(answer)))
+        if hint is None:
+            return prompt
+        text = _plain(row.get(hint))
+        if text is None or not text.strip():
+            return Reject("empty", f"the row has no hint in column {hint!r}")
+        return prompt._replace(hint=text)
+
+    return adapted
+
+
 def adapt(adapter: Adapter, row: dict[str, Any]) -> Prompt | Reject:
     """A row's prompt, or why it has none."""
     prompt = adapter(row)
@@ -72,7 +106,7 @@ def adapt(adapter: Adapter, row: dict[str, Any]) -> Prompt | Reject:
         return prompt
     if not prompt.messages[-1]["content"].strip():
         return Reject("empty", "the prompt is empty")
-    for text in (*(message["content"] for message in prompt.messages), prompt.answer or ""):
+    for text in (*(message["content"] for message in prompt.messages), prompt.answer or "", prompt.hint or ""):
         if not encodable(text):
             return Reject("undecodable", "the row has bytes or surrogates that are not text")
     return prompt
@@ -142,11 +176,12 @@ def _conversation(turns: Any, row: dict[str, Any]) -> Prompt | Reject:
 
 
 def _answer(row: dict[str, Any]) -> str | None:
-    for name in ANSWERS:
-        value = row.get(name)
-        if isinstance(value, (str, int, float)) and not isinstance(value, bool):
-            return str(value)
-    return None
+    return next((text for name in ANSWERS if (text := _plain(row.get(name))) is not None), None)
+
+
+def _plain(value: Any) -> str | None:
+    """A text or a number as text."""
+    return str(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else None
 
 
 def _missing(name: str, row: dict[str, Any], expected: str) -> Reject:

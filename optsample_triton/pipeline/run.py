@@ -13,7 +13,7 @@ from optsample_triton.pipeline.dataset import Reject
 from optsample_triton.pipeline.encode import Encoder, commit_of, template_text
 from optsample_triton.pipeline.engines import engine
 from optsample_triton.pipeline.job import Job, PipelineError
-from optsample_triton.pipeline.journal import Journal
+from optsample_triton.pipeline.journal import NAMES, Journal
 from optsample_triton.pipeline.progress import Progress
 from optsample_triton.pipeline.prompts import Prompt
 from optsample_triton.pipeline.records import (
@@ -25,7 +25,7 @@ from optsample_triton.pipeline.records import (
     rejected_line,
 )
 
-FORMAT = 2  # of the files; a run in another format cannot be resumed
+FORMAT = 3  # of the files; a run in another format cannot be resumed
 HEAD = 100  # the columns of so many rows together say what the prompts are, since a single row may lack some
 log = logging.getLogger("optsample_triton.pipeline")
 
@@ -62,7 +62,8 @@ def generate(job: Job) -> Summary:
     if job.save_diagnostics:
         files["diagnostics"] = job.path("diagnostics")
     law = law_of(job)
-    header = {"format": FORMAT, **law, **job.fields("layout")}
+    names = {"model_theta": job.model_theta, "model_t": job.model_t}  # for the report; models may be moved
+    header = {"format": FORMAT, **law, **job.fields("layout"), NAMES: names}
     stale = () if job.save_diagnostics else (job.path("diagnostics"),)
     with Journal(
         job.path("journal"), files, header, resume=job.resume, overwrite=job.overwrite, stale=stale
@@ -130,7 +131,7 @@ def plan(job: Job, encoder: Encoder, law: str, start: Position) -> Generator[Bat
         for repeat in range(first, job.samples_per_prompt):
             if position.attempted == job.num_samples:
                 break
-            sample_id = identity.sample_id(row.name, law, row.number, repeat)
+            sample_id = identity.sample_id(row.name, law, row.number, repeat, row.prompt.hint)
             batch.samples.append(PlannedSample(sample_id, row.name, row.number, repeat, row.prompt))
             batch.requests.append(Request(sample_id, identity.stream(sample_id), *encoded))
             following = (row.number, repeat + 1) if repeat + 1 < job.samples_per_prompt else (row.number + 1, 0)
@@ -154,11 +155,14 @@ def _read(job: Job, start: Position) -> Iterator[_Read]:
             prompt = row
         else:
             if adapter is None:
-                kind, adapter = prompts.choose(columns or row, job.prompt_field, job.prompt_template)
+                have = columns or row
+                kind, adapter = prompts.choose(have, job.prompt_field, job.prompt_template)
+                adapter = prompts.with_columns(adapter, have, job.answer_column, job.hint_column)
                 log.info("prompts are read as %s", kind)
             prompt = prompts.adapt(adapter, row)
         name = prompt.reason if isinstance(prompt, Reject) else identity.prompt_id(prompt.messages)
-        seen = identity.digest(seen, name)
+        hint = [] if isinstance(prompt, Reject) or prompt.hint is None else [prompt.hint]
+        seen = identity.digest(seen, name, *hint)
         if number == last and seen != start.prompts:
             raise PipelineError(f"{_OTHER}, but the first {number + 1} rows of {job.dataset} have changed")
         if number >= start.row:

@@ -1,6 +1,6 @@
 """The report on recorded diagnostics: one pass in bounded memory, then figures and two documents.
 
-``tally`` reads, ``figures`` draws, ``report`` writes.
+``tally`` reads, ``weights`` judges, ``figures`` draws, ``report`` writes.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from typing import NamedTuple
 from optsample_triton.pipeline.analysis.figures import draw
 from optsample_triton.pipeline.analysis.report import Criterion, compose, criteria_of
 from optsample_triton.pipeline.analysis.tally import Tally, excerpts, read
+from optsample_triton.pipeline.analysis.weights import Weights, weights_of
 from optsample_triton.pipeline.job import PipelineError
 
-__all__ = ["Criterion", "Report", "Tally", "analyze", "read"]
+__all__ = ["Criterion", "Report", "Tally", "Weights", "analyze", "read"]
 
 
 class Report(NamedTuple):
@@ -21,6 +22,7 @@ class Report(NamedTuple):
     markdown: Path
     html: Path
     criteria: list[Criterion]
+    weights: list[Weights]
     tally: Tally
 
 
@@ -28,8 +30,8 @@ def analyze(diagnostics: str | Path, output_dir: str | Path = "analysis", *, wor
     """Read FILE.diagnostics.jsonl and write report.md, report.html, summary.json and the figures into a folder.
 
     Args:
-        diagnostics: the file that ``generate`` wrote with ``save_diagnostics``. The texts of the worst samples come
-            from the chat file beside it, if there is one.
+        diagnostics: the file that ``generate`` wrote with ``save_diagnostics``. What was run comes from the journal
+            beside it, the texts from the chat file, if they are there.
         worst: how many samples with the lowest effective sample size to list.
     """
     if worst < 0:
@@ -41,10 +43,11 @@ def analyze(diagnostics: str | Path, output_dir: str | Path = "analysis", *, wor
     texts = excerpts(path, [int(record["line"]) for record in tally.worst()])
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        criteria = criteria_of(tally)
-        markdown, html = compose(tally, criteria, draw(tally, folder), texts, path, folder)
+        criteria, weights = criteria_of(tally), weights_of(tally)
+        markdown, html = compose(tally, criteria, weights, draw(tally, folder), texts, path, folder)
     except OSError as error:
         raise PipelineError(f"cannot write {folder}: {error.strerror or error}") from error
     met = sum(criterion.met is True for criterion in criteria)
     summary = f"{tally.samples} samples, {tally.tokens} tokens, {met} of {len(criteria)} acceptance criteria met"
-    return Report(summary, markdown, html, criteria, tally)
+    summary += "".join(f"; {w.name}: {w.verdict}" for w in weights if w.of == "answers" and w.faults)
+    return Report(summary, markdown, html, criteria, weights, tally)

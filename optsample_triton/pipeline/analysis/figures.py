@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from optsample_triton.is_reshape.diagnostics import psis
 from optsample_triton.pipeline.analysis.tally import (
     ALPHA_EDGES,
     BANDS,
@@ -17,9 +16,9 @@ from optsample_triton.pipeline.analysis.tally import (
     RATIO_EDGES,
     SHARE_EDGES,
     Array,
-    Reservoir,
     Tally,
 )
+from optsample_triton.pipeline.analysis.weights import k_hat
 from optsample_triton.pipeline.job import need
 
 THETA, T, GREY, BAND = "#2f6db3", "#d9822b", "#5f6670", "#cfe3cf"
@@ -50,19 +49,6 @@ def draw(tally: Tally, folder: Path) -> list[Figure]:
             figure.savefig(path, dpi=130, metadata={"Software": None})
             drawn.append(Figure(name, title, caption, path))
     return drawn
-
-
-def k_hat(reservoir: Reservoir, column: int) -> float:
-    """The tail index of importance weights; NaN if there are too few, all are equal, or arviz-stats is missing."""
-    import torch
-
-    values = reservoir.values()[:, column]
-    if values.size < 5:
-        return math.nan
-    try:
-        return psis(torch.from_numpy(values.copy()))[1]
-    except ImportError:
-        return math.nan
 
 
 def _alpha(tally: Tally, axes: Any) -> str | None:
@@ -157,7 +143,8 @@ def _tails(tally: Tally, axes: Any) -> str | None:
     axes.legend(frameon=False, fontsize=8, loc="lower left")
     return (
         "Tails of the weights of whole answers and of tokens. k̂ is the Pareto index of the tail: above 0.7, means over "
-        "these weights cannot be trusted; above 1, they do not converge at all. If most weights are nearly 1, as for "
+        "these weights cannot be trusted; above 1, they do not converge at all. It cannot see weights that were never "
+        "drawn: the mean, which must be 1, tells of them. If most weights are nearly 1, as for "
         "tokens on which both models agree, the fitted tail begins there and k̂ is too high: look at the curve."
     )
 

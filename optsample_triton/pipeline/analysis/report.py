@@ -9,10 +9,11 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from optsample_triton.pipeline.analysis.figures import Figure, k_hat
+from optsample_triton.pipeline.analysis import header
+from optsample_triton.pipeline.analysis.answers import LONGEST, Accuracy
+from optsample_triton.pipeline.analysis.figures import Figure
 from optsample_triton.pipeline.analysis.tally import Tally
+from optsample_triton.pipeline.analysis.weights import Weights
 from optsample_triton.types import Status
 
 REQUIRED = 0.95  # share of the positions that must meet a criterion
@@ -57,13 +58,15 @@ def criteria_of(tally: Tally) -> list[Criterion]:
 def compose(
     tally: Tally,
     criteria: list[Criterion],
+    weights: list[Weights],
     figures: list[Figure],
     texts: dict[int, tuple[str, str]],
     source: Path,
     folder: Path,
 ) -> tuple[Path, Path]:
-    weights = _weights(tally)
-    parts = [*_head(tally, criteria, source), *_weight_parts(weights)]
+    run = header.configuration(source)
+    parts = [*_head(tally, source, run), *_accuracy(tally.accuracy), *_criteria_parts(criteria)]
+    parts += _weight_parts(weights)
     for figure in figures:
         parts += [f"# {figure.title}", figure, figure.caption]
         if figure.name == "worst-samples":
@@ -73,19 +76,61 @@ def compose(
     markdown, page = folder / "report.md", folder / "report.html"
     markdown.write_text(_markdown(parts), encoding="utf-8")
     page.write_text(_html(parts), encoding="utf-8")
-    (folder / "summary.json").write_text(_summary(tally, criteria, weights), encoding="utf-8")
+    (folder / "summary.json").write_text(_summary(tally, criteria, weights, run), encoding="utf-8")
     return markdown, page
 
 
-def _head(tally: Tally, criteria: list[Criterion], source: Path) -> list[Part]:
+def _head(tally: Tally, source: Path, run: dict[str, Any] | None) -> list[Part]:
+    """What was run, and what came of it."""
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(tally.reasons.items()))
     statuses = ", ".join(f"{count:,} {Status(code).name}" for code, count in sorted(tally.statuses.items()))
     skipped = f" {tally.skipped:,} lines were not records and were skipped." if tally.skipped else ""
+    counts = (
+        f"{source.name}: {tally.samples:,} samples, {tally.tokens:,} tokens, the longest {tally.longest:,}; "
+        f"ended by: {reasons}; status of the tokens: {statuses}.{skipped}"
+    )
+    if run is None:
+        unknown = f"{header.beside(source).name}, which has the models, the method and the seed, is not beside it."
+        return [counts, f"What was run is not known: {unknown}"]
+    return [counts, Table(["run", ""], header.rows(run))]
+
+
+def _accuracy(accuracy: Accuracy) -> list[Part]:
+    if not accuracy.recorded:
+        return []
+    parts: list[Part] = ["# Accuracy"]
+    if accuracy.compared:
+        n = accuracy.compared
+        parts.append(
+            Table(
+                ["compared with the recorded answer", "texts", "share"],
+                [
+                    ["equal it", f"{accuracy.equal:,} of {n:,}", _percent(accuracy.equal / n)],
+                    ["contain it", f"{accuracy.contain:,} of {n:,}", _percent(accuracy.contain / n)],
+                ],
+            )
+        )
+        parts.append(COMPARED)
+    if accuracy.long:
+        parts.append(f"{accuracy.long:,} answers of more than {LONGEST} characters were not compared.")
+    missing = accuracy.recorded - accuracy.compared - accuracy.long
+    if missing:
+        parts.append(f"{missing:,} texts were not compared, since the chat file beside the diagnostics lacks them.")
+    return parts
+
+
+COMPARED = (
+    "Of text and answer, the part after the last #### counts, else the content of the last \\boxed{}, else all; case "
+    "and thousands separators do not count. Equal: both parts are the same. Contain: the answer's part occurs in "
+    "the text, not inside a longer word or number. Nothing is computed: 1/2 and 0.5 are different. These are shares of "
+    "the samples, which follow q*, and not the accuracy of π_θ or π_t."
+)
+
+
+def _criteria_parts(criteria: list[Criterion]) -> list[Part]:
     rows = [[c.name, c.asked, *_measured(c)] for c in criteria]
     head = ["criterion", "required", "tokens that meet it", "samples", "mean ± deviation", f"verdict ({REQUIRED:.0%})"]
     return [
-        f"{source.name}: {tally.samples:,} samples, {tally.tokens:,} tokens, the longest {tally.longest:,}; "
-        f"ended by: {reasons}; status of the tokens: {statuses}.{skipped}",
         "# Acceptance criteria",
         Table(head, rows),
         "The first and the third are properties of the two models, not of the sampler: KL symmetry implies balanced "
@@ -95,35 +140,45 @@ def _head(tally: Tally, criteria: list[Criterion], source: Path) -> list[Part]:
     ]
 
 
-def _weight_parts(weights: list[dict[str, Any]]) -> list[Part]:
+def _weight_parts(weights: list[Weights]) -> list[Part]:
     rows = [
-        [w["weights"], f"{w['count']:,}", _percent(w["ess_share"]), _number(w["k_hat"]), _number(w["largest_share"])]
+        [
+            w.name,
+            f"{w.number:,}",
+            f"{_number(w.mean)} ± {_number(w.error)}",
+            _number(w.median),
+            _percent(w.ess_share),
+            _number(w.k_hat),
+            _number(w.largest_share),
+            w.verdict,
+        ]
         for w in weights
     ]
+    head = ["weights", "number", "mean (must be 1)", "median", "effective share", "k̂", "largest share", "verdict"]
     return [
         "# Importance weights",
-        Table(["weights", "number", "effective share", "k̂", "largest weight's share of the sum"], rows),
-        "The effective share is (Σw)² / (n Σw²). If k̂ is above 0.7, do not trust a mean over these weights: use token "
-        "weights, or clip or reshape them (see is_reshape). Weights of 0 or infinity are left out.",
+        Table(head, rows),
+        BLIND,
+        *(_missed(w) for w in weights if w.missed),
+        "The mean is given with its standard error. The median is the weight of an ordinary sample: if it is far below "
+        "1, few samples decide every mean. The effective share is (Σw)² / (n Σw²), the largest share that of the "
+        "largest weight in the sum. Where the verdict is not to trust the weights of answers, use token weights, or "
+        "clip or reshape them (see is_reshape). A filter on q* lowers the mean by what it cuts off, for good.",
     ]
 
 
-def _weights(tally: Tally) -> list[dict[str, Any]]:
-    rows = []
-    for reservoir, what in ((tally.log_w_of_samples, "answers"), (tally.log_w_of_tokens, "tokens")):
-        for column, model in enumerate(("π_θ/q*", "π_t/q*")):
-            log_w = reservoir.values()[:, column]
-            w = np.exp(log_w - log_w.max()) if log_w.size else log_w
-            rows.append(
-                {
-                    "weights": f"{model} of {what}",
-                    "count": reservoir.seen,
-                    "ess_share": float(w.sum() ** 2 / (w.size * np.square(w).sum())) if w.size else math.nan,
-                    "k_hat": k_hat(reservoir, column),
-                    "largest_share": float(w.max() / w.sum()) if w.size else math.nan,
-                }
-            )
-    return rows
+BLIND = (
+    "k̂ describes only the weights that were drawn: it cannot see a tail that the sample never reached, so a low k̂ "
+    "alone is no reason to trust weights whose mean is not 1."
+)
+
+
+def _missed(w: Weights) -> str:
+    seen = "" if math.isnan(w.k_hat) else f", which its k̂ of {w.k_hat:.2f} cannot see"
+    return (
+        f"Do not trust {w.name}: its mean is {w.mean:.3g} where it must be 1, so about {w.missed:.0%} of {w.model} "
+        f"lies where no sample fell{seen}; its median is {w.median:.2g}."
+    )
 
 
 def _worst_table(tally: Tally, texts: dict[int, tuple[str, str]]) -> Table:
@@ -137,20 +192,28 @@ def _worst_table(tally: Tally, texts: dict[int, tuple[str, str]]) -> Table:
     return Table(head, rows)
 
 
-def _summary(tally: Tally, criteria: list[Criterion], weights: list[dict[str, Any]]) -> str:
+def _summary(tally: Tally, criteria: list[Criterion], weights: list[Weights], run: dict[str, Any] | None) -> str:
     """The report's numbers as JSON, for programs."""
     found = {
+        "run": run,
         "samples": tally.samples,
         "tokens": tally.tokens,
         "skipped_lines": tally.skipped,
         "finish_reasons": dict(sorted(tally.reasons.items())),
         "criteria": [criterion._asdict() for criterion in criteria],
-        "weights": weights,
+        "weights": [_weights(w) for w in weights],
         "weights_are_exact": tally.log_w_of_tokens.seen <= len(tally.log_w_of_tokens.values()),
         "overlap": {name: share.mean for name, share in tally.overlap.items()},
+        "accuracy": vars(tally.accuracy),
         "drafts": {"tested": tally.tested, "accepted": tally.accepted},
     }
     return json.dumps(_finite(found), ensure_ascii=False, indent=2) + "\n"
+
+
+def _weights(w: Weights) -> dict[str, Any]:
+    found = {"weights": w.name, **w._asdict(), "trusted": not w.faults}
+    del found["model"], found["of"]
+    return found
 
 
 def _finite(value: Any) -> Any:

@@ -7,12 +7,14 @@ import json
 import math
 import sys
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from optsample_triton.pipeline.analysis.answers import Accuracy
 from optsample_triton.pipeline.job import PipelineError
 from optsample_triton.pipeline.records import DRAWN, EXACT, PER_SAMPLE
 from optsample_triton.types import Status
@@ -104,13 +106,14 @@ class Tally:
         self.overlaps = np.zeros((2, len(SHARE_EDGES) - 1), dtype=np.int64)
         self.overlap = {name: Band(0.0, 1.0) for name in ("theta", "t")}
         self.tested = self.accepted = 0
+        self.accuracy = Accuracy()
         self.kl = Reservoir(SCATTERED, 2)
         self.log_w_of_samples, self.log_w_of_tokens = Reservoir(KEPT, 2), Reservoir(KEPT, 2)
         self._worst: list[tuple[float, int, dict[str, Any]]] = []
         self._keep = worst
 
-    def add(self, record: dict[str, Any]) -> None:
-        """Count a line of the file; raises before counting anything if it is not a record."""
+    def add(self, record: dict[str, Any], texts: Texts | None = None) -> None:
+        """Count a line of the file, and its text if there is one; raises before counting if it is not a record."""
         diagnostics = _per_token(record)
         log_w = _array([record["log_w_theta"], record["log_w_t"]])
         disjoint = np.array(record["status"]) == Status.DISJOINT  # the models are infinitely far from each other
@@ -131,10 +134,15 @@ class Tally:
         self.of_samples["kl_difference"].add(difference / alpha.size)
         with np.errstate(divide="ignore"):  # the ratio is 0 if pi_theta gives the answer no mass
             _count(self.ratio_of_samples, np.log(ratio), RATIO_EDGES)
-        self.log_w_of_samples.add(_finite(*log_w[:, None]))
-        self.log_w_of_tokens.add(_finite(diagnostics["log_theta"] - log_q, diagnostics["log_t"] - log_q))
+        log_w_of_tokens = [_log_weights(diagnostics[name], log_q) for name in ("log_theta", "log_t")]
+        for k, of_tokens in enumerate(log_w_of_tokens):
+            if np.isnan(log_w[k]) and np.isneginf(of_tokens).any() and not np.isnan(of_tokens).any():
+                log_w[k] = -math.inf  # one token of weight 0 makes the answer's weight 0
+        self.log_w_of_samples.add(_known(*log_w[:, None]))
+        self.log_w_of_tokens.add(_known(*log_w_of_tokens))
         self.tested += record["num_tested"] or 0
         self.accepted += record["num_accepted"] or 0
+        self.accuracy.add(record.get("answer"), None if texts is None else texts.of(record))
         self._add_worst(record)
 
     def _add_alpha(self, alpha: Array) -> None:
@@ -177,11 +185,11 @@ def read(path: Path, worst: int) -> Tally:
     tally = Tally(worst)
     try:
         size = path.stat().st_size
-        with path.open("rb") as file:
+        with path.open("rb") as file, closing(Texts(path)) as texts:
             bar = _bar(size)
             for line in file:
                 try:
-                    tally.add(json.loads(line))
+                    tally.add(json.loads(line), texts)
                 except (ValueError, KeyError, TypeError, RecursionError):
                     tally.skipped += 1
                 if bar is not None:
@@ -193,13 +201,48 @@ def read(path: Path, worst: int) -> Tally:
     return tally
 
 
+def chat_beside(path: Path) -> Path | None:
+    """The chat file beside the diagnostics."""
+    stem = path.name.removesuffix(".diagnostics.jsonl")
+    for name in (f"{stem}.jsonl", stem):  # the output's name may not end in .jsonl
+        chat = path.with_name(name)
+        if chat != path and chat.is_file():
+            return chat
+    return None
+
+
+class Texts:
+    """The drawn texts, read from the chat file side by side with the diagnostics."""
+
+    def __init__(self, diagnostics: Path):
+        chat = chat_beside(diagnostics)
+        self._file = None if chat is None else chat.open("rb")
+        self._next = 0
+
+    def of(self, record: dict[str, Any]) -> str | None:
+        """The text of a record that has an answer; None if its chat line is missing, damaged or already behind."""
+        if self._file is None or record.get("answer") is None:
+            return None
+        line = b""
+        while self._next <= int(record["line"]):
+            line = self._file.readline()
+            if not line:
+                return None
+            self._next += 1
+        try:
+            return str(json.loads(line)["messages"][-1]["content"])
+        except (ValueError, KeyError, TypeError, IndexError):  # the file may have been edited
+            return None
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
 def excerpts(path: Path, numbers: list[int]) -> dict[int, tuple[str, str]]:
     """Question and answer of some lines, from the chat file beside the diagnostics, if it exists and has them."""
-    stem = path.name.removesuffix(".diagnostics.jsonl")
-    chat = path.with_name(f"{stem}.jsonl")
-    if not chat.is_file():
-        chat = path.with_name(stem)  # the output's name may not end in .jsonl
-    if chat == path or not chat.is_file():
+    chat = chat_beside(path)
+    if chat is None:
         return {}
     wanted, found = set(numbers), {}
     with chat.open("rb") as file:
@@ -237,6 +280,7 @@ def _per_token(record: dict[str, Any]) -> dict[str, Array]:
         or numbers.ndim != 1
         or not all(isinstance(count, int) for count in counts)
         or not isinstance(record["finish_reason"], str)
+        or not isinstance(record.get("answer"), (str, type(None)))
         or not set(record["status"]) <= set(Status)
     ):
         raise ValueError("the line is not a record of a sample")
@@ -245,6 +289,18 @@ def _per_token(record: dict[str, Any]) -> dict[str, Array]:
 
 def _array(values: list[float | None]) -> Array:
     return np.array(values, dtype=np.float64)  # None becomes NaN
+
+
+def _log_weights(log_p: Array, log_q: Array) -> Array:
+    """log p - log q. A p of None where q is known is 0, since JSON has no -inf."""
+    log_w: Array = np.where(np.isnan(log_p) & np.isfinite(log_q), -math.inf, log_p - log_q)
+    return log_w
+
+
+def _known(*columns: Array) -> Array:
+    rows = np.stack(columns, -1)
+    kept: Array = rows[~np.isnan(rows).any(-1)]
+    return kept
 
 
 def _finite(*columns: Array) -> Array:

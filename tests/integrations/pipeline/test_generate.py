@@ -16,7 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optsample_triton import cli
-from optsample_triton.pipeline import records
+from optsample_triton.pipeline import analyze, records
 from reference import truth
 
 SCHEMAS = {
@@ -138,6 +138,43 @@ def test_diagnostics_are_those_of_the_models(told: bool, run: Runner) -> None:
         }
         for name, values in expected.items():
             torch.testing.assert_close(torch.tensor(record[name]).double(), values, atol=2e-4, rtol=1e-3)
+
+
+def test_hints_of_rows_are_read_by_the_target_alone(run: Runner) -> None:
+    """pi_t is the policy itself with a hint in each row's prompt; the numbers are those of the model's own logits."""
+    rows = [{**row, "tip": "so careful" if k % 2 else "what ?"} for k, row in enumerate(questions(6))]
+    dataset = write_rows(run.folder / "hinted.jsonl", [*rows, {"question": "1 plus 1 is", "answer": "2"}])
+    more = [
+        "--save-diagnostics",
+        "--hint-column",
+        "tip",
+        "--answer-column",
+        "answer",
+        "--model-t",
+        run.models["policy"],
+    ]
+    out = run("out", *more, dataset=dataset)
+    check_schemas(out)
+    assert [(r["row"], r["reason"]) for r in lines(out / "out.rejected.jsonl")] == [(6, "empty")]
+    model = AutoModelForCausalLM.from_pretrained(run.models["policy"])
+    tokenizer = AutoTokenizer.from_pretrained(run.models["policy"])
+    for line, record, row in zip(lines(out / "out.jsonl"), lines(out / "out.diagnostics.jsonl"), rows, strict=True):
+        assert line["messages"][0]["content"] == row["question"]
+        assert (record["hint"], record["answer"]) == (row["tip"], row["answer"])
+        prompts = [tokenizer(text).input_ids for text in (row["question"], f"{row['tip']}\n\n{row['question']}")]
+        tokens = torch.tensor(record["tokens"])[:, None]
+        with torch.no_grad():
+            theta, t = (
+                model(torch.tensor([prompt + record["tokens"]])).logits[0, len(prompt) - 1 : -1] for prompt in prompts
+            )
+        for name, logits in (("log_theta", theta), ("log_t", t)):
+            expected = logits.double().log_softmax(-1).gather(1, tokens)[:, 0]
+            torch.testing.assert_close(torch.tensor(record[name]).double(), expected, atol=2e-4, rtol=1e-3)
+    report = analyze(out / "out.diagnostics.jsonl", run.folder / "analysis").markdown.read_text()
+    assert f"| policy π_θ | {run.models['policy']} (directory " in report
+    assert "| hints, read by π_t only | of each row, column 'tip' |" in report
+    assert "| contain it |" in report
+    assert run("out", *more, "--resume", "--hint-template", "{prompt} {hint}", dataset=dataset, code=1)
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")

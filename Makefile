@@ -4,22 +4,31 @@
 # make test-compiled: all tests of kernels, compiled for sm_80, sm_90 and sm_100; very long.
 # make watch: which frameworks have a newer release than was tested; RUN=yes runs the tests against it.
 # make theory: the documents' claims measured, docs/theory-report.md and its figures written; under ten minutes.
+# make demo:  a small real model and itself with a hint: texts side by side, files, a page with pictures; a few minutes.
 # All need Python >= 3.10 and make, nothing else.
 PYTHON ?= python3
 PYTEST_ARGS ?= -n 2 --dist worksteal
 BENCH_ARGS ?= --budget 120
 THEORY_ARGS ?=
 CONSTRAINTS ?= constraints.txt
+DEMO_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: bench test test-all test-compiled theory test-integrations watch lint types format clean
+.PHONY: bench demo test test-all test-compiled theory test-integrations watch lint types format clean
 
 bench: $(STAMP)
 	$(BIN)/python -m bench $(BENCH_ARGS)
+
+# The environment of tests/integrations/demo, without what only the tests need.
+DEMO := .venvs/demo
+DEMO_STAMP := $(DEMO)/.demo-installed
+DEMO_INSTALL := $(DEMO)/bin/python -m pip install --quiet --disable-pip-version-check
+demo: $(DEMO_STAMP)
+	@$(DEMO)/bin/optsample demo --output-dir build/demo $(DEMO_ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -96,6 +105,14 @@ $(STAMP): $(CONSTRAINTS) pyproject.toml setup.py
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP_INSTALL) torch setuptools
 	@$(PIP_INSTALL) --no-build-isolation --editable '.[test,dev]'
+	@touch $@
+
+$(DEMO_STAMP): tests/integrations/demo/requirements.txt constraints.txt pyproject.toml
+	@echo "setting up $(DEMO): torch, transformers and what else the demo needs, from your package index"
+	@$(PYTHON) -m venv $(DEMO)
+	@$(DEMO_INSTALL) --constraint constraints.txt torch setuptools
+	@$(DEMO_INSTALL) --requirement $<
+	@$(DEMO_INSTALL) --no-build-isolation --editable '.[demo]'
 	@touch $@
 
 clean:

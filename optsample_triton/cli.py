@@ -267,9 +267,20 @@ def _analyze(argv: Sequence[str]) -> int:
     return commands.analyze(_Parser(prog="optsample analyze", description=description), argv)
 
 
+def _demo(argv: Sequence[str]) -> int:
+    from .demo import command
+
+    description = (
+        "Take a small real model as the policy and the same model with a hint as the target: draw texts from both and "
+        "from q*, show them side by side, and write the files and a page with pictures. Fetches the model once."
+    )
+    return command.run(_Parser(prog="optsample demo", description=description), argv)
+
+
 VERBS = {
     "analyze": _Verb(_analyze, "write a report of what generate has recorded"),
     "bench": _Verb(_bench, "check correctness, then time the reference against this package"),
+    "demo": _Verb(_demo, "draw from q* of a small real model and itself with a hint, with pictures"),
     "doctor": _Verb(_doctor, "print versions, devices and backend, check one row, try the installed frameworks"),
     "generate": _Verb(_generate, "draw training data from q* of two models"),
 }

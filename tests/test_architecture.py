@@ -31,11 +31,12 @@ LAYERS = {
     "is_reshape": "types api",
     "integrations": PUBLIC,
     "pipeline": f"{PUBLIC} _version integrations",
-    "cli": f"{PUBLIC} _version backend integrations pipeline bench",
+    "demo": f"{PUBLIC} integrations pipeline",
+    "cli": f"{PUBLIC} _version backend integrations pipeline demo bench",
     "": f"{PUBLIC} _version integrations pipeline",  # the package itself, optsample_triton/__init__.py
 }
 # The same for what stands beside the package; "ost" is what users import.
-PUBLIC_AND_MACHINE = "ost types api is_reshape pipeline _version backend launch"
+PUBLIC_AND_MACHINE = "ost types api is_reshape pipeline demo _version backend launch"
 SHARED = "bench.paths bench.charts bench.tables"
 TRUTH = "reference tests"  # of the tests: cases.py, the rows
 BESIDE = {
@@ -56,9 +57,11 @@ LAZY = {
     ("ops", "eager"): "the choice of a backend stands in one place",
     ("ost", "pipeline"): "solving and learning do not need it",
     ("cli", "pipeline"): "the other commands do not need it",
+    ("cli", "demo"): "the other commands do not need it",
     ("cli", "integrations"): "transformers need not be installed",
     ("cli", "bench"): "it is there in a clone of the repository only",
     ("pipeline", "pipeline"): "an engine, a cluster or the figures where a job asks for them",
+    ("demo", "integrations"): "these import transformers",
     ("pipeline", "integrations"): "these import transformers or vLLM",
 }
 NOT_IN_LAZY, NOT_LAZY = "only what LAZY names is imported there", "LAZY says that it is imported in a function"

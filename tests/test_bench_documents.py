@@ -99,7 +99,8 @@ def test_committed_rows_hold_the_cpu_cases() -> None:
     tables = [rows for rows in results.read_all().values() if rows[0].kind == "cpu"]
     assert tables
     for rows in tables:
-        assert {row.case for row in rows} == {case.name for case in cases.CPU_CASES}, "make bench BENCH_ARGS=--save"
+        measured = {row.case for row in rows} - {case.name for case in cases.REAL_CASES}  # younger than some tables
+        assert measured == {case.name for case in cases.CPU_CASES}, "make bench BENCH_ARGS=--save"
         for case in cases.CPU_CASES:
             of_case = results.of(rows, case.name)
             assert of_case["package"].status == of_case["reference"].status == of_case["copy"].status == "ok"

@@ -13,8 +13,9 @@ import torch
 import bench.__main__
 import optsample_triton as ost
 import reference
-from bench.speed import cases, goals, listed, peers, results, run, table, timing, works
+from bench.speed import cases, goals, listed, peers, real_rows, results, run, table, timing, works
 from bench.speed.inputs import Inputs
+from reference import truth
 from tests.bench_runs import CPU, compiled_or_eager, run_fast, solve_rows  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,6 +98,26 @@ def test_the_grid_is_whole() -> None:
     first = cases.CUDA_GRID[: 4 * len(cases.GRID_WORKS)]
     assert {(case.N, case.V) for case in first} == {(4096, 50257), (4096, 151936)}
     assert {case.work for case in first} == set(cases.GRID_WORKS)
+
+
+def test_real_rows_are_those_of_the_file() -> None:
+    """Rows of a language model: confident, some of many sweeps; alpha as the file has it is the truth."""
+    rows = real_rows.load()
+    assert real_rows.PATH.stat().st_size < 2_000_000
+    for case in cases.REAL_CASES:
+        inputs = Inputs.of(case, CPU)
+        assert (inputs.a.shape, inputs.a.dtype) == ((case.N, case.V), cases.DTYPES[case.dtype])
+        assert torch.equal(inputs.a, rows.theta)
+        assert torch.equal(inputs.b, rows.t)
+        outcome = run_fast(case)
+        assert outcome.error_ratio is not None
+        assert not outcome.failed
+        (row,) = (row for row in run.rows_of([outcome], CPU) if row.who == "package")
+        assert f"{case.N} x {case.V:,} real" in table.render([row])
+    torch.testing.assert_close(truth.solve(rows.theta, rows.t).alpha, rows.alpha, atol=1e-12, rtol=0.0)
+    solution = ost.solve(rows.theta, rows.t, diagnostics=True)
+    assert int(solution.sweeps.max()) >= 3
+    assert float(rows.theta.float().softmax(-1).amax(-1).max()) > 0.99
 
 
 # The check

@@ -70,7 +70,7 @@ def test_wheel_holds_the_package_only(built: Path) -> None:
     sources = {p.relative_to(ROOT).as_posix() for p in (ROOT / "optsample_triton").rglob("*.py")}
     assert sources <= set(names)
     assert f"Version: {__version__}\n" in fields
-    for extra in ("hf", "vllm", "rl", "pipeline", "plots", "stats", "ray", "test", "dev"):
+    for extra in ("hf", "vllm", "rl", "pipeline", "demo", "plots", "stats", "ray", "test", "dev"):
         assert f"Provides-Extra: {extra}\n" in fields
 
 

@@ -15,20 +15,23 @@ UNCOMPILED = ("reference", "peers")
 LISTED = ("reference",)
 ALONE: tuple[str, ...] = ()
 
+REAL = "/real"  # the end of the names of cases with rows of a language model
+
 
 @dataclass(frozen=True)
 class Case:
-    """`work` is a key of bench.speed.works.WORKS."""
+    """`work` is a key of bench.speed.works.WORKS; `real` rows are those of bench/real_rows.npz."""
 
     work: str
     N: int
     V: int
     dtype: str = "float32"
     rivals: tuple[str, ...] = LISTED
+    real: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.work}/{self.dtype}/{self.N}x{self.V}"
+        return f"{self.work}/{self.dtype}/{self.N}x{self.V}{REAL if self.real else ''}"
 
     @property
     def matrix_bytes(self) -> int:
@@ -60,6 +63,9 @@ CPU_CASES = (
     Case("token_logprobs_backward", 16, 50_257),
 )
 
+# Rows of a real language model (real_rows.py): a few tokens have nearly all the mass, and half take several sweeps.
+REAL_CASES = tuple(Case(work, 8, 49_152, "bfloat16", real=True) for work in ("solve", "sample"))
+
 # The cases that goals are set for (goals.py). They run first, so that a run that is cut short has them; those against
 # the compiled reference, which takes half a minute to compile, come last among them.
 CUDA_GOAL_CASES = (
@@ -86,7 +92,7 @@ CUDA_GRID = tuple(
     for work in GRID_WORKS
 )
 _GOAL_NAMES = {case.name for case in CUDA_GOAL_CASES}
-CUDA_CASES = (*CUDA_GOAL_CASES, *(case for case in CUDA_GRID if case.name not in _GOAL_NAMES))
+CUDA_CASES = (*CUDA_GOAL_CASES, *REAL_CASES, *(case for case in CUDA_GRID if case.name not in _GOAL_NAMES))
 
 # Every work once, small enough for a test run. The interpreter pays per operation: its cases are smaller still.
 QUICK_WORKS = (*GRID_WORKS, "dropin")
@@ -95,4 +101,5 @@ INTERPRETED_CASES = tuple(Case(work, 2, 2048) for work in QUICK_WORKS)
 
 
 def select(device: torch.device, *, quick: bool) -> tuple[Case, ...]:
-    return QUICK_CASES if quick else CUDA_CASES if device.type == "cuda" else CPU_CASES
+    """What `make bench` runs; the tables of CPUs in bench/results have CPU_CASES, and may lack the real rows."""
+    return QUICK_CASES if quick else CUDA_CASES if device.type == "cuda" else CPU_CASES + REAL_CASES

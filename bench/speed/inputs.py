@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from . import real_rows
 from .cases import DTYPES, Case
 
 JUDGED_ROWS = 8
@@ -23,7 +24,10 @@ class Inputs:
 
     @classmethod
     def of(cls, case: Case, device: torch.device) -> Inputs:
-        """Two models that mostly agree: shared Zipf rows, perturbed with std 1 for each model."""
+        """Real rows, or two models that mostly agree: shared Zipf rows, perturbed with std 1 for each model."""
+        if case.real:
+            rows = real_rows.load()
+            return cls(case, rows.theta[: case.N].to(device), rows.t[: case.N].to(device))
         generator = torch.Generator(device).manual_seed(case.N * 1_000_003 + case.V)
         ranks = torch.rand(case.N, case.V, generator=generator, device=device).mul_(case.V).add_(1)
         shared = ranks.log_().mul_(-1.1)

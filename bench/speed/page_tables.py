@@ -13,7 +13,7 @@ from bench.compiled import check
 from bench.paths import ROOT
 
 from . import goals, results, table
-from .cases import SHORT
+from .cases import REAL, SHORT
 from .expected import bound_of, expectations
 from .results import Measurement
 
@@ -125,4 +125,5 @@ def _measured(kind: str) -> list[list[Measurement]]:
 
 
 def _case(row: Measurement) -> str:
-    return f"`{row.work}` {SHORT[row.dtype]} {row.N:,} × {row.V:,}"
+    real = ", real rows" if row.case.endswith(REAL) else ""
+    return f"`{row.work}` {SHORT[row.dtype]} {row.N:,} × {row.V:,}{real}"

@@ -11,14 +11,14 @@ from bench.tables import aligned
 from optsample_triton import backend
 
 from . import results
-from .cases import SHORT, Case
+from .cases import REAL, SHORT, Case
 from .expected import bound_of, expectations
 from .results import Measurement
 
 COLUMNS: dict[str, Callable[[Measurement, dict[str, Measurement]], str]] = {
     "work": lambda row, case: row.work,
     "dtype": lambda row, case: row.dtype,
-    "rows x vocabulary": lambda row, case: f"{row.N} x {row.V:,}",
+    "rows x vocabulary": lambda row, case: f"{row.N} x {row.V:,}{' real' if row.case.endswith(REAL) else ''}",
     "checked": lambda row, case: f"{row.status} {number(row.error_over_tolerance)}".removesuffix(" -"),
     "p20": lambda row, case: milliseconds(row.p20_ms),
     "p50": lambda row, case: milliseconds(row.p50_ms),
@@ -34,6 +34,7 @@ COLUMNS: dict[str, Callable[[Measurement, dict[str, Measurement]], str]] = {
 }
 
 LEGEND = """\
+real        rows of a language model, bench/real_rows.npz; all others are random
 checked     largest error against the float64 truth over its tolerance: above 1 a case has FAILED and is not timed
 p20 p50 p80 optsample_triton on the logits (dropin: on the probabilities), milliseconds, cold cache
 graph       the same call as a CUDA-graph replay, median (GPU, few rows)

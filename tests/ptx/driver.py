@@ -72,7 +72,7 @@ def regions_of(tensors: Sequence[tuple[str, torch.Tensor]]) -> list[Region]:
         if tensor.numel():
             storages.setdefault(tensor.untyped_storage().data_ptr(), []).append((name, tensor))
     regions = []
-    for views in (near for views in storages.values() for near in _near_each_other(views)):
+    for views in (near for several in storages.values() for near in _near_each_other(several)):
         spans = [(tensor.data_ptr(), tensor.data_ptr() + _span(tensor)) for _, tensor in views]
         low, high = min(first for first, _ in spans), max(last for _, last in spans)
         dense = any(

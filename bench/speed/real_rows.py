@@ -1,0 +1,29 @@
+"""Rows of a real language model, bench/real_rows.npz; bench/speed/make_real_rows.py says how they were made."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.paths import ROOT
+
+PATH = ROOT / "bench" / "real_rows.npz"
+
+
+class Rows(NamedTuple):
+    """Both models' logits [pairs, V] in bfloat16, alpha in float64, and the sweeps that each pair takes."""
+
+    theta: Tensor
+    t: Tensor
+    alpha: Tensor
+    sweeps: Tensor
+
+
+def load() -> Rows:
+    """The file has the rows' bits as 16-bit integers, since numpy has no bfloat16."""
+    with np.load(PATH) as file:
+        theta, t = (torch.from_numpy(file[name]).view(torch.bfloat16) for name in ("theta", "t"))
+        return Rows(theta, t, torch.from_numpy(file["alpha"]), torch.from_numpy(file["sweeps"]))

@@ -1,0 +1,148 @@
+"""The demo without its model: what is told to the target, how texts are laid out, and what is said of wrong options."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from optsample_triton import cli
+from optsample_triton.demo import figures, model, page, terminal
+from optsample_triton.demo.questions import Question, target_template
+from optsample_triton.demo.texts import LAWS, SPECULATIVE, Drawn, Settings, Text, Token
+
+ESCAPE = re.compile(r"\x1b\[[\d;]*m")
+QUESTION = Question("Which is it?", "It is “东京” & <b>.", "东京")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def text(law: str, pieces: list[str], question: int = 0) -> Text:
+    """A text whose tokens are wanted by the policy, by both and by the target in turn."""
+    preferences = [(-3.0, 0.0, 1.0)[k % 3] for k in range(len(pieces))]
+    tokens = [
+        Token(piece, 0.4 + 0.01 * k, -1.0, -1.0 + preference, -1.0 + preference / 2, 1 + k % 3)
+        for k, (piece, preference) in enumerate(zip(pieces, preferences, strict=True))
+    ]
+    return Text(law, question, "".join(pieces), tokens, 8, 6, [0.75] * len(pieces))
+
+
+LONG = ["The", " capital", " of", " Aus", "tralia", " is", " 东", "京", "\n", "a" * 90, " end", ""]
+
+
+def drawn() -> Drawn:
+    laws = {law: [text(law, LONG), text(law, ["No", "."])] for law in (*LAWS, SPECULATIVE)}
+    return Drawn(laws, [1] * (len(LONG) + 2))
+
+
+@pytest.mark.parametrize("width", [12, 31, 80])
+def test_lines_have_the_column_s_width_and_lose_nothing(width: int) -> None:
+    paint = terminal.painter(io.StringIO(), "always")
+    lines = terminal.wrapped(text("theta", LONG), width, paint)
+    plain = [ESCAPE.sub("", line) for line in lines]
+    assert {terminal.columns_of(line) for line in plain} == {width}
+    whole = "".join(map(terminal.shown, text("theta", LONG).tokens))
+    assert "".join(plain).replace(" ", "") == whole.replace(" ", "")
+    assert "Australia" in " ".join(plain)  # a word is not broken
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_columns_stand_side_by_side_where_they_fit(width: int) -> None:
+    made = terminal.side_by_side(drawn(), 0, QUESTION, width, terminal.painter(io.StringIO(), "auto"))
+    lines = made.splitlines()
+    assert max(map(terminal.columns_of, lines)) <= width
+    together = any(all(symbol in line for symbol in ("π_θ,", "π_t,", "q*,")) for line in lines)
+    assert together == (width >= terminal.NARROW)
+    assert "“东京” in π_θ 1 of 2, π_t 1 of 2, q* 1 of 2" in " ".join(lines)
+
+
+def test_colours_are_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+
+    def colored(stream: io.StringIO, color: str) -> bool:
+        return "\x1b" in terminal.painter(stream, color)("word", "THETA")
+
+    assert [colored(Terminal(), color) for color in terminal.COLORS] == [True, True, False]
+    assert [colored(io.StringIO(), color) for color in terminal.COLORS] == [False, True, False]
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert [colored(Terminal(), color) for color in terminal.COLORS] == [False, True, False]
+
+
+def test_nothing_moves_the_cursor() -> None:
+    token = text("theta", ["a\x1b[2J\x07\r\u202eb\n"]).tokens[0]
+    assert terminal.shown(token) == "a[2Jb↵"
+
+
+def test_the_token_table_has_the_weights() -> None:
+    table = terminal.token_table(text("q_star", ["The", " sky"]), terminal.painter(io.StringIO(), "never"))
+    head, first, second = table.splitlines()
+    assert head.index("α") == first.index("0.40") + 3
+    assert first.split() == ["The", "0.40", "0.368", "0.018", "0.082", "4.48", "0.223", "π_θ"]
+    assert second.split()[-1] == "both"
+
+
+def test_a_hint_survives_every_character() -> None:
+    jinja2 = pytest.importorskip("jinja2")
+    odd = Question("Say \"{{ x }}\" \\ '%}' ü", '{% raw %} "It\'s" \\n', None)
+    plain = "{% for m in messages %}[{{ m['role'] }}|{{ m['content'] }}]{% endfor %}"
+    made = jinja2.Template(target_template(plain, (odd, QUESTION)))
+    for question in (odd, QUESTION):
+        told = made.render(messages=[{"role": "user", "content": question.text}])
+        assert told == f"[system|{question.hint}][user|{question.text}]"
+
+
+def test_the_effective_share() -> None:
+    equal = [text("q_star", ["No"]), text("q_star", ["No"])]
+    assert figures.effective_share(equal, "log_w_theta") == pytest.approx(1.0)
+    one = text("q_star", ["No"])
+    other = one._replace(tokens=[one.tokens[0]._replace(log_theta=one.tokens[0].log_theta + math.log(3))])
+    assert figures.effective_share([one, other], "log_w_theta") == pytest.approx(16 / 20)
+
+
+def test_the_page_is_whole_and_the_same_every_time(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    settings = Settings(tmp_path / "a <model>", (QUESTION,), tmp_path, 2, 8, 0.7, 0)
+    made = page.write(drawn(), settings).read_text(encoding="utf-8")
+    assert made.count("<img ") == 6
+    assert "a &lt;model&gt;" in made
+    assert "&amp; &lt;b&gt;." in made
+    assert page.write(drawn(), settings).read_text(encoding="utf-8") == made
+    # Without a known answer and without drafts these pictures would be empty.
+    fewer = drawn()
+    fewer.texts[SPECULATIVE][:] = [each._replace(tested=0) for each in fewer.texts[SPECULATIVE]]
+    drawn_names = [figure.name for figure in figures.draw_all(fewer, (QUESTION._replace(answer=None),))]
+    assert drawn_names == ["alpha", "alphas", "sweeps", "weights"]
+
+
+def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert model.cache_folder(None) == tmp_path / "optsample"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert model.cache_folder(None) == Path.home() / ".cache" / "optsample"
+    assert model.cache_folder("here") == Path("here")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--hint", "x"], "hint goes with --question, which was not given."),
+        (["--question", "x"], "hint is missing: --question needs what the target is told."),
+        (["--question", " ", "--hint", "x"], "question must not be empty."),
+        (["--samples", "0"], "samples must be at least 1, but is 0."),
+        (["--max-new-tokens", "-3"], "max-new-tokens must be at least 1, but is -3."),
+    ],
+)
+def test_wrong_options_give_one_sentence(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert cli.main(["demo", "--output-dir", str(tmp_path), *arguments]) == 1
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", f"optsample demo: {sentence}\n")
+    assert list(tmp_path.iterdir()) == []

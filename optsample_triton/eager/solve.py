@@ -10,13 +10,14 @@ from torch import Tensor
 
 from optsample_triton.eager.curve import Curve, Interpolant, curve_of, interpolate
 from optsample_triton.eager.evaluate import Evaluation, WidthGroup, groups, plain_slope
+from optsample_triton.eager.exact import sharpen_chord
 from optsample_triton.eager.first_sweep import first_sums, least_mass, survey
 from optsample_triton.eager.moments import tilted_moments
 from optsample_triton.eager.one_model import own_moments, probability_entropies
 from optsample_triton.eager.root import Bracket, Derivatives, Resolution, safeguarded_step
 from optsample_triton.eager.rows import Pair, Rows
 from optsample_triton.eager.state import State, rows_where
-from optsample_triton.numerics import BLURRED, FAR, LEAP, Status
+from optsample_triton.numerics import BLURRED, FAR, Status
 from optsample_triton.types import Options, Problem
 
 FLOAT64_TOL = 1e-12  # float64 is the precision path: solved to this, whatever looser tolerance is asked for
@@ -201,30 +202,8 @@ def _refine(rows: Rows, state: State, options: Options, tol: float) -> None:
             part.bracket, part.error = step.bracket, step.error
             _settle(part, at, step.alpha, rows.working_dtype)
             if not group.narrow:
-                _doubt_chord(group, at, tol)
+                sharpen_chord(group, at, tol)
             group.put_into(state)
-
-
-def _doubt_chord(group: WidthGroup, at: Evaluation, tol: float) -> None:
-    """Where the rounding of A - B would move alpha by more than tol, read both again, in float64.
-
-    A corner's slopes stand clear of it.
-    """
-    part, variance = group.state, at.moments.variance
-    smooth = part.ok & (part.error <= tol) & (at.slope.abs() <= LEAP * variance)
-    blurred = rows_where(smooth & (part.chord_rounding > tol * variance))
-    if blurred.numel():
-        chosen = group.rows.select(blurred)
-        zero = torch.zeros(chosen.count, dtype=torch.float64, device=chosen.device)
-        at_theta, at_t = tilted_moments(chosen, zero + 1.0, zero), tilted_moments(chosen, zero, zero)
-        part.log_partition_theta[blurred] = at_theta.log_mass + at_theta.top_theta
-        part.log_partition_t[blurred] = at_t.log_mass + at_t.top_t
-        part.chord_rounding[blurred], part.error[blurred] = 0.0, torch.inf
-        # The bracket was narrowed by the slopes of the old chord.
-        part.bracket.low[blurred], part.bracket.high[blurred] = 0.0, 1.0
-        for tangent in part.bracket[2:]:
-            tangent[blurred] = torch.nan
-        part.sweeps[blurred] += 2
 
 
 def _bisect(rows: Rows, state: State, options: Options, tol: float) -> None:

@@ -169,6 +169,9 @@ def interpolate(f, apart, x, y, target):
 @triton.jit
 def curve_start(row, total, PROBS: tl.constexpr):
     """From a row's ``FirstSums``: the ``Interpolant``, the ``Ends``, the root's target, and whether all is finite."""
+    # Before the root is looked for: the sums' registers are then free.
+    moments = total.first + total.second + total.third + total.fourth + total.fifth + total.sixth
+    finite = moments - moments == 0.0
     apart = total.apart_theta > -float("inf")
     x, y = in_powers(row, total.apart_theta, total.apart_t)
     x, y = tl.where(apart, x, 0.0), tl.where(apart, y, 0.0)
@@ -181,11 +184,8 @@ def curve_start(row, total, PROBS: tl.constexpr):
         log_t, _ = whole(f.at_t, apart)
         target = -(log_theta - log_t + between) - reference_gap(row)
     found, ends = interpolate(f, apart, x, y, target)
-    A, B = ends.A, ends.B
-    moments = total.first + total.second + total.third + total.fourth + total.fifth + total.sixth
-    check = A + B + ends.psi_half + moments
-    log_half = ends.psi_half + 0.5 * (A + B)
-    finite = (check - check == 0.0) & (log_half > LEAST)
+    log_half = ends.psi_half + 0.5 * (ends.A + ends.B)
+    finite = finite & (log_half - log_half == 0.0) & (ends.psi_half - ends.psi_half == 0.0) & (log_half > LEAST)
     return found, ends, target, finite
 
 

@@ -65,7 +65,8 @@ def interpolated_masses(row, chunk_sums_ptr, chunks, x, base, LANES: tl.constexp
     """The chunks' masses [LANES] at x relative to exp(base), from their first sums, and how much may be misplaced."""
     lanes = tl.arange(0, LANES)
     sums = load_sums(chunk_sums_ptr + lanes * SUM_COUNT, lanes < chunks)
-    f = curve_of(sums, 0.0 * sums.masked, 0.0 * sums.masked)
+    nothing = 0.0 * sums.mass_half
+    f = curve_of(sums, nothing, nothing)
     s = 2.0 * x - 1.0
     value, _, _ = value_of(f, s)
     empty = (sums.mass_t == 0.0) & (sums.mass_half == 0.0) & (sums.mass_theta == 0.0)

@@ -10,7 +10,16 @@ import triton.language as tl
 
 from optsample_triton.kernels.constants import DISJOINT, INVALID, LOG2E, NATS_PER_POWER, OK
 from optsample_triton.kernels.records import FirstSums, FirstSweep, ModelRow, Row, Survey, Tile, TokenSums
-from optsample_triton.kernels.rows import as_logits, inside_halves, load_halves, load_logits, open_row, relative, zeros
+from optsample_triton.kernels.rows import (
+    as_logits,
+    inside_halves,
+    load_halves,
+    load_logits,
+    open_row,
+    relative,
+    relative_exactly,
+    zeros,
+)
 
 SUM_COUNT = tl.constexpr(len(FirstSums._fields))
 DOMINANT = tl.constexpr(2.0 / 3.0)  # the share of a chunk's mass at 1/2 from which a token stays apart
@@ -159,8 +168,8 @@ def summed_chunk(row, start, stop, tile, UNROLL: tl.constexpr):
     masked = tl.where(spoilt, 1.0, masked)
     while spoilt | (above < float("inf")):
         sums, apart_theta, apart_t = careful_chunk(row, start, stop, above, Tile(tile.H // 2, tile.PACKED, tile.PROBS))
-        above = tl.where(spoilt, _apart_above(sums), float("inf"))
-        spoilt = spoilt & (spoilt == 0)
+        above = tl.where(spoilt, _apart_above(sums), float("inf"))  # which shows once the masks are out
+        spoilt = tl.zeros([], tl.int1)
     return FirstSums(
         mass_t=sums.mass_t,
         mass_half=sums.mass_half,
@@ -180,10 +189,7 @@ def summed_chunk(row, start, stop, tile, UNROLL: tl.constexpr):
 @triton.jit
 def in_powers(row, a, b):
     """Half of a token's logits relative to the references, as powers in float64; the sums have the same unit."""
-    theta, t = _in_powers(row.theta), _in_powers(row.t)
-    x = (a.to(tl.float64) - theta.reference.to(tl.float64)) * theta.inverse_temperature.to(tl.float64)
-    y = (b.to(tl.float64) - t.reference.to(tl.float64)) * t.inverse_temperature.to(tl.float64)
-    return x, y
+    return relative_exactly(a, _in_powers(row.theta)), relative_exactly(b, _in_powers(row.t))
 
 
 @triton.jit
@@ -212,8 +218,7 @@ def _with_tokens(total, x, y, some):
 @triton.jit
 def _merge(total, sums, row):
     """A chunk's sums added to those of the chunks before it. Of two tokens apart the likelier one stays so."""
-    a, b = sums.apart_theta.to(tl.float64), sums.apart_t.to(tl.float64)
-    x, y = in_powers(row, a, b)
+    x, y = in_powers(row, sums.apart_theta, sums.apart_t)
     best_x, best_y = in_powers(row, total.apart_theta, total.apart_t)
     likelier = x + y > best_x + best_y
     left_x, left_y = tl.where(likelier, best_x, x), tl.where(likelier, best_y, y)
@@ -227,9 +232,9 @@ def _merge(total, sums, row):
         fourth=total.fourth + sums.fourth.to(tl.float64),
         fifth=total.fifth + sums.fifth.to(tl.float64),
         sixth=total.sixth + sums.sixth.to(tl.float64),
-        apart_theta=tl.where(likelier, a, total.apart_theta),
-        apart_t=tl.where(likelier, b, total.apart_t),
-        masked=total.masked + sums.masked.to(tl.float64),
+        apart_theta=tl.where(likelier, sums.apart_theta, total.apart_theta),
+        apart_t=tl.where(likelier, sums.apart_t, total.apart_t),
+        masked=total.masked + sums.masked,
     )
     some = left_x > -float("inf")
     if some:
@@ -249,23 +254,23 @@ def _load_sum(ptr, k, mask, other):
     if mask is None:
         return tl.load(ptr + k, cache_modifier=".cg")
     else:
-        return tl.load(ptr + k, mask=mask, other=other, cache_modifier=".cg").to(tl.float64)
+        return tl.load(ptr + k, mask=mask, other=other, cache_modifier=".cg")
 
 
 @triton.jit
 def load_sums(ptr, mask):
-    """What ``_store_sums`` stored: of one chunk in float32, or, with a mask, of many chunks in float64."""
+    """What ``_store_sums`` stored of one chunk or, with a mask, of many; sums in float64."""
     none = -float("inf")
     return FirstSums(
-        _load_sum(ptr, 0, mask, 0.0),
-        _load_sum(ptr, 1, mask, 0.0),
-        _load_sum(ptr, 2, mask, 0.0),
-        _load_sum(ptr, 3, mask, 0.0),
-        _load_sum(ptr, 4, mask, 0.0),
-        _load_sum(ptr, 5, mask, 0.0),
-        _load_sum(ptr, 6, mask, 0.0),
-        _load_sum(ptr, 7, mask, 0.0),
-        _load_sum(ptr, 8, mask, 0.0),
+        _load_sum(ptr, 0, mask, 0.0).to(tl.float64),
+        _load_sum(ptr, 1, mask, 0.0).to(tl.float64),
+        _load_sum(ptr, 2, mask, 0.0).to(tl.float64),
+        _load_sum(ptr, 3, mask, 0.0).to(tl.float64),
+        _load_sum(ptr, 4, mask, 0.0).to(tl.float64),
+        _load_sum(ptr, 5, mask, 0.0).to(tl.float64),
+        _load_sum(ptr, 6, mask, 0.0).to(tl.float64),
+        _load_sum(ptr, 7, mask, 0.0).to(tl.float64),
+        _load_sum(ptr, 8, mask, 0.0).to(tl.float64),
         _load_sum(ptr, 9, mask, none),
         _load_sum(ptr, 10, mask, none),
         _load_sum(ptr, 11, mask, 0.0),
@@ -291,8 +296,8 @@ def row_sums(
     """
     chunks = tl.cdiv(row.V, CHUNK)
     zero = tl.zeros([], tl.float64)
-    none = zero - float("inf")
-    total = FirstSums(zero, zero, zero, zero, zero, zero, zero, zero, zero, none, none, zero)
+    none = tl.full([], -float("inf"), tl.float32)
+    total = FirstSums(zero, zero, zero, zero, zero, zero, zero, zero, zero, none, none, tl.zeros([], tl.float32))
     for chunk in tl.range(part, chunks, splits):
         start = chunk * CHUNK
         sums = summed_chunk(row, start, tl.minimum(start + CHUNK, row.V), tile, UNROLL)
@@ -338,7 +343,7 @@ def kept_sums(row, chunk_sums_ptr, chunks, LANES: tl.constexpr):
         sixth=tl.sum(sums.sixth, 0),
         apart_theta=tl.max(tl.where(lanes == best, sums.apart_theta, -float("inf")), 0),
         apart_t=tl.max(tl.where(lanes == best, sums.apart_t, -float("inf")), 0),
-        masked=tl.max(sums.masked.to(tl.float32), 0),
+        masked=tl.max(sums.masked, 0),
     )
 
 

@@ -204,6 +204,16 @@ class Interpolant(NamedTuple):
     high: tl.tensor
 
 
+class ExactSums(NamedTuple):
+    """Sums in float64, each relative to what was known of it, and of q_x's weight times delta^k."""
+
+    mass_theta: tl.tensor
+    mass_t: tl.tensor
+    mass: tl.tensor
+    first: tl.tensor
+    second: tl.tensor
+
+
 class PowerSums(NamedTuple):
     """Sums of weight times delta^k, delta = d - centre."""
 
@@ -291,7 +301,6 @@ class Search(NamedTuple):
     task: tl.tensor  # what the next sweep is for
     alpha: tl.tensor
     psi: tl.tensor
-    error: tl.tensor
     bracket: Bracket
     target: tl.tensor  # of psi' at the root
     status: tl.tensor
@@ -301,8 +310,7 @@ class Search(NamedTuple):
 class Root(NamedTuple):
     """A solved row."""
 
-    alpha: tl.tensor
-    alpha_unrounded: tl.tensor
+    alpha: tl.tensor  # to the last digit; what is reported and evaluated is the nearest float32
     psi: tl.tensor
     status: tl.tensor
     sweeps: tl.tensor

@@ -48,7 +48,7 @@ def safeguarded_step(x, at, bracket, halve, tol):
     size = tl.abs(newton)
     error = 3.0 * size * size * size * spread * tl.maximum(tl.sqrt(tl.maximum(variance, 0.0)), 1.0)
     # The moments at x do not see a token that only takes over far from x.
-    lost = (tl.abs(alpha - x) <= ROUNDOFF) & (error > tol)
+    lost = (tl.abs(alpha - x) <= ROUNDOFF) & (error.to(tl.float32) > tol)
     inside = (alpha >= bracket.low) & (alpha <= bracket.high) & (size < 0.5) & (lost == 0)
     error = tl.where(size.to(tl.float32) > LEAP, 1.0, error)
     # F lies above both tangents and its minimum not above F(x): that bounds how far beyond their meeting it can be.
@@ -56,7 +56,7 @@ def safeguarded_step(x, at, bracket, halve, tol):
     meeting = meeting_point(bracket)
     away = tl.abs(meeting - x)
     bound = (away + 2.0**-53) * tl.maximum(tl.abs(slope / opposite), 1.0)
-    corner = (away <= ROUNDOFF) & (bound <= tol)
+    corner = (away <= ROUNDOFF) & (bound.to(tl.float32) <= tol)
     met = (meeting > bracket.low) & (meeting < bracket.high) & (away > ROUNDOFF) & (halve == 0)
     inner = tl.where(met, meeting, tl.where(corner, x, 0.5 * (bracket.low + bracket.high)))
     beyond = tl.where(met | corner, tl.minimum(bound, width), width)

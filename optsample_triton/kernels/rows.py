@@ -147,6 +147,19 @@ def relative(x, model):
 
 
 @triton.jit
+def relative_exactly(x, model):
+    """``relative`` in float64, of finite float32 logits or -inf.
+
+    The difference is taken as two float32: a float64 of the reference would be held in registers through all sweeps.
+    """
+    difference = x - model.reference
+    back = difference - x
+    lost = (x - (difference - back)) - (model.reference + back)
+    lost = tl.where(difference == -float("inf"), 0.0, lost)
+    return (difference.to(tl.float64) + lost.to(tl.float64)) * model.inverse_temperature.to(tl.float64)
+
+
+@triton.jit
 def load_logits(row, start, tile, TAIL: tl.constexpr):
     """A tile of both rows as halves a0, a1, b0, b1: untouched, or log(p + eps) of probabilities."""
     a0, a1 = load_halves(row.theta.ptr, start, row.V, tile, TAIL)

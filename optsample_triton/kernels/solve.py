@@ -12,11 +12,13 @@ from optsample_triton.kernels.constants import (
     BISECT,
     DISJOINT,
     ENTROPY,
+    EPSILON,
     ESS_BALANCE,
     FIXED,
     IDENTICAL,
     INVALID,
     KL_SYMMETRY,
+    LEAP,
     NARROW,
     NOT_CONVERGED,
     OK,
@@ -28,6 +30,7 @@ from optsample_triton.kernels.constants import (
 from optsample_triton.kernels.curve import curve_start
 from optsample_triton.kernels.diagnostics import DIAGNOSTICS, store_diagnostics, store_probability_diagnostics
 from optsample_triton.kernels.evaluate import evaluate, rounded
+from optsample_triton.kernels.exact import exact_root
 from optsample_triton.kernels.first_sweep import first_sweep, survey
 from optsample_triton.kernels.log_q import store_log_q
 from optsample_triton.kernels.moments import gap_difference, narrow_moments
@@ -56,6 +59,7 @@ from optsample_triton.types import Saved
 PER_CALL = ("inner_theta", "inner_t", "max_iter")
 
 # What a row's next sweep is for.
+COARSE = tl.constexpr(-1)  # done, but for sums in float64
 DONE = tl.constexpr(0)
 FIND_ROOT = tl.constexpr(1)
 FIND_A = tl.constexpr(2)
@@ -64,6 +68,7 @@ FIND_PSI = tl.constexpr(4)  # at an alpha that stays
 
 NEARLY_IDENTICAL = tl.constexpr(1e-4)  # Chernoff information below which a sweep says whether the rows are identical
 LARGEST_LOGIT = tl.constexpr(64.0)  # |logit| up to which the moments of d stay within float32's range as they are
+ROUNDING = tl.constexpr(4.0 * EPSILON)  # of psi' in wide rows, and in narrow ones relative to psi''
 EXACT = tl.constexpr(8388608.0)  # 2^23: float32 holds multiples of its inverse up to 2
 
 
@@ -74,14 +79,13 @@ def alpha_is_known(METHOD: tl.constexpr):
 
 
 @triton.jit
-def _settle(x, alpha, evaluation, slope):
-    """alpha as it will be reported, and psi(alpha) by Taylor from x."""
-    alpha = rounded(alpha)
-    move = alpha - x
+def _psi_near(x, alpha, evaluation, slope):
+    """psi by Taylor from x, at alpha as it will be reported."""
+    move = rounded(alpha) - x
     beyond_slope = move * (evaluation.variance / 2.0 + move * evaluation.third / 6.0)
     # At a corner the series has no meaning, and the tangent's error is as small beside psi as the move.
     smooth = move * move * (evaluation.variance + move * move * evaluation.fourth) <= 1.0
-    return alpha, evaluation.psi + move * (slope + tl.where(smooth, beyond_slope, 0.0))
+    return evaluation.psi + move * (slope + tl.where(smooth, beyond_slope, 0.0))
 
 
 @triton.jit
@@ -96,7 +100,7 @@ def _after_ends(METHOD: tl.constexpr):
 
 @triton.jit
 def search(row, ends, state, options, tile, METHOD: tl.constexpr):
-    """One sweep after another until the row's task is done: the ``Root``, and the ``Ends`` that may have been found.
+    """One sweep after another until the row is DONE or COARSE: the ``Root``, which of both, and the row's ``Ends``.
 
     FIND_ROOT looks for the root of psi' = target, by safeguarded steps or by the documents' bisection. FIND_A and
     FIND_B come first for rows whose A and B are not known.
@@ -104,11 +108,9 @@ def search(row, ends, state, options, tile, METHOD: tl.constexpr):
     BISECTING: tl.constexpr = METHOD == BISECT
     nothing = tl.zeros([], tl.float64)
     A, B, bracket, target = ends.A, ends.B, state.bracket, state.target
-    alpha, psi, error, status, sweeps = state.alpha, state.psi, state.error, state.status, state.sweeps
-    task = state.task
-    precise = alpha
+    alpha, psi, status, sweeps, task = state.alpha, state.psi, state.status, state.sweeps, state.task
     steps = 0
-    while task != DONE:
+    while task > DONE:
         middle = rounded(0.5 * (bracket.low + bracket.high) if BISECTING else alpha)
         x = tl.where(task == FIND_ROOT, middle, rounded(alpha))
         x = tl.where(task == FIND_A, nothing + 1.0, tl.where(task == FIND_B, nothing, x))
@@ -145,17 +147,20 @@ def search(row, ends, state, options, tile, METHOD: tl.constexpr):
                 low, high = moved.low, moved.high
                 value_low, slope_low = moved.value_low, moved.slope_low
                 value_high, slope_high = moved.value_high, moved.slope_high
-            precise = following
-            alpha, psi = _settle(x, following, at, slope)
+            alpha, psi = following, _psi_near(x, following, at, slope)
             if at.width <= 0.0:
                 alpha, psi, error = nothing + 0.5, nothing, nothing
                 status = tl.full([], IDENTICAL, tl.int32)
             if error.to(tl.float32) <= options.tol:
-                task = tl.full([], DONE, tl.int32)
+                variance = at.variance.to(tl.float32)
+                rounding = tl.where(at.width == float("inf"), 1.0, variance) * ROUNDING
+                # A corner's slopes stand clear of it.
+                smooth = tl.abs(slope).to(tl.float32) <= variance * LEAP
+                task = tl.where(smooth & (variance * options.tol < rounding), COARSE, DONE)
             elif (steps if BISECTING else sweeps) >= options.max_iter:
                 task, status = tl.full([], FIND_PSI, tl.int32), tl.full([], NOT_CONVERGED, tl.int32)
         bracket = Bracket(low, high, value_low, slope_low, value_high, slope_high)
-    return Root(alpha, precise, psi, status, sweeps), Ends(A, B, ends.psi_half, ends.shrink)
+    return Root(alpha, psi, status, sweeps), task, Ends(A, B, ends.psi_half, ends.shrink)
 
 
 @triton.jit
@@ -181,7 +186,7 @@ def balance_ess(row, ends, root, options, tile):
     nothing = tl.zeros([], tl.float64)
     unknown = nothing + float("nan")
     status, sweeps, tol = root.status, root.sweeps, options.tol
-    alpha, precise, psi, error = nothing + 0.5, nothing + 0.5, nothing, nothing + 1.0
+    alpha, psi, error = nothing + 0.5, nothing, nothing + 1.0
     bracket = Bracket(nothing, nothing + 1.0, unknown, unknown, unknown, unknown)
     steps = 0
     while (status == OK) & ~(error <= tol) & (steps < options.max_iter):
@@ -200,9 +205,9 @@ def balance_ess(row, ends, root, options, tile):
         if tile.PROBS:  # not renormalised: the ends of the chord do not count
             difference += 2.0 * (ends.A - ends.B + reference_gap(row))
         here = Derivatives(unknown, -difference, first, second, nothing)
-        precise, _, bracket = safeguarded_step(x, here, bracket, True, tol)
-        error = tl.where(difference == 0.0, 0.0, tl.abs(precise - x))
-        alpha, psi = _settle(x, precise, at, slope)
+        alpha, _, bracket = safeguarded_step(x, here, bracket, True, tol)
+        error = tl.where(difference == 0.0, 0.0, tl.abs(alpha - x))
+        psi = _psi_near(x, alpha, at, slope)
         if at.width <= 0.0:
             alpha, psi, error = nothing + 0.5, nothing, nothing
             status = tl.full([], IDENTICAL, tl.int32)
@@ -210,7 +215,7 @@ def balance_ess(row, ends, root, options, tile):
         steps += 1
     if (status == OK) & ~(error <= tol):
         status = tl.full([], NOT_CONVERGED, tl.int32)
-    return Root(alpha, precise, psi, status, sweeps)
+    return Root(alpha, psi, status, sweeps)
 
 
 @triton.jit
@@ -255,7 +260,7 @@ def _search_start(row, total, index, options, tile, METHOD: tl.constexpr, NORMAL
         task = tl.where(task == FIND_A, FIND_A, DONE)
     unknown = tl.zeros([], tl.float64) + float("nan")
     bracket = Bracket(low, high, unknown, unknown, unknown, unknown)
-    state = Search(task, alpha, psi, found.error, bracket, target, status, sweeps)
+    state = Search(task, alpha, psi, bracket, target, status, sweeps)
     return row, Ends(A, B, psi_half, shrink), state
 
 
@@ -267,7 +272,10 @@ def solved(row, total, index, options, tile, METHOD: tl.constexpr, NORMALISE: tl
     """
     few: tl.constexpr = Tile(tile.H // 2, tile.PACKED, tile.PROBS)
     row, ends, state = _search_start(row, total, index, options, tile, METHOD, NORMALISE)
-    root, ends = search(row, ends, state, options, tile, METHOD)
+    root, task, ends = search(row, ends, state, options, tile, METHOD)
+    if (METHOD == KL_SYMMETRY) and not tile.PROBS:  # noqa: SIM102 (one is known when the kernel is compiled)
+        if task == COARSE:
+            root, ends = exact_root(row, ends, root, options.tol, few)
     status = root.status
     if METHOD == FIXED:
         status = status_of_given_alpha(row, ends, root.alpha, status, few)
@@ -276,7 +284,7 @@ def solved(row, total, index, options, tile, METHOD: tl.constexpr, NORMALISE: tl
         status = root.status
     # A finite mask that its temperature takes beyond float32 leaves no number for psi.
     status = tl.where((status == OK) & (root.psi != root.psi), NOT_CONVERGED, status)
-    return row, ends, Root(root.alpha, root.alpha_unrounded, root.psi, status, root.sweeps)
+    return row, ends, Root(root.alpha, root.psi, status, root.sweeps)
 
 
 @triton.jit
@@ -377,10 +385,10 @@ def _finish(row, ends, root, index, results, tile):
         log_partition_theta=A + reference_in_nats(row.theta),
         log_partition_t=tl.where(status == DISJOINT, 0.0, B + reference_in_nats(row.t)),
         psi_half=tl.where(ends.psi_half == ends.psi_half, ends.psi_half, -float("inf")),
-        alpha=root.alpha_unrounded,
+        alpha=root.alpha,
     )
     store_saved(results.saved_ptr, index, saved)
-    solution = Root(alpha, root.alpha_unrounded, psi, status, root.sweeps)
+    solution = Root(alpha, psi, status, root.sweeps)
     if results.diagnostics_ptr is not None:
         diagnostics_ptr = results.diagnostics_ptr + index * DIAGNOSTICS
         if tile.PROBS:

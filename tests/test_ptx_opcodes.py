@@ -13,7 +13,7 @@ from tests.ptx.parse import Unknown
 from tests.ptx.small import aligned, apply, entry, run
 
 ORACLES = oracle.table()
-APPROXIMATE = {"div.full.f32", "ex2.approx.ftz.f32", "rcp.approx.ftz.f64"}
+APPROXIMATE = {"div.full.f32", "ex2.approx.ftz.f32", "rcp.approx.ftz.f64", "sqrt.approx.ftz.f32"}
 PLAIN = sorted(opcodes.PLAIN.keys() - APPROXIMATE)
 # Of each format: zeros, one and its neighbours, halves between integers, the denormal and the largest, infinities, NaN.
 SPECIAL = {
@@ -129,13 +129,14 @@ def test_pairs(opcode):
         assert got == halves[0] | halves[1] << 1
 
 
-def test_exp2_and_full_division_are_off_by_two_units_at_most():
+def test_approximations_are_off_by_two_units_at_most():
     generator = random.Random(1)
     x = [np.float32(generator.uniform(-130, 130)).view("u4") for _ in range(2000)]
     y = [np.float32(generator.uniform(0.1, 130)).view("u4") for _ in range(2000)]
     for opcode, given, true in (
         ("ex2.approx.ftz.f32", [x], lambda a: 2.0 ** float(a)),
         ("div.full.f32", [x, y], lambda a, b: float(a) / float(b)),
+        ("sqrt.approx.ftz.f32", [y], lambda a: float(a) ** 0.5),
     ):
         offs = set()
         for options in (Options(units=0), Options(), Options(seed=1)):
@@ -152,6 +153,8 @@ def test_exp2_and_full_division_are_off_by_two_units_at_most():
             if opcode.startswith("ex2"):
                 assert (values[np.abs(right) < 2.0**-127] == 0).all()
         assert len(offs) == 3
+    special = {0: 0, 1: 0, 0x80000000: 0x80000000, 0x7F800000: 0x7F800000}
+    assert apply("sqrt.approx.ftz.f32", "f32", ["f32"], [list(special)], Options()) == list(special.values())
     special = {0: 0x3F800000, 0x80000001: 0x3F800000, 0x7F800000: 0x7F800000, 0xFF800000: 0, 0x43000000: 0x7F800000}
     assert apply("ex2.approx.ftz.f32", "f32", ["f32"], [list(special)], Options()) == list(special.values())
 

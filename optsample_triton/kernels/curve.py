@@ -12,6 +12,7 @@ from optsample_triton.kernels.constants import (
     BLURRED,
     CLEAR,
     EPSILON,
+    LOG2E,
     NATS_PER_POWER,
     NEGLECTED,
     NOISE,
@@ -153,7 +154,7 @@ def interpolate(f, apart, x, y, target):
     at = at_point(f, apart, log_t, log_theta, s)
     reach = f.spread * tl.abs(s).to(tl.float32)
     # exp(reach) - 1 from above
-    grown = tl.where(reach < 0.5, reach * (1.0 + reach), tl.exp(tl.minimum(reach, 80.0)))
+    grown = tl.where(reach < 0.5, reach * (1.0 + reach), tl.exp2(tl.minimum(reach, 80.0) * LOG2E))
     rounding = noise + at.share * f.spread * grown * (OF_MOMENTS * EPSILON)
     error = 0.5 * (at.share * left_out(f, s) * NEGLECTED / at.curvature + step)
     error = error * tl.maximum(tl.sqrt(tl.maximum(variance, 0.0)) * SD_SHARE, 1.0) + 0.5 * rounding / at.curvature

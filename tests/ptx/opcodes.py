@@ -128,6 +128,7 @@ def _plain() -> dict[str, Plain]:
             add(f"{name}.{t}", f"np.{name}imum({{0}}, {{1}})", t, t, t)
     add("div.full.f32", "blur({0} / {1}, M.units, M.seed)", "f32", "f32", "f32")
     add("ex2.approx.ftz.f32", "exp2({0}, M.units, M.seed)", "f32", "f32")
+    add("sqrt.approx.ftz.f32", "blur(np.sqrt(flush({0})), M.units, M.seed)", "f32", "f32")
     add("rcp.approx.ftz.f64", "reciprocal({0})", "f64", "f64")
 
     for t in INTEGERS:

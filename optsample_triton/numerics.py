@@ -36,8 +36,9 @@ PLAIN = 1.0  # |psi| from which its plain sum is as good as G
 FAR = 50.0  # Chernoff information beyond which float32 would blur alpha a + (1 - alpha) b
 
 # The error of alpha on the first sweep's curve (docs/theory.md, "The first sweep").
-NEGLECTED = 48.0  # of the curve's slope: the first terms left out, in units of the last two coefficients times s^6
-NOISE = 0.6  # rounding of each sum, in epsilons
+NEGLECTED = 150.0  # of the curve's slope: all terms left out, in units of the first two coefficients times s^6
+SERIES = 0.2  # what counts of those coefficients as the series foretells them, beside those that the ends show
+NOISE = 1.1  # rounding of each sum, in epsilons
 OF_MOMENTS = 0.5  # rounding of the moments, in epsilons
 SD_SHARE = 0.25  # q* feels an error of alpha in units of 1/sd; the estimate is pessimistic enough to count this much
 CLEAR = 4.0  # the sign of psi' counts where psi' is this many times its rounding

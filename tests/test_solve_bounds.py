@@ -119,6 +119,12 @@ BROKE_IT = {
     "sums at 1/2 below float32's range": ([101.5, -384.3, -1.1, 2.4], [-397.9, 107.1, 2.4, 0.2]),
     "a leap": ([-149.0935, 0.154764, -0.379831], [-12.4623, 0.156103, -0.382741]),
     "A - B rounded beside a small psi''": ([1.1213, 0.37914, -56.78], [1.38413, -108.446, 0.64202]),
+    "ends that show nothing by chance": (
+        [16.39, 1.61, -2.69, 1.85, 2.29, -1.22, 2.08, -1.33, -1.99, -0.23]
+        + [3.28, 10.73, -1.04, -1.48, 0.62, -2.82, -11.36, 4.98, -2.03, -0.29],
+        [-4.9, 20.96, -0.58, -2.72, -4.8, -8.13, -1.72, -1.04, -3.72, -2.75]
+        + [0.38, 5.82, 2.53, 10.6, -2.38, 1.21, 4.77, -3.95, -1.7, 2.38],
+    ),
     "three plain tokens": ([-27.14681, -27.18878, -27.04660], [-23.87308, -20.90096, -21.05995]),
     "steps that stalled": (
         [0.0 if token % 3 else -5.55 for token in range(200)],
@@ -127,10 +133,11 @@ BROKE_IT = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("tol", [1e-4, 1e-6])
 @pytest.mark.parametrize("name", BROKE_IT)
-def test_rows_that_broke_it(name, backend, device):
+def test_rows_that_broke_it(name, tol, backend, device):
     a, b = (torch.tensor([row]) for row in BROKE_IT[name])
-    assert_bounded(a, b, 1e-6, device)
+    assert_bounded(a, b, tol, device)
 
 
 def test_a_first_tile_of_masks(backend, device):
@@ -152,7 +159,7 @@ def real_pairs(interpreted):
     return (rows.theta[[0, 5]], rows.t[[0, 5]]) if interpreted else (rows.theta, rows.t)
 
 
-@pytest.mark.parametrize(("tol", "sweeps"), [(1e-3, 1.0), (1e-4, 1.0), (1e-5, 1.25), (1e-6, 1.25), (1e-7, 3.5)])
+@pytest.mark.parametrize(("tol", "sweeps"), [(1e-3, 1.0), (1e-4, 1.0), (1e-5, 1.25), (1e-6, 1.5), (1e-7, 3.5)])
 def test_real_rows(tol, sweeps, backend, device, interpreted):
     a, b = real_pairs(interpreted)
     assert_bounded(a, b, tol, device)

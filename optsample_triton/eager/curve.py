@@ -20,6 +20,7 @@ from optsample_triton.numerics import (
     NOISE,
     OF_MOMENTS,
     SD_SHARE,
+    SERIES,
 )
 
 DEGREE = 8
@@ -143,7 +144,7 @@ def interpolate(curve: Curve, target: Tensor, epsilon: float) -> Interpolant:
     low, high = torch.where(ahead < -clear, 0.0, zero - 1.0), torch.where(ahead > clear, 0.0, zero + 1.0)
     s, last = _root(curve, aim, low, high)
     at = curve.at(s)
-    neglected = NEGLECTED * at.share * (curve.f[-2].abs() + curve.f[-1].abs()) * s.abs() ** 6
+    neglected = NEGLECTED * at.share * _left_out(curve.f.abs(), s.abs()) * s.abs() ** 6
     variance = 4.0 * half.curvature
     # Moments about the references are larger than those about the mean, and so is their rounding.
     of_moments = epsilon * OF_MOMENTS * at.share * curve.spread * (curve.spread * s.abs()).expm1()
@@ -155,6 +156,15 @@ def interpolate(curve: Curve, target: Tensor, epsilon: float) -> Interpolant:
     error, rounding = (torch.where(trusted, each, torch.inf) for each in (error, rounding))
     psi = torch.where(trusted, at.psi, curve.psi_half)
     return Interpolant(0.5 + 0.5 * s, psi, error, rounding, of_chord, 0.5 + 0.5 * low, 0.5 + 0.5 * high)
+
+
+def _left_out(f: Tensor, s: Tensor) -> Tensor:
+    """The first two coefficients left out, from [9, N] without signs: as the ends show them and the series foretells.
+
+    By chance the ends may show nothing.
+    """
+    late, early = f[5] + f[6] * s, f[3] + f[4] * s
+    return f[7] + f[8] + SERIES * late.square() / early.clamp(min=1e-30)
 
 
 def _root(curve: Curve, aim: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from optsample_triton.kernels.constants import (
     NOISE,
     OF_MOMENTS,
     SD_SHARE,
+    SERIES,
 )
 from optsample_triton.kernels.first_sweep import in_powers
 from optsample_triton.kernels.records import Curve, CurvePoint, Ends, Interpolant
@@ -80,10 +81,14 @@ def value_of(f, s):
 
 @triton.jit
 def left_out(f, s):
-    """The size of the last terms at s, which measures those left out; infinite where the terms do not fall."""
+    """The first two coefficients left out, times s^6; infinite where the kept terms do not fall."""
     square = s * s
     higher = tl.abs(f.f4) + tl.abs(f.f5) * tl.abs(s) + tl.abs(f.f6) * square
-    last = (tl.abs(f.f7) + tl.abs(f.f8)) * (square * square * square)
+    # By chance the ends may show nothing: then the fall of the kept terms tells.
+    late = (tl.abs(f.f5) + tl.abs(f.f6 * s)).to(tl.float32)
+    early = (tl.abs(f.f3) + tl.abs(f.f4 * s)).to(tl.float32)
+    foretold = late * (late / tl.maximum(early, 1e-30)) * SERIES
+    last = (tl.abs(f.f7) + tl.abs(f.f8) + foretold) * (square * square * square)
     return tl.where(higher * square > 0.5 * tl.abs(f.f2), float("inf"), last)
 
 

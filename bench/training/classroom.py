@@ -15,6 +15,7 @@ from optsample_triton.demo import model as fetched
 from .facts import FACTS, UNRELATED
 
 TOKENS = 12  # of a text
+TEMPERATURE = 0.7  # of both models, as in the demo: at 1 so small a model rambles
 LEARNING_BLOCKS = 10  # from the top; the rest of the model stays as it is, which halves the time
 SAMPLES = 4  # texts per question when it is tested
 
@@ -89,6 +90,8 @@ class Classroom:
             target_input_ids=self.hinted.ids,
             target_attention_mask=self.hinted.mask,
             max_new_tokens=TOKENS,
+            temperature_theta=TEMPERATURE,
+            temperature_t=TEMPERATURE,
             seed=seed,
             **law,
         )
@@ -132,7 +135,7 @@ class Classroom:
 
 
 def _plain_texts(model: Any, tokenizer: Any, prompts: Prompts, seed: int) -> Tensor:
-    """Texts of one model alone, drawn by transformers at temperature 1."""
+    """Texts of one model alone, drawn by transformers."""
     torch.manual_seed(seed)
     out: Tensor = model.generate(
         prompts.ids,
@@ -141,7 +144,7 @@ def _plain_texts(model: Any, tokenizer: Any, prompts: Prompts, seed: int) -> Ten
         do_sample=True,
         top_k=0,
         top_p=1.0,
-        temperature=1.0,
+        temperature=TEMPERATURE,
         pad_token_id=tokenizer.eos_token_id,
     )
     return out[:, prompts.ids.shape[1] :]

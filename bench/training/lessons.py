@@ -10,7 +10,7 @@ from torch import Tensor
 import optsample_triton as ost
 from optsample_triton.is_reshape import distillation_loss, is_reshape_loss
 
-from .classroom import Classroom, Texts
+from .classroom import TEMPERATURE, Classroom, Texts
 
 POLICY: dict[str, Any] = {"method": "fixed", "alpha": 1.0}
 TARGET: dict[str, Any] = {"method": "fixed", "alpha": 0.0}
@@ -25,7 +25,7 @@ class Lesson(NamedTuple):
 
 
 def _log_pi(room: Classroom, texts: Texts) -> Tensor:
-    found = ost.token_logprobs(room.logits(texts), texts.tokens)
+    found = ost.token_logprobs(room.logits(texts), texts.tokens, temperature=TEMPERATURE)
     assert isinstance(found, Tensor)  # of one model alone, without entropies
     return found
 
@@ -48,11 +48,16 @@ def _rewarded(room: Classroom, texts: Texts) -> Tensor:
 
 
 def _forward(room: Classroom, texts: Texts) -> Tensor:
-    return distillation_loss(room.logits(texts), room.target_logits(texts), kind="forward", mask=texts.mask)
+    return _distilled(room, texts, "forward")
 
 
 def _reverse(room: Classroom, texts: Texts) -> Tensor:
-    return distillation_loss(room.logits(texts), room.target_logits(texts), kind="reverse", mask=texts.mask)
+    return _distilled(room, texts, "reverse")
+
+
+def _distilled(room: Classroom, texts: Texts, kind: str) -> Tensor:
+    logits = room.logits(texts), room.target_logits(texts)
+    return distillation_loss(*logits, kind=kind, mask=texts.mask, temperature=TEMPERATURE)
 
 
 LESSONS = {

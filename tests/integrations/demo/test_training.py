@@ -35,7 +35,7 @@ def test_a_lesson_reads_texts_of_the_law_that_it_names(room: Classroom, texts: d
         with torch.no_grad():
             logits = {"π_θ": room.logits(drawn), "π_t": room.target_logits(drawn)}
         for law, rows in logits.items():
-            log_p = rows.log_softmax(-1).gather(-1, drawn.tokens[..., None])[..., 0]
+            log_p = (rows / classroom.TEMPERATURE).log_softmax(-1).gather(-1, drawn.tokens[..., None])[..., 0]
             same = torch.allclose(log_p[drawn.mask], drawn.log_mu[drawn.mask], atol=1e-3)
             assert same == (law == name)
 

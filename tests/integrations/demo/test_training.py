@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from command import Run
 
+from bench.paths import ROOT
 from bench.training import classroom
 from bench.training.classroom import Classroom, Texts, load
 from bench.training.facts import FACTS
 from bench.training.lessons import LESSONS
+from optsample_triton.demo import model
 
 TOKENS = 4  # of a text: the machine has little time
 
@@ -63,3 +67,14 @@ def test_the_model_as_it_was_scores_no_distance_from_itself(room: Classroom) -> 
     score = room.score()
     assert score.kl_unrelated == pytest.approx(0.0, abs=1e-6)
     assert 0.0 <= score.right <= 0.5
+
+
+def test_the_examples_of_the_tutorial(first: Run) -> None:
+    page = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    texts, learning = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    names: dict = {}
+    exec(texts.replace('"policy"', repr(str(model.kept_model(first.cache)))), names)
+    assert names["tokenizer"].decode(names["out"].tokens[0]).startswith("Paris, the big city")
+    exec(learning, names)
+    for name in ("likelihood", "rewarded", "distilled"):
+        assert torch.isfinite(names[name])

@@ -34,6 +34,8 @@ SHAPES: dict[str, dict[int, Shape]] = {
     "interpreter": {16: Shape(4096, 16384, 1, 4), 32: Shape(4096, 16384, 1, 4)},
 }
 LOGPROB_REGISTERS = {"cuda": 64, "hip": None, "interpreter": None}  # eight programs per multiprocessor
+# Four. Without a limit ptxas aims at five on sm_100, and spills.
+GRADIENT_REGISTERS = {"cuda": 128, "hip": None, "interpreter": None}
 # A draw picks a chunk, then a tile of it, then a token of the tile. The sizes are the same on every device, so the same
 # uniforms give the same token.
 DRAW_CHUNK = 8192
@@ -69,6 +71,15 @@ def logprob_shape(kind: str, dtype: torch.dtype) -> Shape:
     ({'maxnreg': 64}, {})
     """
     return shape(kind, dtype)._replace(registers=LOGPROB_REGISTERS[kind])
+
+
+def gradient_shape(kind: str, dtype: torch.dtype) -> Shape:
+    """The shape for the solver's gradient.
+
+    >>> gradient_shape("cuda", torch.bfloat16).limit
+    {'maxnreg': 128}
+    """
+    return shape(kind, dtype)._replace(registers=GRADIENT_REGISTERS[kind])
 
 
 def draws(kind: str, num_samples: int) -> int:

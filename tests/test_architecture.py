@@ -47,10 +47,9 @@ BESIDE = {
     "bench.theory": f"{PUBLIC_AND_MACHINE} {TRUTH} {SHARED}",
     "bench.compiled": f"{PUBLIC_AND_MACHINE} {SHARED} numerics kernels",
     "bench.speed": f"{PUBLIC_AND_MACHINE} {TRUTH} {SHARED} bench.compiled",
-    "bench.training": f"{PUBLIC_AND_MACHINE} integrations {SHARED}",
     "bench.gpu": f"{PUBLIC_AND_MACHINE} {TRUTH} {SHARED} bench.compiled bench.speed",
     # The commands.
-    "bench": f"{PUBLIC_AND_MACHINE} {TRUTH} {SHARED} bench.theory bench.compiled bench.speed bench.training bench.gpu",
+    "bench": f"{PUBLIC_AND_MACHINE} {TRUTH} {SHARED} bench.theory bench.compiled bench.speed bench.gpu",
 }
 # What is imported in functions only, and nothing else is: the rest stands at the top of its file.
 LAZY = {

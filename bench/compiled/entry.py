@@ -145,7 +145,8 @@ def entries(kind: str) -> list[Entry]:
 
     def gradient(name: str, **rest: Any) -> Entry:
         kernel = "gradient:gradient_kernel"
-        return entry(name, kernel, None, 2, 2, divisible=("V",), main_loop="step", passes=write, **rest)
+        registers = launch.GRADIENT_REGISTERS[kind]
+        return entry(name, kernel, registers, 2, 2, divisible=("V",), main_loop="step", passes=write, **rest)
 
     def logprob(name: str, *present: str) -> Entry:
         return entry(name, "logprob:logprob_kernel", launch.LOGPROB_REGISTERS[kind], 1, present=(*placed, *present))

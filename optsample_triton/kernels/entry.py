@@ -240,7 +240,7 @@ def backward(problem: Problem, status: Tensor, saved: Tensor, upstream: Upstream
     if log_q is not None and log_q.stride(-1) != 1:
         log_q = log_q.contiguous()
     if n:
-        shape = launch.shape(_device(device).kind, problem.theta.dtype)
+        shape = launch.gradient_shape(_device(device).kind, problem.theta.dtype)
         gradient_kernel[(n,)](
             **_rows(problem),
             alpha_ptr=alpha,
@@ -256,6 +256,7 @@ def backward(problem: Problem, status: Tensor, saved: Tensor, upstream: Upstream
             METHOD=int(problem.options._replace(algorithm="chernoff").code),  # bisection has the same root
             H=shape.half,
             num_warps=shape.num_warps,
+            **shape.limit,
         )
     return gradients
 

@@ -357,7 +357,9 @@ def solve_kernel(
     tile: tl.constexpr = Tile(H, PACKED, PROBS)
     later: tl.constexpr = Tile(H // 2, PACKED, PROBS)
     options = Options(given_alpha_ptr, tol, max_iter)
-    first = first_sweep(batch, meeting, tile, later, CHUNK, UNROLL, False)
+    # The diagnostics read the row a dozen times: an unrolled first read would only cost them registers.
+    unroll: tl.constexpr = UNROLL if diagnostics_ptr is None else 1
+    first = first_sweep(batch, meeting, tile, later, CHUNK, unroll, False)
     if first.last:
         row, ends, root = solved(first.row, first.total, first.index, options, later, METHOD, True)
         _finish(row, ends, root, first.index, results, later)
@@ -394,7 +396,7 @@ def _finish(row, ends, root, index, results, tile):
         if tile.PROBS:
             store_probability_diagnostics(row, ends, solution, diagnostics_ptr, tile)
         else:
-            few: tl.constexpr = Tile(tile.H // 4, tile.PACKED, tile.PROBS)
+            few: tl.constexpr = Tile(tile.H // 2, tile.PACKED, tile.PROBS)
             store_diagnostics(row, ends, solution, diagnostics_ptr, few)
     if results.out_ptr is not None:
         store_log_q(row, ends, solution, results.out_ptr + index * results.stride_out, results.width, tile)

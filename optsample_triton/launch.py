@@ -34,7 +34,7 @@ SHAPES: dict[str, dict[int, Shape]] = {
     "interpreter": {16: Shape(4096, 16384, 1, 4), 32: Shape(4096, 16384, 1, 4)},
 }
 LOGPROB_REGISTERS = {"cuda": 64, "hip": None, "interpreter": None}  # eight programs per multiprocessor
-# Four. Without a limit ptxas aims at five on sm_100, and spills.
+# Four programs per multiprocessor. Left alone, ptxas gives the entropy method's 96 registers on sm_100, and spills.
 GRADIENT_REGISTERS = {"cuda": 128, "hip": None, "interpreter": None}
 # A draw picks a chunk, then a tile of it, then a token of the tile. The sizes are the same on every device, so the same
 # uniforms give the same token.

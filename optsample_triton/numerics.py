@@ -37,7 +37,7 @@ FAR = 50.0  # Chernoff information beyond which float32 would blur alpha a + (1 
 
 # The error of alpha on the first sweep's curve (docs/theory.md, "The first sweep").
 NEGLECTED = 150.0  # of the curve's slope: all terms left out, in units of the first two coefficients times s^6
-SERIES = 0.16  # what counts of those coefficients as the series foretells them, beside those that the ends show
+SERIES = 0.16  # of what the kept coefficients foretell of those two; added to what the ends show of them
 NOISE = 1.1  # rounding of each sum, in epsilons
 OF_MOMENTS = 0.5  # rounding of the moments, in epsilons
 SD_SHARE = 0.25  # q* feels an error of alpha in units of 1/sd; the estimate is pessimistic enough to count this much

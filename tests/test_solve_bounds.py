@@ -159,9 +159,14 @@ def real_pairs(interpreted):
     return (rows.theta[[0, 5]], rows.t[[0, 5]]) if interpreted else (rows.theta, rows.t)
 
 
-@pytest.mark.parametrize(("tol", "sweeps"), [(1e-3, 1.0), (1e-4, 1.0), (1e-5, 1.25), (1e-6, 1.5), (1e-7, 3.5)])
-def test_real_rows(tol, sweeps, backend, device, interpreted):
+@pytest.mark.parametrize(
+    ("tol", "eager", "kernels"),
+    [(1e-3, 1.0, 1.0), (1e-4, 1.0, 1.0), (1e-5, 1.25, 1.25), (1e-6, 1.25, 1.5), (1e-7, 2.0, 3.5)],
+)
+def test_real_rows(tol, eager, kernels, backend, device, interpreted):
+    """Within the tolerance, and in so many sweeps on average. At 1e-7 the kernels go on in float64."""
     a, b = real_pairs(interpreted)
+    sweeps = eager if backend == "eager" else kernels
     assert_bounded(a, b, tol, device)
     found = ost.solve(a.to(device), b.to(device), tol=tol, diagnostics=True)
     assert found.sweeps.double().mean() <= sweeps

@@ -159,9 +159,9 @@ def interpolate(curve: Curve, target: Tensor, epsilon: float) -> Interpolant:
 
 
 def _left_out(f: Tensor, s: Tensor) -> Tensor:
-    """The first two coefficients left out, from [9, N] without signs: as the ends show them and the series foretells.
+    """The size of the first two coefficients left out, from f's coefficients [9, N] and s, all without signs.
 
-    By chance the ends may show nothing.
+    It is what the ends show of them, and a share of what the kept ones foretell: by chance the ends may show nothing.
     """
     late, early = f[5] + f[6] * s, f[3] + f[4] * s
     return f[7] + f[8] + SERIES * late.square() / early.clamp(min=1e-30)

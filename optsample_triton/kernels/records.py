@@ -107,7 +107,7 @@ class FirstSums(NamedTuple):
     sixth: tl.tensor
     apart_theta: tl.tensor  # the logits of the token apart; -inf where there is none
     apart_t: tl.tensor
-    masked: tl.tensor  # how many chunks have tokens outside of a support
+    masked: tl.tensor  # above 0 where there are tokens outside of a support
 
 
 class Meeting(NamedTuple):

@@ -3,7 +3,8 @@
 The tests of the kernels use it whenever they run through the interpreter. It imitates what the kernels' PTX for sm_90
 contains (test_device_arithmetic.py checks this):
 
-* ``ex2.approx.ftz``, ``div.full`` and logarithms have wrong last digits; the first flushes denormal numbers
+* ``ex2.approx.ftz``, ``sqrt.approx.ftz``, ``div.full`` and logarithms have wrong last digits; the first two flush
+  denormal numbers
 * ``fma``: a product is not rounded before it is added
 * ``min`` and ``max`` of a NaN and a number are the number; the interpreter would give NaN
 * sums are taken by threads and halves, prefix sums by threads and shuffles, so prefix sums need not rise
@@ -53,6 +54,10 @@ def exp(x: Array) -> Array:
 
 def log(x: Array) -> Array:
     return np.where(x == 1, x - x, blurred(x, np.log(x), 1))
+
+
+def square_root(x: Array) -> Array:
+    return blurred(x, np.sqrt(flushed(x)), 1) if x.dtype == np.float32 else np.sqrt(x)
 
 
 def quotient(x: Array, y: Array) -> Array:
@@ -139,7 +144,7 @@ def cumsum_of_floats(plain: Callable) -> Callable:
 def install() -> None:
     """Make this process's interpreter compute in this way."""
     builder = interpreter.InterpreterBuilder
-    for name, operation in (("exp", exp), ("exp2", exp2), ("log", log)):
+    for name, operation in (("exp", exp), ("exp2", exp2), ("log", log), ("sqrt", square_root)):
         setattr(builder, f"create_{name}", lambda self, x, op=operation: self.unary_op(x, op))
     for name, operation in (("fdiv", quotient), ("maxnumf", np.fmax), ("minnumf", np.fmin)):
         setattr(builder, f"create_{name}", lambda self, x, y, op=operation: self.binary_op(x, y, op))

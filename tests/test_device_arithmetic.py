@@ -19,6 +19,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Operations of floating point whose result NumPy's is not, by the start of their name.
 IMITATED = (
     "ex2.approx.ftz.f32",
+    "sqrt.approx.ftz.f32",
     "div.full.f32",
     "fma.rn.",
     "shfl.sync.",
@@ -39,6 +40,7 @@ def _kernel(x_ptr, y_ptr, z_ptr, out_ptr, SIZE: tl.constexpr):
     tl.store(out_ptr + 4 * SIZE + lanes, tl.exp2(x))
     tl.store(out_ptr + 5 * SIZE + lanes, tl.exp2(z) + tl.cumsum(y, 0))
     tl.store(out_ptr + 6 * SIZE + lanes, x / y)
+    tl.store(out_ptr + 7 * SIZE + lanes, tl.sqrt(y))
 
 
 @triton.jit
@@ -49,7 +51,7 @@ def _order_kernel(out_ptr, count_ptr):
 def computed(x, y, z):
     device = "cpu" if INTERPRETED else "cuda"
     x, y, z = (torch.tensor(v, dtype=torch.float32, device=device) for v in (x, y, z))
-    out = torch.empty(7, len(x), device=device)
+    out = torch.empty(8, len(x), device=device)
     _kernel[(1,)](x, y, z, out, len(x))
     return out.cpu()
 
@@ -67,14 +69,16 @@ def test_a_number_wins_against_nan():
     assert out[2].tolist() == out[3].tolist() == [2.0, 1.0]
 
 
-def test_exponentials_and_quotients_are_off_by_two_units_at_most_and_denormals_are_flushed():
+def test_exponentials_roots_and_quotients_are_off_by_two_units_at_most_and_denormals_are_flushed():
     x, y = torch.linspace(-125, -1, 4096), torch.linspace(1, 3, 4096)
     out = computed(x.tolist(), y.tolist(), [0.0] * 4096)
-    for found, exact in ((out[4], torch.exp2(x.double())), (out[6], (x.double() / y.double()))):
-        off = ((found.double() - exact) / exact).abs()
-        assert float(off.max()) <= 1.25 * 2.0**-22  # two units, and the rounding
-        assert not INTERPRETED or float(off.max()) > 2.0**-23
-    assert computed([-127.0, 0.0], [1.0, 1.0], [0.0, 0.0])[4].tolist() == [0.0, 1.0]
+    exact = {4: (2, torch.exp2(x.double())), 6: (2, x.double() / y.double()), 7: (1, y.double().sqrt())}
+    for line, (units, value) in exact.items():
+        off = ((out[line].double() - value) / value).abs()
+        assert float(off.max()) <= (units + 0.5) * 2.0**-23
+        assert not INTERPRETED or float(off.max()) > (units - 1) * 2.0**-23
+    flushed = computed([-127.0, 0.0], [2.0**-127, 0.0], [0.0, 0.0])
+    assert [flushed[line].tolist() for line in (4, 7)] == [[0.0, 1.0], [0.0, 0.0]]
 
 
 def test_sums_and_prefix_sums_are_right_and_need_not_rise():

@@ -49,7 +49,8 @@ BESIDE = {
     "bench.speed": f"{PUBLIC_AND_MACHINE} {TRUTH} {SHARED} bench.compiled",
     "bench.gpu": f"{PUBLIC_AND_MACHINE} {TRUTH} {SHARED} bench.compiled bench.speed",
     # The commands.
-    "bench": f"{PUBLIC_AND_MACHINE} {TRUTH} {SHARED} bench.theory bench.compiled bench.speed bench.gpu",
+    "bench.training": f"{PUBLIC_AND_MACHINE} integrations {SHARED}",
+    "bench": f"{PUBLIC_AND_MACHINE} {TRUTH} {SHARED} bench.theory bench.compiled bench.speed bench.training bench.gpu",
 }
 # What is imported in functions only, and nothing else is: the rest stands at the top of its file.
 LAZY = {

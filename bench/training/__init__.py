@@ -1,0 +1,1 @@
+"""What learning from q* does to a small language model: docs/tutorial.md."""

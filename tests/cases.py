@@ -242,7 +242,7 @@ CASES: list[Case] = [
         "random std 8": independent(normal(V, 8), normal(V, 8)),
     }),
     *_family("random", REAL, 4, {
-        "random std 3, V=5000": independent(normal(5000, 3), normal(5000, 3)),
+        "random std 3, V=9728": independent(normal(9728, 3), normal(9728, 3)),  # 9.5 tiles of a GPU, in two chunks
         "random, shifted by 50 and -70": independent(normal(V, 3, 50), normal(V, 3, -70)),
     }),
     *_family("random", REAL, 2, {
@@ -409,9 +409,27 @@ def interleaved(a: Tensor, b: Tensor) -> Pair:
     return both[:, 0], both[:, 1]
 
 
-def misaligned(a: Tensor, b: Tensor) -> Pair:
-    """Rows that start one element after the start of their buffer."""
-    return _shifted_by_one(a), _shifted_by_one(b)
+def aligned(a: Tensor, b: Tensor) -> Pair:
+    """Every row starts on a multiple of 16 elements. The other layouts are compared with this one."""
+    return _in_lines(a, 0), _in_lines(b, 0)
+
+
+def off_by_1(a: Tensor, b: Tensor) -> Pair:
+    """Every row starts one element after a multiple of 16."""
+    return _in_lines(a, 1), _in_lines(b, 1)
+
+
+def off_by_2(a: Tensor, b: Tensor) -> Pair:
+    return _in_lines(a, 2), _in_lines(b, 2)
+
+
+def off_by_4(a: Tensor, b: Tensor) -> Pair:
+    return _in_lines(a, 4), _in_lines(b, 4)
+
+
+def one_off(a: Tensor, b: Tensor) -> Pair:
+    """Rows of theta off by one, rows of t aligned."""
+    return _in_lines(a, 1), _in_lines(b, 0)
 
 
 def expanded(a: Tensor, b: Tensor) -> Pair:
@@ -451,7 +469,10 @@ LAYOUTS: list[Callable[[Tensor, Tensor], Pair]] = [
     contiguous,
     strided,
     interleaved,
-    misaligned,
+    off_by_1,
+    off_by_2,
+    off_by_4,
+    one_off,
     expanded,
     expanded_both,
     leading_dims,
@@ -473,10 +494,13 @@ def _in_longer_sequences(x: Tensor) -> Tensor:
     return buffer[:, :-1]
 
 
-def _shifted_by_one(x: Tensor) -> Tensor:
-    buffer = x.new_full((x.numel() + 1,), NAN)
-    buffer[1:] = x.reshape(-1)
-    return buffer[1:].view(x.shape)
+def _in_lines(x: Tensor, start: int) -> Tensor:
+    """Rows from place ``start`` on of longer rows, whose length is a multiple of 16."""
+    length = -(-(x.shape[-1] + start) // 16) * 16
+    lines = x.new_full((*x.shape[:-1], length), NAN)
+    part = lines[..., start : start + x.shape[-1]]
+    part.copy_(x)
+    return part
 
 
 def _last_of_three(x: Tensor) -> Tensor:

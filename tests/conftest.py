@@ -67,6 +67,9 @@ def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
         backends = ["compiled"] if metafunc.config.option.compiled else ["eager", "triton"]
         metafunc.parametrize("backend", backends, indirect=True)
+    if "beside_eager" in metafunc.fixturenames:
+        kernels = "compiled" if metafunc.config.option.compiled else "triton"
+        metafunc.parametrize("beside_eager", [kernels], indirect=True)
 
 
 @pytest.hookimpl(tryfirst=True)  # pytest leaves out what -m does not select after that
@@ -74,7 +77,7 @@ def pytest_collection_modifyitems(config, items):
     if _interpreted() and without_deep(config):
         sys.modules["quick_interpreter"].leave_overflow_unchecked()
     # Compiled, the tests of a backend and those that want compiled kernels; others choose a backend, or need none.
-    wanted = {"backend", "compiled"} if config.option.compiled else {"compiled"}
+    wanted = {"backend", "beside_eager", "compiled"} if config.option.compiled else {"compiled"}
     others = [item for item in items if wanted.isdisjoint(getattr(item, "fixturenames", ())) == config.option.compiled]
     if others:
         config.hook.pytest_deselected(items=others)
@@ -140,6 +143,12 @@ def backend(request, monkeypatch):
     "compiled" is the Triton backend as well, its kernels executed by tests/ptx.
     """
     monkeypatch.setenv("OPTSAMPLE_BACKEND", "eager" if request.param == "eager" else "triton")
+    return request.param
+
+
+@pytest.fixture
+def beside_eager(request):
+    """Of a test that runs the kernels beside the eager path, and chooses the backend itself: how they run."""
     return request.param
 
 

@@ -19,7 +19,7 @@ Item = TypeVar("Item")
 
 # 1. Of the rows of tests/cases.py: one case of each family, and what else has rows of every status or several chunks.
 CASES = {
-    "random std 3", "random std 3, V=5000", "zipf, std 2", "sharp against soft", "bimodal, unequal",
+    "random std 3", "random std 3, V=9728", "zipf, std 2", "sharp against soft", "bimodal, unequal",
     "near-delta 0.99, uniform", "tops differ 0.99", "same top 0.999", "identical", "nearly identical 1e-3", "disjoint",
     "nearly disjoint, gap 30", "masked, theta", "banned by -1e9, theta", "close but for one token", "one common token",
     "V=1", "V=17", "huge 1e4", "denormal logits", "every status", "empty batch",
@@ -94,31 +94,33 @@ DEEP: dict[str, tuple[str, ...]] = {
     "test_loads": EVERYTHING,
     "test_stores": EVERYTHING,
     "test_atomics": EVERYTHING,
-    "test_the_compiled_core_is_what_its_table_names": EVERYTHING,
+    "test_the_compiled_core_is_what_its_table_names_and_has_every_kernel": EVERYTHING,
     # A run of all of bench.theory.
     "test_quick_run_writes_everything": EVERYTHING,
 }
 
-# 4. Of the compiled kernels (pytest --compiled): each kernel, aligned and unaligned rows, one row of several programs.
+# 4. Of the compiled kernels (pytest --compiled): each kernel, with rows of full tiles, aligned (V=9728) and not, read by
+# one program and by several.
 # -m 'not deeper' runs more of the core compiled (COMPILED_FILES); make test-compiled runs all there is.
 COMPILED_FILES = {
     "test_linear_token_logprobs", "test_ops", "test_ptx_kernels", "test_sample", "test_saved", "test_solve_bounds",
     "test_solve_cases", "test_token_logprobs", "test_verify",
 }  # fmt: skip
 COMPILED = {
-    "test_solve_cases.py::test_every_case[compiled-random std 3-chernoff]",
+    "test_solve_cases.py::test_every_case[compiled-random std 3, V=9728-chernoff]",
     "test_solve_cases.py::test_every_case[compiled-every status-chernoff]",
     "test_solve_cases.py::test_every_case[compiled-same top, V=50257-chernoff]",
-    "test_solve_cases.py::test_half_precision_is_exact_for_the_rounded_rows[compiled-masked, theta-torch.bfloat16]",
-    "test_solve_cases.py::test_log_q_of_every_case[compiled-random std 3]",
-    "test_solve_memory.py::test_layouts[compiled-masked, both-misaligned-torch.float32]",
+    "test_solve_cases.py::test_half_precision_is_exact_for_the_rounded_rows"
+    "[compiled-random std 3, V=9728-torch.bfloat16]",
+    "test_solve_cases.py::test_log_q_of_every_case[compiled-random std 3, V=9728]",
+    "test_solve_memory.py::test_layouts[compiled-random std 3, V=9728-off_by_1-torch.bfloat16]",
     "test_solve_memory.py::test_a_split_row_has_the_same_bits[1-compiled-chernoff-torch.float32]",
-    "test_sample.py::test_every_case[compiled-random std 3]",
+    "test_sample.py::test_every_case[compiled-random std 3, V=9728]",
     "test_sample.py::test_every_case[compiled-every status]",
     "test_verify.py::test_rows_of_every_status[compiled]",
-    "test_token_logprobs.py::test_against_truth[compiled-every status]",
-    "test_token_logprobs.py::test_gradient_against_truth[compiled-same top 0.999999]",
-    "test_ops.py::test_log_q_gradient_against_float64[compiled-zipf, std 1-{}]",
+    "test_token_logprobs.py::test_large_vocabularies[compiled-50257]",
+    "test_token_logprobs.py::test_gradient_against_truth[compiled-random std 3, V=9728]",
+    "test_ops.py::test_log_q_gradient_against_float64[compiled-random std 3, V=9728-{}]",
     "test_ops.py::test_alignment_changes_a_gradient_in_its_last_digits_at_most[compiled-torch.float32]",
     "test_dropin.py::test_info[compiled-kl_symmetry-10-1.0]",
     "test_ptx_kernels.py::test_the_same_bits_however_it_is_run[9692-3]",
@@ -131,7 +133,7 @@ def is_core_of_compiled(item: pytest.Item) -> bool:
 
 def is_deeper_of_compiled(item: pytest.Item) -> bool:
     """A layout compiles kernels of its own: of many only some."""
-    of_layouts = "test_layouts" in item.name and "misaligned" not in item.name
+    of_layouts = "test_layouts" in item.name and "off_by_1" not in item.name
     return item.path.stem not in COMPILED_FILES or of_layouts
 
 

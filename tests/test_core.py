@@ -134,10 +134,15 @@ def definitions(file: str) -> dict[str, ast.stmt]:
 
 def unused(kept: Kept) -> set[str]:
     """The public functions that no kept test uses, and the kernels that none uses with the Triton backend."""
-    used = [(names_used(*test), values) for test, values in kept.items()]
-    public = {name for name in PUBLIC if not any(f"ost.{name}" in names for names, _ in used)}
-    through = [names for names, values in used if "triton" in values]
-    return public | {kernel for kernel, (needs, _) in KERNELS.items() if not any(needs <= names for names in through)}
+    used = [names_used(*test) for test in kept]
+    public = {name for name in PUBLIC if not any(f"ost.{name}" in names for names in used)}
+    return public | not_launched(kept, "triton")
+
+
+def not_launched(kept: Kept, backend: str) -> set[str]:
+    """The kernels that no kept test uses with this backend."""
+    through = [names_used(*test) for test, values in kept.items() if backend in values]
+    return {kernel for kernel, (needs, _) in KERNELS.items() if not any(needs <= names for names in through)}
 
 
 def test_no_test_is_dropped_but_those_that_are_deep_as_a_whole(kept: Kept) -> None:
@@ -149,8 +154,10 @@ def test_no_test_is_dropped_but_those_that_are_deep_as_a_whole(kept: Kept) -> No
     assert dropped(without, FILES) - dropped(kept, FILES) == {"test_verify::test_the_emitted_law_is_q"}
 
 
-def test_the_compiled_core_is_what_its_table_names() -> None:
-    assert set(re.findall(r"^tests/(\S+\.py::.*)$", collected("--compiled"), re.MULTILINE)) == core.COMPILED
+def test_the_compiled_core_is_what_its_table_names_and_has_every_kernel() -> None:
+    listing = collected("--compiled")
+    assert set(re.findall(r"^tests/(\S+\.py::.*)$", listing, re.MULTILINE)) == core.COMPILED
+    assert not_launched(read(listing), "compiled") == set()
 
 
 def test_every_public_function_and_every_kernel_is_used_by_what_is_kept(kept: Kept) -> None:

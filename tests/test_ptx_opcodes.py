@@ -174,7 +174,7 @@ def test_the_reciprocal_reads_and_writes_upper_halves():
 def test_every_opcode_has_an_oracle_or_a_test():
     elsewhere = {
         *APPROXIMATE, *opcodes.PAIRS, *opcodes.LOADS, *opcodes.STORES, *opcodes.PARAMETERS, *opcodes.ATOMICS,
-        *opcodes.SHUFFLES, *opcodes.REDUCTIONS, *opcodes.MATRICES, *opcodes.FENCES, *opcodes.CONTROL,
+        *opcodes.SHUFFLES, *opcodes.REDUCTIONS, *opcodes.MATRIX_LOADS, *opcodes.MATRIX_STORES, *opcodes.FENCES, *opcodes.CONTROL,
         opcodes.WARP_BARRIER,
     }  # fmt: skip
     assert opcodes.known() == elsewhere | set(PLAIN)

@@ -202,10 +202,10 @@ def test_reductions_of_a_warp(opcode):
         assert (got[warp] == function.reduce(given[warp], dtype=code)).all()
 
 
-@pytest.mark.parametrize("opcode", sorted(opcodes.MATRICES))
-def test_matrices_of_shared_memory(opcode):
+@pytest.mark.parametrize("opcode", sorted(opcodes.MATRIX_LOADS))
+def test_matrices_are_loaded_from_shared_memory(opcode):
     """The rows lie in another order than the lanes that name them."""
-    rule = opcodes.MATRICES[opcode]
+    rule = opcodes.MATRIX_LOADS[opcode]
     x, y = bytes_of(64 * 16), aligned(64 * 4, "u4")
     results = [f"%r{20 + place}" for place in range(rule.registers)]
     stored = [*results, *["%r30"] * (4 - rule.registers)]
@@ -225,6 +225,33 @@ def test_matrices_of_shared_memory(opcode):
                 i, j = (column + place, row) if rule.transposed else (row, column + place)
                 giver = thread // 32 * 32 + 8 * matrix + i
                 assert got[thread, matrix, place] == elements[giver ^ 33, j]
+
+
+@pytest.mark.parametrize("opcode", sorted(opcodes.MATRIX_STORES))
+def test_matrices_are_stored_in_shared_memory(opcode):
+    """Rows that no lane names keep what was there."""
+    rule = opcodes.MATRIX_STORES[opcode]
+    x, y = bytes_of(64 * 16), aligned(64 * 4, "u4")
+    given = [f"%r{1 + place}" for place in range(rule.registers)]
+    body = f"""{OWN}{SHARED}
+    ld.global.v4.b32 {{%r1, %r2, %r3, %r4}}, [%rd10];
+    mov.b32 %r20, 0;
+    st.shared.v4.b32 [%r10], {{%r20, %r20, %r20, %r20}};
+    bar.sync 0;
+    {opcode} [%r11], {{{", ".join(given)}}};
+    bar.sync 0;
+    ld.shared.v4.b32 {{%r20, %r21, %r22, %r23}}, [%r10];
+    st.global.v4.b32 [%rd11], {{%r20, %r21, %r22, %r23}};"""
+    assert found(entry(body, threads=64), x, y, shared=1024) == []
+    held, rows = x.view("u2").reshape(64, 4, 2), y.view("u2").reshape(64, 8)
+    expected = np.zeros((64, 8), "u2")
+    for thread in range(64):
+        row, column = thread % 32 // 4, 2 * (thread % 4)
+        for matrix in range(rule.registers):
+            for place in (0, 1):
+                i, j = (column + place, row) if rule.transposed else (row, column + place)
+                expected[(thread // 32 * 32 + 8 * matrix + i) ^ 33, j] = held[thread, matrix, place]
+    assert (rows == expected).all()
 
 
 def test_registers_are_put_together_and_taken_apart():

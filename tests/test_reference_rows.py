@@ -253,9 +253,10 @@ def test_layouts_are_what_they_say():
     assert strides["expanded"][1] == (0, 1)
     assert strides["expanded_both"] == ((0, 1), (0, 1))
     assert strides["last_positions"] == ((51, 1), (51, 1))
-    moved, _ = cases.misaligned(a, b)
-    assert moved.storage_offset() == 1
-    assert moved.data_ptr() % 16 != 0
+    assert strides["off_by_4"] == ((32, 1), (32, 1))
+    assert all(x.data_ptr() % 64 == 0 for x in cases.aligned(a, b))
+    assert [x.data_ptr() % 64 for x in cases.off_by_2(a, b)] == [8, 8]
+    assert [x.data_ptr() % 64 for x in cases.one_off(a, b)] == [4, 0]
     assert cases.leading_dims(a, b)[0].shape == (2, 3, 17)
 
 

@@ -9,7 +9,7 @@ from tests.ptx import opcodes
 from tests.ptx.parse import Block, Entry, Instruction
 
 _NAME = re.compile(r"%[a-z]+\d+")
-_NO_RESULT = {*opcodes.STORES, *opcodes.FENCES, *opcodes.CONTROL, opcodes.WARP_BARRIER}
+_NO_RESULT = {*opcodes.STORES, *opcodes.MATRIX_STORES, *opcodes.FENCES, *opcodes.CONTROL, opcodes.WARP_BARRIER}
 
 
 def registers(text: str) -> list[str]:

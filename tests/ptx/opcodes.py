@@ -46,7 +46,7 @@ class Reduction(NamedTuple):
 
 
 class Matrix(NamedTuple):
-    """Matrices of 8 x 8 elements of 16 bits, which the lanes of a warp load together from shared memory."""
+    """Matrices of 8 x 8 elements of 16 bits, which the lanes of a warp load from shared memory, or store, together."""
 
     registers: int  # one for each matrix
     transposed: bool
@@ -253,11 +253,14 @@ REDUCTIONS = {
     }.items()
     for t in types
 }  # fmt: skip
-MATRICES = {
-    f"ldmatrix.sync.aligned.m8n8.x{count}{'.trans' * transposed}.shared.b16": Matrix(count, transposed)
-    for count in (1, 2, 4)
-    for transposed in (False, True)
-}
+MATRIX_LOADS, MATRIX_STORES = (
+    {
+        f"{name}.sync.aligned.m8n8.x{count}{'.trans' * transposed}.shared.b16": Matrix(count, transposed)
+        for count in (1, 2, 4)
+        for transposed in (False, True)
+    }
+    for name in ("ldmatrix", "stmatrix")
+)
 FENCES = {f"fence.{kind}.{scope}": Fence(scope) for kind in ("acq_rel", "sc") for scope in SCOPES} | {
     "membar.cta": Fence("cta"), "membar.gl": Fence("gpu"), "membar.sys": Fence("sys"),
 }  # fmt: skip
@@ -279,7 +282,8 @@ def known() -> set[str]:
         ATOMICS,
         SHUFFLES,
         REDUCTIONS,
-        MATRICES,
+        MATRIX_LOADS,
+        MATRIX_STORES,
         FENCES,
         CONTROL,
         (WARP_BARRIER,),

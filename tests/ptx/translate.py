@@ -209,8 +209,10 @@ class _Writer:
             self.atomic(each, opcodes.ATOMICS[opcode])
         elif opcode in opcodes.SHUFFLES or opcode in opcodes.REDUCTIONS or opcode == opcodes.WARP_BARRIER:
             self.of_warps(each)
-        elif opcode in opcodes.MATRICES:
-            self.matrices(each, opcodes.MATRICES[opcode])
+        elif opcode in opcodes.MATRIX_LOADS:
+            self.load_matrices(each, opcodes.MATRIX_LOADS[opcode])
+        elif opcode in opcodes.MATRIX_STORES:
+            self.store_matrices(each, opcodes.MATRIX_STORES[opcode])
         elif opcode in opcodes.FENCES:
             self.lines.append(f"M.fence('{opcodes.FENCES[opcode].scope}', {self.mask(each)})")
         elif opcode in BARRIERS:
@@ -296,16 +298,25 @@ class _Writer:
             wider = SIZES[self.kernel.entry.register(result)] > SIZES[rule.type]  # then a lane keeps all of it
             self.define(result, f"{loaded}[{place}]{sign}", rule.type, each if wider else None)
 
-    def matrices(self, each: Instruction, rule: opcodes.Matrix) -> None:
+    def load_matrices(self, each: Instruction, rule: opcodes.Matrix) -> None:
         results = split(each.operands[0].strip("{} "))
         if len(results) != rule.registers or each.guard:
             raise ValueError(f"{len(results)} registers, or a guard")
         self.sink(each, each.operands[1])
         address = self.address(each.operands[1], "u32")
-        loaded = self.temporary(f"M.matrices({address}, {rule.registers}, {rule.transposed}, m, {each.site})")
+        loaded = self.temporary(f"M.load_matrices({address}, {rule.registers}, {rule.transposed}, m, {each.site})")
         for place, result in enumerate(results):
             self.follow(each, result, "M.nowhere")
             self.define(result, f"{loaded}[{place}]", "b32")
+
+    def store_matrices(self, each: Instruction, rule: opcodes.Matrix) -> None:
+        values = split(each.operands[1].strip("{} "))
+        if len(values) != rule.registers or each.guard:
+            raise ValueError(f"{len(values)} registers, or a guard")
+        self.sink(each, *each.operands)
+        address = self.address(each.operands[0], "u32")
+        stored = "".join(f"{self.use(value, 'b32')}, " for value in values)
+        self.lines.append(f"M.store_matrices({address}, ({stored}), {rule.transposed}, m, {each.site})")
 
     def place(self, space: str, operand: str) -> tuple[str, str]:
         if space == "shared":

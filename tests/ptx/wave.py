@@ -145,7 +145,7 @@ class Wave:
             inside = source <= highest
         return np.arange(self.size) - lane + np.where(inside, source, lane), inside
 
-    def matrices(
+    def load_matrices(
         self, address: Array, offset: int, count: int, transposed: bool, mask: Array | None, site: int
     ) -> list[Array]:
         """Eight lanes give the addresses of a matrix's rows, of 16 bytes each; a lane gets two elements of each matrix.
@@ -160,6 +160,19 @@ class Wave:
             elements = elements.swapaxes(2, 3)
         pairs = np.ascontiguousarray(elements).view("u4").reshape(-1, WARP // 8, WARP)
         return [np.ascontiguousarray(pairs[:, matrix]).ravel() for matrix in range(count)]
+
+    def store_matrices(
+        self, address: Array, offset: int, values: tuple[Array, ...], transposed: bool, mask: Array | None, site: int
+    ) -> None:
+        """What ``load_matrices`` loads, stored: each lane that gives an address writes the row that lies there."""
+        self._together(np.full(self.size, 0xFFFFFFFF, "u4"), mask, site)
+        rows = np.zeros((self.size // WARP, WARP, 8), "u2")
+        for matrix, value in enumerate(values):
+            elements = np.ascontiguousarray(value).view("u2").reshape(-1, 8, 8)
+            rows[:, 8 * matrix : 8 * matrix + 8] = elements.swapaxes(1, 2) if transposed else elements
+        words = rows.view("u4").reshape(self.size, 4)
+        giving = self.both(mask, self.lane < 8 * len(values))
+        self.shared.store(address, offset, 4, tuple(np.ascontiguousarray(words.T)), giving, site)
 
     def reduce(self, how: str, value: Array, members: Array, mask: Array | None, site: int) -> Array:
         self._together(members, mask, site)

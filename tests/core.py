@@ -104,7 +104,7 @@ DEEP: dict[str, tuple[str, ...]] = {
 # -m 'not deeper' runs more of the core compiled (COMPILED_FILES); make test-compiled runs all there is.
 COMPILED_FILES = {
     "test_linear_token_logprobs", "test_ops", "test_ptx_kernels", "test_sample", "test_saved", "test_solve_bounds",
-    "test_solve_cases", "test_token_logprobs", "test_verify",
+    "test_solve_cases", "test_solve_memory", "test_token_logprobs", "test_verify",
 }  # fmt: skip
 COMPILED = {
     "test_solve_cases.py::test_every_case[compiled-random std 3, V=9728-chernoff]",

@@ -50,6 +50,15 @@ def test_layouts(name, layout, dtype, device, interpreted):
     assert bits(log_q) == bits(ost.log_q(*plain))
 
 
+def test_without_its_anchor_a_sum_depends_on_alignment(compiled, monkeypatch):
+    """What the layouts' tests rest on: with accumulators that are plain zeros, rows off by one have other bits."""
+    monkeypatch.setattr("optsample_triton.kernels.entry._aligned", lambda device, memory: None)
+    a, noise = cases.by_name("random std 3, V=9728").logits()
+    rows = a, a + noise / 3
+    one, other = ost.solve(*cases.off_by_1(*rows)), ost.solve(*cases.aligned(*rows))
+    assert bits(one.alpha) + bits(one.log_z) != bits(other.alpha) + bits(other.log_z)
+
+
 def test_rows_that_are_not_contiguous_are_copied(backend, device):
     a, b = cases.by_name("zipf, std 1").logits(device=device)
     across = [x.t().contiguous().t() for x in (a, b)]

@@ -116,5 +116,5 @@ $(DEMO_STAMP): tests/integrations/demo/requirements.txt constraints.txt pyprojec
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venvs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .venvs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

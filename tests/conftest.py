@@ -63,6 +63,10 @@ def _record(config):
             layout = getattr(item, "callspec", None) and item.callspec.params.get("layout")
             record.current.begin(f"{item.path.stem}::{item.originalname}", getattr(layout, "__name__", layout or ""))
 
+        @staticmethod
+        def pytest_unconfigure():
+            record.current.close()
+
     if not config.option.collectonly:
         record.current.open(Path(config.option.record), config.option.arch, os.environ.get("PYTEST_XDIST_WORKER", ""))
         config.pluginmanager.register(Recorder())

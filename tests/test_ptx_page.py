@@ -17,7 +17,10 @@ def test_committed_errors_are_within_their_tolerances_and_planted_faults_were_re
     assert all(row["found"] != "nothing" for row in page.read_data("faults"))
 
 
-RACE = "solve_kernel: race in shared memory: this reads what was written: PTX line 7: ld.shared.b32 %r1  [rows.py:3:1]"
+RACE = (
+    "solve_kernel: race in shared memory: this reads what was written: "
+    "PTX line 7: ld.shared.b32 %r1, [%r2]  [standard.py:9:1 @[ rows.py:3:1 ]]; thread 0 of program 0"
+)
 
 
 def recorded(folder, worker, text, *shares, arch=90, layout=""):
@@ -29,7 +32,7 @@ def recorded(folder, worker, text, *shares, arch=90, layout=""):
     recorder.launched("solve_kernel", torch.bfloat16, text)
     for share in shares:
         recorder.compared("alpha", share)
-    recorder.planted("no barrier", [RACE, "another finding"])
+    recorder.planted("no barrier", [RACE, f"{RACE}\nNaN"])
     recorder.close()
 
 
@@ -50,8 +53,9 @@ def test_what_workers_recorded_is_summed_up(tmp_path):
     assert found["layouts"] == [{"layout": "rows_apart", "arch": "sm_90", "forms": "1", "launches": "1"}]
     shares = [(row["quantity"], row["arch"], row["comparisons"], row["share"]) for row in found["errors"]]
     assert shares == [("alpha", "sm_90", "3", "0.5"), ("alpha", "sm_100", "1", "0.75")]
-    race = {"fault": "no barrier", "found": "race in shared memory: this reads what was written", "file": "rows.py"}
-    assert found["faults"] == [race | {"arch": "sm_100", "times": "1"}, race | {"arch": "sm_90", "times": "3"}]
+    race = ("race in shared memory: this reads what was written", "rows.py")
+    faults = {(row["arch"], row["found"], row["file"]): row["times"] for row in found["faults"]}
+    assert faults == {(arch, *what): n for arch, n in (("sm_90", "3"), ("sm_100", "1")) for what in (race, ("NaN", ""))}
 
 
 def test_a_run_replaces_the_one_before_of_its_architecture(tmp_path):
@@ -74,7 +78,8 @@ def test_the_page_follows_the_data(tmp_path):
     assert "| kernel, rows | sm_90 | sm_100 |" in table("launches")
     assert "| `solve_kernel` bf16 | 1 (1) | 1 (1) |" in table("launches")
     assert "| `solve_kernel` bf16 | 2, 0.5 | 1, 0.75 |" in table("errors")
-    assert "| no barrier | race in shared memory: this reads what was written, in `rows.py` (2 ×) |" in table("faults")
+    race = "race in shared memory: this reads what was written, in `rows.py`"
+    assert f"| no barrier | NaN; {race} | 2 |" in table("faults")
     assert not any("old" in table(name) for name in page.TABLES)
     with pytest.raises(KeyError):
         table("moon")

@@ -24,7 +24,8 @@ from bench.speed.results import current_commit
 PAGE = ROOT / "docs" / "compiled.md"
 DATA = RESULTS / "compiled"
 BLOCK = re.compile(r"(<!-- compiled: (\w+) -->\n).*?(<!-- /compiled -->)", re.DOTALL)
-_FINDING = re.compile(r"(?P<kernel>\w+): (?P<what>.*?)(?: of \d+ bytes.*?)?: PTX line .*\[(?P<file>\w+\.py):")
+_FINDING = re.compile(r"\w+: (?P<what>.*?)(?: of \d+ bytes.*?)?: PTX line .*?  \[(?P<lines>.*)\]")
+_FILE = re.compile(r"\b(?!standard\.py)\w+\.py(?=:)")  # of kernels, and not of Triton's library
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 Row = dict[str, str]
@@ -91,22 +92,29 @@ def _worst(comparisons: list[Line]) -> list[Row]:
 
 
 def _faults(lines: list[Line]) -> list[Row]:
-    """Of each fault what was found, and how often: a fault is planted in several places."""
-    counts = Counter((line["fault"], line["arch"], *told(line["finding"])) for line in lines)
-    keys = ("fault", "arch", "found", "file")
-    return [dict(zip(keys, values, strict=True)) | {"times": str(counts[values])} for values in sorted(counts)]
+    """Of each fault what was found, and in how many of the places where it was planted."""
+    rows = []
+    for (fault, arch), group in _groups(lines, ("fault", "arch")).items():
+        counts = Counter(found for line in group for found in set(map(told, line["findings"] or [""])))
+        for (found, file), times in sorted(counts.items()):
+            row = {"fault": fault, "arch": arch, "places": str(len(group))}
+            rows.append(row | {"found": found, "file": file, "times": str(times)})
+    return rows
 
 
 def told(finding: str) -> tuple[str, str]:
-    """What a finding says, without kernel, addresses and registers, and the file of kernels that it names.
+    """What a finding says, without kernel, addresses and registers, and the file of kernels that it names first.
 
-    >>> told("solve_kernel: access out of bounds of 4 bytes at 0x7 (there is x): PTX line 9: ld  [rows.py:3:1]; more")
+    >>> told("solve_kernel: access out of bounds of 4 bytes at 0x7 (there is x): PTX line 9: ld [r]  [rows.py:3:1]; 2")
     ('access out of bounds', 'rows.py')
     >>> told("")
     ('nothing', '')
     """
     match = _FINDING.match(finding)
-    return (match["what"], match["file"]) if match else (finding or "nothing", "")
+    if not match:
+        return finding or "nothing", ""
+    file = _FILE.search(match["lines"])
+    return match["what"], file[0] if file else ""
 
 
 def write_data(found: dict[str, list[Row]], folder: Path = DATA) -> None:
@@ -154,15 +162,16 @@ def quantities(rows: list[Row]) -> str:
 
 
 def faults(rows: list[Row]) -> str:
-    """What was found of each, the most frequent first; over all architectures."""
+    """In how many places each was planted, over all architectures, and what was found in which files."""
     lines = []
     for (fault,), group in _groups(rows, ("fault",)).items():
-        counts: Counter[str] = Counter()
-        for row in group:
-            counts[row["found"] + (f", in `{row['file']}`" if row["file"] else "")] += int(row["times"])
-        said = [f"{text} ({times} ×)" if times > 1 else text for text, times in counts.most_common()]
-        lines.append([fault, "; ".join(said)])
-    return tables.markdown(("planted", "reported"), lines).replace("| ---: |", "| --- |")
+        places = {row["arch"]: int(row["places"]) for row in group}
+        said = []
+        for (found,), same in _groups(group, ("found",)).items():
+            files = ", ".join(f"`{file}`" for file in sorted({row["file"] for row in same} - {""}))
+            said.append(f"{found}{files and ', in ' + files}")
+        lines.append([fault, "; ".join(said), str(sum(places.values()))])
+    return tables.markdown(("planted", "reported", "places"), lines, left=2)
 
 
 def _by_arch(rows: list[Row], first: str, name: Any, cell: Any) -> str:

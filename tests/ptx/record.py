@@ -56,10 +56,10 @@ class Record:
             self._write("comparison", quantity=quantity, share=share)
 
     def planted(self, fault: str, findings: Sequence[str]) -> None:
-        """What a fault that was planted in a kernel led to; of several findings the first."""
-        self._write("fault", fault=fault, finding=findings[0] if findings else "")
+        """What a fault that was planted in a kernel led to."""
+        self._write("fault", fault=fault, findings=[line for each in findings for line in each.split("\n")])
 
-    def _write(self, kind: str, **values: str | float) -> None:
+    def _write(self, kind: str, **values: str | float | list[str]) -> None:
         if self.file:
             where = {"arch": self.arch, "test": self.test, "layout": self.layout}
             line = {"kind": kind, **where, "kernel": self.kernel, "rows": self.rows, **values}

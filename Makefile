@@ -1,7 +1,8 @@
 # make bench: correctness check, then the reference against this package, as a table; under three minutes.
 # make test:  the core of the tests: every public function and kernel, on both backends; then, compiled, every kernel.
 # make test-all: those, and the long tail: more cases, all combinations, more examples, more compiled kernels.
-# make test-compiled: all tests of kernels, compiled for sm_80, sm_90 and sm_100; very long.
+# make test-compiled: all tests of kernels, compiled for sm_80, sm_90 and sm_100; very long. RECORD=build/compiled keeps
+#             what docs/compiled.md is written from.
 # make watch: which frameworks have a newer release than was tested; RUN=yes runs the tests against it.
 # make theory: the documents' claims measured, docs/theory-report.md and its figures written; under ten minutes.
 # make demo:  a small real model and itself with a hint: texts side by side, files, a page with pictures; a few minutes.
@@ -39,8 +40,11 @@ test-all: $(STAMP)
 	$(BIN)/python -m pytest --compiled $(PYTEST_ARGS)
 	$(BIN)/python -m pytest --compiled -m "" $(PYTEST_ARGS) tests/test_ptx_kernels.py
 
+RECORD ?=
 test-compiled: $(STAMP)
-	for arch in 80 90 100; do $(BIN)/python -m pytest --compiled --arch $$arch -m "" $(PYTEST_ARGS) || exit 1; done
+	for arch in 80 90 100; do \
+	  $(BIN)/python -m pytest --compiled --arch $$arch $(RECORD:%=--record %) -m "" $(PYTEST_ARGS) || exit 1; \
+	done
 
 theory: $(STAMP)
 	$(BIN)/python -m bench.theory $(THEORY_ARGS)
@@ -116,5 +120,5 @@ $(DEMO_STAMP): tests/integrations/demo/requirements.txt constraints.txt pyprojec
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venvs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .venvs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -23,12 +23,13 @@ def aligned(heading: Sequence[str], lines: Sequence[Sequence[str]], left: int) -
     return "\n".join([text(heading), text(["-" * width for width in widths]), *map(text, lines)])
 
 
-def markdown(heading: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """
+def markdown(heading: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> str:
+    """The same for a document.
+
     >>> print(markdown(("work", "ms"), (("solve", "2"),)), end="")
     | work | ms |
     | --- | ---: |
     | solve | 2 |
     """
-    rows = [heading, ["---", *["---:"] * (len(heading) - 1)], *lines]
+    rows = [heading, [*["---"] * left, *["---:"] * (len(heading) - left)], *lines]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)

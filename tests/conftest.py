@@ -29,6 +29,7 @@ def pytest_addoption(parser):
         "--compiled", action="store_true", help="run the kernels' PTX on the CPU: the tests of a backend only"
     )
     group.addoption("--arch", type=int, default=90, help="compile them for sm_ARCH")
+    group.addoption("--record", metavar="FOLDER", help="write there what compiled kernels gave")
 
 
 def _choose_how_kernels_run(config):
@@ -38,6 +39,8 @@ def _choose_how_kernels_run(config):
         from tests.ptx import driver
 
         driver.install(config.option.arch)
+        if config.option.record:
+            _record(config)
         return
     if _interpreted():
         # By path, since an integration's environment may have a package named tests.
@@ -48,6 +51,25 @@ def _choose_how_kernels_run(config):
         sys.path.pop(0)
         quick_interpreter.install()
         device_arithmetic.install()
+
+
+def _record(config):
+    """Each test and what its kernels give, for docs/compiled.md."""
+    from tests.ptx import record
+
+    class Recorder:
+        @staticmethod
+        def pytest_runtest_setup(item):
+            layout = getattr(item, "callspec", None) and item.callspec.params.get("layout")
+            record.current.begin(f"{item.path.stem}::{item.originalname}", getattr(layout, "__name__", layout or ""))
+
+        @staticmethod
+        def pytest_unconfigure():
+            record.current.close()
+
+    if not config.option.collectonly:
+        record.current.open(Path(config.option.record), config.option.arch, os.environ.get("PYTEST_XDIST_WORKER", ""))
+        config.pluginmanager.register(Recorder())
 
 
 # The interpreter computes with NumPy, which warns of overflow and NaN in lanes that a kernel masks later. A GPU does
@@ -81,7 +103,8 @@ def pytest_collection_modifyitems(config, items):
     others = [item for item in items if wanted.isdisjoint(getattr(item, "fixturenames", ())) == config.option.compiled]
     if others:
         config.hook.pytest_deselected(items=others)
-        items[:] = [item for item in items if item not in others]
+        left_out = set(map(id, others))  # a search through a list of them, for each of thousands, takes seconds
+        items[:] = [item for item in items if id(item) not in left_out]
     if config.option.markexpr and not any("::" in argument for argument in config.args):
         from tests import core  # not above: an environment of the integrations may hold a package that is called tests
 

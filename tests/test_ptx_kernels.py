@@ -2,6 +2,7 @@
 that are planted in them are reported with the line of the kernel."""
 
 import contextlib
+import json
 import math
 import re
 from pathlib import Path
@@ -10,10 +11,12 @@ import pytest
 import torch
 
 import optsample_triton as ost
+from tests.ptx import record
 from tests.ptx.machine import same_bits
 from tests.ptx.memory import Fault
 from tests.ptx.options import Options
 from tests.ptx.translate import Kernel
+from tests.tolerances import assert_within
 
 KERNELS = Path(ost.__file__).parent / "kernels"
 SWEEP, ROWS = ((KERNELS / name).read_text().split("\n") for name in ("first_sweep.py", "rows.py"))
@@ -70,14 +73,18 @@ def without_barrier(block):
         block.end = "barrier"
 
 
-def findings_of(compiled, call, **how):
-    """All findings of a call's launches, or the fault that ended it."""
+def findings_of(compiled, call, planted="", **how):
+    """All findings of a call's launches, or the fault that ended it; docs/compiled.md lists what was planted."""
+    ended = []
     with compiled.running(**how) as runs:
         try:
             call()
         except Fault as fault:
-            return [*(each for run in runs for each in run.findings), str(fault)]
-    return [each for run in runs for each in run.findings]
+            ended = [str(fault)]
+    findings = [each for run in runs for each in run.findings] + ended
+    if planted:
+        record.current.planted(planted, findings)
+    return findings
 
 
 def nothing_before(kernel, barrier):
@@ -122,11 +129,12 @@ def test_every_barrier_of_the_solver_is_needed(together, compiled, monkeypatch):
     for block in barriers:
         with without_barrier(block):
             findings = findings_of(compiled, solve, options=Options(stop=True))
+        if not findings and nothing_before(kernel, block):
+            excused += 1
+            continue
+        record.current.planted(f"one barrier less, {'two programs' if together else 'one program'} to a row", findings)
         if not findings:
-            if nothing_before(kernel, block):
-                excused += 1
-            else:
-                silent.append(str(block.code[-1]))
+            silent.append(str(block.code[-1]))
         assert all(re.search(r"\[\w+\.py:\d+", each) for each in findings)
     assert silent == []
     assert excused <= 1
@@ -170,11 +178,14 @@ def without_the_barrier(text):
 
 def test_the_barrier_before_the_arrival_is_needed(compiled):
     """For the shared memory that tells of the arrival, and for the sums if another thread than theirs arrives."""
-    (finding,) = findings_of(compiled, solve_split, edit=without_the_barrier)
+    (finding,) = findings_of(compiled, solve_split, "no barrier before the arrival", edit=without_the_barrier)
     assert "race in shared memory" in finding
     assert f"first_sweep.py:{ARRIVAL}:" in finding
     assert findings_of(compiled, solve_split, edit=by_another_thread) == []
-    findings = findings_of(compiled, solve_split, edit=lambda text: without_the_barrier(by_another_thread(text)))
+    planted = "no barrier before the arrival, which another thread makes"
+    findings = findings_of(
+        compiled, solve_split, planted, edit=lambda text: without_the_barrier(by_another_thread(text))
+    )
     assert any(
         "race in global memory: this reads what was written" in each and "first_sweep.py" in each for each in findings
     )
@@ -182,19 +193,22 @@ def test_the_barrier_before_the_arrival_is_needed(compiled):
 
 @pytest.mark.parametrize("order", ["relaxed", "acquire", "release"])
 def test_a_weaker_arrival(order, compiled):
-    findings = findings_of(compiled, solve_split, edit=lambda text: text.replace("acq_rel", order))
+    planted = f"an arrival that is {order} and not acq_rel"
+    findings = findings_of(compiled, solve_split, planted, edit=lambda text: text.replace("acq_rel", order))
     assert any("race in global memory" in each and "first_sweep.py" in each for each in findings)
 
 
 def test_an_arrival_that_only_its_own_program_sees(compiled):
-    findings = findings_of(compiled, solve_split, edit=lambda text: text.replace("atom.global.gpu", "atom.global.cta"))
+    planted = "an arrival in the scope of its own program"
+    edit = re.compile(r"(?<=atom\.global\.)gpu")
+    findings = findings_of(compiled, solve_split, planted, edit=lambda text: edit.sub("cta", text))
     assert any(f"first_sweep.py:{ARRIVAL}:" in each for each in findings)
     assert any("race in global memory: this reads what was written" in each for each in findings)
 
 
 def test_a_load_without_its_mask(compiled):
     edit = re.compile(r"@%p\d+ (?=ld\.global)")
-    (fault,) = findings_of(compiled, solve_wide, edit=lambda text: edit.sub("", text))
+    (fault,) = findings_of(compiled, solve_wide, "loads without their masks", edit=lambda text: edit.sub("", text))
     assert re.search(r"access (out of bounds|to a hole between rows).* \[rows\.py:\d+", fault)
 
 
@@ -203,7 +217,8 @@ def test_a_hole_between_rows_is_no_row(compiled):
     a, b = (torch.nn.functional.pad(x, (0, 52))[:, :WIDE] for x in rows(WIDE))
     edit = re.compile(r"@%p\d+ (?=ld\.global)")
     assert findings_of(compiled, lambda: ost.solve(a, b)) == []
-    (fault,) = findings_of(compiled, lambda: ost.solve(a, b), edit=lambda text: edit.sub("", text))
+    planted = "loads without their masks, of rows cut out of wider ones"
+    (fault,) = findings_of(compiled, lambda: ost.solve(a, b), planted, edit=lambda text: edit.sub("", text))
     assert "access to a hole between rows" in fault
 
 
@@ -213,7 +228,8 @@ def test_rows_that_are_not_where_the_kernel_believes(compiled):
     a, b = (x.float() for x in rows(vocab))
     (aligned,) = texts_of(compiled, lambda: ost.solve(a, b))
     off = [torch.nn.functional.pad(x, (1, 15))[:, 1 : 1 + vocab] for x in (a, b)]
-    (fault,) = findings_of(compiled, lambda: ost.solve(*off), edit=lambda text: aligned)
+    planted = "rows 4 bytes off, in a kernel for aligned ones"
+    (fault,) = findings_of(compiled, lambda: ost.solve(*off), planted, edit=lambda text: aligned)
     assert re.search(r"misaligned access of (8|16) bytes.* \[rows\.py:\d+", fault)
 
 
@@ -223,12 +239,14 @@ def test_an_accumulator_without_its_start(compiled):
     def edit(text):
         return without_line(text, from_line(text, ZEROS, r"mov\.u32 %r\d+, %r\d+;", "rows.py"))
 
-    findings = findings_of(compiled, solve_wide, edit=edit)
+    findings = findings_of(compiled, solve_wide, "a sum that does not start from 0", edit=edit)
     assert any("a register that nobody wrote" in each and re.search(r"\[\w+\.py:\d+", each) for each in findings)
 
 
 def test_a_store_to_shared_memory_that_is_left_out(compiled):
-    findings = findings_of(compiled, solve_wide, edit=lambda text: re.sub(r"@%p\d+ st\.shared.*;", "", text, count=1))
+    edit = re.compile(r"@%p\d+ st\.shared.*;")
+    planted = "a store to shared memory left out"
+    findings = findings_of(compiled, solve_wide, planted, edit=lambda text: edit.sub("", text, count=1))
     assert any("shared memory that nobody wrote" in each and re.search(r"\[\w+\.py:\d+", each) for each in findings)
 
 
@@ -238,6 +256,7 @@ def test_a_result_that_is_not_stored(compiled):
         found = ost.solve(*rows(WIDE))
     assert found.alpha.isnan().all()
     assert found.log_z.isnan().all()
+    record.current.planted("results that are not stored", ["NaN in every result"])
 
 
 AWAY = "mov.u32 %r99999, %tid.x;\nsetp.lt.u32 %p99999, %r99999, 16;\n@%p99999 bra $away;\n"
@@ -248,25 +267,74 @@ def test_a_part_that_never_comes_to_a_barrier(compiled):
         text = text.replace("bar.sync", AWAY.replace("16", "32") + "bar.sync", 1)
         return re.sub(r"\tret;", "$away:\n\tret;", text)
 
-    *_, fault = findings_of(compiled, solve_wide, edit=edit)
+    *_, fault = findings_of(compiled, solve_wide, "a warp that never comes to a barrier", edit=edit)
     assert re.search(r"deadlock.* \[\w+\.py:\d+", fault)
 
 
 def test_a_shuffle_of_a_diverged_warp(compiled):
     edit = re.compile(r"(\tshfl\.sync.*\n)")
-    findings = findings_of(compiled, solve_wide, edit=lambda text: edit.sub(rf"{AWAY}\1$away:\n", text, count=1))
+    planted = "a shuffle of half a warp"
+    findings = findings_of(
+        compiled, solve_wide, planted, edit=lambda text: edit.sub(rf"{AWAY}\1$away:\n", text, count=1)
+    )
     assert re.search(r"a part of a warp.* \[\w+\.py:\d+", findings[-1])
+
+
+def always_the_same(compiled, call):
+    """Programs forward, backward and shuffled, few and many at a time, with other junk in registers and memory."""
+
+    def run(options):
+        with compiled.running(options) as runs:
+            result = call()
+        assert [each.findings for each in runs] == [[] for _ in runs]
+        return result
+
+    return same_bits(run)
 
 
 @pytest.mark.parametrize(("vocab", "count"), [(WIDE, 8), (SPLIT, 3)])
 def test_the_same_bits_however_it_is_run(vocab, count, compiled):
-    """Programs forward, backward and shuffled, few and many at a time, with other junk in registers and memory."""
     a, b = (x[:count] for x in rows(vocab))
+    assert always_the_same(compiled, lambda: solution(ost.solve(a, b)))
 
-    def run(options):
-        with compiled.running(options) as runs:
-            result = solution(ost.solve(a, b))
-        assert [each.findings for each in runs] == [[]]
-        return result
 
-    same_bits(run)
+def gradient(function, logits):
+    x = logits.clone().requires_grad_()
+    function(x).sum().backward()
+    return bits(x.grad)
+
+
+OTHERS = {
+    "sample": lambda a, b, tokens: bits(*ost.sample(a, b, seed=3)),
+    "verify": lambda a, b, tokens: bits(*ost.verify(tokens[None, :-1], a[None], b[None], seed=3)),
+    "gradient": lambda a, b, tokens: gradient(lambda x: ost.log_q(x, b), a),
+    "token_logprobs": lambda a, b, tokens: bits(*ost.token_logprobs(a, tokens, entropy=True)),
+    "gradient of token_logprobs": lambda a, b, tokens: gradient(lambda x: ost.token_logprobs(x, tokens), a),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_same_bits_of_other_kernels(name, compiled):
+    """Several rows, so that several programs run; the solver is above, also where programs share a row."""
+    a, b = (x[:5] for x in rows(WIDE))
+    tokens = torch.tensor([0, 7, WIDE - 1, 3, 2])
+    assert always_the_same(compiled, lambda: OTHERS[name](a, b, tokens))
+
+
+def test_a_run_is_recorded(compiled, monkeypatch, tmp_path):
+    """The launch, with its kernel; and the comparison after it, though not the one before."""
+    monkeypatch.setattr(record, "current", record.Record())
+    logits = rows(WIDE)[0][:1]
+    record.current.open(tmp_path, 90, "")
+    record.current.begin("file::test", "rows apart")
+    assert_within(torch.ones(1), torch.ones(1), "log_prob")
+    found = ost.token_logprobs(logits, torch.zeros(1, dtype=torch.int64))
+    assert_within(found, found.double() + 1e-6, "log_prob")
+    record.current.close()
+    launch, comparison = map(json.loads, (tmp_path / "sm_90.jsonl").read_text().splitlines())
+    where = {"arch": "sm_90", "test": "file::test", "layout": "rows apart", "kernel": "logprob_kernel"}
+    where["rows"] = "bfloat16"
+    assert len(launch.pop("form")) == 12
+    assert 0.01 < comparison.pop("share") < 0.5
+    assert launch == where | {"kind": "launch"}
+    assert comparison == where | {"kind": "comparison", "quantity": "log_prob"}

@@ -1,18 +1,23 @@
 """Every opcode of tests/ptx gives what integers and fractions give."""
 
+import inspect
 import itertools
 import math
 import random
+import re
+import sys
 
 import numpy as np
 import pytest
 
+from tests import test_ptx_order, test_ptx_threads
 from tests.ptx import exact, opcodes, oracle
 from tests.ptx.options import Options
 from tests.ptx.parse import Unknown
 from tests.ptx.small import aligned, apply, entry, run
 
 ORACLES = oracle.table()
+OTHER_FILES = test_ptx_order, test_ptx_threads
 APPROXIMATE = {"div.full.f32", "ex2.approx.ftz.f32", "rcp.approx.ftz.f64", "sqrt.approx.ftz.f32"}
 PLAIN = sorted(opcodes.PLAIN.keys() - APPROXIMATE)
 # Of each format: zeros, one and its neighbours, halves between integers, the denormal and the largest, infinities, NaN.
@@ -129,7 +134,8 @@ def test_pairs(opcode):
         assert got == halves[0] | halves[1] << 1
 
 
-def test_approximations_are_off_by_two_units_at_most():
+def test_approximations():
+    """They are off by two units in the last place at most."""
     generator = random.Random(1)
     x = [np.float32(generator.uniform(-130, 130)).view("u4") for _ in range(2000)]
     y = [np.float32(generator.uniform(0.1, 130)).view("u4") for _ in range(2000)]
@@ -171,14 +177,24 @@ def test_the_reciprocal_reads_and_writes_upper_halves():
     assert values[4] == 0 == values[5]
 
 
-def test_every_opcode_has_an_oracle_or_a_test():
-    elsewhere = {
-        *APPROXIMATE, *opcodes.PAIRS, *opcodes.LOADS, *opcodes.STORES, *opcodes.PARAMETERS, *opcodes.ATOMICS,
-        *opcodes.SHUFFLES, *opcodes.REDUCTIONS, *opcodes.MATRIX_LOADS, *opcodes.MATRIX_STORES, *opcodes.FENCES, *opcodes.CONTROL,
-        opcodes.WARP_BARRIER,
-    }  # fmt: skip
-    assert opcodes.known() == elsewhere | set(PLAIN)
-    assert set(PLAIN) <= ORACLES.keys()
+def parametrised():
+    """The sets of values that the tests of tests/ptx run with."""
+    tests = [each for file in (*OTHER_FILES, sys.modules[__name__]) for each in vars(file).values() if callable(each)]
+    marks = [mark for test in tests for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
+    return [set(mark.args[1]) for mark in marks if all(isinstance(value, str) for value in mark.args[1])]
+
+
+def test_every_opcode_is_run():
+    """Those of a table by a test that is parametrised with all of it; the few others stand in the text of a test."""
+    tables = [value for name, value in vars(opcodes).items() if name[0].isupper() and isinstance(value, dict)]
+    tables = [table for table in tables if table not in (opcodes.CODES, opcodes.SIZES, opcodes.SPECIAL)]
+    found = parametrised()
+    for table in tables:
+        assert table.keys() - APPROXIMATE in found, sorted(table)
+    text = "".join(inspect.getsource(file) for file in OTHER_FILES) + inspect.getsource(test_approximations)
+    text += inspect.getsource(test_the_reciprocal_reads_and_writes_upper_halves)
+    for opcode in (*opcodes.CONTROL, opcodes.WARP_BARRIER, *APPROXIMATE):
+        assert re.search(rf"(?<![\w.]){re.escape(opcode)}(?![\w.])", text), opcode
 
 
 @pytest.mark.parametrize(

@@ -124,25 +124,20 @@ def test_parameters(opcode):
     assert int(y.view("i8")[0]) == int(np.array(y.ctypes.data, "u8").astype("i4"))
 
 
-@pytest.mark.parametrize("rule", sorted(set(opcodes.ATOMICS.values())), ids=lambda rule: ".".join(rule))
-def test_atomics(rule):
+@pytest.mark.parametrize("opcode", sorted(opcodes.ATOMICS))
+def test_atomics(opcode):
     """Forty threads of two programs change one number; what they got is what stood there between the changes."""
-    opcode = f"atom.global.{rule.scope}.{rule.order}.{rule.operation}.{rule.type}"
-    size, code = SIZES[rule.type], opcodes.CODES[rule.type]
-    number, results = aligned(16 // size, f"u{size}"), aligned(64, f"u{size}")
+    rule = opcodes.ATOMICS[opcode]
+    code = opcodes.CODES[rule.type]
+    number, results = aligned(4, "u4"), aligned(64, "u4")
     number.view(code)[0] = 3
-    stem, move = ("%r", "cvt.u32.u64") if size == 4 else ("%rd", "mov.b64")
-    value = {"f4": "cvt.rn.f32.s32 %r20, %r18;", "f8": "cvt.rn.f64.s32 %rd20, %r18;"}.get(
-        code, f"cvt.s64.s32 %rd21, %r18;\n {move} {stem}20, %rd21;"
-    )
-    compared = f"{stem}22, " if rule.operation == "cas" else ""
+    compared = "%r22, " if rule.operation == "cas" else ""
     body = f"""
-    mul.wide.s32 %rd9, %r0, {size}; add.s64 %rd11, %rd1, %rd9; setp.lt.u32 %p1, %r97, 20;
-    sub.s32 %r18, %r0, 30;
-    {value}
-    mov.b{8 * size} {stem}22, 3;
-    @%p1 {opcode} {stem}30, [%rd0+0], {compared}{stem}20;
-    @%p1 st.global.b{8 * size} [%rd11], {stem}30;"""
+    mul.wide.s32 %rd9, %r0, 4; add.s64 %rd11, %rd1, %rd9; setp.lt.u32 %p1, %r97, 20;
+    sub.s32 %r20, %r0, 30;
+    mov.b32 %r22, 3;
+    @%p1 {opcode} %r30, [%rd0+0], {compared}%r20;
+    @%p1 st.global.b32 [%rd11], %r30;"""
     result = run(entry(body), number, results, programs=2)
     # Within a program's scope, another program's change is a race.
     assert bool(result.findings) == (rule.scope == "cta")
@@ -160,16 +155,17 @@ def test_atomics(rule):
     assert not results[20:32].any()
 
 
-@pytest.mark.parametrize("how", ["bfly", "up", "down", "idx"])
+@pytest.mark.parametrize("opcode", sorted(opcodes.SHUFFLES))
 @pytest.mark.parametrize("segment", [32, 8])
 @pytest.mark.parametrize("step", [1, 5, 16])
-def test_shuffles(how, segment, step):
+def test_shuffles(opcode, segment, step):
     """Also within parts of a warp; who would read beyond its own part keeps its value, and is told."""
+    how = opcodes.SHUFFLES[opcode].how
     clamp = (32 - segment) << 8 | (0 if how == "up" else 31)
     x, y = bytes_of(64 * 16), aligned(64 * 4, "u4")
     body = f"""{OWN}
     ld.global.b32 %r20, [%rd10];
-    shfl.sync.{how}.b32 %r21|%p5, %r20, {step}, {clamp}, -1;
+    {opcode} %r21|%p5, %r20, {step}, {clamp}, -1;
     selp.b32 %r22, 1, 0, %p5;
     st.global.v2.b32 [%rd11], {{%r21, %r22}};"""
     run(entry(body, threads=64), x, y)

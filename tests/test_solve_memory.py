@@ -13,7 +13,7 @@ from tests import cases
 from tests.tolerances import DIAGNOSTICS, assert_within
 
 FIELDS = ("alpha", "log_z", "status", "sweeps", *DIAGNOSTICS)
-# Rows of every kind in one batch, and one long enough to be split over programs.
+# Rows of every kind in one batch.
 MIXED = ("zipf, std 1", "random std 8", "tops differ 0.9999", "same top 0.999", "masked, theta", "every status")
 
 

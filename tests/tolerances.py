@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tests.ptx import record
+
 
 @dataclass(frozen=True)
 class Tolerance:
@@ -96,6 +98,15 @@ DIAGNOSTICS: dict[str, str] = {
 }
 
 
+def largest_share(error: Tensor, bound: Tensor) -> float:
+    """The largest error as a share of its bound; no error is no share of any bound, 0 included.
+
+    >>> largest_share(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 4.0]))
+    0.25
+    """
+    return float(torch.where(error == 0, 0.0, error / bound).max())
+
+
 def assert_within(
     actual: Tensor, truth: Tensor, quantity: str, dtype: torch.dtype | None = None, label: str = ""
 ) -> None:
@@ -114,6 +125,7 @@ def assert_within(
     error = torch.where((actual == truth) | (actual.isnan() & truth.isnan()), 0.0, error)
     error = error.nan_to_num(nan=torch.inf)
     bound = tolerance.bound(truth).nan_to_num(posinf=0.0)
+    record.current.compared(quantity, largest_share(error, bound))
     outside = error > bound
     if bool(outside.any()):
         worst = int((error - bound).argmax())

@@ -3,8 +3,8 @@
 A tile is 2 H tokens of both rows, held as two halves of shape [H] that feed the same accumulators. 16-bit rows are
 read as 32-bit words, one load for tokens 2k and 2k + 1; it halves the registers and makes a bf16 conversion one shift
 or mask. Rows whose start is not 4-byte aligned read the same tokens into the same lanes one by one, and on NVIDIA's
-GPUs ``zeros`` keeps the lanes in the same threads: alignment changes no bit of a result. Inside loops every tile is
-full; the tail of a row is peeled, since one masked load would cost the loop its 16-byte loads.
+GPUs ``zeros`` keeps the lanes in the same threads: alignment changes no bit of a result, gradients apart. Inside loops
+every tile is full; the tail of a row is peeled, since one masked load would cost the loop its 16-byte loads.
 """
 
 import triton

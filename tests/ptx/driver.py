@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.ptx import machine
+from tests.ptx import machine, record
 from tests.ptx.machine import Run
 from tests.ptx.memory import Fault, Region
 from tests.ptx.options import Options
@@ -125,33 +125,12 @@ class Launcher:
     def __init__(self, src: Any, metadata: Any) -> None:
         self.names, self.signature, self.shared = list(src.fn.arg_names), src.signature, metadata.shared
 
-    def __call__(
-        self,
-        x: int,
-        y: int,
-        z: int,
-        stream: Any,
-        text: str,
-        packed: Any,
-        info: Any,
-        enter: Any,
-        leave: Any,
-        *values: Any,
-    ) -> None:
+    def __call__(self, x: int, y: int, z: int, stream: Any, text: str, *rest: Any) -> None:
+        """Triton hands over the grid, a stream, what ``load_binary`` gave, four things of its own, the arguments."""
+        given = dict(zip(self.names, rest[4:], strict=True))
+        tensors = [(name, value) for name, value in given.items() if self.signature[name].startswith("*")]
         kernel = kernel_of(_settings.edit(text) if _settings.edit else text)
-        names = iter(kernel.entry.parameters)
-        bits, tensors = {}, []
-        for name, value in zip(self.names, values, strict=True):
-            kind = self.signature[name]
-            if kind == "constexpr":
-                continue
-            if kind.startswith("*"):
-                tensors.append((name, value))
-                bits[next(names).name] = struct.pack("<Q", value.data_ptr())
-            else:
-                bits[next(names).name] = struct.pack(_FORMATS[kind], value)
-        for parameter in names:  # Triton's own scratch memory, which no kernel here asks for
-            bits[parameter.name] = bytes(8)
+        bits = self._parameters(kernel, given)
 
         def launch(options: Options) -> Run:
             return machine.launch(kernel, (x, y, z), bits, self.shared, regions_of(tensors), options)
@@ -159,20 +138,40 @@ class Launcher:
         if _settings.runs is not None:
             _settings.runs.append(launch(_settings.options))
             return
-        memory = [_integers(each) for _, each in tensors]
-        before = [each.copy() for each in memory]
-        run = launch(_settings.options)
-        if run.findings:
-            raise Fault("\n".join(run.findings))
-        after = [each.copy() for each in memory]
-        for each, kept, now in zip(memory, before, after, strict=True):
-            if not np.array_equal(kept, now):
-                each[...] = kept
-        again = launch(AGAIN)
-        if again.findings:
-            raise Fault("\n".join(again.findings))
-        if not all(np.array_equal(each, now) for each, now in zip(memory, after, strict=True)):
-            raise Fault(f"{kernel.entry.name}: other results with {AGAIN} than with {_settings.options}")
+        _launch_twice(launch, [each for _, each in tensors], kernel.entry.name)
+        record.current.launched(kernel.entry.name, tensors[0][1].dtype, text)
+
+    def _parameters(self, kernel: Kernel, given: dict[str, Any]) -> dict[str, bytes]:
+        names = iter(kernel.entry.parameters)
+        bits = {}
+        for name, value in given.items():
+            kind = self.signature[name]
+            if kind.startswith("*"):
+                bits[next(names).name] = struct.pack("<Q", value.data_ptr())
+            elif kind != "constexpr":
+                bits[next(names).name] = struct.pack(_FORMATS[kind], value)
+        for parameter in names:  # Triton's own scratch memory, which no kernel here asks for
+            bits[parameter.name] = bytes(8)
+        return bits
+
+
+def _launch_twice(launch: Callable[[Options], Run], tensors: Sequence[torch.Tensor], name: str) -> None:
+    """A fault unless both launches are free of findings and leave the same bits in memory."""
+    memory = [_integers(each) for each in tensors]
+    before = [each.copy() for each in memory]
+    _without_findings(launch(_settings.options))
+    after = [each.copy() for each in memory]
+    for each, kept, now in zip(memory, before, after, strict=True):
+        if not np.array_equal(kept, now):
+            each[...] = kept
+    _without_findings(launch(AGAIN))
+    if not all(np.array_equal(each, now) for each, now in zip(memory, after, strict=True)):
+        raise Fault(f"{name}: other results with {AGAIN} than with {_settings.options}")
+
+
+def _without_findings(run: Run) -> None:
+    if run.findings:
+        raise Fault("\n".join(run.findings))
 
 
 class Utils:

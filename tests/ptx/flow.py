@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 from tests.ptx import opcodes
 from tests.ptx.parse import Block, Entry, Instruction
@@ -62,14 +61,11 @@ class Flow:
         self.watched = self._followers(set(self.suspects))
         self.codes = self._codes()
 
-    def _instructions(self) -> Iterator[Instruction]:
-        return iter(self.entry.instructions)
-
     def _followers(self, found: set[str]) -> set[str]:
         size = -1
         while found and size != len(found):
             size = len(found)
-            for instruction in self._instructions():
+            for instruction in self.entry.instructions:
                 if not found.isdisjoint(read(instruction)):
                     found.update(written(instruction))
         return found
@@ -77,7 +73,7 @@ class Flow:
     def _codes(self) -> dict[str, str]:
         """The NumPy type of each register between blocks: that of the first value that is written there."""
         codes: dict[str, str] = {}
-        for instruction in self._instructions():
+        for instruction in self.entry.instructions:
             rule = opcodes.PLAIN.get(instruction.opcode)
             for name in written(instruction):
                 type_ = self.entry.register(name)

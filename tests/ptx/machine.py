@@ -11,12 +11,11 @@ from tests.ptx.memory import Fault, Global, Region
 from tests.ptx.options import VARIANTS, Options
 from tests.ptx.order import Order
 from tests.ptx.translate import Kernel
-from tests.ptx.wave import Findings, Wave
+from tests.ptx.wave import Findings, Launch, Wave
 
 
 class Run(NamedTuple):
     findings: list[str]
-    executed: int  # instructions of the batches of programs
     visited: set[int]  # blocks
 
 
@@ -32,15 +31,14 @@ def launch(
     total = grid[0] * grid[1] * grid[2]
     order, findings = Order(total, kernel.entry.threads), Findings()
     memory = Global(regions, order)
-    junk = np.random.default_rng(options.junk)
-    executed, visited = 0, set[int]()
+    shared = Launch(kernel, grid, parameters, shared_size, memory, order, findings, options)
+    junk, visited = np.random.default_rng(options.junk), set[int]()
     with np.errstate(all="ignore"):
         for ctas in _batches(total, options):
-            wave = Wave(kernel, grid, ctas, parameters, shared_size, memory, order, findings, options, junk)
+            wave = Wave(shared, ctas, junk)
             wave.run()
-            executed += wave.executed
             visited |= wave.visited
-    return Run(list(findings.values()), executed, visited)
+    return Run(list(findings.values()), visited)
 
 
 def _batches(total: int, options: Options) -> Iterator[np.ndarray]:

@@ -6,7 +6,12 @@ from typing import NamedTuple
 
 
 class Options(NamedTuple):
-    """How to run. No choice may change a bit of the results."""
+    """How to run a launch.
+
+    ``batch``, ``programs`` and ``junk`` may not change a bit of its results: a GPU promises nothing about them. The
+    others may. ``units`` and ``seed`` choose the errors of approximate instructions, so they change last digits;
+    ``stop`` and ``limit`` end a run early.
+    """
 
     batch: int = 8  # programs that run together
     programs: str | int = "forward"  # their order: forward, backward, or shuffled with this seed

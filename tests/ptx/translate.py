@@ -1,12 +1,13 @@
 """Each basic block as one Python function over NumPy arrays: an element per thread of the CTAs that run together.
 
 A block's function gets the wave M, the registers R, the constants K, and the mask m of the threads that run it, None
-where all do. Registers are its local variables; at its end those that live on go back to R. A float register is an
-integer one seen through a view, which copies nothing.
+where all do. Of its variables, r1 is register 1, k1 is constant 1, and t1 is what an instruction needs in between;
+``_Writer`` has an example. Registers that live on go back to R at the end. A float register is an integer one seen
+through a view, which copies nothing.
 
-Where ``Flow`` watches a register, a second variable says which threads hold an undefined value there: 0 for none, 1 for
-the lower half, 2 for the upper one, 3 for all of it. It is reported when it reaches an address, a store, a branch or a
-guard.
+Where ``Flow`` watches register 1, a variable undefined1 says which threads hold an undefined value there: 0 for none, 1
+for the lower half, 2 for the upper one, 3 for all of it. It is reported when it reaches an address, a store, a branch
+or a guard.
 """
 
 from __future__ import annotations
@@ -49,6 +50,29 @@ class Kernel:
 
 
 class _Writer:
+    """Writes the function of a block, instruction by instruction.
+
+    A loop whose bound, %r1, nobody wrote. Registers are numbered as they come: %r97 is 1, %p1 is 4, %r1 is 5.
+
+    >>> from tests.ptx.small import entry
+    >>> loop = "$again:\\n add.s32 %r97, %r97, 2; setp.lt.s32 %p1, %r97, %r1; @%p1 bra $again;"
+    >>> print(Kernel(entry(loop, 0)).texts[1])
+    def block1(M, R, K, m):
+        r5 = R[5]
+        r1 = R[1]
+        undefined5 = R[11]
+        k0 = K[0]
+        r1 = r1.view('i4') + k0
+        undefined4 = spread(undefined5)
+        r4 = r1 < r5.view('i4')
+        M.undefined(undefined4, m, 6)
+        if m is None:
+            R[1] = r1.view('u4')
+        else:
+            R[1] = np.where(m, r1.view('u4'), R[1])
+        return r4
+    """
+
     def __init__(self, kernel: Kernel, block: Block) -> None:
         self.kernel, self.block, self.flow = kernel, block, kernel.flow
         self.codes = {name: kernel.flow.codes[name] for name in kernel.flow.reads[block.index]}  # of local variables
@@ -84,7 +108,7 @@ class _Writer:
         return f"r{self.flow.index[register]}"
 
     def shadow(self, register: str) -> str:
-        return f"x{self.flow.index[register]}"
+        return f"undefined{self.flow.index[register]}"
 
     def shadow_place(self, register: str) -> int:
         return len(self.flow.index) + self.flow.index[register]
@@ -283,7 +307,7 @@ class _Writer:
         self.follow(each, each.operands[0])
         self.define(each.operands[0], f"M.parameter('{match[1]}', {int(match[2] or 0)}, '{CODES[type_]}')", type_, each)
 
-    def load(self, each: Instruction, rule: opcodes.Access) -> None:
+    def load(self, each: Instruction, rule: opcodes.Transfer) -> None:
         results = split(each.operands[0].strip("{} "))
         if len(results) != rule.registers:
             raise ValueError(f"{len(results)} registers")
@@ -323,7 +347,7 @@ class _Writer:
             return "M.shared", self.address(operand, "u32")
         return "M.memory", self.address(operand, "u64")
 
-    def store(self, each: Instruction, rule: opcodes.Access) -> None:
+    def store(self, each: Instruction, rule: opcodes.Transfer) -> None:
         values = split(each.operands[1].strip("{} "))
         if len(values) != rule.registers:
             raise ValueError(f"{len(values)} registers")

@@ -6,7 +6,7 @@ listing. At a barrier threads wait for all of their CTA.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,46 +23,51 @@ AT_ONCE = {
     "max": np.maximum, "min": np.minimum, "add": np.add, "or": np.bitwise_or, "and": np.bitwise_and,
     "xor": np.bitwise_xor,
 }  # fmt: skip
+INTEGER_CODES = ("u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8")
+
+
+class Launch(NamedTuple):
+    """What all programs of a launch share."""
+
+    kernel: Kernel
+    grid: tuple[int, int, int]
+    parameters: dict[str, bytes]  # name -> bits
+    shared_size: int  # bytes of a CTA
+    memory: Global
+    order: Order
+    findings: Findings
+    options: Options
 
 
 class Wave:
-    """``ctas`` of a grid; ``junk`` fills registers and shared memory before anything is written there."""
+    """``ctas`` of a launch's grid; ``junk`` fills registers and shared memory before anything is written there."""
 
-    def __init__(
-        self,
-        kernel: Kernel,
-        grid: tuple[int, int, int],
-        ctas: Array,
-        parameters: dict[str, bytes],
-        shared_size: int,
-        memory: Global,
-        order: Order,
-        findings: Findings,
-        options: Options,
-        junk: np.random.Generator,
-    ) -> None:
-        self.kernel, self.grid, self.parameters, self.order, self.findings = kernel, grid, parameters, order, findings
+    def __init__(self, launch: Launch, ctas: Array, junk: np.random.Generator) -> None:
+        self.kernel, self.grid, self.parameters = launch.kernel, launch.grid, launch.parameters
+        self.order, self.findings, self.memory = launch.order, launch.findings, launch.memory
+        options = launch.options
         self.units, self.seed, self.stop, self.limit = options.units, options.seed, options.stop, options.limit
-        self.per_cta = kernel.entry.threads
-        self.memory = memory
-        memory.wave = self
+        self.per_cta = self.kernel.entry.threads
+        self.memory.wave = self
         self.slot = np.arange(len(ctas))  # of a CTA's shared memory
-        padded = -(-shared_size // 16) * 16
+        padded = -(-launch.shared_size // 16) * 16
         self._lay_out(ctas)
-        self.shared = Shared(self, shared_size, len(ctas), junk.bytes(padded * len(ctas)))
+        self.shared = Shared(self, launch.shared_size, len(ctas), junk.bytes(padded * len(ctas)))
         self.shared.slot_base = self.slot[self.cta] * padded
-        words = junk.bytes(8 * self.size)
-        fill = {code: np.frombuffer(words, f"u{code[1]}")[: self.size].view(code) for code in _CODES}
-        numbers = np.frombuffer(words, "i8")[: self.size] / 2.0**61  # within 4: others only cost time in idle lanes
-        fill |= {code: numbers.astype(code) for code in ("f2", "f4", "f8")}
-        fill["?"] = np.frombuffer(words, "u1")[: self.size] % 2 == 1
-        codes = kernel.flow.codes
-        self.registers = [fill[codes[name]] for name in kernel.flow.index]
+        self.registers = self._filled(junk.bytes(8 * self.size))
         self.registers += [self.everywhere] * len(self.registers)  # undefined
         self.waiting = np.zeros(self.size, bool)
         self.returned = np.zeros(self.size, bool)
-        self.executed = 0  # instructions
         self.visited: set[int] = set()  # blocks
+
+    def _filled(self, words: bytes) -> list[Array]:
+        """Each register full of these bits."""
+        fill = {code: np.frombuffer(words, f"u{code[1]}")[: self.size].view(code) for code in INTEGER_CODES}
+        numbers = np.frombuffer(words, "i8")[: self.size] / 2.0**61  # within 4: others only cost time in idle lanes
+        fill |= {code: numbers.astype(code) for code in ("f2", "f4", "f8")}
+        fill["?"] = np.frombuffer(words, "u1")[: self.size] % 2 == 1
+        flow = self.kernel.flow
+        return [fill[flow.codes[name]] for name in flow.index]
 
     def _lay_out(self, ctas: Array) -> None:
         """What depends on which CTAs still run."""
@@ -227,7 +232,6 @@ class Wave:
                     at = mask = None
             block = blocks[here]
             taken = self.kernel.function(here)(self, self.registers, self.constants, mask)
-            self.executed += len(block.code)
             self.limit -= 1
             if self.limit < 0:
                 raise self.fault("no end after millions of blocks", block.code[-1].site)
@@ -292,6 +296,3 @@ class Wave:
         first = int(np.nonzero(self.waiting)[0][0])
         site = self.kernel.entry.blocks[int(at[first]) - 1].code[-1].site
         return self.fault("deadlock: the rest of the CTA never comes to this barrier", site, self.thread[self.waiting])
-
-
-_CODES = ("u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8")

@@ -1,8 +1,9 @@
 # make bench: correctness check, then the reference against this package, as a table; under three minutes.
 # make test:  the core of the tests: every public function and kernel, on both backends; then, compiled, every kernel.
-# make test-all: those, and the long tail: more cases, all combinations, more examples, more compiled kernels.
-# make test-compiled: all tests of kernels, compiled for sm_80, sm_90 and sm_100; very long. RECORD=build/compiled keeps
-#             what docs/compiled.md is written from.
+# make test-long: those, and the long tail: more cases, all combinations, more examples, planted faults. .ci/run calls it.
+# make test-all: those, and the table of tests that run compiled, for sm_80, sm_90 and sm_100; hours.
+# make test-compiled: that table alone. RECORD=build/compiled keeps what docs/compiled.md is written from; TABLE="" runs
+#             all tests that can run compiled.
 # make watch: which frameworks have a newer release than was tested; RUN=yes runs the tests against it.
 # make theory: the documents' claims measured, docs/theory-report.md and its figures written; under ten minutes.
 # make demo:  a small real model and itself with a hint: texts side by side, files, a page with pictures; a few minutes.
@@ -19,7 +20,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: bench demo test test-all test-compiled theory test-integrations watch lint types format clean
+.PHONY: bench demo test test-long test-all test-compiled theory test-integrations watch lint types format clean
 
 bench: $(STAMP)
 	$(BIN)/python -m bench $(BENCH_ARGS)
@@ -35,15 +36,18 @@ test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 	$(BIN)/python -m pytest --compiled $(PYTEST_ARGS)
 
-test-all: $(STAMP)
+test-long: $(STAMP)
 	$(BIN)/python -m pytest -m "" $(PYTEST_ARGS)
 	$(BIN)/python -m pytest --compiled $(PYTEST_ARGS)
 	$(BIN)/python -m pytest --compiled -m "" $(PYTEST_ARGS) tests/test_ptx_kernels.py
 
+test-all: test-long test-compiled
+
+TABLE ?= not deeper
 RECORD ?=
 test-compiled: $(STAMP)
 	for arch in 80 90 100; do \
-	  $(BIN)/python -m pytest --compiled --arch $$arch $(RECORD:%=--record %) -m "" $(PYTEST_ARGS) || exit 1; \
+	  $(BIN)/python -m pytest --compiled --arch $$arch $(RECORD:%=--record %) -m "$(TABLE)" $(PYTEST_ARGS) || exit 1; \
 	done
 
 theory: $(STAMP)

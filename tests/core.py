@@ -1,4 +1,4 @@
-"""Which tests `make test` runs. The others are marked `deep`; `make test-all` runs them as well.
+"""Which tests `make test` runs. The others are marked `deep`; `make test-long` runs them as well.
 
 Three rules, each a table below. A test that a command line names with :: runs, deep or not.
 """
@@ -99,9 +99,8 @@ DEEP: dict[str, tuple[str, ...]] = {
     "test_quick_run_writes_everything": EVERYTHING,
 }
 
-# 4. Of the compiled kernels (pytest --compiled): each kernel, with rows of full tiles, aligned (V=9728) and not, read by
-# one program and by several.
-# -m 'not deeper' runs more of the core compiled (COMPILED_FILES); make test-compiled runs all there is.
+# 4. Of the compiled kernels (pytest --compiled): each kernel, with rows of full tiles, aligned (V=9728) and not, read
+# by one program and by several. -m 'not deeper' runs more of the core compiled (COMPILED_FILES), -m "" all there is.
 COMPILED_FILES = {
     "test_linear_token_logprobs", "test_ops", "test_ptx_kernels", "test_sample", "test_saved", "test_solve_bounds",
     "test_solve_cases", "test_solve_memory", "test_token_logprobs", "test_verify",

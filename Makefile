@@ -47,7 +47,7 @@ TABLE ?= not deeper
 RECORD ?=
 test-compiled: $(STAMP)
 	for arch in 80 90 100; do \
-	  $(BIN)/python -m pytest --compiled --arch $$arch $(RECORD:%=--record %) -m "$(TABLE)" $(PYTEST_ARGS) || exit 1; \
+	  $(BIN)/python -m pytest --compiled --arch $$arch $(RECORD:%=--record=%) -m "$(TABLE)" $(PYTEST_ARGS) || exit 1; \
 	done
 
 theory: $(STAMP)

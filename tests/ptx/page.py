@@ -1,6 +1,6 @@
 """docs/compiled.md's tables, from what compiled runs recorded.
 
-    python -m tests.ptx.page FOLDER  # sums up a folder of `pytest --compiled --record FOLDER`, and writes the page
+    python -m tests.ptx.page FOLDER  # sums up a folder of `pytest --compiled --record=FOLDER`, and writes the page
     python -m tests.ptx.page         # writes the page from the sums of before
 
 The sums are in bench/results/compiled, a file for each of ``TABLES``.

@@ -1,4 +1,4 @@
-"""What a compiled run does and measures, a line of JSON for each: `pytest --compiled --record FOLDER`.
+"""What a compiled run does and measures, a line of JSON for each: `pytest --compiled --record=FOLDER`.
 
 Each process writes a file of its own, so that the workers of a run need not know of each other, and a run that is
 killed leaves what it had. ``tests.ptx.page`` sums up a folder's files for docs/compiled.md.

@@ -78,6 +78,8 @@ np.seterr(all="ignore")
 
 
 def pytest_configure(config):
+    if config.option.record and not config.option.compiled:
+        raise pytest.UsageError("--record is for what compiled kernels give: add --compiled")
     _choose_how_kernels_run(config)
     # Triton 3.6's interpreter uses 1-element arrays as scalars: NumPy 2.3 warns about them, 2.4 refuses them.
     config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim > 0:DeprecationWarning:triton")

@@ -50,7 +50,9 @@ def test_what_workers_recorded_is_summed_up(tmp_path):
     versions = {"triton": "3.7", "commit": "abc"}
     assert found["runs"] == [row | {"tests": "1"} | versions for row in per_arch]
     assert found["launches"] == [row | {"kernel": "solve_kernel", "rows": "bfloat16"} for row in per_arch]
-    assert found["layouts"] == [{"layout": "rows_apart", "arch": "sm_90", "forms": "1", "launches": "1"}]
+    assert found["layouts"] == [
+        {"layout": "rows_apart", "rows": "bfloat16", "arch": "sm_90", "forms": "1", "launches": "1"}
+    ]
     shares = [(row["quantity"], row["arch"], row["comparisons"], row["share"]) for row in found["errors"]]
     assert shares == [("alpha", "sm_90", "3", "0.5"), ("alpha", "sm_100", "1", "0.75")]
     race = ("race in shared memory: this reads what was written", "rows.py")

@@ -8,7 +8,8 @@ executes the result with NumPy: registers are arrays over the threads of a few p
     python -m pytest --compiled tests/test_solve_cases.py
 
 runs the tests that have a backend, with the backend "compiled"; ``--arch 80`` or 100 chooses another architecture. The
-first run compiles for some seconds a kernel; ``driver.py`` says where the results are kept.
+first run compiles each kernel, for seconds or a minute; ``driver.py`` says where the results are kept. docs/compiled.md
+says what was found: ``record.py`` keeps what a run measured, and ``page.py`` makes the page's tables of it.
 
 A launch fails with the line of PTX and of Python where it
 

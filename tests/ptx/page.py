@@ -13,7 +13,7 @@ import csv
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def summed_up(lines: Sequence[Line], commit: str, triton: str) -> dict[str, list
     return {
         "runs": [row | versions for row in _counted(launches, ("arch",), tests="test", forms="form")],
         "launches": _counted(launches, ("kernel", "rows", "arch"), forms="form"),
-        "layouts": _counted([line for line in launches if line["layout"]], ("layout", "arch"), forms="form"),
+        "layouts": _counted([line for line in launches if line["layout"]], ("layout", "rows", "arch"), forms="form"),
         "errors": _worst(comparisons),
         "faults": _faults([line for line in lines if line["kind"] == "fault"]),
     }
@@ -83,12 +83,14 @@ def _counted(launches: list[Line], keys: Sequence[str], **different: str) -> lis
 
 
 def _worst(comparisons: list[Line]) -> list[Row]:
-    keys = ("test", "quantity", "kernel", "rows", "layout", "arch")
-    return [
-        dict(zip(keys, values, strict=True))
-        | {"comparisons": str(len(group)), "share": f"{max(line['share'] for line in group):.3g}"}
-        for values, group in _groups(comparisons, keys).items()
-    ]
+    """Of each group the number of comparisons, and the largest share with the test that saw it."""
+    keys = ("kernel", "rows", "quantity", "layout", "arch")
+    rows = []
+    for values, group in _groups(comparisons, keys).items():
+        worst = max(group, key=lambda line: line["share"])
+        found = {"comparisons": str(len(group)), "share": f"{worst['share']:.3g}", "test": worst["test"]}
+        rows.append(dict(zip(keys, values, strict=True)) | found)
+    return rows
 
 
 def _faults(lines: list[Line]) -> list[Row]:
@@ -149,7 +151,12 @@ def launches(rows: list[Row]) -> str:
 
 
 def layouts(rows: list[Row]) -> str:
-    return _by_arch(rows, "rows", lambda row: row["layout"].replace("_", " "), lambda group: _launched(group[0]))
+    return _by_arch(
+        rows,
+        "layout",
+        lambda row: f"{row['layout'].replace('_', ' ')}, {short(row['rows'])}",
+        lambda group: _launched(group[0]),
+    )
 
 
 def errors(rows: list[Row]) -> str:
@@ -174,7 +181,8 @@ def faults(rows: list[Row]) -> str:
     return tables.markdown(("planted", "reported", "places"), lines, left=2)
 
 
-def _by_arch(rows: list[Row], first: str, name: Any, cell: Any) -> str:
+def _by_arch(rows: list[Row], first: str, name: Callable[[Row], str], cell: Callable[[list[Row]], str]) -> str:
+    """A line for each name, a column for each architecture; a cell is made of the rows that have both."""
     named = [row | {"name": name(row)} for row in rows]
     archs = [arch for (arch,) in _groups(rows, ("arch",))]
     groups = _groups(named, ("name", "arch"))

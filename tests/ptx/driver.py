@@ -105,12 +105,12 @@ def _span(tensor: torch.Tensor) -> int:
 
 
 def _allowed(low: int, high: int, views: Sequence[tuple[str, torch.Tensor]]) -> Any:
-    allowed = torch.zeros(high - low, dtype=torch.bool)
+    allowed = np.zeros(high - low, bool)
     for _, tensor in views:
-        item = tensor.element_size()
-        strides = [stride * item for stride in tensor.stride()]
-        allowed.as_strided((*tensor.shape, item), (*strides, 1), tensor.data_ptr() - low).fill_(True)
-    return allowed.numpy()
+        item, start = tensor.element_size(), tensor.data_ptr() - low
+        strides = (*(stride * item for stride in tensor.stride()), 1)
+        np.lib.stride_tricks.as_strided(allowed[start:], (*tensor.shape, item), strides)[...] = True
+    return allowed
 
 
 def _integers(tensor: torch.Tensor) -> np.ndarray[Any, Any]:

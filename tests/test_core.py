@@ -145,10 +145,15 @@ def not_launched(kept: Kept, backend: str) -> set[str]:
     return {kernel for kernel, (needs, _) in KERNELS.items() if not any(needs <= names for names in through)}
 
 
+def needing_compiled() -> set[str]:
+    """The tests that run with --compiled alone: all of one file, and those that ask for the fixture."""
+    asking = "".join(FILES.values())
+    return set(definitions("test_ptx_kernels")) | set(re.findall(r"^def (test_\w+)\(.*\bcompiled\b.*\):", asking, re.M))
+
+
 def test_no_test_is_dropped_but_those_that_are_deep_as_a_whole(kept: Kept) -> None:
     whole = {name for name, parts in core.DEEP.items() if parts == core.EVERYTHING}
-    compiled = set(definitions("test_ptx_kernels"))  # these need --compiled
-    assert {test.partition("::")[2] for test in dropped(kept, FILES)} - compiled == whole
+    assert {test.partition("::")[2] for test in dropped(kept, FILES)} - needing_compiled() == whole
     # This would be seen.
     without = {test: values for test, values in kept.items() if test != ("test_verify", "test_the_emitted_law_is_q")}
     assert dropped(without, FILES) - dropped(kept, FILES) == {"test_verify::test_the_emitted_law_is_q"}

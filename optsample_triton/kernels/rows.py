@@ -13,8 +13,6 @@ import triton.language as tl
 from optsample_triton.kernels.constants import DISJOINT
 from optsample_triton.kernels.records import HalfTile, ModelRow, Row
 
-MASKED = tl.constexpr(-1e30)  # from here down a token counts as masked, by a finite number
-
 
 @triton.jit
 def row_offset(index, layout):
@@ -220,10 +218,7 @@ def narrowed(x, dtype: tl.constexpr):
 
 @triton.jit
 def first_maxima(row, tile):
-    """A maximum of a and b over the first tile that has a common token; 0 where no tile has one.
-
-    Tokens that a finite number masks do not count: relative to that number all others would be infinite.
-    """
+    """A maximum of a and b over the common support of the first tile that has one; 0 where no tile has one."""
     top_theta = -float("inf")
     top_t = -float("inf")
     start = 0
@@ -231,8 +226,8 @@ def first_maxima(row, tile):
         a0, a1 = load_halves(row.theta.ptr, start, row.V, tile, True)
         b0, b1 = load_halves(row.t.ptr, start, row.V, tile, True)
         inside0, inside1 = inside_halves(row.theta.ptr, start, row.V, tile)
-        common0 = inside0 & (a0 > MASKED) & (b0 > MASKED)
-        common1 = inside1 & (a1 > MASKED) & (b1 > MASKED)
+        common0 = inside0 & (a0 != -float("inf")) & (b0 != -float("inf"))
+        common1 = inside1 & (a1 != -float("inf")) & (b1 != -float("inf"))
         low = -float("inf")
         top_theta = tl.max(tl.maximum(tl.where(common0, a0, low), tl.where(common1, a1, low)), 0)
         top_t = tl.max(tl.maximum(tl.where(common0, b0, low), tl.where(common1, b1, low)), 0)

@@ -1,6 +1,6 @@
 """Which tests `make test` runs. The others are marked `deep`; `make test-long` runs them as well.
 
-Three rules, each a table below. A test that a command line names with :: runs, deep or not.
+Four rules, each with a table below. A test that a command line names with :: runs, deep or not.
 """
 
 from __future__ import annotations
@@ -117,6 +117,7 @@ COMPILED = {
     "test_sample.py::test_every_case[compiled-random std 3, V=9728]",
     "test_sample.py::test_every_case[compiled-every status]",
     "test_verify.py::test_rows_of_every_status[compiled]",
+    "test_token_logprobs.py::test_against_truth[compiled-every status]",
     "test_token_logprobs.py::test_large_vocabularies[compiled-50257]",
     "test_token_logprobs.py::test_gradient_against_truth[compiled-random std 3, V=9728]",
     "test_ops.py::test_log_q_gradient_against_float64[compiled-random std 3, V=9728-{}]",

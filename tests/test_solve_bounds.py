@@ -154,7 +154,7 @@ def test_a_first_tile_of_masks(backend, device):
 
 
 def real_pairs(interpreted):
-    """In the interpreter a row of a whole vocabulary takes many seconds: a hard one and another."""
+    """In the interpreter a row of a whole vocabulary takes many seconds: one of each half."""
     rows = real_rows.load()
     return (rows.theta[[0, 5]], rows.t[[0, 5]]) if interpreted else (rows.theta, rows.t)
 

@@ -2,7 +2,7 @@
 
 The policy is the model of `optsample demo`, the target the same model with each question's hint, at temperature 0.7:
 targets are often sharpened. The texts are of q* between both at temperature 1, as the pipeline draws them. A pair of
-rows is what both models' logits were at one token of one text, in bfloat16. Half of the pairs are hard, those that took
+rows is what both models' logits were at one token of one text, in bfloat16. Half of the pairs are those that took
 the solver most sweeps when they were chosen, and half are picked at random among the others. The file says of every
 pair which token of which text it is from, and its alpha in float64. Needs the extra `demo`, and fetches the model if
 the cache does not have it.

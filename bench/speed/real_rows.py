@@ -14,7 +14,10 @@ PATH = ROOT / "bench" / "real_rows.npz"
 
 
 class Rows(NamedTuple):
-    """Both models' logits [pairs, V] in bfloat16, and alpha in float64; the hard half first."""
+    """Both models' logits [pairs, V] in bfloat16, and alpha in float64.
+
+    First come the pairs that took an earlier version of the first sweep longest.
+    """
 
     theta: Tensor
     t: Tensor

@@ -44,6 +44,8 @@ SD_SHARE = 0.25  # q* feels an error of alpha in units of 1/sd; the estimate is 
 CLEAR = 4.0  # the sign of psi' counts where psi' is this many times its rounding
 LEAP = 1.0 / 64.0  # a longer step is looked at again
 BLURRED = 0.1  # an error from which the curve's root says nothing, and the bracket's middle is taken
+UNDERFLOW = 1e12  # smallest normal numbers: a mass at 1/2 below it has lost some of its tokens
+PARABOLIC = 0.01  # nats by which a step may lower psi, up to which psi is taken for a parabola
 
 # Drawing.
 SLACK = 1e-6  # nats below a min_p threshold that still count as at it, or rounding would drop tokens

@@ -10,6 +10,7 @@ from reference import truth
 
 ROUNDOFF = 1.2e-7  # alpha is reported in float32
 TOLERANCES = [1e-3, 1e-4, 1e-6]
+FIRST = 4096  # tokens that a row's references are taken from, at most
 
 
 def normal(g, *shape):
@@ -110,6 +111,18 @@ def test_hostile_rows(family, vocab, tol, backend, device, interpreted):
     assert_bounded(*rows_of(family, vocab, count), tol, device)
 
 
+@pytest.mark.parametrize("vocab", [50, 1500])
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
+def test_divergences_of_hostile_rows(family, vocab, backend, device, interpreted):
+    """At the root both are -psi, however fast they change with alpha: beside a mask by 1e-6 of them per 1e-8."""
+    a, b = rows_of(family, vocab, 4 if interpreted else 40)
+    found, right = ost.solve(a.to(device), b.to(device), tol=1e-4, diagnostics=True), truth.solve(a, b)
+    good = (found.status.cpu() == Status.OK) & (right.kl_theta > 1e-6)
+    for kl in (found.kl_theta, found.kl_t):
+        error = ((kl.cpu().double() - right.kl_theta) / right.kl_theta).abs()
+        assert torch.where(good, error, 0.0).max() <= 1e-5
+
+
 # Each was once off by far more than tol, with status OK.
 BROKE_IT = {
     "the inner Newton had not converged": (
@@ -143,11 +156,29 @@ def test_rows_that_broke_it(name, tol, backend, device):
 def test_a_first_tile_of_masks(backend, device):
     """Hugging Face's processors mask by -100 and less; references come from a row's first tokens."""
     g = torch.Generator().manual_seed(0)
-    a = 3 * torch.randn(4, 2200, generator=g)
-    b = a + torch.randn(4, 2200, generator=g)
+    a = 3 * torch.randn(4, 4200, generator=g)
+    b = a + torch.randn(4, 4200, generator=g)
     for row, low in enumerate([-100.0, -1e4, -1e9, -3.4028234e38]):
-        a[row, :2048] = b[row, :2048] = low
+        a[row, :FIRST] = b[row, :FIRST] = low
     assert_bounded(a, b, 1e-6, device)
+
+
+@pytest.mark.parametrize("above", [30.0, 49.0, 60.0, 90.0, 180.0, 600.0])
+@pytest.mark.parametrize("tol", [1e-3, 1e-6])
+def test_tops_far_above_the_first_tokens(above, tol, backend, device):
+    """Weights relative to the first tokens overflow, or underflow in one factor while the other is large."""
+    g = torch.Generator().manual_seed(5)
+    a, b = (10 * torch.randn(4, 4200, generator=g) for _ in range(2))
+    a[:, :FIRST] -= a[:, :FIRST].amax(-1, True)
+    b[:, :FIRST] -= b[:, :FIRST].amax(-1, True)
+    a[0, FIRST] = b[0, FIRST] = above  # the same top
+    b[0, FIRST] += 1.0
+    a[1, FIRST], b[1, FIRST], a[1, FIRST + 1], b[1, FIRST + 1] = above, 0.0, -0.9 * above, 1.1 * above  # differing tops
+    a[2, 7], b[2, 7], a[2, 3], b[2, 3] = 175.0, 0.0, -20.0, 130.0  # one of them among the first
+    a[2, FIRST], b[2, FIRST] = -2.0, 130.0 + above
+    a[3, 7], a[3, FIRST], b[3, FIRST] = 2.0 * above, 3.0 * above, 30.0  # the same top, and another token of one model
+    a[3, FIRST + 1], b[3, FIRST + 1] = 0.0, 22.0
+    assert_bounded(a, b, tol, device)
 
 
 # Rows of a language model

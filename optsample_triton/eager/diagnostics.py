@@ -12,39 +12,57 @@ from optsample_triton.eager.log_q import by_precision
 from optsample_triton.eager.one_model import OwnMoments, own_moments
 from optsample_triton.eager.rows import Rows, outside_common_support
 from optsample_triton.eager.state import State, rows_where
-from optsample_triton.numerics import NARROW, REACH
-from optsample_triton.types import DIAGNOSTIC_COUNT, Diagnostics
+from optsample_triton.numerics import NARROW, PARABOLIC, REACH
+from optsample_triton.types import DIAGNOSTIC_COUNT, Diagnostics, Options
 
 
-def diagnostics(rows: Rows, state: State) -> Tensor:
+def diagnostics(rows: Rows, state: State, options: Options) -> Tensor:
     """The fields of ``Diagnostics`` without the sweeps, [N, 9] float64."""
-    return _of_probabilities(rows, state) if rows.from_probabilities else _of_logits(rows, state)
+    if rows.from_probabilities:
+        return _of_probabilities(rows, state)
+    # How far a root that was looked for may lie from alpha.
+    return _of_logits(rows, state, options.tol + rows.roundoff if options.method == "kl_symmetry" else -1.0)
 
 
 def _columns(found: Diagnostics) -> Tensor:
     return torch.stack(found[:DIAGNOSTIC_COUNT], -1)
 
 
-def _of_logits(rows: Rows, state: State) -> Tensor:
+def _of_logits(rows: Rows, state: State, error: float) -> Tensor:
     own = own_moments(rows)
     values = torch.empty(rows.count, DIAGNOSTIC_COUNT, dtype=torch.float64, device=rows.device)
     for index, dtype in by_precision(rows, state):
         part, own_part = state.part(index), own.part(index)
         sums = _mixture_sums(rows.select(index), _Norms.of(part, own_part), dtype)
-        values[index] = _columns(_from_sums(part, own_part, sums))
-    _sharpen(rows, state, values)
+        values[index] = _columns(_from_sums(part, own_part, sums, error))
+    _sharpen(rows, state, error, values)
     values = torch.where(torch.isnan(values), _columns(_beyond_floats(values)), values)
     values = torch.where(state.disjoint[:, None], _columns(_disjoint(state, own)), values)
     return torch.where(state.invalid[:, None], torch.nan, values)
 
 
-def _sharpen(rows: Rows, state: State, values: Tensor) -> None:
+class _Divergences(NamedTuple):
+    """KL(q || pi_theta) and KL(q || pi_t)."""
+
+    theta: Tensor
+    t: Tensor
+
+    @staticmethod
+    def at(x: Tensor, psi: Tensor, slope: Tensor, variance: Tensor, error: float) -> _Divergences:
+        """Of q_x, from psi and its derivatives. Where the root of psi' lies within ``error`` both are -psi there."""
+        step = slope / variance
+        near = (step.abs() <= error) & (step * slope <= PARABOLIC)
+        at_root = 0.5 * step * slope - psi
+        both = -(1.0 - x) * slope - psi, x * slope - psi
+        return _Divergences(*(torch.where(near, at_root, kl).clamp(min=0.0) for kl in both))
+
+
+def _sharpen(rows: Rows, state: State, error: float, values: Tensor) -> None:
     """The KLs of narrow rows again, from G: beside the noise of A - B they would be nothing."""
     narrow = rows_where(state.ok & (state.psi > -NARROW) & ((state.alpha - 0.5).abs() < REACH))
     if narrow.numel():
         at = evaluate(rows.select(narrow), state.alpha[narrow], state.part(narrow), narrow=True)
-        values[narrow, 0] = (-(1.0 - at.x) * at.slope - at.psi).clamp(min=0.0)
-        values[narrow, 1] = (at.x * at.slope - at.psi).clamp(min=0.0)
+        values[narrow, :2] = torch.stack(_Divergences.at(at.x, at.psi, at.slope, at.moments.variance, error), -1)
 
 
 def _beyond_floats(like: Tensor) -> Diagnostics:
@@ -112,6 +130,7 @@ class _MixtureSums(NamedTuple):
 
     mass: Tensor  # q
     log_ratio: Tensor  # q log(pi_theta / pi_t)
+    log_ratio_square: Tensor
     log_q: Tensor  # q log q
     square_theta: Tensor  # pi^2 / q
     square_t: Tensor
@@ -133,7 +152,7 @@ def _mixture_sums(rows: Rows, norms: _Norms, dtype: torch.dtype) -> _MixtureSums
 
 
 def _block_sums(rows: Rows, block: slice, norms: _Norms, dtype: torch.dtype, *, masked: bool) -> Tensor:
-    """The fields of _MixtureSums of a block, [9, R] float64."""
+    """The fields of _MixtureSums of a block, [10, R] float64."""
     base_theta, base_t = norms.log_partition_theta.to(dtype), norms.log_partition_t.to(dtype)
     rest_theta, rest_t = (base_theta - norms.log_partition_theta).to(dtype), (base_t - norms.log_partition_t).to(dtype)
     alpha, other, psi = norms.alpha.to(dtype), (1.0 - norms.alpha).to(dtype), norms.psi.to(dtype)
@@ -151,12 +170,14 @@ def _block_sums(rows: Rows, block: slice, norms: _Norms, dtype: torch.dtype, *, 
         log_q = (log_theta * alpha).add_(log_t * other).sub_(psi)
         q = log_q.exp()
         square_theta, square_t = (z.mul(2.0).sub_(log_q).exp_() for z in (log_theta, log_t))
+        log_ratio = log_theta.sub_(log_t)
         if masked:
             for value in (q, w_theta, w_t, square_theta, square_t):
                 value.masked_fill_(outside, 0.0)
         terms = _MixtureSums(
             mass=q,
-            log_ratio=log_theta.sub_(log_t).mul_(q),
+            log_ratio=q * log_ratio,
+            log_ratio_square=log_ratio.square_().mul_(q),
             log_q=log_q.mul_(q),
             square_theta=square_theta,
             square_t=square_t,
@@ -171,14 +192,16 @@ def _block_sums(rows: Rows, block: slice, norms: _Norms, dtype: torch.dtype, *, 
     return total
 
 
-def _from_sums(state: State, own: OwnMoments, sums: _MixtureSums) -> Diagnostics:
+def _from_sums(state: State, own: OwnMoments, sums: _MixtureSums, error: float) -> Diagnostics:
     x, mass = state.alpha, sums.mass
     # What the first sweep's rounding left of both models' masses.
     psi = state.psi + mass.log() - x * sums.mass_theta.log() - (1.0 - x) * sums.mass_t.log()
-    slope = sums.log_ratio / mass - sums.mass_theta.log() + sums.mass_t.log()
+    mean = sums.log_ratio / mass
+    slope = mean - sums.mass_theta.log() + sums.mass_t.log()
+    kl = _Divergences.at(x, psi, slope, sums.log_ratio_square / mass - mean.square(), error)
     return Diagnostics(
-        kl_theta=(-(1.0 - x) * slope - psi).clamp(min=0.0),
-        kl_t=(x * slope - psi).clamp(min=0.0),
+        kl_theta=kl.theta,
+        kl_t=kl.t,
         ess_theta=sums.mass_theta.square() / (sums.square_theta * mass),
         ess_t=sums.mass_t.square() / (sums.square_t * mass),
         entropy_theta=own.entropy_theta,

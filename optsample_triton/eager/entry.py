@@ -40,7 +40,7 @@ def solve_on(rows: Rows, problem: Problem, diagnostics: bool, out: Tensor | None
     """``solve`` of rows that may be one process's part of the vocabulary."""
     state = solve_rows(rows, problem)
     dtype = rows.working_dtype
-    found = diagnostics_of(rows, state) if diagnostics else state.alpha.new_empty(0, DIAGNOSTIC_COUNT)
+    found = diagnostics_of(rows, state, problem.options) if diagnostics else state.alpha.new_empty(0, DIAGNOSTIC_COUNT)
     if out is not None:
         write_log_q(rows, state, out)
     return Solved(

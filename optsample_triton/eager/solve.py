@@ -70,7 +70,8 @@ def _first_sweep(rows: Rows) -> State:
     curve = curve_of(sums)
     finite = torch.isfinite(curve.log_partition_theta + curve.log_partition_t + curve.psi_half + sums.rest.sum(0))
     # What the weights' dtype cannot hold at 1/2 is lost.
-    finite &= curve.log_half >= math.log(least_mass(rows.working_dtype))
+    most = torch.maximum(curve.log_partition_theta, curve.log_partition_t)
+    finite &= curve.log_half - 0.5 * most >= math.log(least_mass(rows.working_dtype))
     ends = _ends(rows, curve, sums.reference, finite)
     chord = ends.log_partition_theta - ends.log_partition_t
     # Probability rows are not renormalised: their root condition is L' = 0, not L' = A - B.

@@ -4,6 +4,8 @@ In a product or a sum they stand to the right of a tensor: to its left, Triton's
 constant.
 """
 
+import math
+
 import triton.language as tl
 
 from optsample_triton import numerics
@@ -44,6 +46,7 @@ SD_SHARE = tl.constexpr(numerics.SD_SHARE)
 SERIES = tl.constexpr(numerics.SERIES)
 CLEAR = tl.constexpr(numerics.CLEAR)
 BLURRED = tl.constexpr(numerics.BLURRED)
+LEAST = tl.constexpr(math.log(numerics.UNDERFLOW * 2.0**-126))
 SLACK = tl.constexpr(numerics.SLACK)
 LOWEST = tl.constexpr(numerics.LOWEST)
 SAVED = tl.constexpr(len(Saved._fields))

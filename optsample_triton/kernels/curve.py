@@ -12,6 +12,7 @@ from optsample_triton.kernels.constants import (
     BLURRED,
     CLEAR,
     EPSILON,
+    LEAST,
     LOG2E,
     NATS_PER_POWER,
     NEGLECTED,
@@ -190,9 +191,6 @@ def curve_start(row, total, PROBS: tl.constexpr):
         log_t, _ = whole(f.at_t, apart)
         target = -(log_theta - log_t + between) - reference_gap(row)
     found, ends = interpolate(f, apart, x, y, target)
-    log_half = ends.psi_half + 0.5 * (ends.A + ends.B)
-    finite = finite & (log_half - log_half == 0.0) & (ends.psi_half - ends.psi_half == 0.0) & (log_half > LEAST)
-    return found, ends, target, finite
-
-
-LEAST = tl.constexpr(-73.0)  # the logarithm of a mass at 1/2 from which float32 has lost some of it
+    # A token's weight at 1/2 is lost where one of its two factors underflows, however large the other is.
+    kept = ends.psi_half + 0.5 * tl.minimum(ends.A, ends.B) > LEAST
+    return found, ends, target, finite & kept & (ends.psi_half < float("inf"))

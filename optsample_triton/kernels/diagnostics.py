@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from optsample_triton import numerics
 from optsample_triton.kernels.constants import DISJOINT, INVALID, LOG2E, STRETCH
 from optsample_triton.kernels.evaluate import evaluate, rounded
 from optsample_triton.kernels.moments import tilted
@@ -12,6 +13,7 @@ from optsample_triton.kernels.rows import load_both, zeros
 from optsample_triton.types import DIAGNOSTIC_COUNT, Diagnostics
 
 DIAGNOSTICS = tl.constexpr(DIAGNOSTIC_COUNT)
+PARABOLIC = tl.constexpr(numerics.PARABOLIC)
 
 
 @triton.jit
@@ -59,8 +61,23 @@ def _law_sums(row, x, base, far, own_theta, own_t, tile):
 
 
 @triton.jit
-def store_diagnostics(row, ends, root, ptr, tile):
-    """The diagnostics of q_alpha; the KLs and ESS in closed form from G or from psi."""
+def _divergences(x, at, error):
+    """Both KLs at x, from its ``Evaluation``. Where the root of psi' lies within ``error`` they are -psi there."""
+    step = at.slope / at.variance
+    near = (tl.abs(step) <= error) & (step * at.slope <= PARABOLIC)
+    at_root = 0.5 * step * at.slope - at.psi
+    return (
+        tl.where(near, at_root, -(1.0 - x) * at.slope - at.psi),
+        tl.where(near, at_root, x * at.slope - at.psi),
+    )
+
+
+@triton.jit
+def store_diagnostics(row, ends, root, error, ptr, tile):
+    """The diagnostics of q_alpha; the KLs and ESS in closed form from G or from psi.
+
+    ``error`` is how far alpha may lie from the root of psi', where it is to be one.
+    """
     x, psi, status = root.alpha, root.psi, root.status
     A, B = ends.A, ends.B
     own_theta, entropy_theta = own_moments(row, row.theta, tile)
@@ -77,8 +94,8 @@ def store_diagnostics(row, ends, root, ptr, tile):
             point = tl.where(k == 0, 1.0, tl.where(k == 1, 0.0, tl.where(k == 2, x, beyond)))
             psi_half = tl.where(k == 2, ends.psi_half, tl.minimum(ends.psi_half, -1.0))
             at = evaluate(row, point, Ends(A, B, psi_half, ends.shrink), tile)
-            kl_theta = tl.where(k == 2, -(1.0 - x) * at.slope - at.psi, kl_theta)
-            kl_t = tl.where(k == 2, x * at.slope - at.psi, kl_t)
+            to_theta, to_t = _divergences(x, at, error)
+            kl_theta, kl_t = tl.where(k == 2, to_theta, kl_theta), tl.where(k == 2, to_t, kl_t)
             log_ess_theta -= tl.where((k == 2) | (k == 3), at.psi, 0.0)
             log_ess_t -= tl.where((k == 2) | (k == 4), at.psi, 0.0)
             psi = tl.where(k == 2, at.psi, psi)

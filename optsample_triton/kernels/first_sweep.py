@@ -9,15 +9,15 @@ import triton
 import triton.language as tl
 
 from optsample_triton.kernels.constants import DISJOINT, INVALID, LOG2E, NATS_PER_POWER, OK
+from optsample_triton.kernels.moments import LARGEST_DELTA
 from optsample_triton.kernels.records import FirstSums, FirstSweep, ModelRow, Row, Survey, Tile, TokenSums
 from optsample_triton.kernels.rows import (
-    as_logits,
     inside_halves,
-    load_halves,
     load_logits,
     open_row,
     relative,
     relative_exactly,
+    with_references,
     zeros,
 )
 
@@ -25,6 +25,7 @@ SUM_COUNT = tl.constexpr(len(FirstSums._fields))
 DOMINANT = tl.constexpr(2.0 / 3.0)  # the share of a chunk's mass at 1/2 from which a token stays apart
 NEARLY = tl.constexpr(0.8)  # of a dominant token's weight: no other token has half of it
 FAINT = tl.constexpr(0.25)  # of the references' weight: a chunk whose top is below that does not hold the row's
+LARGEST_LOGIT = tl.constexpr(64.0)  # |logit| up to which the moments of d stay within float32's range as they are
 
 
 @triton.jit
@@ -369,37 +370,67 @@ def first_sweep(batch, meeting, tile, later, CHUNK: tl.constexpr, UNROLL: tl.con
 
 
 @triton.jit
-def _add_survey(acc, a, b, inside):
-    bad = inside & ((a != a) | (b != b) | (a == float("inf")) | (b == float("inf")))
-    has_a = inside & (a > -float("inf"))
-    has_b = inside & (b > -float("inf"))
+def _add_survey(acc, row, a, b, inside):
+    u, v = a * row.theta.inverse_temperature, b * row.t.inverse_temperature
+    bad = inside & ((u != u) | (v != v) | (u == float("inf")) | (v == float("inf")))
+    has_a = inside & (u > -float("inf"))
+    has_b = inside & (v > -float("inf"))
     both = has_a & has_b
-    size = tl.where(both & ~bad, tl.maximum(tl.abs(a), tl.abs(b)), 0.0)
+    low = -float("inf")
+    counts = both & ~bad
+    size = tl.maximum(tl.abs(u), tl.abs(v))
     return Survey(
         spoilt=acc.spoilt | bad.to(tl.int32),
         some_theta=acc.some_theta | has_a.to(tl.int32),
         some_t=acc.some_t | has_b.to(tl.int32),
         some_common=acc.some_common | both.to(tl.int32),
-        largest=tl.maximum(acc.largest, size),
+        top_theta=tl.maximum(acc.top_theta, tl.where(counts, a, low)),
+        top_t=tl.maximum(acc.top_t, tl.where(counts, b, low)),
+        top_half=tl.maximum(acc.top_half, tl.where(counts, 0.5 * u + 0.5 * v, low)),
+        largest=tl.maximum(acc.largest, tl.where(counts, size, 0.0)),
+    )
+
+
+@triton.jit
+def _surveyed(row, tile):
+    """The ``Survey`` of all entries of a row."""
+    zero = tl.zeros([tile.H], tl.int32)
+    nothing = tl.zeros([tile.H], tl.float32)
+    low = nothing - float("inf")
+    acc = Survey(zero, zero, zero, zero, low, low, low, nothing)
+    for start in tl.range(0, row.V, 2 * tile.H):
+        a0, a1, b0, b1 = load_logits(row, start, tile, True)
+        inside0, inside1 = inside_halves(row.theta.ptr, start, row.V, tile)
+        acc = _add_survey(_add_survey(acc, row, a0, b0, inside0), row, a1, b1, inside1)
+    return Survey(
+        spoilt=tl.max(acc.spoilt, 0),
+        some_theta=tl.max(acc.some_theta, 0),
+        some_t=tl.max(acc.some_t, 0),
+        some_common=tl.max(acc.some_common, 0),
+        top_theta=tl.max(acc.top_theta, 0),
+        top_t=tl.max(acc.top_t, 0),
+        top_half=tl.max(acc.top_half, 0),
+        largest=tl.max(acc.largest, 0),
     )
 
 
 @triton.jit
 def survey(row, tile):
-    """Look at every entry of a row whose sums are not finite: its status, and its largest scaled |logit| in common."""
-    zero = tl.zeros([tile.H], tl.int32)
-    acc = Survey(zero, zero, zero, zero, tl.zeros([tile.H], tl.float32))
-    for start in tl.range(0, row.V, 2 * tile.H):
-        a0, a1 = load_halves(row.theta.ptr, start, row.V, tile, True)
-        b0, b1 = load_halves(row.t.ptr, start, row.V, tile, True)
-        inside0, inside1 = inside_halves(row.theta.ptr, start, row.V, tile)
-        a0 = as_logits(a0, row.eps, tile.PROBS) * row.theta.inverse_temperature
-        a1 = as_logits(a1, row.eps, tile.PROBS) * row.theta.inverse_temperature
-        b0 = as_logits(b0, row.eps, tile.PROBS) * row.t.inverse_temperature
-        b1 = as_logits(b1, row.eps, tile.PROBS) * row.t.inverse_temperature
-        acc = _add_survey(_add_survey(acc, a0, b0, inside0), a1, b1, inside1)
-    spoilt = tl.max(acc.spoilt, 0)
-    some_theta, some_t, some_common = tl.max(acc.some_theta, 0), tl.max(acc.some_t, 0), tl.max(acc.some_common, 0)
-    status = tl.where(some_common == 0, DISJOINT, OK)
-    status = tl.where((spoilt != 0) | (some_theta == 0) | (some_t == 0), INVALID, status)
-    return status, tl.max(acc.largest, 0)
+    """Look at every entry of a row whose sums are not finite.
+
+    Gives its status, the row with other references, ``shrink``, and whether d of every token is then in range.
+
+    Between the models a token counts only where x a + (1 - x) b comes near that of the token that is likeliest at 1/2.
+    Where both models have that token near their top, all that count are near it, and the tops are the references.
+    Otherwise differences of huge logits would be rounded: the references are 0, and d is shrunk to float32's range.
+    """
+    found = _surveyed(row, tile)
+    status = tl.where(found.some_common == 0, DISJOINT, OK)
+    status = tl.where((found.spoilt != 0) | (found.some_theta == 0) | (found.some_t == 0), INVALID, status)
+    u, v = found.top_theta * row.theta.inverse_temperature, found.top_t * row.t.inverse_temperature
+    below = 2.0 * (0.5 * u + 0.5 * v - found.top_half)
+    near = (status == OK) & (below <= LARGEST_LOGIT)
+    row = with_references(row, tl.where(near, found.top_theta, 0.0), tl.where(near, found.top_t, 0.0))
+    size = tl.minimum(below + tl.maximum(tl.abs(u), tl.abs(v)), found.largest)
+    shrink = tl.where(near, 1.0, LARGEST_LOGIT / tl.maximum(size, LARGEST_LOGIT))
+    return status, row, shrink, found.largest * shrink < LARGEST_DELTA * 0.25

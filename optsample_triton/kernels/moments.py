@@ -17,6 +17,7 @@ from optsample_triton.kernels.constants import EPSILON, LOG2E
 from optsample_triton.kernels.records import Moments, NarrowMoments, NarrowSums, PowerSums
 from optsample_triton.kernels.rows import load_both, zeros
 
+LARGEST_DELTA = tl.constexpr(1e9)  # whose fourth power float32 holds
 CANCELS = tl.constexpr(16.0)  # nats beyond which float32 would lose more than the last digits of a difference
 
 
@@ -63,7 +64,7 @@ def _add_powers(acc, w, delta):
 def _add_wide(acc, half, x, base, centre, shrink):
     w = tl.where(half.common, tl.exp2(tilted(half.u, half.v, x, base, shrink < 1.0) * LOG2E), 0.0)
     # Tokens of no weight may lie beyond any range; the clamp keeps 0 * delta^4 at 0.
-    delta = tl.minimum(tl.maximum(half.u * shrink - half.v * shrink - centre, -1e9), 1e9)
+    delta = tl.minimum(tl.maximum(half.u * shrink - half.v * shrink - centre, LARGEST_DELTA * -1.0), LARGEST_DELTA)
     return _add_powers(acc, w, delta)
 
 

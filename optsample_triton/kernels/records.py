@@ -129,12 +129,15 @@ class FirstSweep(NamedTuple):
 
 
 class Survey(NamedTuple):
-    """What a row holds: flags, and the largest |logit| of the common support."""
+    """What a row holds: flags, and of the common support the largest logits and the largest |logit| in nats."""
 
     spoilt: tl.tensor  # NaN or +inf
     some_theta: tl.tensor
     some_t: tl.tensor
     some_common: tl.tensor
+    top_theta: tl.tensor
+    top_t: tl.tensor
+    top_half: tl.tensor  # of a / 2 + b / 2, in nats
     largest: tl.tensor
 
 

@@ -51,7 +51,7 @@ from optsample_triton.kernels.records import (
     Search,
     Tile,
 )
-from optsample_triton.kernels.root import safeguarded_step
+from optsample_triton.kernels.root import ROUNDOFF, safeguarded_step
 from optsample_triton.kernels.rows import reference_gap, reference_in_nats, with_references
 from optsample_triton.types import Saved
 
@@ -67,7 +67,6 @@ FIND_B = tl.constexpr(3)
 FIND_PSI = tl.constexpr(4)  # at an alpha that stays
 
 NEARLY_IDENTICAL = tl.constexpr(1e-4)  # Chernoff information below which a sweep says whether the rows are identical
-LARGEST_LOGIT = tl.constexpr(64.0)  # |logit| up to which the moments of d stay within float32's range as they are
 ROUNDING = tl.constexpr(4.0 * EPSILON)  # of psi' in wide rows, and in narrow ones relative to psi''
 EXACT = tl.constexpr(8388608.0)  # 2^23: float32 holds multiples of its inverse up to 2
 
@@ -120,10 +119,10 @@ def search(row, ends, state, options, tile, METHOD: tl.constexpr):
         value_low, slope_low = bracket.value_low, bracket.slope_low
         value_high, slope_high = bracket.value_high, bracket.slope_high
         if task == FIND_A:
-            A, slope_high, task = at.psi, at.mean, tl.full([], FIND_B, tl.int32)
+            A, slope_high, task = at.psi, slope_high + at.mean, tl.full([], FIND_B, tl.int32)
         elif task == FIND_B:
             B, task = at.psi, tl.full([], _after_ends(METHOD), tl.int32)
-            slope_low, slope_high = at.mean - (A - B) - target, slope_high - (A - B) - target
+            slope_low, slope_high = slope_low + at.mean - (A - B) - target, slope_high - (A - B) - target
             value_low, value_high = nothing, -target
         elif task == FIND_PSI:
             psi, task = at.psi, tl.full([], DONE, tl.int32)
@@ -153,7 +152,8 @@ def search(row, ends, state, options, tile, METHOD: tl.constexpr):
                 status = tl.full([], IDENTICAL, tl.int32)
             if error.to(tl.float32) <= options.tol:
                 variance = at.variance.to(tl.float32)
-                rounding = tl.where(at.width == float("inf"), 1.0, variance) * ROUNDING
+                # A wide row's tokens of weight lie about psi below both tops, and their difference is as blurred.
+                rounding = tl.where(at.width == float("inf"), 1.0 - at.psi.to(tl.float32), variance) * ROUNDING
                 # A corner's slopes stand clear of it.
                 smooth = tl.abs(slope).to(tl.float32) <= variance * LEAP
                 task = tl.where(smooth & (variance * options.tol < rounding), COARSE, DONE)
@@ -225,19 +225,21 @@ def _search_start(row, total, index, options, tile, METHOD: tl.constexpr, NORMAL
     alpha, psi, low, high = found.alpha, found.psi, found.low, found.high
     A, B, psi_half, shrink = ends.A, ends.B, ends.psi_half, ends.shrink
     reference_theta, reference_t = row.theta.reference, row.t.reference
+    nothing = tl.zeros([], tl.float64)
+    unknown = nothing + float("nan")
+    end_slope = unknown
     status, sweeps = tl.zeros([], tl.int32), tl.full([], 1, tl.int32)
     task = tl.where(found.error.to(tl.float32) <= options.tol, DONE, FIND_ROOT)
     if METHOD == KL_SYMMETRY:
         short = (task == FIND_ROOT) & (sweeps >= options.max_iter)
         task, status = tl.where(short, FIND_PSI, task), tl.where(short, NOT_CONVERGED, status)
     if finite == 0:
-        # A NaN, +inf or empty row, or one of no references: its weights underflow at 1/2, or its
-        # logits lie far beyond the first ones.
-        status, size = survey(row, tile)
+        # A NaN, +inf or empty row; or its weights underflow at 1/2, or its logits lie far beyond the first ones.
+        status, surveyed, shrink, in_range = survey(row, tile)
         sweeps += 1
-        shrink = tl.full([], LARGEST_LOGIT, tl.float32) / tl.maximum(size, LARGEST_LOGIT)
-        reference_theta, reference_t = 0.0 * shrink, 0.0 * shrink
-        nothing = tl.zeros([], tl.float64)
+        # FIND_A and FIND_B add the slopes to it: one that a token out of range has a part in stays unknown.
+        end_slope = tl.where(in_range, nothing, unknown)
+        reference_theta, reference_t = surveyed.theta.reference, surveyed.t.reference
         alpha, low, high = nothing + 0.5, nothing, nothing + 1.0
         A, B, psi_half = nothing, nothing, nothing - float("inf")
         task = tl.where(status == OK, FIND_A, DONE)
@@ -258,8 +260,7 @@ def _search_start(row, total, index, options, tile, METHOD: tl.constexpr, NORMAL
         task = tl.where((task == DONE) & (status == OK), FIND_ROOT, task)
     if METHOD == ESS_BALANCE:
         task = tl.where(task == FIND_A, FIND_A, DONE)
-    unknown = tl.zeros([], tl.float64) + float("nan")
-    bracket = Bracket(low, high, unknown, unknown, unknown, unknown)
+    bracket = Bracket(low, high, unknown, end_slope, unknown, end_slope)
     state = Search(task, alpha, psi, bracket, target, status, sweeps)
     return row, Ends(A, B, psi_half, shrink), state
 
@@ -362,11 +363,13 @@ def solve_kernel(
     first = first_sweep(batch, meeting, tile, later, CHUNK, unroll, False)
     if first.last:
         row, ends, root = solved(first.row, first.total, first.index, options, later, METHOD, True)
-        _finish(row, ends, root, first.index, results, later)
+        # How far a root that was looked for may lie from alpha, in float32.
+        tol = options.tol if (METHOD == KL_SYMMETRY) | (METHOD == BISECT) else -1.0
+        _finish(row, ends, root, tol + ROUNDOFF, first.index, results, later)
 
 
 @triton.jit
-def _finish(row, ends, root, index, results, tile):
+def _finish(row, ends, root, error, index, results, tile):
     """Store the row's results, and write log q* and the diagnostics where they were asked for."""
     A, B, psi, status = ends.A, ends.B, root.psi, root.status
     alpha = rounded(root.alpha)
@@ -397,7 +400,7 @@ def _finish(row, ends, root, index, results, tile):
             store_probability_diagnostics(row, ends, solution, diagnostics_ptr, tile)
         else:
             few: tl.constexpr = Tile(tile.H // 2, tile.PACKED, tile.PROBS)
-            store_diagnostics(row, ends, solution, diagnostics_ptr, few)
+            store_diagnostics(row, ends, solution, error, diagnostics_ptr, few)
     if results.out_ptr is not None:
         store_log_q(row, ends, solution, results.out_ptr + index * results.stride_out, results.width, tile)
 

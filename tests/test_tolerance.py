@@ -1,0 +1,45 @@
+"""``tol`` on random rows, and the command that tries it on many (tests/tolerance.py)."""
+
+import csv
+
+import pytest
+import torch
+
+from tests import tolerance
+from tests.random_rows import FAMILIES, VOCABS, batches
+
+
+@pytest.mark.parametrize("tol", tolerance.TOLERANCES)
+def test_random_rows(tol, backend):
+    """A few of each family and vocabulary; `python -m tests.tolerance` tries as many as one likes."""
+    rows = len(FAMILIES) * len(VOCABS) * (30 if backend == "eager" else 2)
+    name = "interpreted" if backend == "triton" else backend
+    results = [each for batch in batches(rows, seed=1) for each in tolerance.try_batch(name, [tol], batch)]
+    assert sum(each.rows for each in results) > 0.9 * rows
+    assert not any(each.beyond or each.not_converged for each in results)
+
+
+def test_rows_are_made_again_by_their_seed_alone():
+    first, again = list(batches(2400, 3)), list(batches(2400, 3))
+    assert all(torch.equal(a.theta, b.theta) and torch.equal(a.t, b.t) for a, b in zip(first, again, strict=True))
+    other = next(batches(2400, 4))
+    assert not torch.equal(first[0].theta, other.theta)
+
+
+def test_alpha_that_is_off_is_counted(monkeypatch, capsys):
+    """Judged by a tolerance that none can keep."""
+    monkeypatch.setenv("OPTSAMPLE_BACKEND", "eager")
+    monkeypatch.setattr(tolerance, "ROUNDOFF", -1e-3 + 1e-12)
+    results = [each for batch in batches(24, 0) for each in tolerance.try_batch("eager", [1e-3], batch)]
+    assert sum(each.beyond for each in results) > 0
+    assert "beyond: eager, " in capsys.readouterr().out
+
+
+def test_the_command_writes_its_table(tmp_path, capsys):
+    path = tmp_path / "tolerance.csv"
+    tolerance.main(["--rows", "24", "--tol", "1e-3", "1e-6", "--jobs", "1", "--output", str(path)])
+    assert "tol 1e-06: 24 rows, 0 beyond" in capsys.readouterr().out
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    assert {(line["backend"], line["tol"]) for line in lines} == {("eager", "0.001"), ("eager", "1e-06")}
+    assert len(lines) == 2 * len(FAMILIES) * len(VOCABS)

@@ -83,7 +83,8 @@ test-integrations: $(STAMP)
 	      "$$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps -r "$$pins/no-deps.txt"; \
 	    fi; \
 	    "$$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$$requirements"; \
-	    "$$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[test]'; \
+	    "$$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-build-isolation \
+	      $(if $(RELEASES),,-c constraints.txt) -e '.[test]'; \
 	    touch "$$venv/.installed"; \
 	  fi; \
 	  "$$venv/bin/python" -m pytest -o addopts="--strict-markers --strict-config -ra" "$$folder"; \

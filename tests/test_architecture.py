@@ -32,6 +32,7 @@ LAYERS = {
     "integrations": PUBLIC,
     "pipeline": f"{PUBLIC} _version integrations",
     "demo": f"{PUBLIC} integrations pipeline",
+    "__main__": "cli",
     "cli": f"{PUBLIC} _version backend integrations pipeline demo bench",
     "": f"{PUBLIC} _version integrations pipeline",  # the package itself, optsample_triton/__init__.py
 }

@@ -1,5 +1,6 @@
 """The command optsample: exit codes, its one-sentence errors, and what the doctor says."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -27,6 +28,11 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(["--version"]) == 0
     assert capsys.readouterr().out == f"optsample {__version__}\n"
+
+
+def test_the_package_runs_as_a_module() -> None:
+    run = [sys.executable, "-m", "optsample_triton", "--version"]
+    assert subprocess.run(run, capture_output=True, text=True, check=True).stdout == f"optsample {__version__}\n"
 
 
 def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:

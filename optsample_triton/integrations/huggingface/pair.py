@@ -12,6 +12,11 @@ from optsample_triton.integrations.huggingface.cached import vocabulary_of
 
 def check_ids(ids: Tensor, name: str) -> Tensor:
     """Texts as int64, refused if they are none."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(
+            f"{name} must be a tensor of token ids [B, S], but is a {type(ids).__name__}; of what a tokenizer gives "
+            "take its input_ids and, as the mask, its attention_mask"
+        )
     if ids.dim() != 2 or not ids.shape[1] or ids.is_floating_point():
         raise ValueError(f"{name} must be integers [B, S], S at least 1, but is {ids.dtype} {list(ids.shape)}")
     return ids.long()

@@ -62,6 +62,17 @@ def test_stop_strings(worded):
     assert len(set(out.lengths.tolist())) > 1
 
 
+@pytest.mark.parametrize("name", ["input_ids", "target_input_ids"])
+def test_all_that_a_tokenizer_gives_is_no_text(worded, name):
+    given = tokenizer()(["two plus two is"], return_tensors="pt")
+    prompts = {"input_ids": given.input_ids, "target_input_ids": given.input_ids, name: given}
+    with pytest.raises(TypeError, match=f"^{name} must be a tensor of token ids"):
+        score(*worded, **prompts, num_tokens=2)
+    if name == "target_input_ids":
+        with pytest.raises(TypeError, match="take its input_ids"):
+            generate(*worded, **prompts, max_new_tokens=2)
+
+
 @pytest.mark.parametrize("pad", ["<pad>", "</s>"])
 def test_the_examples_of_the_readme_and_the_reference(worded, tmp_path, monkeypatch, pad):
     """Where padding ends a text as well, as in most instruction models, the masks alone tell it from text."""
@@ -87,6 +98,8 @@ def test_the_examples_of_the_readme_and_the_reference(worded, tmp_path, monkeypa
         law = next_logits(worded[0], torch.tensor(made(hint).input_ids)).log_softmax(-1)
         alone = law[names["hinted"].tokens[row, 0]]
         torch.testing.assert_close(names["hinted"].log_t[row, 0], alone, atol=1e-4, rtol=1e-4)
+    assert names["led"].tokens.shape[0] == 2
+    assert not torch.equal(names["led"].log_t[:, 0], out.log_t[:, 0])
     assert 0 < names["quick"].acceptance < 1
     assert prompts.attention_mask[1, 0] == 0
     for name in ("log_q", "log_theta", "log_t"):

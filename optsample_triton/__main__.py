@@ -1,0 +1,6 @@
+"""``python -m optsample_triton``, the same as ``optsample``."""
+
+from .cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -117,7 +117,8 @@ $(STAMP): $(CONSTRAINTS) pyproject.toml setup.py
 	@touch $@
 
 $(DEMO_STAMP): tests/integrations/demo/requirements.txt constraints.txt pyproject.toml
-	@echo "setting up $(DEMO): torch, transformers and what else the demo needs, from your package index"
+	@echo "setting up $(DEMO) from your package index: torch (for CPUs alone some 200 MB; PyPI's build for Linux brings"
+	@echo "CUDA's libraries, several GB), transformers and what else the demo needs"
 	@$(PYTHON) -m venv $(DEMO)
 	@$(DEMO_INSTALL) --constraint constraints.txt torch setuptools
 	@$(DEMO_INSTALL) --requirement $<

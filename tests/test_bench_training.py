@@ -1,5 +1,7 @@
 """The training experiment's files: its rows, and the table that the tutorial shows of them."""
 
+import pytest
+
 from bench.paths import ROOT
 from bench.training import __main__ as command
 from bench.training import results
@@ -22,6 +24,12 @@ def test_a_table_has_means_and_extremes():
     assert len(lines) == 4
     assert "0% (0% … 0%)" in lines[2]
     assert lines[3].startswith("| π_t, −log π | 50% (25% … 75%) |")
+
+
+def test_only_a_whole_run_replaces_what_was_published(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--save", "--seeds", "1"])
+    assert "needs all lessons and three seeds" in capsys.readouterr().err
 
 
 def test_the_tutorial_shows_what_was_measured():

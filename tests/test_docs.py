@@ -86,7 +86,7 @@ def test_readme_examples_run():
     torch.testing.assert_close(solution.kl_theta, solution.kl_t, atol=1e-5, rtol=0.0)
     torch.testing.assert_close(log_q.exp().sum(-1), torch.ones(4), atol=1e-5, rtol=0.0)
     torch.testing.assert_close(drawn.log_q, log_q.gather(-1, drawn.token[:, None])[:, 0], atol=2e-3, rtol=0.0)
-    assert states[0]["weights"].shape == (4,)
+    assert drawn.w_theta.shape == (4,)
     assert states[1]["alpha_star"].item() == pytest.approx(0.5, abs=1e-5)
     assert states[1]["q_star"][0].tolist() == pytest.approx([0.5, 0.5], abs=1e-5)
 

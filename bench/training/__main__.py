@@ -2,9 +2,9 @@
 
 The policy is the model of `optsample demo`; the target is the same model, as it was, with a hint of the answer in its
 system prompt. Every step draws one text per question from the law of the lesson, takes the loss at its tokens, and
-makes one step of Adam. bench/results/training/lessons.csv gets a row per lesson, seed and measurement; docs/tutorial.md
-shows them. Needs the extra `demo`, and fetches the model if the cache does not have it. About half an hour on two
-cores.
+makes one step of Adam. A table gets a row per lesson, seed and measurement: build/training/lessons.csv, or with --save
+bench/results/training/lessons.csv, which docs/tutorial.md shows. Needs the extra `demo`, and fetches the model if the
+cache does not have it. About half an hour on two cores.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from bench.tables import aligned
 from .classroom import Classroom, Score, load
 from .facts import FACTS
 from .lessons import LESSONS
-from .results import COLUMNS, Measured
+from .results import COLUMNS, Measured, table
 
 CSV = ROOT / "bench" / "results" / "training" / "lessons.csv"
+TRIAL = ROOT / "build" / "training" / "lessons.csv"
 LEARNING_RATE = 5e-4
 
 
@@ -37,9 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--every", type=int, default=5, help="steps between measurements")
-    parser.add_argument("--csv", type=Path, default=CSV)
+    parser.add_argument("--csv", type=Path, default=TRIAL)
+    parser.add_argument("--save", action="store_true", help=f"into {CSV.relative_to(ROOT)}: all lessons, three seeds")
     parser.add_argument("--cache-dir", metavar="DIR", help="keeps the model, as for optsample demo")
     chosen = parser.parse_args(argv)
+    if chosen.save and (set(chosen.lessons) != set(LESSONS) or chosen.seeds < 3):
+        parser.error("--save replaces the published table: it needs all lessons and three seeds")
+    path = CSV if chosen.save else chosen.csv
     start, tokenizer = load(chosen.cache_dir)
     rows: list[Measured] = []
     before = Classroom(start, tokenizer).score()
@@ -48,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for row in taught(Classroom(start, tokenizer), lesson, seed, chosen.steps, chosen.every, before):
                 rows.append(row)
                 print(aligned(COLUMNS, [row.cells()], left=1).splitlines()[-1], file=sys.stderr, flush=True)
-                write(chosen.csv, rows)
+                write(path, rows)
+    print(table(rows))
     return 0
 
 

@@ -25,7 +25,7 @@ class OptimalSamplingDistribution:
     """q*, alpha* and diagnostics for batches of probability rows.
 
     Args:
-        tol: bound on the error of alpha.
+        tol: how far alpha may be off; section 10 of docs/theory.md names the hostile rows that broke it.
         max_iter: most steps. The solver needs one to three, the documents' bisection twenty.
         eps: added to every probability before its logarithm is taken.
         method: "kl_symmetry", "ess_balance", "entropy" or "fixed" (with ``alpha``).

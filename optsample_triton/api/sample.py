@@ -47,7 +47,7 @@ def sample(
         method, alpha, temperature_theta, temperature_t, vocab_size, max_iter: as for ``solve``. alpha=1 draws from
             pi_theta and alpha=0 from pi_t, on the tokens that both models allow. To draw from one model on all its
             tokens, pass its logits twice.
-        tol: bound on the error of alpha.
+        tol: how far alpha may be off; section 10 of docs/theory.md names the hostile rows that broke it.
         group: as for ``solve``. Every process draws the same tokens, numbered over the whole vocabulary.
 
     >>> import torch

@@ -43,7 +43,8 @@ def solve(
         alpha: a float or [...], any finite value. It implies method "fixed".
         temperature_theta, temperature_t: positive floats or [...]. The models are softmax(logits / temperature).
         vocab_size: use the first entries only, for padded vocabularies.
-        tol: bound on the error of alpha. float64 rows are solved to 1e-12 at least.
+        tol: how far alpha may be off; section 10 of docs/theory.md names the hostile rows that broke it. float64 rows
+            are solved to 1e-12 at least.
         max_iter: most steps ("bisect") or sweeps over a row ("chernoff").
         diagnostics: also compute KL divergences, effective sample sizes, entropies and overlaps.
         detach_alpha: treat alpha as a constant of the gradient.

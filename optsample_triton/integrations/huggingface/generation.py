@@ -102,8 +102,9 @@ def generate(
             left it and the recorded alpha.
         streamer: gets the prompts, then the tokens. As a custom_generate it must come by
             ``functools.partial(generate, streamer=...)``, since transformers keeps the one that it is given.
-        tokenizer, target_tokenizer: compared where both are given; the first also serves ``stop_strings``. Neither goes
-            through ``model.generate(custom_generate=...)``, which keeps them.
+        tokenizer, target_tokenizer: compared where both are given; they say what may be padding where no mask does,
+            and the first also serves ``stop_strings``. Neither goes through
+            ``model.generate(custom_generate=...)``, which keeps them.
         kwargs: those of ``model.generate``. Processors in ``logits_processor`` act on pi_theta before the mixture, and
             from the first ``...LogitsWarper`` on, on q*. Penalties of the model's own configuration stay, with a
             warning. It always draws; transformers requires ``do_sample=True`` in ``model.generate``
@@ -148,6 +149,7 @@ def generate(
         draft,
         diagnostics,
         streamer,
+        [one for one in (tokenizer, target_tokenizer) if one is not None],
     )
     if called_by_transformers:
         (input_ids,) = inputs
@@ -204,11 +206,11 @@ def _decode(
     input_ids = check_ids(input_ids, "input_ids").to(input_device(model))
     processors = without_filters(logits_processor, generation_config) + settings.warpers
     rows, copies = input_ids.shape[0], generation_config.num_return_sequences or 1
-    tokens = padding_tokens(generation_config, special_tokens(settings.target_model))
+    tokens = padding_tokens(generation_config, special_tokens(settings.target_model), *settings.tokenizers)
     if not (_has_zeros(mask) if named is None else "attention_mask" in named):
         # transformers has taken its own padding token for padding where that is no eos token; any other is text to it.
         other = tokens.sure - padding_tokens(generation_config).sure
-        unseen = tokens._replace(first=tokens.first | other)
+        unseen = tokens._replace(first=tokens.first | other, sure=tokens.sure - other)
         check_edges(input_ids[::copies], unseen, "attention_mask", _OWN_DOOR if named is None else "")
     target_ids, target_mask = settings.target_input_ids, settings.target_attention_mask
     if target_ids is None:

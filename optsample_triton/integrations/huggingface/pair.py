@@ -29,6 +29,7 @@ class Padding(NamedTuple):
     first: frozenset[int]  # padding or text where a row begins
     last: frozenset[int]  # and where it ends
     twice: frozenset[int]  # padding or text where two of them begin or end a row
+    special: frozenset[int]  # those that end or begin texts
 
 
 def padding_tokens(*configurations: Any) -> Padding:
@@ -39,7 +40,7 @@ def padding_tokens(*configurations: Any) -> Padding:
     )
     # Where no padding is named most people pad with the token that ends a text; where another one is, some still do.
     sure = pads - ends - begins
-    return Padding(sure, (pads - sure) or (frozenset() if pads else ends), pads or ends, ends)
+    return Padding(sure, (pads - sure) or (frozenset() if pads else ends), pads or ends, ends, ends | begins)
 
 
 def special_tokens(model: Any) -> Any:
@@ -52,26 +53,44 @@ def _token_ids(configuration: Any, name: str) -> frozenset[int]:
     return frozenset(value if isinstance(value, (list, tuple)) else () if value is None else (value,))
 
 
-def check_edges(ids: Tensor, tokens: Padding, name: str, hint: str = "") -> None:
+BEGINS = "begins"
+EDGES: tuple[str, ...] = (BEGINS, "ends")
+
+
+def check_edges(ids: Tensor, tokens: Padding, name: str, hint: str = "", edges: tuple[str, ...] = EDGES) -> None:
     """Refuse rows that begin or end with what may be padding, where no mask tells it from text."""
     if ids.shape[1] == 1:  # the only token of a row is no padding
         return
-    for column, doubtful, verb in ((0, tokens.first, "begins"), (-1, tokens.last, "ends")):
-        two = ids[:, :2] if column == 0 else ids[:, -2:]
-        rows = _among(ids[:, column], doubtful) | _among(two, tokens.twice).all(-1)
+    for edge in edges:
+        outer, inner = _outermost(ids, tokens) if edge == BEGINS else (ids[:, -1], ids[:, -2])
+        doubtful = tokens.first if edge == BEGINS else tokens.last
+        rows = _among(outer, doubtful) | (_among(outer, tokens.twice) & _among(inner, tokens.twice))
+        # Nothing names the padding of a batch some of whose rows look padded, and some do not.
+        padded = outer == inner
+        if edge == BEGINS:
+            padded |= _among(outer, tokens.special)
+        rows |= padded & (not padded.all())
         if bool(rows.any()):
             row = int(rows.long().argmax())
             raise ValueError(
-                f"{name} must be given, since row {row} {verb} with token {int(ids[row, column])}, which may be "
+                f"{name} must be given, since row {row} {edge} with token {int(outer[row])}, which may be "
                 f"padding or text: pass the tokenizer's mask, 1 for text and 0 for padding{hint}"
             )
+
+
+def _outermost(ids: Tensor, tokens: Padding) -> tuple[Tensor, Tensor]:
+    """Each row's first two tokens after what is surely padding."""
+    start = _among(ids, tokens.sure).long().cumprod(-1).sum(-1, keepdim=True).clamp(max=ids.shape[1] - 2)
+    return ids.gather(1, start)[:, 0], ids.gather(1, start + 1)[:, 0]
 
 
 def _among(ids: Tensor, tokens: frozenset[int]) -> Tensor:
     return torch.isin(ids, torch.tensor(sorted(tokens), dtype=ids.dtype, device=ids.device))
 
 
-def left_padding(ids: Tensor, mask: Tensor | None, name: str, tokens: Padding | None = None) -> Tensor:
+def left_padding(
+    ids: Tensor, mask: Tensor | None, name: str, tokens: Padding | None = None, edges: tuple[str, ...] = EDGES
+) -> Tensor:
     """How many slots [B] of ids [B, S] are padding, which must stand at the left.
 
     Without a mask those are the leading tokens that are surely padding; without tokens either, none.
@@ -79,7 +98,7 @@ def left_padding(ids: Tensor, mask: Tensor | None, name: str, tokens: Padding | 
     guessed = mask is None
     if mask is None:
         if tokens is not None:
-            check_edges(ids, tokens._replace(last=frozenset()), name)
+            check_edges(ids, tokens, name, edges=edges[:1])
         mask = _among(ids, frozenset() if tokens is None else tokens.sure).long().cumprod(-1) == 0
     if mask.shape != ids.shape:
         raise ValueError(f"{name} must have the shape of its ids, {list(ids.shape)}, but has {list(mask.shape)}")
@@ -91,7 +110,7 @@ def left_padding(ids: Tensor, mask: Tensor | None, name: str, tokens: Padding | 
     if empty:
         raise ValueError(f"{name} must leave every row a token, but row {empty[0]} has none that is not padding")
     if guessed and tokens is not None:
-        check_edges(ids, tokens._replace(first=frozenset()), name)
+        check_edges(ids, tokens, name, edges=edges[1:])
     return padding
 
 

@@ -11,6 +11,8 @@ from transformers import LogitsProcessor
 from optsample_triton.api.solve import log_q
 from optsample_triton.integrations.huggingface.cached import CachedModel, can_rewind, check_model
 from optsample_triton.integrations.huggingface.pair import (
+    BEGINS,
+    EDGES,
     Padding,
     check_ids,
     expand,
@@ -72,7 +74,7 @@ class OptimalSamplingLogitsProcessor(LogitsProcessor):
         self._padding = padding_tokens(special_tokens(target_model))
         if pad_token_id is not None:
             only = frozenset((pad_token_id,))
-            self._padding = Padding(only, frozenset(), only, frozenset())
+            self._padding = Padding(only, frozenset(), only, frozenset(), frozenset())
         self.pad_token_id = next(iter(self._padding.sure), None)
         self.target_input_ids, self.target_attention_mask = target_input_ids, target_attention_mask
         self.vocab_size = vocab_size
@@ -183,11 +185,11 @@ class OptimalSamplingLogitsProcessor(LogitsProcessor):
             prompt = expand(prompt, ids.shape[0], copies, "target_input_ids")
         if mask is not None:
             mask = expand(mask, ids.shape[0], copies, name)
-        tokens = self._padding
+        tokens, edges = self._padding, EDGES
         if self.target_input_ids is None and self._continued(ids):
             # What comes after a row's end is not asked about.
-            tokens = tokens._replace(last=frozenset(), twice=frozenset())
-        padding = left_padding(prompt, mask, name, tokens)
+            tokens, edges = tokens._replace(twice=frozenset()), (BEGINS,)
+        padding = left_padding(prompt, mask, name, tokens, edges)
         # A cache that forgets what leaves a sliding window could not follow drafts that are taken back.
         self._target = CachedModel(self.target_model, padding, rewindable=self._rewindable)
         self._start, self._seen, self._prompt = ids.shape[1], ids.clone(), served.clone()

@@ -65,6 +65,7 @@ class Settings(NamedTuple):
     draft: str
     diagnostics: bool
     streamer: Any
+    tokenizers: list[Any]
 
 
 class Generated:

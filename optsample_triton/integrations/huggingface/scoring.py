@@ -138,7 +138,7 @@ def score_chunks(
         (target_input_ids, target_attention_mask, "target_attention_mask"),
     ):
         if given is None:
-            check_edges(ids, padding._replace(first=padding.first | padding.sure), name)
+            check_edges(ids, padding._replace(first=padding.first | padding.sure, sure=frozenset()), name)
     for start in range(0, count, step):
         stop = min(start + step, count)
         here = slice(start, stop)

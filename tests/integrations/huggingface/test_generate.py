@@ -4,6 +4,7 @@ import contextlib
 import functools
 import subprocess
 import sys
+import types
 import warnings
 
 import pytest
@@ -841,6 +842,43 @@ def test_padding_of_another_token_than_the_models():
     target.generation_config.pad_token_id, model.generation_config.pad_token_id = None, 0
     again = run(ids, attention_mask=mask, target_input_ids=ids)  # they share a tokeniser
     assert torch.equal(again.log_t, hinted.log_t)
+
+
+@pytest.mark.parametrize("pad", [None, 0])
+@pytest.mark.parametrize("filled", [5, 2], ids=["any token", "the end"])
+def test_padding_that_nothing_names(pad, filled):
+    """Rows of a batch that begin with a token twice, or with a special one, and others that do not, look padded."""
+    model, target = llama(seed=1), gpt2(seed=2)
+    for one in (model, target):
+        one.generation_config.update(eos_token_id=2, pad_token_id=pad, bos_token_id=None)
+    ids, mask = prompts((4, 6, 6) if filled == 5 else (5, 6, 6))
+    padded = ids.masked_fill(mask == 0, filled)
+    refused = rf"attention_mask must be given, since row 0 begins with token {filled}"
+    with pytest.raises(ValueError, match=f"^{refused}"):
+        generate(model, target, padded, max_new_tokens=1)
+    with pytest.raises(ValueError, match=f"^target_{refused}"):
+        generate(model, target, ids, attention_mask=mask, target_input_ids=padded, max_new_tokens=1)
+    with pytest.raises(ValueError, match=f"^{refused}"):
+        score(model, target, padded)
+    if filled == 5:
+        with pytest.raises(ValueError, match=r"^attention_mask must be given, since row 0 ends with token 5"):
+            generate(model, target, padded.flip(1), max_new_tokens=1)
+    alike = padded[:1].repeat(2, 1) if filled == 5 else ids[1:]
+    assert generate(model, target, alike, max_new_tokens=1).tokens.shape == (2, 1)
+
+
+def test_padding_that_a_tokenizer_names():
+    """One column of it, which nothing else tells from text."""
+    model, target = llama(seed=1), gpt2(seed=2)
+    for one in (model, target):
+        one.generation_config.update(eos_token_id=2, pad_token_id=None, bos_token_id=None)
+    ids, mask = prompts((5, 6, 6))
+    padded = ids.masked_fill(mask == 0, 5)
+    named = types.SimpleNamespace(pad_token_id=5, eos_token_id=2, bos_token_id=None)
+    with pytest.raises(ValueError, match=r"^attention_mask must be given, since row 0 begins with token 5"):
+        generate(model, target, padded, max_new_tokens=1, tokenizer=named)
+    out = generate(model, target, padded, attention_mask=mask, max_new_tokens=1, tokenizer=named)
+    assert out.tokens.shape == (3, 1)
 
 
 def test_importing_the_package_imports_no_transformers():

@@ -39,13 +39,14 @@ FAR = 50.0  # Chernoff information beyond which float32 would blur alpha a + (1 
 NEGLECTED = 150.0  # of the curve's slope: all terms left out, in units of the first two coefficients times s^6
 SERIES = 0.16  # of what the kept coefficients foretell of those two; added to what the ends show of them
 NOISE = 1.1  # rounding of each sum, in epsilons
+ABOVE = 16.0  # nats above the references from which a logit's own rounding is more than its sum's
 OF_MOMENTS = 0.5  # rounding of the moments, in epsilons
 SD_SHARE = 0.25  # q* feels an error of alpha in units of 1/sd; the estimate is pessimistic enough to count this much
 CLEAR = 4.0  # the sign of psi' counts where psi' is this many times its rounding
 LEAP = 1.0 / 64.0  # a longer step is looked at again
 BLURRED = 0.1  # an error from which the curve's root says nothing, and the bracket's middle is taken
 UNDERFLOW = 1e12  # smallest normal numbers: a mass at 1/2 below it has lost some of its tokens
-PARABOLIC = 0.01  # nats by which a step may lower psi, up to which psi is taken for a parabola
+CUBIC = 1e-6  # of psi: more than that a step's cube may not add to it where psi is taken for a parabola
 
 # Drawing.
 SLACK = 1e-6  # nats below a min_p threshold that still count as at it, or rounding would drop tokens

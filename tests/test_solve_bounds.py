@@ -7,6 +7,7 @@ import optsample_triton as ost
 from bench.speed import real_rows
 from optsample_triton import Status
 from reference import truth
+from tests.tolerances import DIAGNOSTICS, assert_within
 
 ROUNDOFF = 1.2e-7  # alpha is reported in float32
 TOLERANCES = [1e-3, 1e-4, 1e-6]
@@ -19,6 +20,10 @@ def normal(g, *shape):
 
 def uniform(g, low, high, *shape):
     return low + (high - low) * torch.rand(*shape, generator=g, dtype=torch.float64)
+
+
+def normal_pair(g, n, vocab):
+    return normal(g, n, vocab), normal(g, n, vocab)
 
 
 def heavy_tails(g, n, vocab):
@@ -119,8 +124,57 @@ def test_divergences_of_hostile_rows(family, vocab, backend, device, interpreted
     found, right = ost.solve(a.to(device), b.to(device), tol=1e-4, diagnostics=True), truth.solve(a, b)
     good = (found.status.cpu() == Status.OK) & (right.kl_theta > 1e-6)
     for kl in (found.kl_theta, found.kl_t):
-        error = ((kl.cpu().double() - right.kl_theta) / right.kl_theta).abs()
-        assert torch.where(good, error, 0.0).max() <= 1e-5
+        assert torch.where(good, relative_error(kl, right.kl_theta), 0.0).max() <= 1e-5
+
+
+def relative_error(found, right):
+    return ((found.cpu().double() - right) / right).abs()
+
+
+@pytest.mark.parametrize("tol", [3e-3, 1e-2])
+def test_divergences_at_a_loose_tolerance(tol, backend, device):
+    """Those at the root or those at alpha, never in between; and none is negative."""
+    a, b = rows_of(masked_by_numbers, 50, 20)
+    found, root = ost.solve(a.to(device), b.to(device), tol=tol, diagnostics=True), truth.solve(a, b)
+    at_alpha = truth.solve(a, b, alpha=found.alpha.cpu())
+    assert (found.status == Status.OK).all()
+    for name in ("kl_theta", "kl_t"):
+        kl = getattr(found, name)
+        assert (kl >= 0.0).all()
+        of_root = relative_error(kl, getattr(root, name)) <= 1e-5
+        of_alpha = (kl.cpu().double() - getattr(at_alpha, name)).abs() <= 1e-6 + 1e-5 * getattr(at_alpha, name)
+        assert (of_root | of_alpha).all()
+
+
+def test_divergences_beside_the_least_number(backend, device):
+    """It is no mask, and its difference from other logits has no square in float32."""
+    g = torch.Generator().manual_seed(2)
+    a = 2 * torch.randn(8, 60, generator=g)
+    b = a + torch.randn(8, 60, generator=g)
+    a[:, 5] = torch.finfo(torch.float32).min
+    found, right = ost.solve(a.to(device), b.to(device), tol=1e-3, diagnostics=True), truth.solve(a, b)
+    for kl in (found.kl_theta, found.kl_t):
+        assert relative_error(kl, right.kl_theta).max() <= 1e-5
+
+
+def test_diagnostics_of_flat_tails(backend, device):
+    """Half of the mass on one token and half on 50,000: a lane's float32 would swallow most of these."""
+    a, b = torch.zeros(3, 50_257), torch.zeros(3, 50_257)
+    a[:, 0], b[:, 0] = torch.tensor([11.2, 12.7, 11.9]), torch.tensor([5.2, 9.4, 2.8])
+    a[:, 1000:] += 0.37
+    b[:, 20_000:] -= 0.51
+    found = ost.solve(a.to(device), b.to(device), diagnostics=True)
+    at_alpha, root = truth.solve(a, b, alpha=found.alpha.cpu()), truth.solve(a, b)
+    for name, quantity in DIAGNOSTICS.items():
+        right = root if quantity == "kl" else at_alpha
+        assert_within(getattr(found, name), getattr(right, name), quantity, label=name)
+
+
+def test_a_bisection_ends_at_its_tolerance(backend, device):
+    """Ten halvings reach 2^-10, after the first sweep."""
+    a, b = rows_of(normal_pair, 50, 4)
+    found = ost.solve(a.to(device), b.to(device), algorithm="bisect", tol=2.0**-10, diagnostics=True)
+    assert found.sweeps.tolist() == [11] * 4
 
 
 # Each was once off by far more than tol, with status OK.
@@ -179,6 +233,51 @@ def test_tops_far_above_the_first_tokens(above, tol, backend, device):
     a[3, 7], a[3, FIRST], b[3, FIRST] = 2.0 * above, 3.0 * above, 30.0  # the same top, and another token of one model
     a[3, FIRST + 1], b[3, FIRST + 1] = 0.0, 22.0
     assert_bounded(a, b, tol, device)
+
+
+@pytest.mark.parametrize("above", [15.0, 50.0, 80.0])
+def test_many_tokens_far_above_the_first_ones(above, backend, device):
+    """Read relative to the first ones, each is rounded by itself."""
+    g = torch.Generator().manual_seed(1)
+    a = 1.5 * torch.randn(20, FIRST + 12, generator=g)
+    b = a + 1.5 * torch.randn(20, FIRST + 12, generator=g)
+    for x in (a, b):
+        x[:, 1:FIRST] = -60.0
+        x[:, 0] = x[:, FIRST:].amax(-1) - above
+    assert_bounded(a, b, 1e-6, device)
+
+
+@pytest.mark.parametrize("low", [-1e4, -3.4028234e38])
+def test_close_rows_with_a_first_tile_of_masks(low, backend, device):
+    """They are as narrow as without it."""
+    g = torch.Generator().manual_seed(3)
+    a = 2 * torch.randn(3, FIRST + 200, generator=g)
+    b = a + torch.tensor([[0.0], [1e-4], [1e-2]]) * torch.randn(3, FIRST + 200, generator=g)
+    a[:, :FIRST] = b[:, :FIRST] = low
+    found, right = ost.solve(a.to(device), b.to(device), diagnostics=True), truth.solve(a, b)
+    assert found.status.tolist() == [Status.IDENTICAL, Status.OK, Status.OK]
+    assert_within(found.alpha, right.alpha, "alpha")
+    for kl in (found.kl_theta, found.kl_t, -found.log_z):
+        assert relative_error(kl, right.kl_theta)[1:].max() <= 1e-4
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_gradients_of_rows_far_above_their_first_tokens(offset, backend, device, monkeypatch):
+    g = torch.Generator().manual_seed(4)
+    a = offset + 2 * torch.randn(2, FIRST + 100, generator=g)
+    b = a + torch.randn(2, FIRST + 100, generator=g)
+    a[:, :FIRST] = b[:, :FIRST] = offset - 200.0
+    upstream = torch.randn(2, 100, generator=g)
+
+    def gradients(theta, t):
+        leaves = [x.clone().requires_grad_() for x in (theta, t)]
+        (ost.log_q(*leaves)[:, FIRST:] * upstream.to(leaves[0])).sum().backward()
+        return [leaf.grad.cpu().double() for leaf in leaves]
+
+    found = gradients(a.to(device), b.to(device))
+    monkeypatch.setenv("OPTSAMPLE_BACKEND", "eager")
+    for one, right in zip(found, gradients(a.double(), b.double()), strict=True):
+        assert_within(one, right, "gradient", torch.float32)
 
 
 # Rows of a language model

@@ -15,6 +15,7 @@ from torch.nn.functional import pad, softplus
 
 from optsample_triton.eager.first_sweep import MASS_HALF, MASS_T, MASS_THETA, MOMENTS, UNIT, Sums
 from optsample_triton.numerics import (
+    ABOVE,
     CLEAR,
     NEGLECTED,
     NOISE,
@@ -135,7 +136,8 @@ def interpolate(curve: Curve, target: Tensor, epsilon: float) -> Interpolant:
     half = curve.at(zero)
     share_theta, share_t = torch.sigmoid(curve.f_theta), torch.sigmoid(curve.f_t)
     of_ends = epsilon * NOISE * (share_theta + share_t)
-    noise = of_ends + 2.0 * epsilon * NOISE * half.share
+    above = torch.maximum(curve.log_partition_theta, curve.log_partition_t) / ABOVE
+    noise = (of_ends + 2.0 * epsilon * NOISE * half.share) * above.clamp(min=1.0)
     # Logits far from their reference are rounded as well: a sweep that reads them anew does not share that.
     far = share_theta * curve.log_partition_theta.abs() + share_t * curve.log_partition_t.abs()
     of_chord = of_ends + 0.5 * epsilon * far

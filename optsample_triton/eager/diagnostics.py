@@ -12,7 +12,7 @@ from optsample_triton.eager.log_q import by_precision
 from optsample_triton.eager.one_model import OwnMoments, own_moments
 from optsample_triton.eager.rows import Rows, outside_common_support
 from optsample_triton.eager.state import State, rows_where
-from optsample_triton.numerics import NARROW, PARABOLIC, REACH
+from optsample_triton.numerics import CUBIC, NARROW, REACH
 from optsample_triton.types import DIAGNOSTIC_COUNT, Diagnostics, Options
 
 
@@ -48,10 +48,10 @@ class _Divergences(NamedTuple):
     t: Tensor
 
     @staticmethod
-    def at(x: Tensor, psi: Tensor, slope: Tensor, variance: Tensor, error: float) -> _Divergences:
+    def at(x: Tensor, psi: Tensor, slope: Tensor, variance: Tensor, third: Tensor, error: float) -> _Divergences:
         """Of q_x, from psi and its derivatives. Where the root of psi' lies within ``error`` both are -psi there."""
         step = slope / variance
-        near = (step.abs() <= error) & (step * slope <= PARABOLIC)
+        near = (step.abs() <= error) & ((step**3 * third).abs() <= CUBIC * psi.abs())
         at_root = 0.5 * step * slope - psi
         both = -(1.0 - x) * slope - psi, x * slope - psi
         return _Divergences(*(torch.where(near, at_root, kl).clamp(min=0.0) for kl in both))
@@ -62,7 +62,9 @@ def _sharpen(rows: Rows, state: State, error: float, values: Tensor) -> None:
     narrow = rows_where(state.ok & (state.psi > -NARROW) & ((state.alpha - 0.5).abs() < REACH))
     if narrow.numel():
         at = evaluate(rows.select(narrow), state.alpha[narrow], state.part(narrow), narrow=True)
-        values[narrow, :2] = torch.stack(_Divergences.at(at.x, at.psi, at.slope, at.moments.variance, error), -1)
+        moments = at.moments
+        kl = _Divergences.at(at.x, at.psi, at.slope, moments.variance, moments.third, error)
+        values[narrow, :2] = torch.stack(kl, -1)
 
 
 def _beyond_floats(like: Tensor) -> Diagnostics:
@@ -131,6 +133,7 @@ class _MixtureSums(NamedTuple):
     mass: Tensor  # q
     log_ratio: Tensor  # q log(pi_theta / pi_t)
     log_ratio_square: Tensor
+    log_ratio_cube: Tensor
     log_q: Tensor  # q log q
     square_theta: Tensor  # pi^2 / q
     square_t: Tensor
@@ -152,7 +155,7 @@ def _mixture_sums(rows: Rows, norms: _Norms, dtype: torch.dtype) -> _MixtureSums
 
 
 def _block_sums(rows: Rows, block: slice, norms: _Norms, dtype: torch.dtype, *, masked: bool) -> Tensor:
-    """The fields of _MixtureSums of a block, [10, R] float64."""
+    """The fields of _MixtureSums of a block, [11, R] float64."""
     base_theta, base_t = norms.log_partition_theta.to(dtype), norms.log_partition_t.to(dtype)
     rest_theta, rest_t = (base_theta - norms.log_partition_theta).to(dtype), (base_t - norms.log_partition_t).to(dtype)
     alpha, other, psi = norms.alpha.to(dtype), (1.0 - norms.alpha).to(dtype), norms.psi.to(dtype)
@@ -174,10 +177,13 @@ def _block_sums(rows: Rows, block: slice, norms: _Norms, dtype: torch.dtype, *, 
         if masked:
             for value in (q, w_theta, w_t, square_theta, square_t):
                 value.masked_fill_(outside, 0.0)
+        first = q * log_ratio
+        second = first * log_ratio  # of no weight, a mask's ratio would overflow if it were squared alone
         terms = _MixtureSums(
             mass=q,
-            log_ratio=q * log_ratio,
-            log_ratio_square=log_ratio.square_().mul_(q),
+            log_ratio=first,
+            log_ratio_square=second,
+            log_ratio_cube=second * log_ratio,
             log_q=log_q.mul_(q),
             square_theta=square_theta,
             square_t=square_t,
@@ -196,9 +202,10 @@ def _from_sums(state: State, own: OwnMoments, sums: _MixtureSums, error: float) 
     x, mass = state.alpha, sums.mass
     # What the first sweep's rounding left of both models' masses.
     psi = state.psi + mass.log() - x * sums.mass_theta.log() - (1.0 - x) * sums.mass_t.log()
-    mean = sums.log_ratio / mass
+    mean, square = sums.log_ratio / mass, sums.log_ratio_square / mass
+    third = sums.log_ratio_cube / mass - mean * (3.0 * square - 2.0 * mean.square())
     slope = mean - sums.mass_theta.log() + sums.mass_t.log()
-    kl = _Divergences.at(x, psi, slope, sums.log_ratio_square / mass - mean.square(), error)
+    kl = _Divergences.at(x, psi, slope, square - mean.square(), third, error)
     return Diagnostics(
         kl_theta=kl.theta,
         kl_t=kl.t,

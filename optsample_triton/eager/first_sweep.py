@@ -14,9 +14,7 @@ from torch import Tensor
 
 from optsample_triton.eager.rows import Pair, Rows, outside_common_support, references
 from optsample_triton.eager.shards import Shard
-from optsample_triton.numerics import Status
-
-UNDERFLOW = 1e6  # smallest normal numbers
+from optsample_triton.numerics import UNDERFLOW, Status
 
 # The rows of a tensor of sums: of the weights at 0, 1/2 and 1, and of those at 1/2 times d^k, d in units of 2 nats.
 MASS_T, MASS_HALF, MASS_THETA, MOMENTS = 0, 1, 2, slice(3, 9)
@@ -131,7 +129,8 @@ def _merged(shard: Shard, read: Sums, least: float) -> Sums:
     rest, top, references = parts.split((SUM_COUNT, 2, 2), 1)  # [P, 9, N], [P, 2, N], [P, 2, N]
     empty = torch.isneginf(top[:, 0])  # no common support here
     mass = rest[:, : MASS_THETA + 1] + _weights(top)
-    lost = ((mass.amin(1) < least) & ~empty).any(0)
+    # A weight at 1/2 is lost where one of its factors underflows, however large the other is.
+    lost = ((mass.amin(1) < least * mass.amax(1).clamp(min=1.0).sqrt()) & ~empty).any(0)
     references = references.masked_fill(empty[:, None], -torch.inf)
     common = references.amax(0)
     common = common.masked_fill(torch.isneginf(common), 0.0)

@@ -58,6 +58,7 @@ class _Ends(NamedTuple):
 
     log_partition_theta: Tensor
     log_partition_t: Tensor
+    psi_half: Tensor
     slope_theta: Tensor
     slope_t: Tensor
     status: Tensor
@@ -83,15 +84,15 @@ def _first_sweep(rows: Rows) -> State:
     return State(
         alpha=alpha,
         alpha_unrounded=alpha.clone(),
-        psi=found.psi,
-        psi_half=torch.where(finite, curve.psi_half, -torch.inf),
+        psi=torch.where(finite, found.psi, ends.psi_half),
+        psi_half=ends.psi_half,
         status=ends.status,
         sweeps=ends.sweeps,
         log_partition_theta=ends.log_partition_theta,
         log_partition_t=ends.log_partition_t,
         centre_theta=ends.log_partition_theta.clone(),
         centre_t=ends.log_partition_t.clone(),
-        centred_log_norm=found.psi.clone(),
+        centred_log_norm=torch.where(finite, found.psi, ends.psi_half),
         error=torch.where(finite, found.error, torch.inf),
         rounding=torch.where(finite, found.rounding, torch.inf),
         chord_rounding=torch.where(finite, found.chord_rounding, 0.0),
@@ -100,14 +101,14 @@ def _first_sweep(rows: Rows) -> State:
 
 
 def _ends(rows: Rows, curve: Curve, reference: Pair, finite: Tensor) -> _Ends:
-    """A and B: from the first read, or by a read at each end for valid rows whose sums are not finite."""
+    """A, B and psi(1/2): from the first read, or by one at each for valid rows whose sums are not finite."""
     log_partition_theta = curve.log_partition_theta + reference.theta
     log_partition_t = curve.log_partition_t + reference.t
     slope_theta = torch.full_like(log_partition_theta, torch.nan)
     status = torch.full((rows.count,), int(Status.OK), device=rows.device)
-    ends = _Ends(
-        log_partition_theta, log_partition_t, slope_theta, slope_theta.clone(), status, torch.ones_like(status)
-    )
+    psi_half = torch.where(finite, curve.psi_half, -torch.inf)
+    slopes = slope_theta, slope_theta.clone()
+    ends = _Ends(log_partition_theta, log_partition_t, psi_half, *slopes, status, torch.ones_like(status))
     special = rows_where(~finite)
     if special.numel():
         ends.status[special] = survey(rows.select(special))
@@ -119,13 +120,16 @@ def _ends(rows: Rows, curve: Curve, reference: Pair, finite: Tensor) -> _Ends:
 
 
 def _read_ends(rows: Rows, ends: _Ends, index: Tensor) -> None:
-    """L and L' at both ends of the rows, whose numbers are ``index``."""
+    """L and L' at both ends of the rows, whose numbers are ``index``, and psi(1/2)."""
     zero = torch.zeros(rows.count, dtype=torch.float64, device=rows.device)
-    at_theta, at_t = tilted_moments(rows, zero + 1.0, zero), tilted_moments(rows, zero, zero)
+    at_theta, at_half, at_t = (tilted_moments(rows, zero + x, zero) for x in (1.0, 0.5, 0.0))
     ends.log_partition_theta[index] = at_theta.log_mass + at_theta.top_theta
     ends.log_partition_t[index] = at_t.log_mass + at_t.top_t
     ends.slope_theta[index], ends.slope_t[index] = at_theta.mean, at_t.mean
-    ends.sweeps[index] += 2
+    from_theta = at_half.top_theta - ends.log_partition_theta[index]
+    from_t = at_half.top_t - ends.log_partition_t[index]
+    ends.psi_half[index] = at_half.log_mass + 0.5 * (from_theta + from_t)
+    ends.sweeps[index] += 3
 
 
 def _first_bracket(found: Interpolant, ends: _Ends, target: Tensor, finite: Tensor) -> Bracket:
@@ -217,7 +221,7 @@ def _bisect(rows: Rows, state: State, options: Options, tol: float) -> None:
         for group in groups(rows, state, index[~plain[index]]):
             _bisect_careful(group, rows.working_dtype)
             group.put_into(state)
-        index = index[state.ok[index] & (state.error[index] >= tol)]
+        index = index[state.ok[index] & (state.error[index] > tol)]
         if not index.numel():
             break
 

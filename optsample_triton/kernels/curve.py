@@ -9,8 +9,10 @@ import triton
 import triton.language as tl
 
 from optsample_triton.kernels.constants import (
+    ABOVE,
     BLURRED,
     CLEAR,
+    DISTANT,
     EPSILON,
     LEAST,
     LOG2E,
@@ -150,7 +152,8 @@ def interpolate(f, apart, x, y, target):
     psi_half = log_half - 0.5 * (log_theta + log_t)
     A, B = log_theta + x * NATS_PER_POWER, log_t + y * NATS_PER_POWER
     # What only estimates is float32: float64 takes two registers.
-    noise = ((share_theta + share_t + 2.0 * share_half) * (NOISE * EPSILON)).to(tl.float32)
+    above = tl.maximum(tl.maximum(A, B).to(tl.float32) * (1.0 / ABOVE), 1.0)
+    noise = ((share_theta + share_t + 2.0 * share_half) * (NOISE * EPSILON)).to(tl.float32) * above
     aim = 0.5 * target
     # The slope's sign at 1/2 brackets the root only where it stands clear of rounding.
     ahead, clear = slope_half - aim, noise * CLEAR
@@ -175,7 +178,7 @@ def interpolate(f, apart, x, y, target):
 
 @triton.jit
 def curve_start(row, total, PROBS: tl.constexpr):
-    """From a row's ``FirstSums``: the ``Interpolant``, the ``Ends``, the root's target, and whether all is finite."""
+    """From a row's ``FirstSums``: the ``Interpolant``, the ``Ends``, the root's target, and whether sums are sound."""
     # Before the root is looked for: the sums' registers are then free.
     moments = total.first + total.second + total.third + total.fourth + total.fifth + total.sixth
     finite = moments - moments == 0.0
@@ -193,4 +196,6 @@ def curve_start(row, total, PROBS: tl.constexpr):
     found, ends = interpolate(f, apart, x, y, target)
     # A token's weight at 1/2 is lost where one of its two factors underflows, however large the other is.
     kept = ends.psi_half + 0.5 * tl.minimum(ends.A, ends.B) > LEAST
-    return found, ends, target, finite & kept & (ends.psi_half < float("inf"))
+    # All sweeps would share the rounding of what they read, which grows with its distance from the references.
+    near = (ends.psi_half < float("inf")) & (tl.maximum(ends.A, ends.B) <= DISTANT)
+    return found, ends, target, finite & kept & near

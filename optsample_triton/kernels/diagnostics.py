@@ -13,7 +13,7 @@ from optsample_triton.kernels.rows import load_both, zeros
 from optsample_triton.types import DIAGNOSTIC_COUNT, Diagnostics
 
 DIAGNOSTICS = tl.constexpr(DIAGNOSTIC_COUNT)
-PARABOLIC = tl.constexpr(numerics.PARABOLIC)
+CUBIC = tl.constexpr(numerics.CUBIC)
 
 
 @triton.jit
@@ -64,19 +64,19 @@ def _law_sums(row, x, base, far, own_theta, own_t, tile):
 def _divergences(x, at, error):
     """Both KLs at x, from its ``Evaluation``. Where the root of psi' lies within ``error`` they are -psi there."""
     step = at.slope / at.variance
-    near = (tl.abs(step) <= error) & (step * at.slope <= PARABOLIC)
+    cubic = step * step * tl.abs(step * at.third)
+    near = (tl.abs(step) <= error) & (cubic <= tl.abs(at.psi) * CUBIC)
     at_root = 0.5 * step * at.slope - at.psi
-    return (
-        tl.where(near, at_root, -(1.0 - x) * at.slope - at.psi),
-        tl.where(near, at_root, x * at.slope - at.psi),
-    )
+    to_theta = tl.where(near, at_root, -(1.0 - x) * at.slope - at.psi)
+    to_t = tl.where(near, at_root, x * at.slope - at.psi)
+    return tl.where(to_theta < 0.0, 0.0, to_theta), tl.where(to_t < 0.0, 0.0, to_t)
 
 
 @triton.jit
 def store_diagnostics(row, ends, root, error, ptr, tile):
     """The diagnostics of q_alpha; the KLs and ESS in closed form from G or from psi.
 
-    ``error`` is how far alpha may lie from the root of psi', where it is to be one.
+    ``error`` is how far alpha may lie from the root of psi'; below 0 where none was looked for.
     """
     x, psi, status = root.alpha, root.psi, root.status
     A, B = ends.A, ends.B
@@ -93,7 +93,7 @@ def store_diagnostics(row, ends, root, error, ptr, tile):
             beyond = tl.where(far, beyond, rounded(beyond))
             point = tl.where(k == 0, 1.0, tl.where(k == 1, 0.0, tl.where(k == 2, x, beyond)))
             psi_half = tl.where(k == 2, ends.psi_half, tl.minimum(ends.psi_half, -1.0))
-            at = evaluate(row, point, Ends(A, B, psi_half, ends.shrink), tile)
+            at = evaluate(row, point, Ends(A, B, psi_half, ends.shrink), tile, True)
             to_theta, to_t = _divergences(x, at, error)
             kl_theta, kl_t = tl.where(k == 2, to_theta, kl_theta), tl.where(k == 2, to_t, kl_t)
             log_ess_theta -= tl.where((k == 2) | (k == 3), at.psi, 0.0)

@@ -31,7 +31,6 @@ from optsample_triton.kernels.records import (
     Tokens,
 )
 from optsample_triton.kernels.rows import (
-    first_maxima,
     locate,
     narrowed,
     reference_gap,
@@ -68,12 +67,13 @@ def _load_or_zero(ptr, index):
 
 
 @triton.jit
-def _open_solved_row(batch, index, saved_ptr, disjoint, tile):
-    """The row as it was solved, and its ``Ends``."""
+def _open_solved_row(batch, index, saved_ptr, disjoint):
+    """The row with its log-partitions as references, where it was solved with any, and its ``Ends``."""
     row = Row(locate(batch.theta, index), locate(batch.t, index), batch.V, batch.eps, batch.aligned_ptr)
-    reference_theta, reference_t = first_maxima(row, tile)
     saved = load_saved(saved_ptr, index)
     usable = (saved.psi_half > UNKNOWN) & (disjoint == 0)
+    reference_theta = (saved.log_partition_theta / row.theta.inverse_temperature.to(tl.float64)).to(tl.float32)
+    reference_t = (saved.log_partition_t / row.t.inverse_temperature.to(tl.float64)).to(tl.float32)
     row = with_references(row, tl.where(usable, reference_theta, 0.0), tl.where(usable, reference_t, 0.0))
     A = saved.log_partition_theta - reference_in_nats(row.theta)
     B = saved.log_partition_t - reference_in_nats(row.t)
@@ -129,12 +129,12 @@ def gradient_kernel(
     tile: tl.constexpr = Tile(H, PACKED, False)
     status = tl.load(status_ptr + index).to(tl.int32)
     disjoint, invalid = status == DISJOINT, status == INVALID
-    row, ends = _open_solved_row(batch, index, saved_ptr, disjoint, tile)
+    row, ends = _open_solved_row(batch, index, saved_ptr, disjoint)
     x = tl.load(alpha_ptr + index).to(tl.float64)
     nothing = tl.zeros([], tl.float64)
     at = Evaluation(nothing, nothing, nothing, nothing + 1.0, nothing, nothing, tl.zeros([], tl.float32))
     if (disjoint == 0) & (invalid == 0):
-        at = evaluate(row, x, ends, tile)
+        at = evaluate(row, x, ends, tile, False)
     base = (x * ends.A + (1.0 - x) * ends.B + at.psi).to(tl.float32)
     # E[d] in two parts: of close rows d minus the first is exact, and the second is as small as they are close.
     mean = at.mean + reference_gap(row)
@@ -189,7 +189,7 @@ def _balance_gaps(row, x, here, ends, tile):
     rate, upper, lower = nothing, nothing, nothing
     for k in range(2):
         point = tl.where(k == 0, rounded(2.0 - x), -x)
-        at = evaluate(row, point, ends, tile)
+        at = evaluate(row, point, ends, tile, False)
         gap = at.psi - here.psi - (point - x) * here.slope
         rate += tl.where(k == 0, -at.mean, at.mean)
         upper, lower = tl.where(k == 0, gap, upper), tl.where(k == 1, gap, lower)

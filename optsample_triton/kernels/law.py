@@ -60,6 +60,8 @@ def drawn_law(first, options, filters, drawn, drawing, tile, METHOD: tl.constexp
     masses, misplaced = interpolated_masses(first.row, first.chunk_sums_ptr, chunks, x, base, drawing.LANES)
     # Beyond the models, and where sums are denormal, the first sweep does not see every token that counts.
     seen = (ends.shrink == 1.0) & (x >= 0.0) & (x <= 1.0) & (ends.psi_half > -FAR)
+    # Nor where the row was read again: the chunks' sums are relative to its first references.
+    seen = seen & (row.theta.reference == first.row.theta.reference) & (row.t.reference == first.row.t.reference)
     whole = tl.sum(masses, 0)
     trusted = seen & (filtering.active == 0) & (disjoint == 0) & (misplaced <= whole * MISPLACED)
     if not alpha_is_known(METHOD):

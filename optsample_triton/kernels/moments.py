@@ -13,7 +13,7 @@ references.
 import triton
 import triton.language as tl
 
-from optsample_triton.kernels.constants import EPSILON, LOG2E
+from optsample_triton.kernels.constants import EPSILON, LOG2E, STRETCH
 from optsample_triton.kernels.records import Moments, NarrowMoments, NarrowSums, PowerSums
 from optsample_triton.kernels.rows import load_both, zeros
 
@@ -69,22 +69,51 @@ def _add_wide(acc, half, x, base, centre, shrink):
 
 
 @triton.jit
-def wide_moments(row, x, base, centre, shrink, tile):
-    """``Moments`` of d * shrink at q_x, with exp(base) as the weights' unit; ``centre`` is near the mean."""
+def _wide_sums(row, begin, stop, x, base, centre, shrink, tile):
+    """``PowerSums`` of the tokens begin .. stop, a float32 for each lane."""
     H: tl.constexpr = tile.H
     zero = zeros(row, tl.arange(0, H))
     acc = PowerSums(zero, zero, zero, zero, zero)
-    full = row.V // (2 * H) * (2 * H)
-    for start in tl.range(0, full, 2 * H):
+    full = begin + (stop - begin) // (2 * H) * (2 * H)
+    for start in tl.range(begin, full, 2 * H):
         first, second = load_both(row, start, tile, False)
         acc = _add_wide(acc, first, x, base, centre, shrink)
         acc = _add_wide(acc, second, x, base, centre, shrink)
     # A loop, though of one tile at most: a branch's addresses would be held in registers through all sweeps.
-    for start in tl.range(full, row.V, 2 * H):
+    for start in tl.range(full, stop, 2 * H):
         first, second = load_both(row, start, tile, True)
         acc = _add_wide(acc, first, x, base, centre, shrink)
         acc = _add_wide(acc, second, x, base, centre, shrink)
-    return _central(_over_lanes(acc), centre)
+    return acc
+
+
+@triton.jit
+def _joined(total, acc):
+    return PowerSums(
+        mass=total.mass + acc.mass,
+        first=total.first + acc.first,
+        second=total.second + acc.second,
+        third=total.third + acc.third,
+        fourth=total.fourth + acc.fourth,
+    )
+
+
+@triton.jit
+def wide_moments(row, x, base, centre, shrink, tile, STRETCHED: tl.constexpr):
+    """``Moments`` of d * shrink at q_x, with exp(base) as the weights' unit; ``centre`` is near the mean.
+
+    STRETCHED sums go over to float64 after every ``STRETCH`` tiles: a lane's float32 would swallow thousands of small
+    terms.
+    """
+    if STRETCHED:
+        nothing = zeros(row, tl.arange(0, tile.H)).to(tl.float64)
+        sums = PowerSums(nothing, nothing, nothing, nothing, nothing)
+        for begin in tl.range(0, row.V, STRETCH * 2 * tile.H):
+            stop = tl.minimum(begin + STRETCH * 2 * tile.H, row.V)
+            sums = _joined(sums, _wide_sums(row, begin, stop, x, base, centre, shrink, tile))
+    else:
+        sums = _wide_sums(row, 0, row.V, x, base, centre, shrink, tile)
+    return _central(_over_lanes(sums), centre)
 
 
 @triton.jit
@@ -162,23 +191,46 @@ def _add_narrow(acc, half, at, reference_theta, reference_t):
 
 
 @triton.jit
-def narrow_moments(row, at, tile):
-    """``NarrowMoments`` at ``at``, an ``Expansion``: the mean is as it is, not relative to the references."""
+def _narrow_sums(row, begin, stop, at, tile):
+    """``NarrowSums`` of the tokens begin .. stop, a float32 for each lane."""
     H: tl.constexpr = tile.H
     reference_theta = row.theta.reference * row.theta.inverse_temperature
     reference_t = row.t.reference * row.t.inverse_temperature
     zero = zeros(row, tl.arange(0, H))
     powers = PowerSums(zero, zero, zero, zero, zero)
     acc = NarrowSums(powers, zero, zero, zero + float("inf"), zero - float("inf"))
-    full = row.V // (2 * H) * (2 * H)
-    for start in tl.range(0, full, 2 * H):
+    full = begin + (stop - begin) // (2 * H) * (2 * H)
+    for start in tl.range(begin, full, 2 * H):
         first, second = load_both(row, start, tile, False)
         acc = _add_narrow(acc, first, at, reference_theta, reference_t)
         acc = _add_narrow(acc, second, at, reference_theta, reference_t)
-    for start in tl.range(full, row.V, 2 * H):
+    for start in tl.range(full, stop, 2 * H):
         first, second = load_both(row, start, tile, True)
         acc = _add_narrow(acc, first, at, reference_theta, reference_t)
         acc = _add_narrow(acc, second, at, reference_theta, reference_t)
+    return acc
+
+
+@triton.jit
+def narrow_moments(row, at, tile, STRETCHED: tl.constexpr):
+    """``NarrowMoments`` at ``at``, an ``Expansion``: the mean is as it is, not relative to the references."""
+    if STRETCHED:
+        zero = zeros(row, tl.arange(0, tile.H))
+        nothing = zero.to(tl.float64)
+        powers = PowerSums(nothing, nothing, nothing, nothing, nothing)
+        acc = NarrowSums(powers, nothing, nothing, zero + float("inf"), zero - float("inf"))
+        for begin in tl.range(0, row.V, STRETCH * 2 * tile.H):
+            stop = tl.minimum(begin + STRETCH * 2 * tile.H, row.V)
+            part = _narrow_sums(row, begin, stop, at, tile)
+            acc = NarrowSums(
+                powers=_joined(acc.powers, part.powers),
+                excess_upper=acc.excess_upper + part.excess_upper,
+                excess_lower=acc.excess_lower + part.excess_lower,
+                lowest=tl.minimum(acc.lowest, part.lowest),
+                highest=tl.maximum(acc.highest, part.highest),
+            )
+    else:
+        acc = _narrow_sums(row, 0, row.V, at, tile)
     sums = _over_lanes(acc.powers)
     moments = _central(sums, at.centre)
     share = 1.0 / sums.mass

@@ -65,9 +65,11 @@ FIND_ROOT = tl.constexpr(1)
 FIND_A = tl.constexpr(2)
 FIND_B = tl.constexpr(3)
 FIND_PSI = tl.constexpr(4)  # at an alpha that stays
+FIND_HALF = tl.constexpr(5)  # psi(1/2)
 
 NEARLY_IDENTICAL = tl.constexpr(1e-4)  # Chernoff information below which a sweep says whether the rows are identical
 ROUNDING = tl.constexpr(4.0 * EPSILON)  # of psi' in wide rows, and in narrow ones relative to psi''
+STEEP = tl.constexpr(1e30)
 EXACT = tl.constexpr(8388608.0)  # 2^23: float32 holds multiples of its inverse up to 2
 
 
@@ -101,19 +103,20 @@ def _after_ends(METHOD: tl.constexpr):
 def search(row, ends, state, options, tile, METHOD: tl.constexpr):
     """One sweep after another until the row is DONE or COARSE: the ``Root``, which of both, and the row's ``Ends``.
 
-    FIND_ROOT looks for the root of psi' = target, by safeguarded steps or by the documents' bisection. FIND_A and
-    FIND_B come first for rows whose A and B are not known.
+    FIND_ROOT looks for the root of psi' = target, by safeguarded steps or by the documents' bisection. FIND_A, FIND_B
+    and FIND_HALF come first for rows whose A, B and psi(1/2) are not known; huge logits go without the last.
     """
     BISECTING: tl.constexpr = METHOD == BISECT
     nothing = tl.zeros([], tl.float64)
-    A, B, bracket, target = ends.A, ends.B, state.bracket, state.target
+    A, B, psi_half, bracket, target = ends.A, ends.B, ends.psi_half, state.bracket, state.target
     alpha, psi, status, sweeps, task = state.alpha, state.psi, state.status, state.sweeps, state.task
     steps = 0
     while task > DONE:
         middle = rounded(0.5 * (bracket.low + bracket.high) if BISECTING else alpha)
         x = tl.where(task == FIND_ROOT, middle, rounded(alpha))
         x = tl.where(task == FIND_A, nothing + 1.0, tl.where(task == FIND_B, nothing, x))
-        at = evaluate(row, x, Ends(A, B, ends.psi_half, ends.shrink), tile)
+        x = tl.where(task == FIND_HALF, nothing + 0.5, x)
+        at = evaluate(row, x, Ends(A, B, psi_half, ends.shrink), tile, False)
         sweeps += 1
         low, high = bracket.low, bracket.high
         value_low, slope_low = bracket.value_low, bracket.slope_low
@@ -121,9 +124,11 @@ def search(row, ends, state, options, tile, METHOD: tl.constexpr):
         if task == FIND_A:
             A, slope_high, task = at.psi, slope_high + at.mean, tl.full([], FIND_B, tl.int32)
         elif task == FIND_B:
-            B, task = at.psi, tl.full([], _after_ends(METHOD), tl.int32)
+            B, task = at.psi, tl.where(ends.shrink < 1.0, _after_ends(METHOD), FIND_HALF)
             slope_low, slope_high = slope_low + at.mean - (A - B) - target, slope_high - (A - B) - target
             value_low, value_high = nothing, -target
+        elif task == FIND_HALF:
+            psi_half, task = at.psi, tl.full([], _after_ends(METHOD), tl.int32)
         elif task == FIND_PSI:
             psi, task = at.psi, tl.full([], DONE, tl.int32)
             if (at.width <= 0.0) & (status == OK):
@@ -138,7 +143,6 @@ def search(row, ends, state, options, tile, METHOD: tl.constexpr):
                 above = residual >= 0
                 low, high = tl.where(above, low, x), tl.where(above, x, high)
                 following, error = 0.5 * (low + high), high - low
-                error = tl.where(error < options.tol, 0.0, error)
             else:
                 value, halve = at.psi + (residual - slope) * x, sweeps % 3 == 0
                 here = Derivatives(value, residual, at.variance, at.third, at.fourth)
@@ -160,7 +164,7 @@ def search(row, ends, state, options, tile, METHOD: tl.constexpr):
             elif (steps if BISECTING else sweeps) >= options.max_iter:
                 task, status = tl.full([], FIND_PSI, tl.int32), tl.full([], NOT_CONVERGED, tl.int32)
         bracket = Bracket(low, high, value_low, slope_low, value_high, slope_high)
-    return Root(alpha, psi, status, sweeps), task, Ends(A, B, ends.psi_half, ends.shrink)
+    return Root(alpha, psi, status, sweeps), task, Ends(A, B, psi_half, ends.shrink)
 
 
 @triton.jit
@@ -175,7 +179,7 @@ def balance_gap(row, x, slope, ends, tile):
         upper=(2.0 - x).to(tl.float32),
         lower=(-x).to(tl.float32),
     )
-    narrow = narrow_moments(row, at, tile)
+    narrow = narrow_moments(row, at, tile, False)
     otherwise = narrow.gap_upper - narrow.gap_lower
     return gap_difference(2.0 - 2.0 * x, -2.0 * x, narrow.moments, narrow.width, otherwise) + 2.0 * slope
 
@@ -197,7 +201,7 @@ def balance_ess(row, ends, root, options, tile):
             point = tl.where(k == 0, 2.0 - x, tl.where(k == 1, -x, x))
             sign = tl.where(k == 0, 1.0, tl.where(k == 1, -1.0, 0.0))
             psi_half = tl.where(k == 2, ends.psi_half, nothing - 1.0)  # beyond the models the plain sum is good
-            at = evaluate(row, point, Ends(ends.A, ends.B, psi_half, ends.shrink), tile)
+            at = evaluate(row, point, Ends(ends.A, ends.B, psi_half, ends.shrink), tile, False)
             difference, first, second = difference + sign * at.psi, first + sign * at.mean, second - sign * at.variance
         slope = gap_difference(-x, 1.0 - x, at, at.width, at.slope)
         if (ends.psi_half > -NARROW) & (tl.abs(difference) < PLAIN):
@@ -220,8 +224,8 @@ def balance_ess(row, ends, root, options, tile):
 
 @triton.jit
 def _search_start(row, total, index, options, tile, METHOD: tl.constexpr, NORMALISE: tl.constexpr):
-    """Row, ``Ends`` and ``Search`` after the first sweep, and after a second one where the first was not finite."""
-    found, ends, target, finite = curve_start(row, total, tile.PROBS)
+    """Row, ``Ends`` and ``Search`` after the first sweep, and after a second one where the first is not sound."""
+    found, ends, target, sound = curve_start(row, total, tile.PROBS)
     alpha, psi, low, high = found.alpha, found.psi, found.low, found.high
     A, B, psi_half, shrink = ends.A, ends.B, ends.psi_half, ends.shrink
     reference_theta, reference_t = row.theta.reference, row.t.reference
@@ -233,12 +237,13 @@ def _search_start(row, total, index, options, tile, METHOD: tl.constexpr, NORMAL
     if METHOD == KL_SYMMETRY:
         short = (task == FIND_ROOT) & (sweeps >= options.max_iter)
         task, status = tl.where(short, FIND_PSI, task), tl.where(short, NOT_CONVERGED, status)
-    if finite == 0:
-        # A NaN, +inf or empty row; or its weights underflow at 1/2, or its logits lie far beyond the first ones.
+    if sound == 0:
+        # A NaN, +inf or empty row; or its weights underflow at 1/2, or its logits lie far above the first ones.
         status, surveyed, shrink, in_range = survey(row, tile)
         sweeps += 1
-        # FIND_A and FIND_B add the slopes to it: one that a token out of range has a part in stays unknown.
-        end_slope = tl.where(in_range, nothing, unknown)
+        # FIND_A and FIND_B add to it. A slope that a token out of range may have a part in is made too steep: the
+        # tangent still lies below psi.
+        end_slope = tl.where(in_range, nothing, nothing + STEEP)
         reference_theta, reference_t = surveyed.theta.reference, surveyed.t.reference
         alpha, low, high = nothing + 0.5, nothing, nothing + 1.0
         A, B, psi_half = nothing, nothing, nothing - float("inf")
@@ -260,7 +265,7 @@ def _search_start(row, total, index, options, tile, METHOD: tl.constexpr, NORMAL
         task = tl.where((task == DONE) & (status == OK), FIND_ROOT, task)
     if METHOD == ESS_BALANCE:
         task = tl.where(task == FIND_A, FIND_A, DONE)
-    bracket = Bracket(low, high, unknown, end_slope, unknown, end_slope)
+    bracket = Bracket(low, high, unknown, -end_slope, unknown, end_slope)
     state = Search(task, alpha, psi, bracket, target, status, sweeps)
     return row, Ends(A, B, psi_half, shrink), state
 
@@ -294,7 +299,7 @@ def status_of_given_alpha(row, ends, alpha, status, tile):
     half = 0.0 * alpha + 0.5
     same = alpha != alpha
     if (status == OK) & (ends.psi_half > -NARROW) & (tl.abs(alpha - half) >= REACH):
-        same = evaluate(row, half, ends, tile).width <= 0.0
+        same = evaluate(row, half, ends, tile, False).width <= 0.0
     return tl.where(same & (status == OK), IDENTICAL, status)
 
 

@@ -21,7 +21,10 @@ _EXCERPT = 80
 
 
 class Criterion(NamedTuple):
-    """One of the documents' acceptance criteria, as measured; ``met`` is None if it was not recorded."""
+    """One of the documents' acceptance criteria, as measured; ``met`` is None if it was not recorded.
+
+    ``mean`` and ``deviation`` are those of the tokens.
+    """
 
     name: str
     asked: str
@@ -41,7 +44,7 @@ Part = str | Table | Figure  # a str is a paragraph, or a heading after "# "
 
 
 def criteria_of(tally: Tally) -> list[Criterion]:
-    """A criterion is met if 95 % of the positions meet it (of the samples, if positions were not recorded)."""
+    """A criterion is met if 95 % of the positions meet it."""
     found = []
     for key, name, asked in (
         ("ess_ratio", "balance: ESS_θ / ESS_t", "in [0.9, 1.1]"),
@@ -49,9 +52,8 @@ def criteria_of(tally: Tally) -> list[Criterion]:
         ("alpha", "α", "in [0.2, 0.8]"),
     ):
         tokens, samples = tally.of_tokens[key], tally.of_samples[key]
-        judged = tokens if tokens.count else samples
-        met = judged.share >= REQUIRED if judged.count else None
-        found.append(Criterion(name, asked, tokens.share, samples.share, judged.mean, judged.deviation, met))
+        met = tokens.share >= REQUIRED if tokens.count else None
+        found.append(Criterion(name, asked, tokens.share, samples.share, tokens.mean, tokens.deviation, met))
     return found
 
 
@@ -72,7 +74,7 @@ def compose(
         if figure.name == "worst-samples":
             parts.append(_worst_table(tally, texts))
     if tally.worst() and not any(figure.name == "worst-samples" for figure in figures):
-        parts += ["# Worst samples", _worst_table(tally, texts)]
+        parts += ["# Worst samples", LIGHTEST, _worst_table(tally, texts)]
     markdown, page = folder / "report.md", folder / "report.html"
     markdown.write_text(_markdown(parts), encoding="utf-8")
     page.write_text(_html(parts), encoding="utf-8")
@@ -133,11 +135,25 @@ def _criteria_parts(criteria: list[Criterion]) -> list[Part]:
     return [
         "# Acceptance criteria",
         Table(head, rows),
+        MEANT,
+        *([UNRECORDED] if any(c.met is None for c in criteria) else []),
         "The first and the third are properties of the two models, not of the sampler: KL symmetry implies balanced "
         "effective sample sizes only for close models, and α leaves [0.2, 0.8] if one model is much sharper. If you "
         "need balance, generate with --alpha-method ess_balance. The second holds by construction if α was solved for; "
         "it fails for the methods entropy and fixed.",
     ]
+
+
+MEANT = (
+    "Tokens are single positions, whose ESS and KL are sums over the whole vocabulary; the mean, the deviation and the "
+    "verdict are theirs. Samples are whole answers: the ratio of an answer's mean ESS_θ to its mean ESS_t, its KL "
+    "difference per token, its mean α. The effective share of drawn weights, (Σw)² / (n Σw²), is another quantity; the "
+    "next table has it."
+)
+UNRECORDED = (
+    "What was not recorded is not judged: the first two criteria need the whole vocabulary, which --backend vllm does "
+    "not give."
+)
 
 
 def _weight_parts(weights: list[Weights]) -> list[Part]:
@@ -179,6 +195,12 @@ def _missed(w: Weights) -> str:
         f"Do not trust {w.name}: its mean is {w.mean:.3g} where it must be 1, so about {w.missed:.0%} of {w.model} "
         f"lies where no sample fell{seen}; its median is {w.median:.2g}."
     )
+
+
+LIGHTEST = (
+    "The samples with the lowest weight: the smaller of log w_θ and log w_t decides, since no ESS was recorded. Their "
+    "KL is estimated from the drawn tokens."
+)
 
 
 def _worst_table(tally: Tally, texts: dict[int, tuple[str, str]]) -> Table:

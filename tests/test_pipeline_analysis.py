@@ -463,6 +463,44 @@ def test_accuracy_of_recorded_answers(records: list[dict], tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
+    ("run", "words"),
+    [
+        ({"alpha": 1.0}, "shares of samples of π_θ (α = 1)."),
+        ({"alpha": 0.0, "top_p": 1.0}, "shares of samples of π_t (α = 0)."),
+        ({"alpha": 0.5}, "which follow q*, and not the accuracy of π_θ or π_t."),
+        ({"alpha": 1.0, "top_p": 0.9}, "which follow q*, and not"),
+        ({"alpha": 1.0, "top_k": 5}, "which follow q*, and not"),
+        ({"alpha": 1.0, "min_p": 0.1}, "which follow q*, and not"),
+        ({"alpha": 0.0, "temperature": 0.7}, "which follow q*, and not"),
+        ({"alpha": None, "alpha_method": "kl_symmetry"}, "which follow q*, and not"),
+        (None, "shares of the samples; which law they follow is not known."),
+    ],
+)
+def test_whose_accuracy_it_is(run: dict | None, words: str, records: list[dict], tmp_path: Path) -> None:
+    path = written(tmp_path, [r | {"answer": "3"} for r in records[:3]])
+    if run is not None:
+        header(tmp_path, **run)
+    (sentence,) = re.findall(r"These are .*", analyze(path, tmp_path / "analysis").markdown.read_text())
+    assert words in sentence
+    assert ("q*" in sentence) is ("q*" in words)
+
+
+def test_answers_that_could_not_be_compared_are_said(records: list[dict], tmp_path: Path) -> None:
+    """A column of lists gives no answer; without the option nobody asked for one."""
+    path = written(tmp_path, records[:5])
+    header(tmp_path)
+    assert "Accuracy" not in analyze(path, tmp_path / "a").markdown.read_text()
+    header(tmp_path, answer_column="keys")
+    text = analyze(path, tmp_path / "b").markdown.read_text()
+    assert "## Accuracy" in text
+    assert "No answer in column 'keys' could be compared: it must be a text or a number, and not empty." in text
+    written(tmp_path, [*records[:3], *(r | {"answer": "3"} for r in records[3:5])])
+    text = analyze(path, tmp_path / "c").markdown.read_text()
+    assert "| equal it | 0 of 2 |" in text
+    assert "3 samples have no answer in column 'keys' that could be compared: it must be a text or a number" in text
+
+
+@pytest.mark.parametrize(
     ("answer", "text", "equal", "contain"),
     [
         ("3", "3.5", 0, 0), ("3", "13", 0, 0), ("3", "0.3", 0, 0), ("3", "the 3.", 0, 1), ("-3", "is -3", 0, 1),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from optsample_triton.pipeline.analysis import header
-from optsample_triton.pipeline.analysis.answers import LONGEST, Accuracy
+from optsample_triton.pipeline.analysis.answers import LONGEST
 from optsample_triton.pipeline.analysis.figures import Figure
 from optsample_triton.pipeline.analysis.tally import Tally
 from optsample_triton.pipeline.analysis.weights import Weights
@@ -67,7 +67,7 @@ def compose(
     folder: Path,
 ) -> tuple[Path, Path]:
     run = header.configuration(source)
-    parts = [*_head(tally, source, run), *_accuracy(tally.accuracy), *_criteria_parts(criteria)]
+    parts = [*_head(tally, source, run), *_accuracy(tally, run), *_criteria_parts(criteria)]
     parts += _weight_parts(weights)
     for figure in figures:
         parts += [f"# {figure.title}", figure, figure.caption]
@@ -97,9 +97,12 @@ def _head(tally: Tally, source: Path, run: dict[str, Any] | None) -> list[Part]:
     return [counts, Table(["run", ""], header.rows(run))]
 
 
-def _accuracy(accuracy: Accuracy) -> list[Part]:
+def _accuracy(tally: Tally, run: dict[str, Any] | None) -> list[Part]:
+    accuracy, column = tally.accuracy, None if run is None else run.get("answer_column")
+    lacking = tally.samples - accuracy.recorded
     if not accuracy.recorded:
-        return []
+        none = f"No answer in column {column!r} could be compared: {WANTED}."
+        return [] if column is None else ["# Accuracy", none]
     parts: list[Part] = ["# Accuracy"]
     if accuracy.compared:
         n = accuracy.compared
@@ -112,7 +115,9 @@ def _accuracy(accuracy: Accuracy) -> list[Part]:
                 ],
             )
         )
-        parts.append(COMPARED)
+        parts.append(f"{COMPARED} {_shares(run)}")
+    if column is not None and lacking:
+        parts.append(f"{lacking:,} samples have no answer in column {column!r} that could be compared: {WANTED}.")
     if accuracy.long:
         parts.append(f"{accuracy.long:,} answers of more than {LONGEST} characters were not compared.")
     missing = accuracy.recorded - accuracy.compared - accuracy.long
@@ -124,9 +129,19 @@ def _accuracy(accuracy: Accuracy) -> list[Part]:
 COMPARED = (
     "Of text and answer, the part after the last #### counts, else the content of the last \\boxed{}, else all; case "
     "and thousands separators do not count. Equal: both parts are the same. Contain: the answer's part occurs in "
-    "the text, not inside a longer word or number. Nothing is computed: 1/2 and 0.5 are different. These are shares of "
-    "the samples, which follow q*, and not the accuracy of π_θ or π_t."
+    "the text, not inside a longer word or number. Nothing is computed: 1/2 and 0.5 are different."
 )
+WANTED = "it must be a text or a number, and not empty"
+
+
+def _shares(run: dict[str, Any] | None) -> str:
+    """Whose samples the shares of right answers are."""
+    if run is None:
+        return "These are shares of the samples; which law they follow is not known."
+    law = header.law(run)
+    if law == "q*":
+        return "These are shares of the samples, which follow q*, and not the accuracy of π_θ or π_t."
+    return f"These are shares of samples of {law}."
 
 
 def _criteria_parts(criteria: list[Criterion]) -> list[Part]:

@@ -1,9 +1,11 @@
 """optsample analyze: its values against those from whole arrays, bounded memory, two documents that agree."""
 
+import html
 import importlib.util
 import json
 import math
 import re
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from optsample_triton.pipeline.journal import Journal
 from optsample_triton.pipeline.records import EXACT
 from optsample_triton.types import Status
 
+ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ["alpha", "positions", "ess-ratio", "kl-symmetry", "weight-tails", "acceptance", "worst-samples"]
 
 
@@ -384,6 +387,49 @@ def test_weights_of_zero_count(records: list[dict], tmp_path: Path) -> None:
     nothing = [r | {"log_t": [None] * r["num_tokens"], "log_w_t": None} for r in some[:3]]
     zero = weights_of(read(written(tmp_path, nothing), 0))[1]
     assert (zero.mean, zero.verdict) == (0.0, "do not trust: every weight is 0")
+    assert not zero.trusted
+
+
+def test_weights_that_nobody_judged_are_not_trusted(records: list[dict], report: Report, tmp_path: Path) -> None:
+    unknown = [r | {"log_q": [None] * r["num_tokens"], "log_w_theta": None, "log_w_t": None} for r in records[:3]]
+    analyze(written(tmp_path, unknown), tmp_path / "analysis")
+    found = json.loads((tmp_path / "analysis" / "summary.json").read_text())["weights"]
+    assert [(w["number"], w["verdict"], w["trusted"]) for w in found] == [(0, "none", False)] * 4
+    some = json.loads((report.markdown.parent / "summary.json").read_text())["weights"]
+    assert [w["verdict"] for w in some] == [w.verdict for w in report.weights]
+    assert [w["trusted"] for w in some] == [not w.faults for w in report.weights]
+
+
+def test_equal_weights_are_trusted_without_a_tail(records: list[dict], tmp_path: Path) -> None:
+    """So are those of pi_theta where alpha is fixed at 1."""
+    weights = weights_of(read(written(tmp_path, with_weights(records, np.zeros(150))), 0))[0]
+    assert (weights.trusted, weights.verdict) == (True, "no fault seen, k̂ unknown")
+
+
+NO_TAILS = "k̂ was not computed, since arviz-stats is not installed: pip install '.[stats]'"
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_why_there_is_no_k_hat(
+    installed: bool, records: list[dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if installed:
+        pytest.importorskip("arviz_stats", reason="needs Python 3.11")
+    else:
+        for name in ("arviz_stats", "arviz_stats.base"):
+            monkeypatch.setitem(sys.modules, name, None)
+    report = analyze(written(tmp_path, records), tmp_path / "analysis")
+    assert math.isfinite(report.weights[0].k_hat) is installed
+    assert (NO_TAILS not in report.markdown.read_text()) is installed
+    assert (NO_TAILS not in html.unescape(report.html.read_text())) is installed
+
+
+def test_every_extra_that_reports_has_what_fits_tails() -> None:
+    """The report names the extra stats; the demo writes the files that analyze reads."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for extra in ("stats", "pipeline", "demo"):
+        (listed,) = re.findall(rf"^{extra} = \[(.*?)\]$", text, re.DOTALL | re.MULTILINE)
+        assert "\"arviz-stats>=0.8; python_version >= '3.11'\"" in listed, extra
 
 
 def header(folder: Path, **more: object) -> None:

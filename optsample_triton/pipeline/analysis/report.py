@@ -13,7 +13,7 @@ from optsample_triton.pipeline.analysis import header
 from optsample_triton.pipeline.analysis.answers import LONGEST
 from optsample_triton.pipeline.analysis.figures import Figure
 from optsample_triton.pipeline.analysis.tally import Tally
-from optsample_triton.pipeline.analysis.weights import Weights
+from optsample_triton.pipeline.analysis.weights import Weights, fits_tails
 from optsample_triton.types import Status
 
 REQUIRED = 0.95  # share of the positions that must meet a criterion
@@ -189,6 +189,7 @@ def _weight_parts(weights: list[Weights]) -> list[Part]:
     return [
         "# Importance weights",
         Table(head, rows),
+        *([] if fits_tails() else [NO_TAILS]),
         BLIND,
         *(_missed(w) for w in weights if w.missed),
         "The mean is given with its standard error. The median is the weight of an ordinary sample: if it is far below "
@@ -198,6 +199,10 @@ def _weight_parts(weights: list[Weights]) -> list[Part]:
     ]
 
 
+NO_TAILS = (
+    "k̂ was not computed, since arviz-stats is not installed: pip install '.[stats]' with Python 3.11 or newer, in a "
+    "clone of this project."
+)
 BLIND = (
     "k̂ describes only the weights that were drawn: it cannot see a tail that the sample never reached, so a low k̂ "
     "alone is no reason to trust weights whose mean is not 1."
@@ -248,7 +253,7 @@ def _summary(tally: Tally, criteria: list[Criterion], weights: list[Weights], ru
 
 
 def _weights(w: Weights) -> dict[str, Any]:
-    found = {"weights": w.name, **w._asdict(), "trusted": not w.faults}
+    found = {"weights": w.name, **w._asdict(), "verdict": w.verdict, "trusted": w.trusted}
     del found["model"], found["of"]
     return found
 

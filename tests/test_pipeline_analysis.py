@@ -1,9 +1,11 @@
 """optsample analyze: its values against those from whole arrays, bounded memory, two documents that agree."""
 
+import html
 import importlib.util
 import json
 import math
 import re
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from optsample_triton.pipeline.journal import Journal
 from optsample_triton.pipeline.records import EXACT
 from optsample_triton.types import Status
 
+ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ["alpha", "positions", "ess-ratio", "kl-symmetry", "weight-tails", "acceptance", "worst-samples"]
 
 
@@ -52,9 +55,9 @@ def record(number: int, rng: np.random.Generator, *, exact: bool = True, tokens:
         "mean_alpha": alpha.mean(),
         "kl_theta": made["kl_theta"].sum(),
         "kl_t": made["kl_t"].sum(),
-        "ess_theta": made["ess_theta"].mean(),
-        "ess_t": made["ess_t"].mean(),
-        "ess_ratio": made["ess_theta"].mean() / made["ess_t"].mean(),
+        "ess_theta": made["ess_theta"].mean() if exact else None,
+        "ess_t": made["ess_t"].mean() if exact else None,
+        "ess_ratio": made["ess_theta"].mean() / made["ess_t"].mean() if exact else None,
         "log_w_theta": (log_theta - log_q).sum(),
         "log_w_t": (log_t - log_q).sum(),
         "num_tested": 5 if exact else None,
@@ -150,12 +153,54 @@ def test_the_same_file_gives_the_same_report(records: list[dict], report: Report
 
 def test_what_was_not_recorded_is_said(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
-    report = analyze(written(tmp_path, [record(k, rng, exact=False) for k in range(30)]), tmp_path / "analysis")
-    assert math.isnan(report.criteria[0].of_tokens)
-    assert report.criteria[0].met is not None  # judged by the samples
-    names = re.findall(r"!\[.*?\]\((.*?)\.png\)", report.markdown.read_text())
-    assert names == ["alpha", "positions", "ess-ratio", "weight-tails"]
-    assert "## Worst samples" in report.markdown.read_text()
+    drawn = [record(k, rng, exact=False) for k in range(30)]
+    report = analyze(written(tmp_path, drawn), tmp_path / "analysis", worst=4)
+    for criterion in report.criteria[:2]:
+        assert criterion.met is None
+        assert all(math.isnan(number) for number in criterion[2:6])
+    assert report.criteria[2].met
+    assert "1 of 3 acceptance criteria met, 2 not recorded" in report.summary
+    text = report.markdown.read_text()
+    assert "| balance: ESS_θ / ESS_t | in [0.9, 1.1] | – | – | – ± – | not recorded |" in text
+    assert "| KL symmetry: KL_θ − KL_t | within ±0.05 nats | – | – | – ± – | not recorded |" in text
+    assert "the first two criteria need the whole vocabulary, which --backend vllm does not give" in text
+    assert re.findall(r"!\[.*?\]\((.*?)\.png\)", text) == ["alpha", "positions", "weight-tails"]
+    assert "## Worst samples" in text
+    assert "the smaller of log w_θ and log w_t decides, since no ESS was recorded" in text
+    worst = sorted(drawn, key=lambda r: min(r["log_w_theta"], r["log_w_t"]))[:4]
+    assert [r["line"] for r in report.tally.worst()] == [r["line"] for r in worst]
+
+
+def test_samples_of_weight_zero_are_the_worst(tmp_path: Path) -> None:
+    """generate writes null for log 0."""
+    rng = np.random.default_rng(7)
+    drawn = [record(k, rng, exact=False) for k in range(6)]
+    drawn[4]["log_t"][0], drawn[4]["log_w_t"] = None, None
+    assert [r["line"] for r in read(written(tmp_path, drawn), 1).worst()] == [4]
+
+
+def test_estimates_of_an_older_file_are_not_judged(tmp_path: Path) -> None:
+    """Format 3 had an ESS from drawn tokens, which may exceed 1, where positions were not recorded."""
+    rng = np.random.default_rng(8)
+    drawn = [record(k, rng, exact=False) | {"ess_theta": 1.57, "ess_t": 0.3, "ess_ratio": 5.2} for k in range(6)]
+    report = analyze(written(tmp_path, drawn), tmp_path / "analysis", worst=1)
+    assert [(c.met, math.isnan(c.of_samples)) for c in report.criteria[:2]] == [(None, True)] * 2
+    assert not (tmp_path / "analysis" / "ess-ratio.png").exists()
+    (worst,) = report.tally.worst()
+    assert worst["line"] == min(drawn, key=lambda r: min(r["log_w_theta"], r["log_w_t"]))["line"]
+
+
+def test_what_tokens_and_samples_mean_is_said(report: Report) -> None:
+    text = report.markdown.read_text()
+    for words in (
+        "Tokens are single positions, whose ESS and KL are sums over the whole vocabulary",
+        "Samples are whole answers: the ratio of an answer's mean ESS_θ to its mean ESS_t",
+        "The effective share of drawn weights, (Σw)² / (n Σw²), is another quantity",
+    ):
+        assert words in text
+        assert words.replace("'", "&#x27;") in report.html.read_text()
+    assert "not recorded" not in text
+    assert "not recorded" not in report.summary
 
 
 def test_one_sample_of_one_token(tmp_path: Path) -> None:
@@ -342,6 +387,49 @@ def test_weights_of_zero_count(records: list[dict], tmp_path: Path) -> None:
     nothing = [r | {"log_t": [None] * r["num_tokens"], "log_w_t": None} for r in some[:3]]
     zero = weights_of(read(written(tmp_path, nothing), 0))[1]
     assert (zero.mean, zero.verdict) == (0.0, "do not trust: every weight is 0")
+    assert not zero.trusted
+
+
+def test_weights_that_nobody_judged_are_not_trusted(records: list[dict], report: Report, tmp_path: Path) -> None:
+    unknown = [r | {"log_q": [None] * r["num_tokens"], "log_w_theta": None, "log_w_t": None} for r in records[:3]]
+    analyze(written(tmp_path, unknown), tmp_path / "analysis")
+    found = json.loads((tmp_path / "analysis" / "summary.json").read_text())["weights"]
+    assert [(w["number"], w["verdict"], w["trusted"]) for w in found] == [(0, "none", False)] * 4
+    some = json.loads((report.markdown.parent / "summary.json").read_text())["weights"]
+    assert [w["verdict"] for w in some] == [w.verdict for w in report.weights]
+    assert [w["trusted"] for w in some] == [not w.faults for w in report.weights]
+
+
+def test_equal_weights_are_trusted_without_a_tail(records: list[dict], tmp_path: Path) -> None:
+    """So are those of pi_theta where alpha is fixed at 1."""
+    weights = weights_of(read(written(tmp_path, with_weights(records, np.zeros(150))), 0))[0]
+    assert (weights.trusted, weights.verdict) == (True, "no fault seen, k̂ unknown")
+
+
+NO_TAILS = "k̂ was not computed, since arviz-stats is not installed: pip install '.[stats]'"
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_why_there_is_no_k_hat(
+    installed: bool, records: list[dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if installed:
+        pytest.importorskip("arviz_stats", reason="needs Python 3.11")
+    else:
+        for name in ("arviz_stats", "arviz_stats.base"):
+            monkeypatch.setitem(sys.modules, name, None)
+    report = analyze(written(tmp_path, records), tmp_path / "analysis")
+    assert math.isfinite(report.weights[0].k_hat) is installed
+    assert (NO_TAILS not in report.markdown.read_text()) is installed
+    assert (NO_TAILS not in html.unescape(report.html.read_text())) is installed
+
+
+def test_every_extra_that_reports_has_what_fits_tails() -> None:
+    """The report names the extra stats; the demo writes the files that analyze reads."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for extra in ("stats", "pipeline", "demo"):
+        (listed,) = re.findall(rf"^{extra} = \[(.*?)\]$", text, re.DOTALL | re.MULTILINE)
+        assert "\"arviz-stats>=0.8; python_version >= '3.11'\"" in listed, extra
 
 
 def header(folder: Path, **more: object) -> None:
@@ -418,6 +506,44 @@ def test_accuracy_of_recorded_answers(records: list[dict], tmp_path: Path) -> No
     assert json.loads((tmp_path / "analysis" / "summary.json").read_text())["accuracy"] == found
     (tmp_path / "out.jsonl").unlink()
     assert vars(read(path, 0).accuracy) == {"recorded": 10, "compared": 0, "equal": 0, "contain": 0, "long": 1}
+
+
+@pytest.mark.parametrize(
+    ("run", "words"),
+    [
+        ({"alpha": 1.0}, "shares of samples of π_θ (α = 1)."),
+        ({"alpha": 0.0, "top_p": 1.0}, "shares of samples of π_t (α = 0)."),
+        ({"alpha": 0.5}, "which follow q*, and not the accuracy of π_θ or π_t."),
+        ({"alpha": 1.0, "top_p": 0.9}, "which follow q*, and not"),
+        ({"alpha": 1.0, "top_k": 5}, "which follow q*, and not"),
+        ({"alpha": 1.0, "min_p": 0.1}, "which follow q*, and not"),
+        ({"alpha": 0.0, "temperature": 0.7}, "which follow q*, and not"),
+        ({"alpha": None, "alpha_method": "kl_symmetry"}, "which follow q*, and not"),
+        (None, "shares of the samples; which law they follow is not known."),
+    ],
+)
+def test_whose_accuracy_it_is(run: dict | None, words: str, records: list[dict], tmp_path: Path) -> None:
+    path = written(tmp_path, [r | {"answer": "3"} for r in records[:3]])
+    if run is not None:
+        header(tmp_path, **run)
+    (sentence,) = re.findall(r"These are .*", analyze(path, tmp_path / "analysis").markdown.read_text())
+    assert words in sentence
+    assert ("q*" in sentence) is ("q*" in words)
+
+
+def test_answers_that_could_not_be_compared_are_said(records: list[dict], tmp_path: Path) -> None:
+    """A column of lists gives no answer; without the option nobody asked for one."""
+    path = written(tmp_path, records[:5])
+    header(tmp_path)
+    assert "Accuracy" not in analyze(path, tmp_path / "a").markdown.read_text()
+    header(tmp_path, answer_column="keys")
+    text = analyze(path, tmp_path / "b").markdown.read_text()
+    assert "## Accuracy" in text
+    assert "No answer in column 'keys' could be compared: it must be a text or a number, and not empty." in text
+    written(tmp_path, [*records[:3], *(r | {"answer": "3"} for r in records[3:5])])
+    text = analyze(path, tmp_path / "c").markdown.read_text()
+    assert "| equal it | 0 of 2 |" in text
+    assert "3 samples have no answer in column 'keys' that could be compared: it must be a text or a number" in text
 
 
 @pytest.mark.parametrize(

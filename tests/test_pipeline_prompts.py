@@ -62,8 +62,13 @@ def test_columns_of_hints_and_answers() -> None:
     row = {"prompt": "1 + 1?", "answer": "no", "key": 2, "tip": "count"}
     assert adapt(adapter, row) == Prompt([{"role": "user", "content": "1 + 1?"}], "2", "count")
     assert adapt(adapter, row | {"key": None}) == Prompt([{"role": "user", "content": "1 + 1?"}], None, "count")
-    for tip in (None, "", " ", ["a"], True):
+    for tip in (None, "", " "):
         assert adapt(adapter, row | {"tip": tip}) == Reject("empty", "the row has no hint in column 'tip'")
+    for tip, kind in ((["a"], "list"), ({"a": 1}, "dict"), (True, "bool")):
+        why = f"the hint in column 'tip' must be a text or a number, but is {kind}"
+        assert adapt(adapter, row | {"tip": tip}) == Reject("malformed", why)
+    for key in (["2"], {"value": "2"}, True):  # the prompt is drawn, and the report says that it has no answer
+        assert adapt(adapter, row | {"key": key}).answer is None  # type: ignore[union-attr]
     assert adapt(adapter, row | {"tip": "\udcff"}).reason == "undecodable"  # type: ignore[union-attr]
     assert adapt(adapter, row | {"prompt": None}).reason == "empty"  # type: ignore[union-attr]
     with pytest.raises(PipelineError, match="hint_column is 'tips', but the dataset's columns are 'prompt', 'answer'"):

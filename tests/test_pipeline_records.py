@@ -43,13 +43,24 @@ def test_an_infinite_token_makes_the_sum_infinite(bad: float) -> None:
     assert line["token_kl_t"] == [None, 1.0]
 
 
-def test_weights_that_underflow_have_no_ess() -> None:
-    """Without exact diagnostics ESS is one over the mean squared weight, which may be 0."""
+def test_drawn_tokens_alone_give_a_kl_and_no_ess() -> None:
+    """An ESS of two drawn weights, 1 / mean(w^2), would be 1.9 here, and no ESS is above 1."""
+    made = completion(2, exact=False, log_theta=[-0.75, -0.9], log_q=[-0.5, -0.5])
+    line = record(made)
+    assert 1.0 / np.mean(np.exp(2.0 * (made.diagnostics["log_theta"] - made.diagnostics["log_q"]))) > 1.8
+    assert [line[name] for name in ("ess_theta", "ess_t", "ess_ratio")] == [None] * 3
+    assert line["kl_theta"] == pytest.approx(0.65)
+    assert line["kl_theta"] == -line["log_w_theta"]
+    assert line["kl_t"] == 0.0
+    assert {line[f"token_{name}"] for name in EXACT} == {None}
+
+
+def test_weights_that_underflow() -> None:
+    """Neither the line nor the log of the progress divides by a squared weight of 0."""
     for log_t in ([-np.inf, -np.inf], [-1e4, -2e4]):
         made = completion(2, exact=False, log_t=log_t)
         line = record(made)
-        assert (line["ess_t"], line["ess_ratio"]) == (None, None)
-        assert line["ess_theta"] == 1.0
+        assert (line["ess_theta"], line["ess_t"], line["ess_ratio"]) == (None, None, None)
         progress = Progress(None, 0, 30.0)
         changed = made.diagnostics | {"log_theta": made.diagnostics["log_t"]}
         progress.add([made._replace(diagnostics=changed)], 0)

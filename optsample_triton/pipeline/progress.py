@@ -67,4 +67,4 @@ class Progress:
             return "nothing drawn yet"
         alpha = self._alpha / self._tokens
         ratio = over(float(self._squares[1]), float(self._squares[0]))
-        return f"mean alpha {alpha:.3f}, ESS ratio {ratio:.3f}, {self._rejected} rejected"
+        return f"mean alpha {alpha:.3f}, ESS ratio of the drawn tokens {ratio:.3f}, {self._rejected} rejected"

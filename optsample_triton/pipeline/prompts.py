@@ -92,6 +92,8 @@ def with_columns(
         if hint is None:
             return prompt
         text = _plain(row.get(hint))
+        if text is None and row.get(hint) is not None:
+            return _wrong(f"the hint in column {hint!r}", row[hint], "a text or a number")
         if text is None or not text.strip():
             return Reject("empty", f"the row has no hint in column {hint!r}")
         return prompt._replace(hint=text)
@@ -125,7 +127,7 @@ def _placeholders(template: str) -> list[str]:
 def _filled(template: str, names: list[str], row: dict[str, Any]) -> str | Reject:
     for name in names:
         if not isinstance(row.get(name), (str, int, float)):
-            return _missing(name, row, "a text")
+            return _wrong(name, row.get(name), "a text")
     try:
         return template.format(**{name: row[name] for name in names})
     except (ValueError, KeyError) as error:  # such as {price:.2f} for a text, or {name:{width}}
@@ -151,7 +153,7 @@ def _asked(text: Any, row: dict[str, Any], name: str = "prompt") -> Prompt | Rej
     if text is None:
         return Reject("empty", f"the row has no {name}")
     if not isinstance(text, str):
-        return _missing(name, row, "a text")
+        return _wrong(name, text, "a text")
     return Prompt([{"role": "user", "content": text}], _answer(row))
 
 
@@ -184,5 +186,5 @@ def _plain(value: Any) -> str | None:
     return str(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else None
 
 
-def _missing(name: str, row: dict[str, Any], expected: str) -> Reject:
-    return Reject("malformed", f"{name} must be {expected}, but is {type(row.get(name)).__name__}")
+def _wrong(name: str, value: Any, expected: str) -> Reject:
+    return Reject("malformed", f"{name} must be {expected}, but is {type(value).__name__}")

@@ -90,8 +90,9 @@ def _per_sample(completion: Completion) -> dict[str, float | None]:
     """A sequence's KL, summed over its positions in nats, and its ESS, averaged over them.
 
     The KL of two distributions of sequences is the expected sum of the per-token KLs. It is also the expected sum of
-    log q - log pi of the drawn tokens, which has more noise and serves if the exact KLs were not recorded. ESS is
-    1 / E[w^2] per position; without exact values, E[w^2] is the mean over the drawn tokens.
+    log q - log pi of the drawn tokens, which has more noise and serves if the exact KLs were not recorded. A position's
+    ESS, 1 / E[w^2], is a sum over the vocabulary, of which one drawn token says nothing: without exact values there is
+    none.
     """
     values = {name: np.asarray(column, dtype=np.float64) for name, column in completion.diagnostics.items()}
     log_w_theta, log_w_t = values["log_theta"] - values["log_q"], values["log_t"] - values["log_q"]
@@ -100,7 +101,7 @@ def _per_sample(completion: Completion) -> dict[str, float | None]:
         ess_theta, ess_t = _mean(values["ess_theta"]), _mean(values["ess_t"])
     else:
         kl_theta, kl_t = _sum(-log_w_theta), _sum(-log_w_t)
-        ess_theta, ess_t = (over(1.0, _mean(np.exp(2.0 * log_w))) for log_w in (log_w_theta, log_w_t))
+        ess_theta = ess_t = math.nan
     return {
         "mean_alpha": _number(_mean(values["alpha"])),
         "kl_theta": _number(kl_theta),

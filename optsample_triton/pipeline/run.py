@@ -25,7 +25,7 @@ from optsample_triton.pipeline.records import (
     rejected_line,
 )
 
-FORMAT = 3  # of the files; a run in another format cannot be resumed
+FORMAT = 4  # of the files; a run in another format cannot be resumed
 HEAD = 100  # the columns of so many rows together say what the prompts are, since a single row may lack some
 log = logging.getLogger("optsample_triton.pipeline")
 

@@ -32,7 +32,7 @@ def analyze(diagnostics: str | Path, output_dir: str | Path = "analysis", *, wor
     Args:
         diagnostics: the file that ``generate`` wrote with ``save_diagnostics``. What was run comes from the journal
             beside it, the texts from the chat file, if they are there.
-        worst: how many samples with the lowest effective sample size to list.
+        worst: how many samples with the lowest effective sample size (lowest weight, if it was not recorded) to list.
     """
     if worst < 0:
         raise PipelineError(f"worst must be at least 0, but is {worst}")
@@ -48,6 +48,8 @@ def analyze(diagnostics: str | Path, output_dir: str | Path = "analysis", *, wor
     except OSError as error:
         raise PipelineError(f"cannot write {folder}: {error.strerror or error}") from error
     met = sum(criterion.met is True for criterion in criteria)
+    unknown = sum(criterion.met is None for criterion in criteria)
     summary = f"{tally.samples} samples, {tally.tokens} tokens, {met} of {len(criteria)} acceptance criteria met"
+    summary += f", {unknown} not recorded" if unknown else ""
     summary += "".join(f"; {w.name}: {w.verdict}" for w in weights if w.of == "answers" and w.faults)
     return Report(summary, markdown, html, criteria, weights, tally)

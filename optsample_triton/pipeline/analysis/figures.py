@@ -86,16 +86,13 @@ def _positions(tally: Tally, axes: Any) -> str | None:
 
 
 def _ratio(tally: Tally, axes: Any) -> str | None:
-    if not tally.ratio_of_samples.sum():
+    if not (tally.ratio_of_tokens.sum() and tally.ratio_of_samples.sum()):
         return None
     edges = np.exp(RATIO_EDGES)
     _shade(axes, *BANDS["ess_ratio"])
-    of = "of samples"
     axes.stairs(tally.ratio_of_samples / tally.ratio_of_samples.sum(), edges, color=T, linewidth=1.6, label="samples")
-    if tally.ratio_of_tokens.sum():
-        of = "of tokens and of samples (the ratio of the means over their positions)"
-        share = tally.ratio_of_tokens / tally.ratio_of_tokens.sum()
-        axes.stairs(share, edges, fill=True, color=THETA, alpha=0.6, label="tokens")
+    share = tally.ratio_of_tokens / tally.ratio_of_tokens.sum()
+    axes.stairs(share, edges, fill=True, color=THETA, alpha=0.6, label="tokens")
     axes.set_xscale("log")
     seen = np.flatnonzero(tally.ratio_of_samples + tally.ratio_of_tokens)
     low, high = min(edges[seen[0]], 0.5), max(edges[seen[-1] + 1], 2.0)
@@ -108,8 +105,8 @@ def _ratio(tally: Tally, axes: Any) -> str | None:
     axes.set(xlabel="ESS_θ / ESS_t", ylabel="share")
     axes.legend(frameon=False)
     return (
-        f"Balance of the effective sample sizes {of}; the band is [0.9, 1.1]. The outer bars include values beyond "
-        f"{edges[0]:.1g} and {edges[-1]:.0f}."
+        "Balance of the effective sample sizes of tokens and of samples (the ratio of the means over their positions); "
+        f"the band is [0.9, 1.1]. The outer bars include values beyond {edges[0]:.1g} and {edges[-1]:.0f}."
     )
 
 

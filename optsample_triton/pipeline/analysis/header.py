@@ -48,6 +48,19 @@ def rows(run: dict[str, Any]) -> list[list[str]]:
     ]
 
 
+def law(run: dict[str, Any]) -> str:
+    """What the samples follow: one model, if α is fixed at 1 or 0 and nothing filters it, else q*.
+
+    >>> law({"alpha_method": "fixed", "alpha": 1.0}), law({"alpha_method": "fixed", "alpha": 1.0, "top_k": 5})
+    ('π_θ (α = 1)', 'q*')
+    """
+    filtered = run.get("min_p") or run.get("top_k") or (run.get("top_p") or 1.0) < 1.0
+    if run["alpha_method"] != "fixed" or filtered or run.get("temperature", 1.0) != 1.0:
+        return "q*"
+    alone: dict[Any, str] = {1.0: "π_θ (α = 1)", 0.0: "π_t (α = 0)"}
+    return alone.get(run.get("alpha"), "q*")
+
+
 def _model(run: dict[str, Any], name: str) -> str:
     identity = run.get(name)
     if identity is None:

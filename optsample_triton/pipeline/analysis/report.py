@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from optsample_triton.pipeline.analysis import header
-from optsample_triton.pipeline.analysis.answers import LONGEST, Accuracy
+from optsample_triton.pipeline.analysis.answers import LONGEST
 from optsample_triton.pipeline.analysis.figures import Figure
 from optsample_triton.pipeline.analysis.tally import Tally
-from optsample_triton.pipeline.analysis.weights import Weights
+from optsample_triton.pipeline.analysis.weights import Weights, fits_tails
 from optsample_triton.types import Status
 
 REQUIRED = 0.95  # share of the positions that must meet a criterion
@@ -21,7 +21,10 @@ _EXCERPT = 80
 
 
 class Criterion(NamedTuple):
-    """One of the documents' acceptance criteria, as measured; ``met`` is None if it was not recorded."""
+    """One of the documents' acceptance criteria, as measured; ``met`` is None if it was not recorded.
+
+    ``mean`` and ``deviation`` are those of the tokens.
+    """
 
     name: str
     asked: str
@@ -41,7 +44,7 @@ Part = str | Table | Figure  # a str is a paragraph, or a heading after "# "
 
 
 def criteria_of(tally: Tally) -> list[Criterion]:
-    """A criterion is met if 95 % of the positions meet it (of the samples, if positions were not recorded)."""
+    """A criterion is met if 95 % of the positions meet it."""
     found = []
     for key, name, asked in (
         ("ess_ratio", "balance: ESS_θ / ESS_t", "in [0.9, 1.1]"),
@@ -49,9 +52,8 @@ def criteria_of(tally: Tally) -> list[Criterion]:
         ("alpha", "α", "in [0.2, 0.8]"),
     ):
         tokens, samples = tally.of_tokens[key], tally.of_samples[key]
-        judged = tokens if tokens.count else samples
-        met = judged.share >= REQUIRED if judged.count else None
-        found.append(Criterion(name, asked, tokens.share, samples.share, judged.mean, judged.deviation, met))
+        met = tokens.share >= REQUIRED if tokens.count else None
+        found.append(Criterion(name, asked, tokens.share, samples.share, tokens.mean, tokens.deviation, met))
     return found
 
 
@@ -65,14 +67,14 @@ def compose(
     folder: Path,
 ) -> tuple[Path, Path]:
     run = header.configuration(source)
-    parts = [*_head(tally, source, run), *_accuracy(tally.accuracy), *_criteria_parts(criteria)]
+    parts = [*_head(tally, source, run), *_accuracy(tally, run), *_criteria_parts(criteria)]
     parts += _weight_parts(weights)
     for figure in figures:
         parts += [f"# {figure.title}", figure, figure.caption]
         if figure.name == "worst-samples":
             parts.append(_worst_table(tally, texts))
     if tally.worst() and not any(figure.name == "worst-samples" for figure in figures):
-        parts += ["# Worst samples", _worst_table(tally, texts)]
+        parts += ["# Worst samples", LIGHTEST, _worst_table(tally, texts)]
     markdown, page = folder / "report.md", folder / "report.html"
     markdown.write_text(_markdown(parts), encoding="utf-8")
     page.write_text(_html(parts), encoding="utf-8")
@@ -95,9 +97,12 @@ def _head(tally: Tally, source: Path, run: dict[str, Any] | None) -> list[Part]:
     return [counts, Table(["run", ""], header.rows(run))]
 
 
-def _accuracy(accuracy: Accuracy) -> list[Part]:
+def _accuracy(tally: Tally, run: dict[str, Any] | None) -> list[Part]:
+    accuracy, column = tally.accuracy, None if run is None else run.get("answer_column")
+    lacking = tally.samples - accuracy.recorded
     if not accuracy.recorded:
-        return []
+        none = f"No answer in column {column!r} could be compared: {WANTED}."
+        return [] if column is None else ["# Accuracy", none]
     parts: list[Part] = ["# Accuracy"]
     if accuracy.compared:
         n = accuracy.compared
@@ -110,7 +115,9 @@ def _accuracy(accuracy: Accuracy) -> list[Part]:
                 ],
             )
         )
-        parts.append(COMPARED)
+        parts.append(f"{COMPARED} {_shares(run)}")
+    if column is not None and lacking:
+        parts.append(f"{lacking:,} samples have no answer in column {column!r} that could be compared: {WANTED}.")
     if accuracy.long:
         parts.append(f"{accuracy.long:,} answers of more than {LONGEST} characters were not compared.")
     missing = accuracy.recorded - accuracy.compared - accuracy.long
@@ -122,9 +129,19 @@ def _accuracy(accuracy: Accuracy) -> list[Part]:
 COMPARED = (
     "Of text and answer, the part after the last #### counts, else the content of the last \\boxed{}, else all; case "
     "and thousands separators do not count. Equal: both parts are the same. Contain: the answer's part occurs in "
-    "the text, not inside a longer word or number. Nothing is computed: 1/2 and 0.5 are different. These are shares of "
-    "the samples, which follow q*, and not the accuracy of π_θ or π_t."
+    "the text, not inside a longer word or number. Nothing is computed: 1/2 and 0.5 are different."
 )
+WANTED = "it must be a text or a number, and not empty"
+
+
+def _shares(run: dict[str, Any] | None) -> str:
+    """Whose samples the shares of right answers are."""
+    if run is None:
+        return "These are shares of the samples; which law they follow is not known."
+    law = header.law(run)
+    if law == "q*":
+        return "These are shares of the samples, which follow q*, and not the accuracy of π_θ or π_t."
+    return f"These are shares of samples of {law}."
 
 
 def _criteria_parts(criteria: list[Criterion]) -> list[Part]:
@@ -133,11 +150,25 @@ def _criteria_parts(criteria: list[Criterion]) -> list[Part]:
     return [
         "# Acceptance criteria",
         Table(head, rows),
+        MEANT,
+        *([UNRECORDED] if any(c.met is None for c in criteria) else []),
         "The first and the third are properties of the two models, not of the sampler: KL symmetry implies balanced "
         "effective sample sizes only for close models, and α leaves [0.2, 0.8] if one model is much sharper. If you "
         "need balance, generate with --alpha-method ess_balance. The second holds by construction if α was solved for; "
         "it fails for the methods entropy and fixed.",
     ]
+
+
+MEANT = (
+    "Tokens are single positions, whose ESS and KL are sums over the whole vocabulary; the mean, the deviation and the "
+    "verdict are theirs. Samples are whole answers: the ratio of an answer's mean ESS_θ to its mean ESS_t, its KL "
+    "difference per token, its mean α. The effective share of drawn weights, (Σw)² / (n Σw²), is another quantity; the "
+    "next table has it."
+)
+UNRECORDED = (
+    "What was not recorded is not judged: the first two criteria need the whole vocabulary, which --backend vllm does "
+    "not give."
+)
 
 
 def _weight_parts(weights: list[Weights]) -> list[Part]:
@@ -158,6 +189,7 @@ def _weight_parts(weights: list[Weights]) -> list[Part]:
     return [
         "# Importance weights",
         Table(head, rows),
+        *([] if fits_tails() else [NO_TAILS]),
         BLIND,
         *(_missed(w) for w in weights if w.missed),
         "The mean is given with its standard error. The median is the weight of an ordinary sample: if it is far below "
@@ -167,6 +199,10 @@ def _weight_parts(weights: list[Weights]) -> list[Part]:
     ]
 
 
+NO_TAILS = (
+    "k̂ was not computed, since arviz-stats is not installed: pip install '.[stats]' with Python 3.11 or newer, in a "
+    "clone of this project."
+)
 BLIND = (
     "k̂ describes only the weights that were drawn: it cannot see a tail that the sample never reached, so a low k̂ "
     "alone is no reason to trust weights whose mean is not 1."
@@ -179,6 +215,12 @@ def _missed(w: Weights) -> str:
         f"Do not trust {w.name}: its mean is {w.mean:.3g} where it must be 1, so about {w.missed:.0%} of {w.model} "
         f"lies where no sample fell{seen}; its median is {w.median:.2g}."
     )
+
+
+LIGHTEST = (
+    "The samples with the lowest weight: the smaller of log w_θ and log w_t decides, since no ESS was recorded. Their "
+    "KL is estimated from the drawn tokens."
+)
 
 
 def _worst_table(tally: Tally, texts: dict[int, tuple[str, str]]) -> Table:
@@ -211,7 +253,7 @@ def _summary(tally: Tally, criteria: list[Criterion], weights: list[Weights], ru
 
 
 def _weights(w: Weights) -> dict[str, Any]:
-    found = {"weights": w.name, **w._asdict(), "trusted": not w.faults}
+    found = {"weights": w.name, **w._asdict(), "verdict": w.verdict, "trusted": w.trusted}
     del found["model"], found["of"]
     return found
 

@@ -116,9 +116,6 @@ class Tally:
         """Count a line of the file, and its text if there is one; raises before counting if it is not a record."""
         diagnostics = _per_token(record)
         log_w = _array([record["log_w_theta"], record["log_w_t"]])
-        disjoint = np.array(record["status"]) == Status.DISJOINT  # the models are infinitely far from each other
-        difference = _array([record["kl_theta"]]) - _array([record["kl_t"]])
-        difference[disjoint.any(keepdims=True)] = math.inf
         alpha, log_q = diagnostics["alpha"], diagnostics["log_q"]
         self.samples += 1
         self.tokens += alpha.size
@@ -126,14 +123,9 @@ class Tally:
         self.reasons[record["finish_reason"]] += 1
         self.statuses.update(record["status"])
         self._add_alpha(alpha)
-        if "token_kl_theta" in diagnostics:
-            self._add_exact(diagnostics, disjoint)
-        ratio = _array([record["ess_ratio"]])
         self.of_samples["alpha"].add(_array([record["mean_alpha"]]))
-        self.of_samples["ess_ratio"].add(ratio)
-        self.of_samples["kl_difference"].add(difference / alpha.size)
-        with np.errstate(divide="ignore"):  # the ratio is 0 if pi_theta gives the answer no mass
-            _count(self.ratio_of_samples, np.log(ratio), RATIO_EDGES)
+        if "token_kl_theta" in diagnostics:
+            self._add_exact(record, diagnostics)
         log_w_of_tokens = [_log_weights(diagnostics[name], log_q) for name in ("log_theta", "log_t")]
         for k, of_tokens in enumerate(log_w_of_tokens):
             if np.isnan(log_w[k]) and np.isneginf(of_tokens).any() and not np.isnan(of_tokens).any():
@@ -153,14 +145,25 @@ class Tally:
         bin_ = np.clip((alpha[known] * (len(ALPHA_EDGES) - 1)).astype(int), 0, len(ALPHA_EDGES) - 2)
         np.add.at(self.alpha_by_position, (position[known].clip(max=len(POSITION_EDGES) - 2), bin_), 1)
 
-    def _add_exact(self, diagnostics: dict[str, Array], disjoint: NDArray[np.bool_]) -> None:
-        """Count the diagnostics that are sums over the vocabulary."""
+    def _add_exact(self, record: dict[str, Any], diagnostics: dict[str, Array]) -> None:
+        """Count what is a sum over the vocabulary, of tokens and of the sample.
+
+        Without it a sample's KL is an estimate from drawn tokens, whose noise is wider than the band.
+        """
         exact = {name: diagnostics[f"token_{name}"] for name in EXACT}
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratio = exact["ess_theta"] / exact["ess_t"]
-            _count(self.ratio_of_tokens, np.log(ratio), RATIO_EDGES)
-        self.of_tokens["ess_ratio"].add(ratio)
+        disjoint = np.array(record["status"]) == Status.DISJOINT  # the models are infinitely far from each other
+        difference = _array([record["kl_theta"]]) - _array([record["kl_t"]])
+        difference[disjoint.any(keepdims=True)] = math.inf
         self.of_tokens["kl_difference"].add(np.where(disjoint, math.inf, exact["kl_theta"] - exact["kl_t"]))
+        self.of_samples["kl_difference"].add(difference / disjoint.size)
+        of_sample = _array([record["ess_ratio"]])
+        # A ratio is 0 where pi_theta gives no mass, and infinite or NaN where pi_t does.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            of_tokens = exact["ess_theta"] / exact["ess_t"]
+            _count(self.ratio_of_tokens, np.log(of_tokens), RATIO_EDGES)
+            _count(self.ratio_of_samples, np.log(of_sample), RATIO_EDGES)
+        self.of_tokens["ess_ratio"].add(of_tokens)
+        self.of_samples["ess_ratio"].add(of_sample)
         self.kl.add(_finite(exact["kl_theta"], exact["kl_t"]))
         for k, name in enumerate(("theta", "t")):
             overlap = exact[f"overlap_{name}"]
@@ -168,9 +171,8 @@ class Tally:
             _count(self.overlaps[k], overlap, SHARE_EDGES)
 
     def _add_worst(self, record: dict[str, Any]) -> None:
-        """Keep the samples with the lowest effective sample size; among equal ones, the first."""
-        known = [x for x in (record["ess_theta"], record["ess_t"]) if x is not None]
-        item = (-min(known, default=0.0), -self.samples, record)
+        """Keep the samples with the lowest effective sample size, or weight; among equal ones, the first."""
+        item = (-_smaller(record), -self.samples, record)
         if len(self._worst) < self._keep:
             heapq.heappush(self._worst, item)
         elif self._worst and item[:2] > self._worst[0][:2]:
@@ -289,6 +291,14 @@ def _per_token(record: dict[str, Any]) -> dict[str, Array]:
 
 def _array(values: list[float | None]) -> Array:
     return np.array(values, dtype=np.float64)  # None becomes NaN
+
+
+def _smaller(record: dict[str, Any]) -> float:
+    """The smaller ESS of a sample; without exact diagnostics, which give it, the smaller log weight."""
+    if record["token_ess_theta"] is not None:
+        return min((x for x in (record["ess_theta"], record["ess_t"]) if x is not None), default=0.0)
+    log_w = record["log_w_theta"], record["log_w_t"]
+    return -math.inf if None in log_w else min(log_w)  # None is log 0, or unknown
 
 
 def _log_weights(log_p: Array, log_q: Array) -> Array:

@@ -6,6 +6,7 @@ The mean of w = π/q* over all that q* can draw is exactly 1. A sample whose mea
 
 from __future__ import annotations
 
+import importlib
 import math
 from typing import NamedTuple
 
@@ -52,10 +53,24 @@ class Weights(NamedTuple):
         return "no fault seen" if math.isfinite(self.k_hat) else "no fault seen, k̂ unknown"
 
     @property
+    def trusted(self) -> bool:
+        """Whether there are weights and no fault was seen; the verdict says if k̂ is unknown."""
+        return bool(self.number) and not self.faults
+
+    @property
     def missed(self) -> float:
         """The share of the model that the sample has missed, if the mean is too low; else 0."""
         low = _is_far(self.mean, self.error) and self.mean < 1.0
         return 1.0 - self.mean if low else 0.0
+
+
+def fits_tails() -> bool:
+    """Whether arviz-stats is installed, which computes k̂."""
+    try:
+        importlib.import_module("arviz_stats.base")
+    except ImportError:
+        return False
+    return True
 
 
 def k_hat(reservoir: Reservoir, column: int) -> float:
@@ -63,12 +78,9 @@ def k_hat(reservoir: Reservoir, column: int) -> float:
     import torch
 
     values = reservoir.values()[:, column]
-    if values.size < 5:
+    if values.size < 5 or not fits_tails():
         return math.nan
-    try:
-        return psis(torch.from_numpy(values.copy()))[1]
-    except ImportError:
-        return math.nan
+    return psis(torch.from_numpy(values.copy()))[1]
 
 
 def weights_of(tally: Tally) -> list[Weights]:

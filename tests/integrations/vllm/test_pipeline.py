@@ -8,6 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optsample_triton import cli
+from optsample_triton.pipeline.analysis import read
+from optsample_triton.pipeline.analysis.report import criteria_of
 from reference import truth
 
 VOCAB = 259
@@ -79,7 +81,12 @@ def test_diagnostics_match_the_models(system: str | None, models: Path, tmp_path
         for name, values in expected.items():
             torch.testing.assert_close(torch.tensor(record[name]).double(), values, atol=5e-5, rtol=0.0)
         assert record["token_kl_theta"] is None
+        assert [record[name] for name in ("ess_theta", "ess_t", "ess_ratio")] == [None] * 3
+        assert record["kl_theta"] == pytest.approx(-record["log_w_theta"])
         assert record["finish_reason"] in ("stop", "length")
+    judged = [criterion.met for criterion in criteria_of(read(output.with_name("out.diagnostics.jsonl"), worst=0))]
+    assert judged[:2] == [None, None]  # they need the whole vocabulary
+    assert judged[2] is not None
 
 
 def test_an_interrupted_run_resumes(models: Path, tmp_path: Path) -> None:

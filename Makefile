@@ -20,7 +20,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: bench demo test test-long test-all test-compiled theory test-integrations watch lint types format clean
+.PHONY: bench demo test test-long test-all test-compiled theory watch lint types format clean
+.PHONY: install-integrations test-integrations
 
 bench: $(STAMP)
 	$(BIN)/python -m bench $(BENCH_ARGS)
@@ -57,12 +58,15 @@ theory: $(STAMP)
 # of no-deps.txt, where there is one, come without the packages that they in turn ask for. FOLDERS names some of them;
 # RELEASES="trl==1.17.0" puts that release in the place of the one that they name, in an environment of its own, where
 # the other frameworks are what goes with it (tests/watch.py). TRANSFORMERS=5.23.0 is short for such a RELEASES.
+# install-integrations makes the environments and runs no test.
 TRANSFORMERS ?=
 RELEASES ?= $(TRANSFORMERS:%=transformers==%)
 FOLDERS ?= $(if $(TRANSFORMERS),huggingface pipeline,*)
 empty :=
 RELEASED := $(subst $(empty) ,-,$(subst ==,-,$(RELEASES)))
-test-integrations: $(STAMP)
+test-integrations: TEST_FOLDER = "$$venv/bin/python" -m pytest -o addopts="--strict-markers --strict-config -ra" "$$folder"
+install-integrations: TEST_FOLDER = true
+test-integrations install-integrations: $(STAMP)
 	@set -eu; found=; \
 	for requirements in $(FOLDERS:%=tests/integrations/%/requirements.txt); do \
 	  [ -e "$$requirements" ] || continue; \
@@ -87,9 +91,9 @@ test-integrations: $(STAMP)
 	      $(if $(RELEASES),,-c constraints.txt) -e '.[test]'; \
 	    touch "$$venv/.installed"; \
 	  fi; \
-	  "$$venv/bin/python" -m pytest -o addopts="--strict-markers --strict-config -ra" "$$folder"; \
+	  $(TEST_FOLDER); \
 	done; \
-	[ -n "$$found" ] || echo "test-integrations: there is no tests/integrations/*/requirements.txt, nothing to run"
+	[ -n "$$found" ] || echo "$@: there is no tests/integrations/*/requirements.txt, nothing to run"
 
 # What the frameworks have released since they were tested; RUN=yes also runs the tests against it. No part of .ci/run.
 RUN ?=

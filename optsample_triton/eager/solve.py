@@ -128,7 +128,8 @@ def _read_ends(rows: Rows, ends: _Ends, index: Tensor) -> None:
     ends.slope_theta[index], ends.slope_t[index] = at_theta.mean, at_t.mean
     from_theta = at_half.top_theta - ends.log_partition_theta[index]
     from_t = at_half.top_t - ends.log_partition_t[index]
-    ends.psi_half[index] = at_half.log_mass + 0.5 * (from_theta + from_t)
+    psi_half = at_half.log_mass + 0.5 * (from_theta + from_t)
+    ends.psi_half[index] = torch.where(psi_half > -FAR, psi_half, -torch.inf)  # of huge logits it is all rounding
     ends.sweeps[index] += 3
 
 

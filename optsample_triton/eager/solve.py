@@ -21,7 +21,7 @@ from optsample_triton.numerics import BLURRED, FAR, Status
 from optsample_triton.types import Options, Problem
 
 FLOAT64_TOL = 1e-12  # float64 is the precision path: solved to this, whatever looser tolerance is asked for
-LARGE = 1e5  # logits beyond which log q* is normalised at its alpha, for one more read
+LARGE = 1e5  # logits beyond which psi is rounded by more than log q* may be
 # Rounding in float64 sums grows with their length; float32 sums are accumulated in float64.
 EPSILON = {torch.float32: 2.0**-23, torch.float64: 8.0 * 2.0**-52}
 
@@ -129,7 +129,8 @@ def _read_ends(rows: Rows, ends: _Ends, index: Tensor) -> None:
     from_theta = at_half.top_theta - ends.log_partition_theta[index]
     from_t = at_half.top_t - ends.log_partition_t[index]
     psi_half = at_half.log_mass + 0.5 * (from_theta + from_t)
-    ends.psi_half[index] = torch.where(psi_half > -FAR, psi_half, -torch.inf)  # of huge logits it is all rounding
+    known = (psi_half > -FAR) & (torch.maximum(at_theta.top_theta.abs(), at_t.top_t.abs()) <= LARGE)
+    ends.psi_half[index] = torch.where(known, psi_half, -torch.inf)  # of huge logits it is all rounding
     ends.sweeps[index] += 3
 
 

@@ -120,18 +120,26 @@ def _ends(rows: Rows, curve: Curve, reference: Pair, finite: Tensor) -> _Ends:
 
 
 def _read_ends(rows: Rows, ends: _Ends, index: Tensor) -> None:
-    """L and L' at both ends of the rows, whose numbers are ``index``, and psi(1/2)."""
+    """L and L' at both ends of the rows, whose numbers are ``index``."""
     zero = torch.zeros(rows.count, dtype=torch.float64, device=rows.device)
-    at_theta, at_half, at_t = (tilted_moments(rows, zero + x, zero) for x in (1.0, 0.5, 0.0))
+    at_theta, at_t = tilted_moments(rows, zero + 1.0, zero), tilted_moments(rows, zero, zero)
     ends.log_partition_theta[index] = at_theta.log_mass + at_theta.top_theta
     ends.log_partition_t[index] = at_t.log_mass + at_t.top_t
     ends.slope_theta[index], ends.slope_t[index] = at_theta.mean, at_t.mean
-    from_theta = at_half.top_theta - ends.log_partition_theta[index]
-    from_t = at_half.top_t - ends.log_partition_t[index]
-    psi_half = at_half.log_mass + 0.5 * (from_theta + from_t)
-    known = (psi_half > -FAR) & (torch.maximum(at_theta.top_theta.abs(), at_t.top_t.abs()) <= LARGE)
-    ends.psi_half[index] = torch.where(known, psi_half, -torch.inf)  # of huge logits it is all rounding
-    ends.sweeps[index] += 3
+    ends.sweeps[index] += 2
+    usual = rows_where(torch.maximum(at_theta.top_theta.abs(), at_t.top_t.abs()) <= LARGE)
+    if usual.numel():
+        _read_half(rows.select(usual), ends, index[usual])
+
+
+def _read_half(rows: Rows, ends: _Ends, index: Tensor) -> None:
+    """psi(1/2) of these rows, which tells the narrow ones; of huge logits it would be all rounding."""
+    zero = torch.zeros(rows.count, dtype=torch.float64, device=rows.device)
+    at = tilted_moments(rows, zero + 0.5, zero)
+    from_theta, from_t = at.top_theta - ends.log_partition_theta[index], at.top_t - ends.log_partition_t[index]
+    psi_half = at.log_mass + 0.5 * (from_theta + from_t)
+    ends.psi_half[index] = torch.where(psi_half > -FAR, psi_half, -torch.inf)
+    ends.sweeps[index] += 1
 
 
 def _first_bracket(found: Interpolant, ends: _Ends, target: Tensor, finite: Tensor) -> Bracket:

@@ -102,17 +102,21 @@ def nothing_before(kernel, barrier):
     return True
 
 
+OWN_SUMS = re.compile(r"standard\.py:\d+:\d+ @\[ one_model\.py:\d+:\d+ @\[ solve\.py")
+
+
 @pytest.mark.parametrize("together", [False, True])
 def test_every_barrier_of_the_solver_is_needed(together, compiled, monkeypatch):
     """Each removed in turn is reported, where a row has one program, and where two meet.
 
-    One is not: the first of the second look at a chunk (first_sweep.py). The look before it ends with a barrier as
-    well, and what the threads would read of shared memory after that is only needed on the other way.
+    Two are not, since the barrier before them has nothing to order but a read that is only needed on the other way:
+    the first of the second look at a chunk (first_sweep.py), and the first of a disjoint row's own sums (one_model.py),
+    which comes after a survey whose last result only rows with a solution read.
     """
 
     def solve():
         if together:
-            ost.solve(*(x[[0, 3]] for x in rows(SPLIT)))
+            ost.solve(*(x[[0, 3, 7]] for x in rows(SPLIT)))
         else:
             monkeypatch.setattr(compiled, "PROCESSORS", 1)  # too few for a second program
             ost.solve(*rows(WIDE))
@@ -136,7 +140,8 @@ def test_every_barrier_of_the_solver_is_needed(together, compiled, monkeypatch):
         if not findings:
             silent.append(str(block.code[-1]))
         assert all(re.search(r"\[\w+\.py:\d+", each) for each in findings)
-    assert silent == []
+    of_own_sums = [each for each in silent if OWN_SUMS.search(each)]
+    assert silent == of_own_sums[:1]
     assert excused <= 1
 
 

@@ -41,7 +41,6 @@ def _law_sums(row, x, base, far, own_theta, own_t, tile):
         first, second = load_both(row, start, tile, True)
         top = tl.maximum(top, tl.maximum(_log_q(first, x, base, far), _log_q(second, x, base, far)))
     peak = tl.max(top, 0)
-    own_theta, own_t = own_theta.to(tl.float32), own_t.to(tl.float32)
     zero = zeros(row, tl.arange(0, tile.H))
     nothing = zero.to(tl.float64)
     total = LawSums(OwnSums(nothing, nothing, nothing), nothing, nothing)
@@ -73,6 +72,11 @@ def _divergences(x, at, error):
 
 
 @triton.jit
+def _in_float32(pair):
+    return pair[0].to(tl.float32), pair[1].to(tl.float32)
+
+
+@triton.jit
 def store_diagnostics(row, ends, root, error, ptr, tile):
     """The diagnostics of q_alpha; the KLs and ESS in closed form from G or from psi.
 
@@ -80,11 +84,13 @@ def store_diagnostics(row, ends, root, error, ptr, tile):
     """
     x, psi, status = root.alpha, root.psi, root.status
     A, B = ends.A, ends.B
-    own_theta, entropy_theta = own_moments(row, row.theta, tile)
-    own_t, entropy_t = own_moments(row, row.t, tile)
-    nothing = 0.0 * entropy_theta
-    kl_theta, kl_t, log_ess_theta, log_ess_t = nothing, nothing, nothing, nothing
-    entropy_q, overlap_theta, overlap_t = entropy_theta, nothing + 1.0, nothing
+    # What waits for the sweeps below waits in float32, in which it ends: float64 takes two registers.
+    own_theta, entropy_theta = _in_float32(own_moments(row, row.theta, tile))
+    own_t, entropy_t = _in_float32(own_moments(row, row.t, tile))
+    none = 0.0 * entropy_theta
+    nothing = none.to(tl.float64)
+    kl_theta, kl_t, log_ess_theta, log_ess_t = none, none, nothing, nothing
+    entropy_q, overlap_theta, overlap_t = entropy_theta.to(tl.float64), nothing + 1.0, nothing
     if (status != DISJOINT) & (status != INVALID):
         far = ends.shrink < 1.0
         # First what rounding left of psi at the two ends, then psi and psi' at x, psi at 2 - x and -x.
@@ -95,7 +101,8 @@ def store_diagnostics(row, ends, root, error, ptr, tile):
             psi_half = tl.where(k == 2, ends.psi_half, tl.minimum(ends.psi_half, -1.0))
             at = evaluate(row, point, Ends(A, B, psi_half, ends.shrink), tile, True)
             to_theta, to_t = _divergences(x, at, error)
-            kl_theta, kl_t = tl.where(k == 2, to_theta, kl_theta), tl.where(k == 2, to_t, kl_t)
+            kl_theta = tl.where(k == 2, to_theta.to(tl.float32), kl_theta)
+            kl_t = tl.where(k == 2, to_t.to(tl.float32), kl_t)
             log_ess_theta -= tl.where((k == 2) | (k == 3), at.psi, 0.0)
             log_ess_t -= tl.where((k == 2) | (k == 4), at.psi, 0.0)
             psi = tl.where(k == 2, at.psi, psi)
@@ -103,7 +110,7 @@ def store_diagnostics(row, ends, root, error, ptr, tile):
             B += tl.where(k == 1, at.psi, 0.0)
         base = x * A + (1.0 - x) * B + psi
         entropy_q, overlap_theta, overlap_t = _law_sums(row, x, base, far, own_theta, own_t, tile)
-    kl_t = tl.where(status == DISJOINT, float("inf") + nothing, kl_t)
+    kl_t = tl.where(status == DISJOINT, float("inf") + none, kl_t)
     log_ess_t = tl.where(status == DISJOINT, nothing - float("inf"), log_ess_t)
     nan_if_invalid = tl.where(status == INVALID, float("nan") + nothing, nothing)
     diagnostics = Diagnostics(

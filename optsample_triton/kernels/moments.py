@@ -102,12 +102,11 @@ def _joined(total, acc):
 def wide_moments(row, x, base, centre, shrink, tile, STRETCHED: tl.constexpr):
     """``Moments`` of d * shrink at q_x, with exp(base) as the weights' unit; ``centre`` is near the mean.
 
-    STRETCHED sums go over to float64 after every ``STRETCH`` tiles: a lane's float32 would swallow thousands of small
-    terms.
+    STRETCHED sums are sums of sums over ``STRETCH`` tiles each: one of thousands of small terms would swallow them.
     """
     if STRETCHED:
-        nothing = zeros(row, tl.arange(0, tile.H)).to(tl.float64)
-        sums = PowerSums(nothing, nothing, nothing, nothing, nothing)
+        zero = zeros(row, tl.arange(0, tile.H))
+        sums = PowerSums(zero, zero, zero, zero, zero)
         for begin in tl.range(0, row.V, STRETCH * 2 * tile.H):
             stop = tl.minimum(begin + STRETCH * 2 * tile.H, row.V)
             sums = _joined(sums, _wide_sums(row, begin, stop, x, base, centre, shrink, tile))
@@ -216,9 +215,8 @@ def narrow_moments(row, at, tile, STRETCHED: tl.constexpr):
     """``NarrowMoments`` at ``at``, an ``Expansion``: the mean is as it is, not relative to the references."""
     if STRETCHED:
         zero = zeros(row, tl.arange(0, tile.H))
-        nothing = zero.to(tl.float64)
-        powers = PowerSums(nothing, nothing, nothing, nothing, nothing)
-        acc = NarrowSums(powers, nothing, nothing, zero + float("inf"), zero - float("inf"))
+        powers = PowerSums(zero, zero, zero, zero, zero)
+        acc = NarrowSums(powers, zero, zero, zero + float("inf"), zero - float("inf"))
         for begin in tl.range(0, row.V, STRETCH * 2 * tile.H):
             stop = tl.minimum(begin + STRETCH * 2 * tile.H, row.V)
             part = _narrow_sums(row, begin, stop, at, tile)

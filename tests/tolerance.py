@@ -2,9 +2,10 @@
 
     python -m tests.tolerance --rows 100000 --backend compiled
 
-writes bench/results/tolerance.csv, a line for each backend, family, vocabulary and tolerance. ``beyond`` counts the
-rows with status OK that are off by more than the tolerance and alpha's own rounding; each is printed, with how to make
-it again. Rows whose psi'' is below 1e-7 are ``flat`` and not judged: float32 logits do not decide their alpha.
+writes bench/results/tolerance/random_rows.csv, a line for each backend, family, vocabulary and tolerance. ``beyond``
+counts the rows with status OK that are off by more than the tolerance and alpha's own rounding; each is printed, with
+how to make it again. Rows whose psi'' is below 1e-7 are ``flat`` and not judged: float32 logits do not decide their
+alpha.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ BACKENDS = "eager", "interpreted", "compiled"
 TOLERANCES = 1e-3, 1e-4, 1e-5, 1e-6, 1e-7
 ROUNDOFF = 1.2e-7  # of alpha, which is float32
 FLAT = 1e-7  # a psi'' below it: alpha is no number to be judged
-PATH = Path(__file__).parents[1] / "bench" / "results" / "tolerance.csv"
+PATH = Path(__file__).parents[1] / "bench" / "results" / "tolerance" / "random_rows.csv"
 
 
 class Tried(NamedTuple):
@@ -125,6 +126,7 @@ def write(results: Sequence[Tried], path: Path) -> None:
     rows += [
         [*map(str, result[:3]), f"{result.tol:g}", *map(str, result[4:8]), f"{result.worst:.2g}"] for result in results
     ]
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(Tried._fields)

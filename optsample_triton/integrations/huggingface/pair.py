@@ -65,11 +65,9 @@ def check_edges(ids: Tensor, tokens: Padding, name: str, hint: str = "", edges: 
         outer, inner = _outermost(ids, tokens) if edge == BEGINS else (ids[:, -1], ids[:, -2])
         doubtful = tokens.first if edge == BEGINS else tokens.last
         rows = _among(outer, doubtful) | (_among(outer, tokens.twice) & _among(inner, tokens.twice))
-        # Nothing names the padding of a batch some of whose rows look padded, and some do not.
-        padded = outer == inner
-        if edge == BEGINS:
-            padded |= _among(outer, tokens.special)
-        rows |= padded & (not padded.all())
+        if edge == BEGINS:  # texts of one batch begin alike: where only some begin with such a token, it is padding
+            padded = _among(outer, tokens.special)
+            rows |= padded & (not padded.all())
         if bool(rows.any()):
             row = int(rows.long().argmax())
             raise ValueError(

@@ -101,7 +101,7 @@ def put_in_force(backend: str) -> None:
     if backend == "compiled":
         from tests.ptx import arithmetic, driver
 
-        # Rounded twice, which the hardware does not; exactly, it would take ten times as long.
+        # Rounded twice, which the hardware does not: exact products are slow here.
         arithmetic.fma64 = lambda a, b, c: a * b + c
         driver.install()
 

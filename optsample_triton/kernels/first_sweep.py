@@ -25,6 +25,7 @@ SUM_COUNT = tl.constexpr(len(FirstSums._fields))
 DOMINANT = tl.constexpr(2.0 / 3.0)  # the share of a chunk's mass at 1/2 from which a token stays apart
 NEARLY = tl.constexpr(0.8)  # of a dominant token's weight: no other token has half of it
 FAINT = tl.constexpr(0.25)  # of the references' weight: a chunk whose top is below that does not hold the row's
+NEAR_TOPS = tl.constexpr(64.0)  # nats below both tops together, up to which these serve as references
 LARGEST_LOGIT = tl.constexpr(64.0)  # |logit| up to which the moments of d stay within float32's range as they are
 
 
@@ -421,15 +422,15 @@ def survey(row, tile):
     Gives its status, the row with other references, ``shrink``, and whether d of every token is then in range.
 
     Between the models a token counts only where x a + (1 - x) b comes near that of the token that is likeliest at 1/2.
-    Where both models have that token near their top, all that count are near it, and the tops are the references.
-    Otherwise differences of huge logits would be rounded: the references are 0, and d is shrunk to float32's range.
+    Where both models have that token near their top, the tops are the references. Otherwise logits are huge: with
+    references of 0 they stay exact for exponents in float64, and d is shrunk to float32's range.
     """
     found = _surveyed(row, tile)
     status = tl.where(found.some_common == 0, DISJOINT, OK)
     status = tl.where((found.spoilt != 0) | (found.some_theta == 0) | (found.some_t == 0), INVALID, status)
     u, v = found.top_theta * row.theta.inverse_temperature, found.top_t * row.t.inverse_temperature
     below = 2.0 * (0.5 * u + 0.5 * v - found.top_half)
-    near = (status == OK) & (below <= LARGEST_LOGIT)
+    near = (status == OK) & (below <= NEAR_TOPS)
     row = with_references(row, tl.where(near, found.top_theta, 0.0), tl.where(near, found.top_t, 0.0))
     size = tl.minimum(below + tl.maximum(tl.abs(u), tl.abs(v)), found.largest)
     shrink = tl.where(near, 1.0, LARGEST_LOGIT / tl.maximum(size, LARGEST_LOGIT))

@@ -69,7 +69,7 @@ FIND_HALF = tl.constexpr(5)  # psi(1/2)
 
 NEARLY_IDENTICAL = tl.constexpr(1e-4)  # Chernoff information below which a sweep says whether the rows are identical
 ROUNDING = tl.constexpr(4.0 * EPSILON)  # of psi' in wide rows, and in narrow ones relative to psi''
-STEEP = tl.constexpr(1e30)
+STEEP = tl.constexpr(1e30)  # steeper than any slope that is known
 EXACT = tl.constexpr(8388608.0)  # 2^23: float32 holds multiples of its inverse up to 2
 
 

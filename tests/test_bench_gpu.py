@@ -150,7 +150,7 @@ def test_a_session_runs_what_only_a_device_can_break(tmp_path: Path, monkeypatch
     for name in ("graph_capture", "nothing_synchronises", "streams_side_by_side", "beyond_2_to_the_31[bisect]"):
         assert f"::test_{name}" in listing.replace("a_batch_", "")
     assert "[eager" not in listing
-    assert "integrations" not in listing
+    assert "tests/integrations" not in listing
 
 
 def test_a_work_is_judged_where_its_rows_were_made() -> None:

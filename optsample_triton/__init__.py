@@ -1,8 +1,9 @@
 """Sample from, and learn from, the optimal distribution between two language models.
 
 q* is the geometric mean of two models, pi_theta^alpha pi_t^(1-alpha) / Z, with alpha where both KL divergences are
-equal. ``solve``, ``log_q``, ``sample``, ``verify`` and ``token_logprobs`` work on logits, ``is_reshape_loss`` on
-log-probabilities (more in ``is_reshape``); the other functions are drop-ins for the documents' own.
+equal. ``solve``, ``log_q``, ``sample``, ``verify``, ``token_logprobs`` and ``distillation_loss`` work on logits,
+``is_reshape_loss`` on log-probabilities (more in ``is_reshape``); the other functions are drop-ins for the documents'
+own.
 """
 
 from types import ModuleType
@@ -24,7 +25,7 @@ from optsample_triton.api.logprobs import linear_token_logprobs, token_logprobs
 from optsample_triton.api.sample import sample
 from optsample_triton.api.solve import log_q, solve
 from optsample_triton.api.verify import verify
-from optsample_triton.is_reshape import is_reshape_loss
+from optsample_triton.is_reshape import distillation_loss, is_reshape_loss
 from optsample_triton.types import Diagnostics, Sample, Solution, Status, Verified
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Status",
     "Verified",
     "__version__",
+    "distillation_loss",
     "effective_sample_size",
     "entropy",
     "geometric_mean",

@@ -16,7 +16,7 @@ class Shape(NamedTuple):
 
     half: int
     chunk: int  # tokens whose sums are merged as one; a multiple of the tile
-    unroll: int
+    unroll: int  # 1 or 2 tiles at a time
     num_warps: int
     registers: int | None = None  # per thread, at most; None leaves it to the compiler
 
@@ -33,6 +33,8 @@ SHAPES: dict[str, dict[int, Shape]] = {
     "hip": {16: Shape(1024, 8192, 1, 4), 32: Shape(1024, 8192, 1, 4)},
     "interpreter": {16: Shape(4096, 16384, 1, 4), 32: Shape(4096, 16384, 1, 4)},
 }
+# Threads of a warp; AMD's CDNA has 64. The interpreter has one thread, and alignment means nothing to it.
+WARP = {"cuda": 32, "hip": 64, "interpreter": 0}
 LOGPROB_REGISTERS = {"cuda": 64, "hip": None, "interpreter": None}  # eight programs per multiprocessor
 # Four programs per multiprocessor. Left alone, ptxas gives the entropy method's 96 registers on sm_100, and spills.
 GRADIENT_REGISTERS = {"cuda": 128, "hip": None, "interpreter": None}
@@ -52,6 +54,15 @@ def shape(kind: str, dtype: torch.dtype) -> Shape:
     8192
     """
     return SHAPES[kind][torch.finfo(dtype).bits]
+
+
+def threads(kind: str, dtype: torch.dtype) -> int:
+    """Threads of a program; 0 in the interpreter.
+
+    >>> threads("cuda", torch.bfloat16), threads("hip", torch.bfloat16)
+    (128, 256)
+    """
+    return shape(kind, dtype).num_warps * WARP[kind]
 
 
 def draw_shape(kind: str, dtype: torch.dtype) -> Shape:

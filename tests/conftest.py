@@ -29,6 +29,9 @@ def pytest_addoption(parser):
         "--compiled", action="store_true", help="run the kernels' PTX on the CPU: the tests of a backend only"
     )
     group.addoption("--arch", type=int, default=90, help="compile them for sm_ARCH")
+    group.addoption(
+        "--shapes", choices=["cuda"], help="give the interpreter a GPU's tiles, chunks and unrolling: its tests only"
+    )
     group.addoption("--record", metavar="FOLDER", help="write there what compiled kernels gave")
 
 
@@ -51,6 +54,11 @@ def _choose_how_kernels_run(config):
         sys.path.pop(0)
         quick_interpreter.install()
         device_arithmetic.install()
+    if config.option.shapes:
+        from optsample_triton import launch
+
+        for table in (launch.SHAPES, launch.DRAW_READ):
+            table["interpreter"] = table[config.option.shapes]
 
 
 def _record(config):
@@ -80,6 +88,8 @@ np.seterr(all="ignore")
 def pytest_configure(config):
     if config.option.record and not config.option.compiled:
         raise pytest.UsageError("--record is for what compiled kernels give: add --compiled")
+    if config.option.shapes and (config.option.compiled or not _interpreted()):
+        raise pytest.UsageError("--shapes is for the interpreter: compiled kernels have a GPU's shapes anyway")
     _choose_how_kernels_run(config)
     # Triton 3.6's interpreter uses 1-element arrays as scalars: NumPy 2.3 warns about them, 2.4 refuses them.
     config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim > 0:DeprecationWarning:triton")
@@ -90,19 +100,28 @@ def pytest_configure(config):
 def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
         backends = ["compiled"] if metafunc.config.option.compiled else ["eager", "triton"]
+        if metafunc.config.option.shapes:
+            backends = ["triton"]
         metafunc.parametrize("backend", backends, indirect=True)
     if "beside_eager" in metafunc.fixturenames:
         kernels = "compiled" if metafunc.config.option.compiled else "triton"
         metafunc.parametrize("beside_eager", [kernels], indirect=True)
 
 
+def _is_chosen(item, option):
+    """Compiled, or with a GPU's shapes, only what runs kernels counts: other tests choose a backend, or need none."""
+    fixtures = set(getattr(item, "fixturenames", ()))
+    runs_kernels = bool(fixtures & {"backend", "beside_eager"})
+    if option.compiled:
+        return runs_kernels or "compiled" in fixtures
+    return runs_kernels if option.shapes else "compiled" not in fixtures
+
+
 @pytest.hookimpl(tryfirst=True)  # pytest leaves out what -m does not select after that
 def pytest_collection_modifyitems(config, items):
     if _interpreted() and without_deep(config):
         sys.modules["quick_interpreter"].leave_overflow_unchecked()
-    # Compiled, the tests of a backend and those that want compiled kernels; others choose a backend, or need none.
-    wanted = {"backend", "beside_eager", "compiled"} if config.option.compiled else {"compiled"}
-    others = [item for item in items if wanted.isdisjoint(getattr(item, "fixturenames", ())) == config.option.compiled]
+    others = [item for item in items if not _is_chosen(item, config.option)]
     if others:
         config.hook.pytest_deselected(items=others)
         left_out = set(map(id, others))  # a search through a list of them, for each of thousands, takes seconds

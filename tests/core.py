@@ -102,8 +102,9 @@ DEEP: dict[str, tuple[str, ...]] = {
 # 4. Of the compiled kernels (pytest --compiled): each kernel, with rows of full tiles, aligned (V=9728) and not, read
 # by one program and by several. -m 'not deeper' runs more of the core compiled (COMPILED_FILES), -m "" all there is.
 COMPILED_FILES = {
-    "test_linear_token_logprobs", "test_ops", "test_ptx_kernels", "test_sample", "test_saved", "test_solve_bounds",
-    "test_solve_cases", "test_solve_memory", "test_token_logprobs", "test_tolerance", "test_verify",
+    "test_divergence", "test_dropin", "test_linear_token_logprobs", "test_ops", "test_ptx_kernels", "test_sample",
+    "test_saved", "test_solve_bounds", "test_solve_cases", "test_solve_memory", "test_token_logprobs", "test_tolerance",
+    "test_verify",
 }  # fmt: skip
 COMPILED = {
     "test_solve_cases.py::test_every_case[compiled-random std 3, V=9728-chernoff]",
@@ -124,6 +125,7 @@ COMPILED = {
     "test_ops.py::test_alignment_changes_a_gradient_in_its_last_digits_at_most[compiled-torch.float32]",
     "test_dropin.py::test_info[compiled-kl_symmetry-10-1.0]",
     "test_solve_bounds.py::test_tops_far_above_the_first_tokens[compiled-1e-06-49.0]",
+    "test_solve_bounds.py::test_diagnostics_of_flat_tails[compiled]",
     "test_tolerance.py::test_random_rows[compiled-1e-05]",
     "test_ptx_kernels.py::test_the_same_bits_however_it_is_run[9692-3]",
 }

@@ -48,9 +48,9 @@ def _kernel(
     CHUNK: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    tile: tl.constexpr = Tile(H, False, False)
+    tile: tl.constexpr = Tile(H, False, 0, False)
     theta, t = Matrix(theta_ptr, None, Layout(V, 0, stride_theta)), Matrix(t_ptr, None, Layout(V, 0, stride_t))
-    batch = Batch(theta, t, V, 0.0, alpha_ptr)
+    batch = Batch(theta, t, V, 0.0)
     meeting = Meeting(chunk_sums_ptr, arrived_ptr, 1)
     first = first_sweep(batch, meeting, tile, tile, CHUNK, 1, True)
     chunks = tl.cdiv(V, CHUNK)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 VOCABS = 20, 200, 1100
-MOST = 500  # rows at a time
+MOST = 300  # rows at a time
 
 
 class Batch(NamedTuple):

@@ -8,7 +8,6 @@ from torch.autograd import gradcheck
 
 import optsample_triton as ost
 from bench.speed.timing import peak_extra_bytes
-from optsample_triton.is_reshape import distillation_loss
 from tests import cases
 from tests.tolerances import assert_within
 
@@ -72,7 +71,7 @@ def rows(name, device, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_both_directions_against_truth(name, device):
+def test_both_directions_against_truth(name, backend, device):
     a, b = rows(name, device)
     forward, reverse = ost.kl_t_theta(a, b), ost.kl_theta_t(a, b)
     assert forward.dtype == torch.float32
@@ -83,10 +82,10 @@ def test_both_directions_against_truth(name, device):
 
 @pytest.mark.parametrize("name", ["random std 1", "masked, theta", "banned by -1e9, theta", "every status"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_dtypes(name, dtype, device):
+def test_dtypes(name, dtype, backend, device):
     a, b = rows(name, device, dtype)
     for kind, beta in LOSSES.items():
-        found = distillation_loss(a, b, kind=kind, beta=0.3, reduction="none")
+        found = ost.distillation_loss(a, b, kind=kind, beta=0.3, reduction="none")
         assert found.dtype == torch.float32
         assert_within(found, truth(a.cpu(), b.cpu(), beta), "kl")
 
@@ -100,12 +99,12 @@ def finite_rows(name, device):
 
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("name", ["random std 8", "same top 0.999", "nearly identical 1e-3", "masked, theta", "V=17"])
-def test_gradients_of_divergences(name, kind, device):
+def test_gradients_of_divergences(name, kind, backend, device):
     """Of both models, with a temperature; an infinite row has none."""
     a, b = finite_rows(name, device)
     inputs = [x.clone().requires_grad_() for x in (a, b)]
     weights = torch.linspace(0.25, 1.0, a.shape[0], device=a.device)
-    found = distillation_loss(*inputs, kind=kind, beta=0.3, temperature=0.7, reduction="none")
+    found = ost.distillation_loss(*inputs, kind=kind, beta=0.3, temperature=0.7, reduction="none")
     finite = found.isfinite()
     grads = torch.autograd.grad((found * weights).sum(), inputs)
     exact = [x.cpu().double().requires_grad_() for x in (a, b)]
@@ -116,22 +115,22 @@ def test_gradients_of_divergences(name, kind, device):
         assert_within(grad, true.nan_to_num(), "gradient")
 
 
-def test_an_infinite_divergence_says_so(device):
+def test_an_infinite_divergence_says_so(backend, device):
     """The student bans what the teacher likes; the other direction and the Jensen-Shannon divergence are finite."""
     a = torch.tensor([[0.0, -INF, 1.0], [0.0, -INF, 1.0], [0.0, 1.0, 2.0]], device=device, requires_grad=True)
     b = torch.tensor([[1.0, 0.5, -1.0], [1.0, -INF, -1.0], [2.0, 1.0, 0.0]], device=device)
     assert ost.kl_t_theta(a, b).isinf().tolist() == [True, False, False]
     assert ost.kl_theta_t(a, b).isfinite().all()
-    losses = distillation_loss(a, b, reduction="none")
-    assert distillation_loss(a, b).item() == INF
-    assert distillation_loss(a, b, kind="js").isfinite()
+    losses = ost.distillation_loss(a, b, reduction="none")
+    assert ost.distillation_loss(a, b).item() == INF
+    assert ost.distillation_loss(a, b, kind="js").isfinite()
     (grad,) = torch.autograd.grad(losses.sum(), a)
     assert grad[0].tolist() == [0.0] * 3
     assert grad.isfinite().all()
     assert bool((grad[1:, 0] != 0.0).all())
 
 
-def test_a_hair_of_support_beyond_the_floats(device):
+def test_a_hair_of_support_beyond_the_floats(backend, device):
     """The teacher's mass on a token underflows; if the student bans it, the divergence is infinite all the same."""
     a = torch.tensor([[0.0, -INF]], device=device)
     b = torch.tensor([[0.0, -500.0]], device=device)
@@ -140,7 +139,7 @@ def test_a_hair_of_support_beyond_the_floats(device):
     assert ost.kl_theta_t(a, torch.tensor([[0.0, -3e38]], device=device)).item() == 0.0
 
 
-def test_small_divergences_keep_their_digits(device):
+def test_small_divergences_keep_their_digits(backend, device):
     """Of nearly equal rows: (b - a)^2 / 2 on average, where differences of entropies leave noise."""
     g = torch.Generator().manual_seed(0)
     a = 3 * torch.randn(4, 1000, generator=g)
@@ -149,7 +148,7 @@ def test_small_divergences_keep_their_digits(device):
     torch.testing.assert_close(found, truth(a, b, 0.0), rtol=2e-3, atol=0.0)
 
 
-def test_temperatures_and_padded_vocabularies(device):
+def test_temperatures_and_padded_vocabularies(backend, device):
     a, b = rows("random std 1", device)
     warm = torch.linspace(0.5, 2.0, a.shape[0], device=a.device)
     expected = truth(a.cpu()[:, :20] / warm.cpu().double()[:, None], b.cpu()[:, :20] / 0.8, 0.0)
@@ -157,7 +156,7 @@ def test_temperatures_and_padded_vocabularies(device):
 
 
 @pytest.mark.parametrize("layout", ["sequence", "expanded", "transposed", "one row"])
-def test_layouts(layout, device):
+def test_layouts(layout, backend, device):
     a, b = (torch.randn(3, 5, 40, device=device, generator=None) for _ in range(2))
     views = {
         "sequence": (a[:, :-1], b[:, 1:]),
@@ -170,26 +169,26 @@ def test_layouts(layout, device):
     assert found.shape == theta.shape[:-1]
     assert_within(found, truth(theta.cpu(), t.cpu(), 1.0), "kl")
     student = theta.detach().clone().requires_grad_()
-    (expected,) = torch.autograd.grad(distillation_loss(student, t), student)
+    (expected,) = torch.autograd.grad(ost.distillation_loss(student, t), student)
     view = theta.detach().requires_grad_()
-    assert torch.equal(torch.autograd.grad(distillation_loss(view, t), view)[0], expected)
+    assert torch.equal(torch.autograd.grad(ost.distillation_loss(view, t), view)[0], expected)
 
 
-def test_masks_and_reductions(device):
+def test_masks_and_reductions(backend, device):
     a, b = rows("random std 1", device)
     a[1], b[2] = torch.nan, -INF
     mask = torch.ones(a.shape[0], dtype=torch.int64, device=a.device)
     mask[1:3] = 0
     student = a.clone().requires_grad_()
-    each = distillation_loss(student, b, mask=mask, reduction="none")
+    each = ost.distillation_loss(student, b, mask=mask, reduction="none")
     assert each[1:3].tolist() == [0.0, 0.0]
-    mean, total = (distillation_loss(student, b, mask=mask, reduction=r) for r in ("mean", "sum"))
+    mean, total = (ost.distillation_loss(student, b, mask=mask, reduction=r) for r in ("mean", "sum"))
     torch.testing.assert_close(total, each.sum())
     torch.testing.assert_close(mean, each.sum() / mask.sum())
     (grad,) = torch.autograd.grad(mean, student)
     assert grad.isfinite().all()
     assert not grad[1:3].any()
-    assert distillation_loss(student, b, mask=torch.zeros_like(mask)).item() == 0.0
+    assert ost.distillation_loss(student, b, mask=torch.zeros_like(mask)).item() == 0.0
 
 
 def test_gradcheck_and_opcheck():
@@ -200,7 +199,7 @@ def test_gradcheck_and_opcheck():
     torch.library.opcheck(torch.ops.optsample.divergence.default, inputs, test_utils=CHECKS)
     for kind, beta in LOSSES.items():
         assert_within(
-            distillation_loss(a[0], b[0], kind=kind, beta=0.3, reduction="none"), truth(a[0], b[0], beta), "kl"
+            ost.distillation_loss(a[0], b[0], kind=kind, beta=0.3, reduction="none"), truth(a[0], b[0], beta), "kl"
         )
         assert gradcheck(lambda x, y, beta=beta: torch.ops.optsample.divergence(x, y, None, warm, beta)[0], (a, b))
     (first,) = torch.autograd.grad(ost.kl_t_theta(a, b).sum(), a, create_graph=True)
@@ -212,7 +211,7 @@ def test_compiles_as_one_graph():
     a, b = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(0)).unbind(0)
 
     def loss(x, y):
-        return distillation_loss(x, y, kind="js", mask=torch.ones(3), temperature=0.7)
+        return ost.distillation_loss(x, y, kind="js", mask=torch.ones(3), temperature=0.7)
 
     results = []
     for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
@@ -229,7 +228,7 @@ def test_memory_grows_by_the_gradient_alone():
     def peak(count):
         student, teacher = torch.zeros(2, count, 8192).bfloat16().unbind(0)
         student = student.clone().requires_grad_()
-        return peak_extra_bytes(lambda: distillation_loss(student, teacher).backward(), student.device)
+        return peak_extra_bytes(lambda: ost.distillation_loss(student, teacher).backward(), student.device)
 
     assert peak(128) - peak(64) < 1.1 * 64 * 8192 * 2
 
@@ -245,6 +244,6 @@ def test_wrong_arguments_are_one_sentence():
         ({"vocab_size": 9}, "vocab_size must be between 1 and the rows' length 8"),
     ):
         with pytest.raises(ValueError, match=message):
-            distillation_loss(a, b, **options)
+            ost.distillation_loss(a, b, **options)
     with pytest.raises(ValueError, match="logits_t has a vocabulary of 7"):
         ost.kl_t_theta(a, b[:, :7])

@@ -43,3 +43,12 @@ def test_the_command_writes_its_table(tmp_path, capsys):
         lines = list(csv.DictReader(file))
     assert {(line["backend"], line["tol"]) for line in lines} == {("eager", "0.001"), ("eager", "1e-06")}
     assert len(lines) == 2 * len(FAMILIES) * len(VOCABS)
+
+
+def test_batches_at_one_tolerance_each(tmp_path):
+    path = tmp_path / "tolerance.csv"
+    tolerance.main(["--rows", "24", "--tol", "1e-3", "1e-6", "--in-turn", "--jobs", "1", "--output", str(path)])
+    with path.open(newline="", encoding="utf-8") as file:
+        tried = [line["tol"] for line in csv.DictReader(file)]
+    assert len(tried) == len(FAMILIES) * len(VOCABS)
+    assert {tol: tried.count(tol) for tol in set(tried)} == {"0.001": 12, "1e-06": 12}

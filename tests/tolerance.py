@@ -1,6 +1,6 @@
 """How far alpha is from the truth on random rows, beside the tolerance that was asked for.
 
-    python -m tests.tolerance --rows 100000 --backend compiled
+    python -m tests.tolerance --rows 100000 --in-turn --backend compiled
 
 writes bench/results/tolerance/random_rows.csv, a line for each backend, family, vocabulary and tolerance. ``beyond``
 counts the rows with status OK that are off by more than the tolerance and alpha's own rounding; each is printed, with
@@ -138,17 +138,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--backend", choices=BACKENDS, default="eager")
     parser.add_argument("--rows", type=int, default=10_000, help="in all, of all families (default: %(default)s)")
     parser.add_argument("--tol", type=float, nargs="+", default=TOLERANCES)
+    parser.add_argument(
+        "--in-turn", action="store_true", help="each batch at one of the tolerances, not at all of them"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, default=PATH)
     options = parser.parse_args(arguments)
     every = list(batches(options.rows, options.seed))
-    of_batch = partial(try_batch, options.backend, options.tol)
+    tolerances = [
+        options.tol[k % len(options.tol) :][:1] if options.in_turn else options.tol for k in range(len(every))
+    ]
     with ProcessPoolExecutor(
         options.jobs, get_context("spawn"), initializer=put_in_force, initargs=(options.backend,)
     ) as pool:
         results = []
-        for number, each in enumerate(pool.map(of_batch, every), 1):
+        for number, each in enumerate(pool.map(partial(try_batch, options.backend), tolerances, every), 1):
             results += each
             if sys.stderr.isatty():
                 print(f"\r{number} of {len(every)} batches", end="", file=sys.stderr, flush=True)

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from optsample_triton import launch
 from optsample_triton.numerics import Method
 
@@ -35,7 +37,7 @@ TYPES = {
 OPTIONAL = (
     *("given_alpha_ptr", "inverse_temperature_theta_ptr", "inverse_temperature_t_ptr", "inverse_temperature_ptr"),
     *("min_p_ptr", "seed_ptr", "offset_ptr", "diagnostics_ptr", "out_ptr", "upstream_alpha_ptr", "upstream_log_z_ptr"),
-    *("aligned_ptr", "other_ptr", "other_inverse_temperature_ptr", "entropy_ptr", "upstream_entropy_ptr"),
+    *("other_ptr", "other_inverse_temperature_ptr", "entropy_ptr", "upstream_entropy_ptr"),
 )
 
 
@@ -103,8 +105,8 @@ def _defaults(kind: str, dtype: str) -> dict[str, Any]:
     shape = launch.SHAPES[kind][BITS[dtype]]
     tile = {"H": shape.half, "BLOCK": 2 * shape.half, "CHUNK": shape.chunk, "UNROLL": shape.unroll}
     drawing = {"TILE": launch.DRAW_TILE, "READ": launch.DRAW_READ[kind], "LANES": 32, "DRAWS": 1, "DRAFTER": 0}
-    flags = {"METHOD": Method.KL_SYMMETRY.value, "PROBS": False, "PACKED": BITS[dtype] == 16, "FILTER": False}
-    return {**tile, **drawing, **flags}
+    reading = {"PROBS": False, "PACKED": BITS[dtype] == 16, "DEALT": 0}
+    return {**tile, **drawing, **reading, "METHOD": Method.KL_SYMMETRY.value, "FILTER": False}
 
 
 def entries(kind: str) -> list[Entry]:
@@ -129,19 +131,17 @@ def entries(kind: str) -> list[Entry]:
         )
 
     limit = launch.SHAPES[kind][16].registers
-    placed = ("aligned_ptr",) if kind == "cuda" else ()
+    threads = launch.threads(kind, torch.bfloat16)
 
     def solve(name: str, *present: str, **rest: Any) -> Entry:
         writes = "out_ptr" in present
         passes = rest.pop("passes", {**step, **(write if writes else {})})
-        return entry(
-            name, "solve:solve_kernel", limit, 2, int(writes), present=(*placed, *present), passes=passes, **rest
-        )
+        return entry(name, "solve:solve_kernel", limit, 2, int(writes), present=present, passes=passes, **rest)
 
     def draw(name: str, *present: str, **flags: Any) -> Entry:
         flags = {"CHUNK": launch.DRAW_CHUNK, **flags}
         kernel = "{0}:{0}_kernel".format(name.split()[0])
-        return entry(name, kernel, limit, 2, present=(*placed, *present), constexprs=flags, passes=step)
+        return entry(name, kernel, limit, 2, present=present, constexprs=flags, passes=step)
 
     def gradient(name: str, **rest: Any) -> Entry:
         kernel = "gradient:gradient_kernel"
@@ -149,7 +149,7 @@ def entries(kind: str) -> list[Entry]:
         return entry(name, kernel, registers, 2, 2, divisible=("V",), main_loop="step", passes=write, **rest)
 
     def logprob(name: str, *present: str) -> Entry:
-        return entry(name, "logprob:logprob_kernel", launch.LOGPROB_REGISTERS[kind], 1, present=(*placed, *present))
+        return entry(name, "logprob:logprob_kernel", launch.LOGPROB_REGISTERS[kind], 1, present=present)
 
     def logprob_gradient(name: str, *present: str) -> Entry:
         return entry(name, "logprob:logprob_gradient_kernel", None, 1, present=present)
@@ -159,7 +159,8 @@ def entries(kind: str) -> list[Entry]:
         solve("solve bf16"),
         solve("solve fp16"),
         solve("solve fp32"),
-        solve("solve bf16, unaligned", aligned=False),
+        solve("solve bf16, unaligned", aligned=False, constexprs={"DEALT": threads}),
+        solve("solve bf16, odd rows", aligned=False, constexprs={"DEALT": threads, "PACKED": False}),
         solve("bisect bf16", constexprs=bisect),
         solve("bisect fp32", constexprs=bisect),
         solve("log_q bf16", "out_ptr"),

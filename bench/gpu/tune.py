@@ -55,7 +55,7 @@ def candidates(kind: str, dtype: str) -> list[launch.Shape]:
         launch.Shape(half, chunk, unroll, warps, present.registers if warps == present.num_warps else None)
         for warps in (2, 4, 8)
         for half in (256, 512, 1024)
-        for unroll in (1, 2, 4)
+        for unroll in (1, 2)
         for chunk in (present.chunk, 2 * present.chunk)
         if 4 * lanes * warps <= half <= 8 * lanes * warps and (chunk == present.chunk or unroll == present.unroll)
     ]

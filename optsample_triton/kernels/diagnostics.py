@@ -9,7 +9,7 @@ from optsample_triton.kernels.evaluate import evaluate, rounded
 from optsample_triton.kernels.moments import tilted
 from optsample_triton.kernels.one_model import add_own, joined, log_mass_and_entropy, own_moments
 from optsample_triton.kernels.records import Ends, LawSums, OwnSums, ProbabilitySums
-from optsample_triton.kernels.rows import load_both, zeros
+from optsample_triton.kernels.rows import both_halves, inside_halves, load_both, row_places
 from optsample_triton.types import DIAGNOSTIC_COUNT, Diagnostics
 
 DIAGNOSTICS = tl.constexpr(DIAGNOSTIC_COUNT)
@@ -37,17 +37,19 @@ def _add_law(acc, half, log_q, peak, own_theta, own_t):
 def _law_sums(row, x, base, far, own_theta, own_t, tile):
     """Over q_x, whose logarithm is x u + (1 - x) v - base: the entropy, and the overlaps with both models."""
     top = tl.full([tile.H], -float("inf"), tl.float32)
+    places = row_places(row, 0, tile)
     for start in tl.range(0, row.V, 2 * tile.H):
-        first, second = load_both(row, start, tile, True)
+        first, second, places = load_both(row, places, start, tile, True)
         top = tl.maximum(top, tl.maximum(_log_q(first, x, base, far), _log_q(second, x, base, far)))
     peak = tl.max(top, 0)
-    zero = zeros(row, tl.arange(0, tile.H))
+    zero = tl.zeros([tile.H], tl.float32)
     nothing = zero.to(tl.float64)
     total = LawSums(OwnSums(nothing, nothing, nothing), nothing, nothing)
     for begin in tl.range(0, row.V, STRETCH * 2 * tile.H):
         acc = LawSums(OwnSums(zero, zero, zero), zero, zero)
+        places = row_places(row, begin, tile)
         for start in tl.range(begin, tl.minimum(begin + STRETCH * 2 * tile.H, row.V), 2 * tile.H):
-            first, second = load_both(row, start, tile, True)
+            first, second, places = load_both(row, places, start, tile, True)
             acc = _add_law(acc, first, _log_q(first, x, base, far), peak, own_theta, own_t)
             acc = _add_law(acc, second, _log_q(second, x, base, far), peak, own_theta, own_t)
         total = LawSums(
@@ -84,13 +86,8 @@ def store_diagnostics(row, ends, root, error, ptr, tile):
     """
     x, psi, status = root.alpha, root.psi, root.status
     A, B = ends.A, ends.B
-    # What waits for the sweeps below waits in float32, in which it ends: float64 takes two registers.
-    own_theta, entropy_theta = _in_float32(own_moments(row, row.theta, tile))
-    own_t, entropy_t = _in_float32(own_moments(row, row.t, tile))
-    none = 0.0 * entropy_theta
-    nothing = none.to(tl.float64)
+    none, nothing = tl.zeros([], tl.float32), tl.zeros([], tl.float64)
     kl_theta, kl_t, log_ess_theta, log_ess_t = none, none, nothing, nothing
-    entropy_q, overlap_theta, overlap_t = entropy_theta.to(tl.float64), nothing + 1.0, nothing
     if (status != DISJOINT) & (status != INVALID):
         far = ends.shrink < 1.0
         # First what rounding left of psi at the two ends, then psi and psi' at x, psi at 2 - x and -x.
@@ -108,7 +105,12 @@ def store_diagnostics(row, ends, root, error, ptr, tile):
             psi = tl.where(k == 2, at.psi, psi)
             A += tl.where(k == 0, at.psi, 0.0)
             B += tl.where(k == 1, at.psi, 0.0)
-        base = x * A + (1.0 - x) * B + psi
+    # What waits for a sweep waits in float32, in which it ends: float64 takes two registers.
+    own_theta, entropy_theta = _in_float32(own_moments(row, row.theta, tile))
+    own_t, entropy_t = _in_float32(own_moments(row, row.t, tile))
+    entropy_q, overlap_theta, overlap_t = entropy_theta.to(tl.float64), nothing + 1.0, nothing
+    if (status != DISJOINT) & (status != INVALID):
+        base, far = x * A + (1.0 - x) * B + psi, ends.shrink < 1.0
         entropy_q, overlap_theta, overlap_t = _law_sums(row, x, base, far, own_theta, own_t, tile)
     kl_t = tl.where(status == DISJOINT, float("inf") + none, kl_t)
     log_ess_t = tl.where(status == DISJOINT, nothing - float("inf"), log_ess_t)
@@ -142,7 +144,12 @@ def _store(ptr, diagnostics, nan_if_invalid):
 
 
 @triton.jit
-def _add_probabilities(acc, p, r, a, b, q, eps):
+def _add_probabilities(acc, row, p, r, inside, x, base):
+    """A half tile, which beyond V is 0."""
+    eps = row.eps
+    a, b = tl.log(tl.where(inside, p, 1.0) + eps), tl.log(tl.where(inside, r, 1.0) + eps)
+    z = x * (a - row.theta.reference) + (1.0 - x) * (b - row.t.reference) - base
+    q = tl.where(inside, tl.exp2(z * LOG2E), 0.0)
     log_q = tl.log(q + eps)
     return ProbabilitySums(
         kl_theta=acc.kl_theta + q * (log_q - a),
@@ -158,34 +165,48 @@ def _add_probabilities(acc, p, r, a, b, q, eps):
 
 
 @triton.jit
+def _joined_probabilities(total, acc):
+    return ProbabilitySums(
+        kl_theta=total.kl_theta + acc.kl_theta,
+        kl_t=total.kl_t + acc.kl_t,
+        square_theta=total.square_theta + acc.square_theta,
+        square_t=total.square_t + acc.square_t,
+        entropy_theta=total.entropy_theta + acc.entropy_theta,
+        entropy_t=total.entropy_t + acc.entropy_t,
+        entropy_q=total.entropy_q + acc.entropy_q,
+        overlap_theta=total.overlap_theta + acc.overlap_theta,
+        overlap_t=total.overlap_t + acc.overlap_t,
+    )
+
+
+@triton.jit
 def store_probability_diagnostics(row, ends, root, ptr, tile):
     """The documents' eps forms of the same diagnostics, for probability rows."""
-    BLOCK: tl.constexpr = 2 * tile.H
-    x, eps = root.alpha, row.eps
+    x = root.alpha
     base = (x * ends.A + (1.0 - x) * ends.B + root.psi).to(tl.float32)
     x32 = x.to(tl.float32)
-    offs = tl.arange(0, BLOCK)
-    zero = zeros(row, offs)
-    acc = ProbabilitySums(zero, zero, zero, zero, zero, zero, zero, zero, zero)
-    for start in tl.range(0, row.V, BLOCK):
-        inside = start + offs < row.V
-        p = tl.load(row.theta.ptr + start + offs, mask=inside, other=1.0).to(tl.float32)
-        r = tl.load(row.t.ptr + start + offs, mask=inside, other=1.0).to(tl.float32)
-        a, b = tl.log(p + eps), tl.log(r + eps)
-        z = x32 * (a - row.theta.reference) + (1.0 - x32) * (b - row.t.reference) - base
-        q = tl.where(inside, tl.exp2(z * LOG2E), 0.0)
-        p, r = tl.where(inside, p, 0.0), tl.where(inside, r, 0.0)
-        acc = _add_probabilities(acc, p, r, a, b, q, eps)
+    zero = tl.zeros([tile.H], tl.float32)
+    nothing = ProbabilitySums(zero, zero, zero, zero, zero, zero, zero, zero, zero)
+    total = nothing
+    for begin in tl.range(0, row.V, STRETCH * 2 * tile.H):
+        acc = nothing
+        places = row_places(row, begin, tile)
+        for start in tl.range(begin, tl.minimum(begin + STRETCH * 2 * tile.H, row.V), 2 * tile.H):
+            p0, p1, r0, r1, places = both_halves(row, places, start, tile, True)
+            inside0, inside1 = inside_halves(row.theta.ptr, start, row.V, tile)
+            acc = _add_probabilities(acc, row, p0, r0, inside0, x32, base)
+            acc = _add_probabilities(acc, row, p1, r1, inside1, x32, base)
+        total = _joined_probabilities(total, acc)
     diagnostics = Diagnostics(
-        kl_theta=tl.sum(acc.kl_theta, 0),
-        kl_t=tl.sum(acc.kl_t, 0),
-        ess_theta=1.0 / tl.sum(acc.square_theta, 0),
-        ess_t=1.0 / tl.sum(acc.square_t, 0),
-        entropy_theta=tl.sum(acc.entropy_theta, 0),
-        entropy_t=tl.sum(acc.entropy_t, 0),
-        entropy_q=tl.sum(acc.entropy_q, 0),
-        overlap_theta=tl.sum(acc.overlap_theta, 0),
-        overlap_t=tl.sum(acc.overlap_t, 0),
+        kl_theta=tl.sum(total.kl_theta, 0),
+        kl_t=tl.sum(total.kl_t, 0),
+        ess_theta=1.0 / tl.sum(total.square_theta, 0),
+        ess_t=1.0 / tl.sum(total.square_t, 0),
+        entropy_theta=tl.sum(total.entropy_theta, 0),
+        entropy_t=tl.sum(total.entropy_t, 0),
+        entropy_q=tl.sum(total.entropy_q, 0),
+        overlap_theta=tl.sum(total.overlap_theta, 0),
+        overlap_t=tl.sum(total.overlap_t, 0),
         sweeps=root.sweeps,
     )
     _store(ptr, diagnostics, tl.where(root.status == INVALID, float("nan"), 0.0))

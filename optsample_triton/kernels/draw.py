@@ -11,9 +11,9 @@ import triton.language as tl
 
 from optsample_triton.kernels.constants import DRAFTER_NONE, DRAFTER_THETA, LOG2E, NATS_PER_POWER
 from optsample_triton.kernels.curve import curve_of, left_out, value_of
-from optsample_triton.kernels.first_sweep import SUM_COUNT, in_powers, load_sums
+from optsample_triton.kernels.first_sweep import in_powers, load_chunk_sums
 from optsample_triton.kernels.moments import tilted
-from optsample_triton.kernels.rows import load_both, relative, zeros
+from optsample_triton.kernels.rows import load_both, relative, row_places
 
 # Of the whole mass, how much interpolation may misplace: the law is this close to q_alpha in total variation.
 MISPLACED = tl.constexpr(1e-6)
@@ -34,10 +34,10 @@ def law_weights(u, v, keep, law, FILTER: tl.constexpr, DRAFTER: tl.constexpr):
 
 
 @triton.jit
-def _add_weights(acc, row, law, start, tile, TAIL: tl.constexpr, FILTER: tl.constexpr, DRAFTER: tl.constexpr):
-    first, second = load_both(row, start, tile, TAIL)
+def _add_weights(acc, row, law, places, start, tile, TAIL: tl.constexpr, FILTER: tl.constexpr, DRAFTER: tl.constexpr):
+    first, second, places = load_both(row, places, start, tile, TAIL)
     acc += law_weights(first.u, first.v, first.common, law, FILTER, DRAFTER)
-    return acc + law_weights(second.u, second.v, second.common, law, FILTER, DRAFTER)
+    return acc + law_weights(second.u, second.v, second.common, law, FILTER, DRAFTER), places
 
 
 @triton.jit
@@ -51,11 +51,13 @@ def summed_masses(row, law, drawing, tile, DRAFTER: tl.constexpr):
         start = chunk * CHUNK
         stop = tl.minimum(start + CHUNK, row.V)
         full = start + (stop - start) // (2 * H) * (2 * H)
-        acc = zeros(row, tl.arange(0, H))
+        acc = tl.zeros([H], tl.float32)
+        places = row_places(row, start, tile)
         for at in tl.range(start, full, 2 * H):
-            acc = _add_weights(acc, row, law, at, tile, False, drawing.FILTER, DRAFTER)
-        if full < stop:
-            acc = _add_weights(acc, row, law, full, tile, True, drawing.FILTER, DRAFTER)
+            acc, places = _add_weights(acc, row, law, places, at, tile, False, drawing.FILTER, DRAFTER)
+        places = row_places(row, full, tile)
+        for at in tl.range(full, stop, 2 * H):
+            acc, places = _add_weights(acc, row, law, places, at, tile, True, drawing.FILTER, DRAFTER)
         masses = tl.where(lanes == chunk, tl.sum(acc.to(tl.float64), 0), masses)
     return masses
 
@@ -63,8 +65,7 @@ def summed_masses(row, law, drawing, tile, DRAFTER: tl.constexpr):
 @triton.jit
 def interpolated_masses(row, chunk_sums_ptr, chunks, x, base, LANES: tl.constexpr):
     """The chunks' masses [LANES] at x relative to exp(base), from their first sums, and how much may be misplaced."""
-    lanes = tl.arange(0, LANES)
-    sums = load_sums(chunk_sums_ptr + lanes * SUM_COUNT, lanes < chunks)
+    sums = load_chunk_sums(chunk_sums_ptr, chunks, LANES)
     nothing = 0.0 * sums.mass_half
     f = curve_of(sums, nothing, nothing)
     s = 2.0 * x - 1.0
@@ -98,12 +99,24 @@ def pick(masses, uniform):
 
 
 @triton.jit
+def _zeros(row, law, offs):
+    """0 for each of ``offs``, in the threads that would hold them if the row were aligned.
+
+    The compiler gives a thread as many neighbours as the widest load of tensors of this shape allows. Without this
+    load, from which every one is masked out, aligned rows and others would be summed in different orders. Its mask asks
+    for V so that the compiler sees no constant and keeps the load until it has placed the lanes.
+    """
+    aligned_ptr = law.aligned_ptr.to(tl.pointer_type(row.theta.ptr.dtype.element_ty), bitcast=True)
+    return tl.load(aligned_ptr + offs, mask=(offs < 0) & (offs + row.V < 0), other=0.0).to(tl.float32)
+
+
+@triton.jit
 def block_masses(row, law, start, COUNT: tl.constexpr, SIZE: tl.constexpr, drawing, DRAFTER: tl.constexpr):
     """Masses [R, COUNT] in float64 of the blocks of SIZE tokens from start [R] on, by READ tokens at a time."""
     R: tl.constexpr = start.shape[0]
     WIDTH: tl.constexpr = min(SIZE, max(1, drawing.READ // (R * COUNT)))
     blocks = tl.arange(0, COUNT)[None, :, None] * SIZE + tl.arange(0, WIDTH)[None, None, :]
-    masses = zeros(row, tl.zeros([R, 1, 1], tl.int32) + blocks)
+    masses = _zeros(row, law, tl.zeros([R, 1, 1], tl.int32) + blocks)
     for k in tl.range(0, SIZE, WIDTH):
         offs_v = start[:, None, None] + k + blocks
         mask_v = offs_v < row.V

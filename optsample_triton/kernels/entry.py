@@ -64,19 +64,22 @@ def _strides(rows: Tensor | None, whose: str = "") -> dict[str, int]:
     return {f"{whose}stride_outer": outer, f"{whose}stride_inner": inner}
 
 
-def _packed(*matrices: Tensor) -> bool:
-    """Whether 16-bit rows can be read as 32-bit words: every row starts on a multiple of 4 bytes."""
-    if matrices[0].element_size() != 2:
-        return False
+def _start_on(size: int, *matrices: Tensor) -> bool:
+    """Whether every row starts on a multiple of ``size`` bytes."""
     return all(
-        m.data_ptr() % 4 == 0 and all(s % 2 == 0 or n == 1 for n, s in zip(m.shape[:-1], m.stride()[:-1], strict=True))
+        m.data_ptr() % size == 0
+        and all(s * m.element_size() % size == 0 or n == 1 for n, s in zip(m.shape[:-1], m.stride()[:-1], strict=True))
         for m in matrices
     )
 
 
-def _aligned(device: torch.device, memory: Tensor) -> Tensor | None:
-    """For rows.zeros on NVIDIA's GPUs: aligned rows pay nothing there, on AMD's float32 rows nearly twice the slots."""
-    return memory if _device(device).kind == "cuda" else None
+def _reading(*matrices: Tensor) -> dict[str, Any]:
+    """PACKED and DEALT of the kernels, from where the rows start."""
+    kind, dtype = _device(matrices[0].device).kind, matrices[0].dtype
+    short = dtype.itemsize == 2
+    packed = short and matrices[0].shape[-1] % 2 == 0 and _start_on(4, *matrices)
+    aligned = _start_on(16, *matrices) and packed == short
+    return {"PACKED": packed, "DEALT": 0 if aligned else launch.threads(kind, dtype)}
 
 
 def _contiguous(values: Tensor | None) -> Tensor | None:
@@ -93,7 +96,7 @@ def _rows(problem: Problem) -> dict[str, Any]:
         "V": problem.vocab,
         **_layout(problem.theta, "theta"),
         **_layout(problem.t, "t"),
-        "PACKED": _packed(problem.theta, problem.t),
+        **_reading(problem.theta, problem.t),
     }
 
 
@@ -137,7 +140,6 @@ def solve(problem: Problem, diagnostics: bool, out: Tensor | None) -> Solved:
             arrived = torch.zeros(n, dtype=torch.int32, device=device)
         solve_kernel[(n * splits,)](
             **_solver_arguments(problem, shape, splits),
-            aligned_ptr=_aligned(device, solved.alpha),
             alpha_ptr=solved.alpha,
             log_z_ptr=solved.log_z,
             status_ptr=solved.status,
@@ -177,7 +179,6 @@ def _draw_arguments(problem: Problem, draws: Draws, drawn: Sample) -> tuple[int,
         "log_q_ptr": drawn.log_q,
         "log_theta_ptr": drawn.log_theta,
         "log_t_ptr": drawn.log_t,
-        "aligned_ptr": _aligned(device, drawn.alpha),
         "alpha_ptr": drawn.alpha,
         "status_ptr": drawn.status,
         "chunk_sums_ptr": torch.empty(n * chunks * SUM_COUNT.value, dtype=torch.float32, device=device),
@@ -281,7 +282,6 @@ def token_logprobs(models: Sequence[Model], targets: Targets, entropy: bool) -> 
             token_ptr=targets.tokens,
             inverse_temperature_ptr=model.inverse_temperature,
             other_inverse_temperature_ptr=second_temperature,
-            aligned_ptr=_aligned(device, found.log_probs),
             log_prob_ptr=found.log_probs,
             entropy_ptr=found.entropies,
             log_partition_ptr=found.log_partitions,
@@ -294,7 +294,7 @@ def token_logprobs(models: Sequence[Model], targets: Targets, entropy: bool) -> 
             H=shape.half,
             CHUNK=shape.chunk,
             UNROLL=shape.unroll,
-            PACKED=_packed(model.logits, other.logits),
+            **_reading(model.logits, other.logits),
             num_warps=shape.num_warps,
             **shape.limit,
         )

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from optsample_triton.kernels.constants import NOT_CONVERGED
 from optsample_triton.kernels.records import Ends, ExactSums, Root
-from optsample_triton.kernels.rows import inside_halves, load_halves, relative_exactly, zeros
+from optsample_triton.kernels.rows import both_halves, inside_halves, relative_exactly, row_places
 
 STEPS = tl.constexpr(6)
 LOST = tl.constexpr(1e-10)  # a psi'' below which float64 does not know the root, and any is as good
@@ -32,11 +32,11 @@ def _add_exact(acc, row, a, b, inside, x, ends, base):
 @triton.jit
 def _exact_sums(row, x, ends, base, tile):
     """``ExactSums`` of a row, over its lanes."""
-    zero = zeros(row, tl.arange(0, tile.H)).to(tl.float64)
+    zero = tl.zeros([tile.H], tl.float64)
     acc = ExactSums(zero, zero, zero, zero, zero)
+    places = row_places(row, 0, tile)
     for start in tl.range(0, row.V, 2 * tile.H):
-        a0, a1 = load_halves(row.theta.ptr, start, row.V, tile, True)
-        b0, b1 = load_halves(row.t.ptr, start, row.V, tile, True)
+        a0, a1, b0, b1, places = both_halves(row, places, start, tile, True)
         inside0, inside1 = inside_halves(row.theta.ptr, start, row.V, tile)
         acc = _add_exact(acc, row, a0, b0, inside0, x, ends, base)
         acc = _add_exact(acc, row, a1, b1, inside1, x, ends, base)

@@ -10,15 +10,16 @@ import triton.language as tl
 
 from optsample_triton.kernels.constants import DISJOINT, INVALID, LOG2E, NATS_PER_POWER, OK
 from optsample_triton.kernels.moments import LARGEST_DELTA
-from optsample_triton.kernels.records import FirstSums, FirstSweep, ModelRow, Row, Survey, Tile, TokenSums
+from optsample_triton.kernels.records import FirstSums, FirstSweep, ModelRow, Row, RowPlaces, Survey, Tile, TokenSums
 from optsample_triton.kernels.rows import (
+    from_low,
     inside_halves,
     load_logits,
     open_row,
     relative,
     relative_exactly,
+    row_places,
     with_references,
-    zeros,
 )
 
 SUM_COUNT = tl.constexpr(len(FirstSums._fields))
@@ -75,9 +76,18 @@ def _add_kept(acc, row, a, b, inside, above):
 
 
 @triton.jit
-def _no_sums(row, tile):
-    zero = zeros(row, tl.arange(0, tile.H))
+def _no_sums(tile):
+    zero = tl.zeros([tile.H], tl.float32)
     return TokenSums(zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
+
+
+@triton.jit
+def _add_tile(acc, row, places, at, tile):
+    a0, a1, b0, b1, places = load_logits(row, places, at, tile, False)
+    x0, y0 = relative(a0, row.theta), relative(b0, row.t)
+    acc = _add_tokens(acc, x0, y0, x0 - y0)
+    x1, y1 = relative(a1, row.theta), relative(b1, row.t)
+    return _add_tokens(acc, x1, y1, x1 - y1), places
 
 
 @triton.jit
@@ -87,19 +97,25 @@ def plain_chunk(row, start, stop, tile, UNROLL: tl.constexpr):
     A -inf or NaN elsewhere shows as a non-finite moment, for no extra work.
     """
     H: tl.constexpr = tile.H
-    row = Row(_in_powers(row.theta), _in_powers(row.t), row.V, row.eps, row.aligned_ptr)
-    acc = _no_sums(row, tile)
+    row = Row(_in_powers(row.theta), _in_powers(row.t), row.V, row.eps)
+    acc = _no_sums(tile)
     masked = tl.zeros([], tl.float32)
     full = start + (stop - start) // (2 * H) * (2 * H)
-    for at in tl.range(start, full, 2 * H, loop_unroll_factor=UNROLL):
-        a0, a1, b0, b1 = load_logits(row, at, tile, False)
-        x0, y0 = relative(a0, row.theta), relative(b0, row.t)
-        acc = _add_tokens(acc, x0, y0, x0 - y0)
-        x1, y1 = relative(a1, row.theta), relative(b1, row.t)
-        acc = _add_tokens(acc, x1, y1, x1 - y1)
-    if full < stop:
-        a0, a1, b0, b1 = load_logits(row, full, tile, True)
-        inside0, inside1 = inside_halves(row.theta.ptr, full, row.V, tile)
+    if UNROLL == 2 and tile.DEALT == 0:
+        # By hand, since the compiler's unrolling would not carry pointers. Other rows have loads enough in flight.
+        begin, start = start, start + (stop - start) // (4 * H) * (4 * H)
+        places = row_places(row, begin, tile)
+        for at in tl.range(begin, start, 4 * H):
+            places = RowPlaces(from_low(places.theta, tile), from_low(places.t, tile))
+            acc, places = _add_tile(acc, row, places, at, tile)
+            acc, places = _add_tile(acc, row, places, at + 2 * H, tile)
+    places = row_places(row, start, tile)
+    for at in tl.range(start, full, 2 * H):
+        acc, places = _add_tile(acc, row, places, at, tile)
+    places = row_places(row, full, tile)
+    for at in tl.range(full, stop, 2 * H):
+        a0, a1, b0, b1, places = load_logits(row, places, at, tile, True)
+        inside0, inside1 = inside_halves(row.theta.ptr, at, row.V, tile)
         acc, _ = _add_kept(acc, row, a0, b0, inside0, float("inf"))
         acc, _ = _add_kept(acc, row, a1, b1, inside1, float("inf"))
         least = tl.minimum(tl.where(inside0, tl.minimum(a0, b0), 0.0), tl.where(inside1, tl.minimum(a1, b1), 0.0))
@@ -114,12 +130,13 @@ def careful_chunk(row, start, stop, above, tile):
     With that token's logits, -inf where there is none.
     """
     H: tl.constexpr = tile.H
-    row = Row(_in_powers(row.theta), _in_powers(row.t), row.V, row.eps, row.aligned_ptr)
-    acc = _no_sums(row, tile)
+    row = Row(_in_powers(row.theta), _in_powers(row.t), row.V, row.eps)
+    acc = _no_sums(tile)
     apart_theta = acc.top - float("inf")
     apart_t = apart_theta
     for at in tl.range(start, stop, 2 * H):
-        a0, a1, b0, b1 = load_logits(row, at, tile, True)
+        # Computed anew: carried, the pointers cost registers in the loops around this one.
+        a0, a1, b0, b1, _ = load_logits(row, row_places(row, at, tile), at, tile, True)
         inside0, inside1 = inside_halves(row.theta.ptr, at, stop, tile)
         acc, apart0 = _add_kept(acc, row, a0, b0, inside0, above)
         acc, apart1 = _add_kept(acc, row, a1, b1, inside1, above)
@@ -168,8 +185,9 @@ def summed_chunk(row, start, stop, tile, UNROLL: tl.constexpr):
     spoilt = _spoilt(sums)
     above = tl.where(spoilt, float("inf"), _apart_above(sums))
     masked = tl.where(spoilt, 1.0, masked)
+    few: tl.constexpr = Tile(tile.H // 2, tile.PACKED, tile.DEALT, tile.PROBS)
     while spoilt | (above < float("inf")):
-        sums, apart_theta, apart_t = careful_chunk(row, start, stop, above, Tile(tile.H // 2, tile.PACKED, tile.PROBS))
+        sums, apart_theta, apart_t = careful_chunk(row, start, stop, above, few)
         above = tl.where(spoilt, _apart_above(sums), float("inf"))  # which shows once the masks are out
         spoilt = tl.zeros([], tl.int1)
     return FirstSums(
@@ -251,31 +269,58 @@ def _store_sums(ptr, sums):
 
 
 @triton.jit
-def _load_sum(ptr, k, mask, other):
+def _load_sums(ptr):
+    """What ``_store_sums`` stored of one chunk, the sums in float64."""
     # Other programs may have stored it: read past a stale L1.
-    if mask is None:
-        return tl.load(ptr + k, cache_modifier=".cg")
-    else:
-        return tl.load(ptr + k, mask=mask, other=other, cache_modifier=".cg")
+    return FirstSums(
+        mass_t=tl.load(ptr, cache_modifier=".cg").to(tl.float64),
+        mass_half=tl.load(ptr + 1, cache_modifier=".cg").to(tl.float64),
+        mass_theta=tl.load(ptr + 2, cache_modifier=".cg").to(tl.float64),
+        first=tl.load(ptr + 3, cache_modifier=".cg").to(tl.float64),
+        second=tl.load(ptr + 4, cache_modifier=".cg").to(tl.float64),
+        third=tl.load(ptr + 5, cache_modifier=".cg").to(tl.float64),
+        fourth=tl.load(ptr + 6, cache_modifier=".cg").to(tl.float64),
+        fifth=tl.load(ptr + 7, cache_modifier=".cg").to(tl.float64),
+        sixth=tl.load(ptr + 8, cache_modifier=".cg").to(tl.float64),
+        apart_theta=tl.load(ptr + 9, cache_modifier=".cg"),
+        apart_t=tl.load(ptr + 10, cache_modifier=".cg"),
+        masked=tl.load(ptr + 11, cache_modifier=".cg"),
+    )
 
 
 @triton.jit
-def load_sums(ptr, mask):
-    """What ``_store_sums`` stored of one chunk or, with a mask, of many; sums in float64."""
-    none = -float("inf")
+def _load_four(ptr, chunks, FIRST: tl.constexpr, LANES: tl.constexpr):
+    """Four neighbours of what was stored of each chunk, as four tensors [LANES]; 0 beyond the chunks."""
+    lanes = tl.arange(0, LANES)[:, None]
+    places = ptr + lanes * SUM_COUNT + (tl.arange(0, 4)[None, :] + FIRST)
+    # Past a stale L1, as above.
+    four = tl.load(places, mask=lanes < chunks, other=0.0, cache_modifier=".cg")
+    even, odd = tl.split(tl.reshape(four, [LANES, 2, 2]))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def load_chunk_sums(ptr, chunks, LANES: tl.constexpr):
+    """What ``_store_sums`` stored of each chunk of a row, a lane for each; sums in float64."""
+    mass_t, mass_half, mass_theta, first = _load_four(ptr, chunks, 0, LANES)
+    second, third, fourth, fifth = _load_four(ptr, chunks, 4, LANES)
+    sixth, apart_theta, apart_t, masked = _load_four(ptr, chunks, 8, LANES)
+    some = tl.arange(0, LANES) < chunks
     return FirstSums(
-        _load_sum(ptr, 0, mask, 0.0).to(tl.float64),
-        _load_sum(ptr, 1, mask, 0.0).to(tl.float64),
-        _load_sum(ptr, 2, mask, 0.0).to(tl.float64),
-        _load_sum(ptr, 3, mask, 0.0).to(tl.float64),
-        _load_sum(ptr, 4, mask, 0.0).to(tl.float64),
-        _load_sum(ptr, 5, mask, 0.0).to(tl.float64),
-        _load_sum(ptr, 6, mask, 0.0).to(tl.float64),
-        _load_sum(ptr, 7, mask, 0.0).to(tl.float64),
-        _load_sum(ptr, 8, mask, 0.0).to(tl.float64),
-        _load_sum(ptr, 9, mask, none),
-        _load_sum(ptr, 10, mask, none),
-        _load_sum(ptr, 11, mask, 0.0),
+        mass_t=mass_t.to(tl.float64),
+        mass_half=mass_half.to(tl.float64),
+        mass_theta=mass_theta.to(tl.float64),
+        first=first.to(tl.float64),
+        second=second.to(tl.float64),
+        third=third.to(tl.float64),
+        fourth=fourth.to(tl.float64),
+        fifth=fifth.to(tl.float64),
+        sixth=sixth.to(tl.float64),
+        apart_theta=tl.where(some, apart_theta, -float("inf")),
+        apart_t=tl.where(some, apart_t, -float("inf")),
+        masked=masked,
     )
 
 
@@ -316,7 +361,7 @@ def row_sums(
         last = arrived == splits - 1
         if last and not KEEP:
             for chunk in tl.range(0, chunks):
-                total = _merge(total, load_sums(chunk_sums_ptr + chunk * SUM_COUNT, None), row)
+                total = _merge(total, _load_sums(chunk_sums_ptr + chunk * SUM_COUNT), row)
         if last:
             tl.store(arrived_ptr, 0)
     return total, last
@@ -326,7 +371,7 @@ def row_sums(
 def kept_sums(row, chunk_sums_ptr, chunks, LANES: tl.constexpr):
     """The row's ``FirstSums`` from those that ``row_sums`` kept of its chunks, in float64."""
     lanes = tl.arange(0, LANES)
-    sums = load_sums(chunk_sums_ptr + lanes * SUM_COUNT, lanes < chunks)
+    sums = load_chunk_sums(chunk_sums_ptr, chunks, LANES)
     x, y = in_powers(row, sums.apart_theta, sums.apart_t)
     likeliest = tl.max(x + y, 0)
     best = tl.min(tl.where(x + y == likeliest, lanes, LANES), 0)
@@ -399,8 +444,9 @@ def _surveyed(row, tile):
     nothing = tl.zeros([tile.H], tl.float32)
     low = nothing - float("inf")
     acc = Survey(zero, zero, zero, zero, low, low, low, nothing)
+    places = row_places(row, 0, tile)
     for start in tl.range(0, row.V, 2 * tile.H):
-        a0, a1, b0, b1 = load_logits(row, start, tile, True)
+        a0, a1, b0, b1, places = load_logits(row, places, start, tile, True)
         inside0, inside1 = inside_halves(row.theta.ptr, start, row.V, tile)
         acc = _add_survey(_add_survey(acc, row, a0, b0, inside0), row, a1, b1, inside1)
     return Survey(

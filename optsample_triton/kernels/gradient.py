@@ -69,7 +69,7 @@ def _load_or_zero(ptr, index):
 @triton.jit
 def _open_solved_row(batch, index, saved_ptr, disjoint):
     """The row with its log-partitions as references, where it was solved with any, and its ``Ends``."""
-    row = Row(locate(batch.theta, index), locate(batch.t, index), batch.V, batch.eps, batch.aligned_ptr)
+    row = Row(locate(batch.theta, index), locate(batch.t, index), batch.V, batch.eps)
     saved = load_saved(saved_ptr, index)
     usable = (saved.psi_half > UNKNOWN) & (disjoint == 0)
     reference_theta = (saved.log_partition_theta / row.theta.inverse_temperature.to(tl.float64)).to(tl.float32)
@@ -119,14 +119,15 @@ def gradient_kernel(
     stride_upstream,
     METHOD: tl.constexpr,
     PACKED: tl.constexpr,
+    DEALT: tl.constexpr,
     H: tl.constexpr,
 ):
     index = tl.program_id(0).to(tl.int64)
     theta = Matrix(theta_ptr, inverse_temperature_theta_ptr, Layout(inner_theta, outer_theta, stride_theta))
     t = Matrix(t_ptr, inverse_temperature_t_ptr, Layout(inner_t, outer_t, stride_t))
-    batch = Batch(theta, t, V, 0.0, None)  # no memory for rows.zeros: it would spill registers
+    batch = Batch(theta, t, V, 0.0)
     BLOCK: tl.constexpr = 2 * H
-    tile: tl.constexpr = Tile(H, PACKED, False)
+    tile: tl.constexpr = Tile(H, PACKED, DEALT, False)
     status = tl.load(status_ptr + index).to(tl.int32)
     disjoint, invalid = status == DISJOINT, status == INVALID
     row, ends = _open_solved_row(batch, index, saved_ptr, disjoint)
@@ -148,7 +149,7 @@ def gradient_kernel(
     grad_x += upstream_log_z * at.slope
     rate, gap_upper, gap_lower = at.variance, nothing, nothing
     if (METHOD == ESS_BALANCE) & (status == OK):
-        few: tl.constexpr = Tile(H // 4, PACKED, False)
+        few: tl.constexpr = Tile(H // 4, PACKED, DEALT, False)
         rate, gap_upper, gap_lower = _balance_gaps(row, x, at, ends, few)
     own_theta, own_t = Own(nothing, nothing, nothing), Own(nothing, nothing, nothing)
     if METHOD == ENTROPY:

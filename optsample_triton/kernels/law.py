@@ -56,7 +56,15 @@ def drawn_law(first, options, filters, drawn, drawing, tile, METHOD: tl.constexp
         # Huge logits round psi by many nats, and at a low temperature q's own normalisation would underflow.
         log_mass = tilted_top(row_q, x, tile)
     base = tl.where(far, log_mass, rounded(log_mass))
-    law = Law(x, base, filtering.inverse_temperature, filtering.threshold, far, tl.full([], float("inf"), tl.float32))
+    law = Law(
+        x=x,
+        base=base,
+        inverse_temperature=filtering.inverse_temperature,
+        threshold=filtering.threshold,
+        far=far,
+        own=tl.full([], float("inf"), tl.float32),
+        aligned_ptr=drawn.alpha_ptr,
+    )
     masses, misplaced = interpolated_masses(first.row, first.chunk_sums_ptr, chunks, x, base, drawing.LANES)
     # Beyond the models, and where sums are denormal, the first sweep does not see every token that counts.
     seen = (ends.shrink == 1.0) & (x >= 0.0) & (x <= 1.0) & (ends.psi_half > -FAR)

@@ -15,12 +15,14 @@ import triton.language as tl
 from optsample_triton.kernels.constants import LOG2E, LOWEST
 from optsample_triton.kernels.records import Layout, LogprobResults, LogprobSlopes, Matrix, ModelRow, Tile
 from optsample_triton.kernels.rows import (
-    aligned_zeros,
     entry_or_one,
+    from_low,
     inside_halves,
     load_halves,
     locate,
     narrowed,
+    places_after,
+    places_in,
     relative,
     row_offset,
     with_reference,
@@ -30,10 +32,12 @@ HIGH = tl.constexpr(12.0)  # nats: means of z beyond it cost the entropy, from w
 
 
 @triton.jit
-def tile_maximum(ptr, start, V, tile):
-    x0, x1 = load_halves(ptr, start, V, tile, True)
+def tile_maximum(ptr, places, start, V, tile):
+    """The maximum of each lane over a tile, and the next one's places."""
+    x0, x1 = load_halves(ptr, places, start, V, tile, True)
     inside0, inside1 = inside_halves(ptr, start, V, tile)
-    return tl.maximum(tl.where(inside0, x0, -float("inf")), tl.where(inside1, x1, -float("inf")))
+    top = tl.maximum(tl.where(inside0, x0, -float("inf")), tl.where(inside1, x1, -float("inf")))
+    return top, places_after(places, tile)
 
 
 @triton.jit
@@ -46,7 +50,8 @@ def first_maximum(ptr, V, tile):
     top = -float("inf")
     start = 0
     while (start < V) & (top == -float("inf")):
-        top = tl.max(tile_maximum(ptr, start, V, tile), 0)
+        tops, _ = tile_maximum(ptr, places_in(ptr, start, tile), start, V, tile)  # as in rows.first_maxima
+        top = tl.max(tops, 0)
         start += 2 * tile.H
     return _finite_or_zero(top)
 
@@ -54,8 +59,10 @@ def first_maximum(ptr, V, tile):
 @triton.jit
 def true_maximum(ptr, V, tile):
     top = tl.full([tile.H], -float("inf"), tl.float32)
+    places = places_in(ptr, 0, tile)
     for start in tl.range(0, V, 2 * tile.H):
-        top = tl.maximum(top, tile_maximum(ptr, start, V, tile))
+        tops, places = tile_maximum(ptr, places, start, V, tile)
+        top = tl.maximum(top, tops)
     return _finite_or_zero(tl.max(top, 0))
 
 
@@ -69,7 +76,14 @@ def _add_half(mass, first, x, row, ENTROPY: tl.constexpr):
 
 
 @triton.jit
-def row_sums(row, aligned_ptr, V, tile, CHUNK: tl.constexpr, UNROLL: tl.constexpr, ENTROPY: tl.constexpr):
+def _add_tile(mass, first, row, places, at, V, tile, ENTROPY: tl.constexpr):
+    x0, x1 = load_halves(row.ptr, places, at, V, tile, False)
+    mass, first = _add_half(mass, first, x0, row, ENTROPY)
+    return _add_half(mass, first, x1, row, ENTROPY)
+
+
+@triton.jit
+def row_sums(row, V, tile, CHUNK: tl.constexpr, UNROLL: tl.constexpr, ENTROPY: tl.constexpr):
     """sum exp(z) and, for the entropy, sum exp(z) z.
 
     Lanes and chunks are merged in float64: beside a confident row's 1 a float32 sum would lose its other tokens, which
@@ -80,15 +94,27 @@ def row_sums(row, aligned_ptr, V, tile, CHUNK: tl.constexpr, UNROLL: tl.constexp
     for start in tl.range(0, V, CHUNK):
         stop = tl.minimum(start + CHUNK, V)
         full = start + (stop - start) // (2 * H) * (2 * H)
-        part = aligned_zeros(row.ptr, aligned_ptr, tl.arange(0, H), V)
+        part = tl.zeros([H], tl.float32)
         moment = part
-        for at in tl.range(start, full, 2 * H, loop_unroll_factor=UNROLL):
-            x0, x1 = load_halves(row.ptr, at, V, tile, False)
-            part, moment = _add_half(part, moment, x0, row, ENTROPY)
-            part, moment = _add_half(part, moment, x1, row, ENTROPY)
-        if full < stop:
-            x0, x1 = load_halves(row.ptr, full, V, tile, True)
-            inside0, inside1 = inside_halves(row.ptr, full, V, tile)
+        begin = start
+        if UNROLL == 2 and tile.DEALT == 0:  # as in the solver's first sweep
+            begin = start + (stop - start) // (4 * H) * (4 * H)
+            places = places_in(row.ptr, start, tile)
+            for at in tl.range(start, begin, 4 * H):
+                places = from_low(places, tile)
+                part, moment = _add_tile(part, moment, row, places, at, V, tile, ENTROPY)
+                places = places_after(places, tile)
+                part, moment = _add_tile(part, moment, row, places, at + 2 * H, V, tile, ENTROPY)
+                places = places_after(places, tile)
+        places = places_in(row.ptr, begin, tile)
+        for at in tl.range(begin, full, 2 * H):
+            part, moment = _add_tile(part, moment, row, places, at, V, tile, ENTROPY)
+            places = places_after(places, tile)
+        places = places_in(row.ptr, full, tile)
+        for at in tl.range(full, stop, 2 * H):
+            x0, x1 = load_halves(row.ptr, places, at, V, tile, True)
+            places = places_after(places, tile)
+            inside0, inside1 = inside_halves(row.ptr, at, V, tile)
             x0, x1 = tl.where(inside0, x0, -float("inf")), tl.where(inside1, x1, -float("inf"))
             part, moment = _add_half(part, moment, x0, row, ENTROPY)
             part, moment = _add_half(part, moment, x1, row, ENTROPY)
@@ -114,7 +140,7 @@ def row_logprob(row, V, token, slot, results, tile, CHUNK: tl.constexpr, UNROLL:
     while sweeps < 2:
         if sweeps == 1:
             reference = true_maximum(row.ptr, V, tile)
-        mass, first = row_sums(with_reference(row, reference), results.aligned_ptr, V, tile, CHUNK, UNROLL, ENTROPY)
+        mass, first = row_sums(with_reference(row, reference), V, tile, CHUNK, UNROLL, ENTROPY)
         done = (mass < float("inf")) & (first <= mass * HIGH)
         sweeps += tl.where(done, 2, 1)
     nan = mass * float("nan")
@@ -135,7 +161,6 @@ def logprob_kernel(
     token_ptr,  # [N]
     inverse_temperature_ptr,  # [N] or None
     other_inverse_temperature_ptr,
-    aligned_ptr,  # of float32, aligned, for rows.zeros; or None
     log_prob_ptr,  # [N], or [2, N] where there is another model
     entropy_ptr,  # likewise, or None
     log_partition_ptr,
@@ -151,9 +176,10 @@ def logprob_kernel(
     CHUNK: tl.constexpr,
     UNROLL: tl.constexpr,
     PACKED: tl.constexpr,
+    DEALT: tl.constexpr,
 ):
-    tile: tl.constexpr = Tile(H, PACKED, False)
-    results = LogprobResults(log_prob_ptr, entropy_ptr, log_partition_ptr, aligned_ptr)
+    tile: tl.constexpr = Tile(H, PACKED, DEALT, False)
+    results = LogprobResults(log_prob_ptr, entropy_ptr, log_partition_ptr)
     slot = tl.program_id(0)
     index = slot % N
     token = tl.load(token_ptr + index)

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from optsample_triton.kernels.constants import EPSILON, LOG2E, STRETCH
 from optsample_triton.kernels.records import Moments, NarrowMoments, NarrowSums, PowerSums
-from optsample_triton.kernels.rows import load_both, zeros
+from optsample_triton.kernels.rows import load_both, row_places
 
 LARGEST_DELTA = tl.constexpr(1e9)  # whose fourth power float32 holds
 CANCELS = tl.constexpr(16.0)  # nats beyond which float32 would lose more than the last digits of a difference
@@ -31,8 +31,9 @@ def _top_of(top, half, x):
 def tilted_top(row, x, tile):
     """max over the common support of x a + (1 - x) b, in float64."""
     top = tl.full([tile.H], -float("inf"), tl.float64)
+    places = row_places(row, 0, tile)
     for start in tl.range(0, row.V, 2 * tile.H):
-        first, second = load_both(row, start, tile, True)
+        first, second, places = load_both(row, places, start, tile, True)
         top = _top_of(_top_of(top, first, x), second, x)
     return tl.max(top, 0)
 
@@ -72,16 +73,18 @@ def _add_wide(acc, half, x, base, centre, shrink):
 def _wide_sums(row, begin, stop, x, base, centre, shrink, tile):
     """``PowerSums`` of the tokens begin .. stop, a float32 for each lane."""
     H: tl.constexpr = tile.H
-    zero = zeros(row, tl.arange(0, H))
+    zero = tl.zeros([H], tl.float32)
     acc = PowerSums(zero, zero, zero, zero, zero)
     full = begin + (stop - begin) // (2 * H) * (2 * H)
+    places = row_places(row, begin, tile)
     for start in tl.range(begin, full, 2 * H):
-        first, second = load_both(row, start, tile, False)
+        first, second, places = load_both(row, places, start, tile, False)
         acc = _add_wide(acc, first, x, base, centre, shrink)
         acc = _add_wide(acc, second, x, base, centre, shrink)
     # A loop, though of one tile at most: a branch's addresses would be held in registers through all sweeps.
+    places = row_places(row, full, tile)
     for start in tl.range(full, stop, 2 * H):
-        first, second = load_both(row, start, tile, True)
+        first, second, places = load_both(row, places, start, tile, True)
         acc = _add_wide(acc, first, x, base, centre, shrink)
         acc = _add_wide(acc, second, x, base, centre, shrink)
     return acc
@@ -105,7 +108,7 @@ def wide_moments(row, x, base, centre, shrink, tile, STRETCHED: tl.constexpr):
     STRETCHED sums are sums of sums over ``STRETCH`` tiles each: one of thousands of small terms would swallow them.
     """
     if STRETCHED:
-        zero = zeros(row, tl.arange(0, tile.H))
+        zero = tl.zeros([tile.H], tl.float32)
         sums = PowerSums(zero, zero, zero, zero, zero)
         for begin in tl.range(0, row.V, STRETCH * 2 * tile.H):
             stop = tl.minimum(begin + STRETCH * 2 * tile.H, row.V)
@@ -195,16 +198,18 @@ def _narrow_sums(row, begin, stop, at, tile):
     H: tl.constexpr = tile.H
     reference_theta = row.theta.reference * row.theta.inverse_temperature
     reference_t = row.t.reference * row.t.inverse_temperature
-    zero = zeros(row, tl.arange(0, H))
+    zero = tl.zeros([H], tl.float32)
     powers = PowerSums(zero, zero, zero, zero, zero)
     acc = NarrowSums(powers, zero, zero, zero + float("inf"), zero - float("inf"))
     full = begin + (stop - begin) // (2 * H) * (2 * H)
+    places = row_places(row, begin, tile)
     for start in tl.range(begin, full, 2 * H):
-        first, second = load_both(row, start, tile, False)
+        first, second, places = load_both(row, places, start, tile, False)
         acc = _add_narrow(acc, first, at, reference_theta, reference_t)
         acc = _add_narrow(acc, second, at, reference_theta, reference_t)
+    places = row_places(row, full, tile)
     for start in tl.range(full, stop, 2 * H):
-        first, second = load_both(row, start, tile, True)
+        first, second, places = load_both(row, places, start, tile, True)
         acc = _add_narrow(acc, first, at, reference_theta, reference_t)
         acc = _add_narrow(acc, second, at, reference_theta, reference_t)
     return acc
@@ -214,7 +219,7 @@ def _narrow_sums(row, begin, stop, at, tile):
 def narrow_moments(row, at, tile, STRETCHED: tl.constexpr):
     """``NarrowMoments`` at ``at``, an ``Expansion``: the mean is as it is, not relative to the references."""
     if STRETCHED:
-        zero = zeros(row, tl.arange(0, tile.H))
+        zero = tl.zeros([tile.H], tl.float32)
         powers = PowerSums(zero, zero, zero, zero, zero)
         acc = NarrowSums(powers, zero, zero, zero + float("inf"), zero - float("inf"))
         for begin in tl.range(0, row.V, STRETCH * 2 * tile.H):

@@ -5,7 +5,16 @@ import triton.language as tl
 
 from optsample_triton.kernels.constants import LOG2E, STRETCH
 from optsample_triton.kernels.records import OnlineSum, OwnSums
-from optsample_triton.kernels.rows import as_logits, inside_halves, load_halves, relative, zeros
+from optsample_triton.kernels.rows import (
+    as_logits,
+    both_halves,
+    inside_halves,
+    load_halves,
+    places_after,
+    places_in,
+    relative,
+    row_places,
+)
 
 
 @triton.jit
@@ -15,13 +24,13 @@ def _own_half(x, inside, model):
 
 
 @triton.jit
-def _load_own(row, model, start, tile):
-    """A tile of one model of the row as halves, in nats: -inf where it has no mass."""
-    x0, x1 = load_halves(model.ptr, start, row.V, tile, True)
+def _load_own(row, model, places, start, tile):
+    """A tile of one model of the row as halves, in nats: -inf where it has no mass; and the next one's places."""
+    x0, x1 = load_halves(model.ptr, places, start, row.V, tile, True)
     inside0, inside1 = inside_halves(model.ptr, start, row.V, tile)
     z0 = _own_half(as_logits(x0, row.eps, tile.PROBS), inside0, model)
     z1 = _own_half(as_logits(x1, row.eps, tile.PROBS), inside1, model)
-    return z0, z1
+    return z0, z1, places_after(places, tile)
 
 
 @triton.jit
@@ -58,18 +67,20 @@ def own_moments(row, model, tile):
     """log-partition relative to the reference, and entropy, in float64, of one model of the row."""
     H: tl.constexpr = tile.H
     top = tl.full([H], -float("inf"), tl.float32)
+    places = places_in(model.ptr, 0, tile)
     for start in tl.range(0, row.V, 2 * H):
-        z0, z1 = _load_own(row, model, start, tile)
+        z0, z1, places = _load_own(row, model, places, start, tile)
         top = tl.maximum(top, tl.maximum(z0, z1))
     peak = tl.max(top, 0)
     base = tl.where(peak == -float("inf"), 0.0, peak)
-    zero = zeros(row, tl.arange(0, H))
+    zero = tl.zeros([H], tl.float32)
     nothing = zero.to(tl.float64)
     total = OwnSums(nothing, nothing, nothing)
     for begin in tl.range(0, row.V, STRETCH * 2 * H):
         acc = OwnSums(zero, zero, zero)
+        places = places_in(model.ptr, begin, tile)
         for start in tl.range(begin, tl.minimum(begin + STRETCH * 2 * H, row.V), 2 * H):
-            z0, z1 = _load_own(row, model, start, tile)
+            z0, z1, places = _load_own(row, model, places, start, tile)
             acc = add_own(acc, z0 - base)
             acc = add_own(acc, z1 - base)
         total = joined(total, acc)
@@ -81,13 +92,13 @@ def own_moments(row, model, tile):
 def probability_entropies(row, tile):
     """The documents' -sum p log(p + eps) of both models."""
     H: tl.constexpr = tile.H
-    zero = zeros(row, tl.arange(0, H))
+    zero = tl.zeros([H], tl.float32)
     total_theta, total_t = zero.to(tl.float64), zero.to(tl.float64)
     for begin in tl.range(0, row.V, STRETCH * 2 * H):
         sum_theta, sum_t = zero, zero
+        places = row_places(row, begin, tile)
         for start in tl.range(begin, tl.minimum(begin + STRETCH * 2 * H, row.V), 2 * H):
-            p0, p1 = load_halves(row.theta.ptr, start, row.V, tile, True)
-            r0, r1 = load_halves(row.t.ptr, start, row.V, tile, True)
+            p0, p1, r0, r1, places = both_halves(row, places, start, tile, True)
             sum_theta -= p0 * tl.log(p0 + row.eps) + p1 * tl.log(p1 + row.eps)
             sum_t -= r0 * tl.log(r0 + row.eps) + r1 * tl.log(r1 + row.eps)
         total_theta += sum_theta
@@ -124,13 +135,14 @@ def _log_total(total):
 def own_log_partitions(row, tile):
     """Log-partitions of both models over their own finite entries, relative to the references, in one read; float64."""
     nothing = tl.full([tile.H], -float("inf"), tl.float32)
-    zero = zeros(row, tl.arange(0, tile.H))
+    zero = tl.zeros([tile.H], tl.float32)
     total_theta, total_t = OnlineSum(nothing, zero.to(tl.float64)), OnlineSum(nothing, zero.to(tl.float64))
     for begin in tl.range(0, row.V, STRETCH * 2 * tile.H):
         theta, t = OnlineSum(nothing, zero), OnlineSum(nothing, zero)
+        places_theta, places_t = places_in(row.theta.ptr, begin, tile), places_in(row.t.ptr, begin, tile)
         for start in tl.range(begin, tl.minimum(begin + STRETCH * 2 * tile.H, row.V), 2 * tile.H):
-            a0, a1 = _load_own(row, row.theta, start, tile)
-            b0, b1 = _load_own(row, row.t, start, tile)
+            a0, a1, places_theta = _load_own(row, row.theta, places_theta, start, tile)
+            b0, b1, places_t = _load_own(row, row.t, places_t, start, tile)
             theta = _add_online(_add_online(theta, a0), a1)
             t = _add_online(_add_online(t, b0), b1)
         total_theta, total_t = _joined_online(total_theta, theta), _joined_online(total_t, t)

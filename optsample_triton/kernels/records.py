@@ -19,6 +19,7 @@ class Tile(NamedTuple):
 
     H: tl.constexpr
     PACKED: tl.constexpr  # 16-bit rows as 32-bit words
+    DEALT: tl.constexpr  # the number of threads, where rows are not aligned (rows._lanes); 0 where they are
     PROBS: tl.constexpr  # probabilities, read as log(p + eps)
 
 
@@ -45,7 +46,6 @@ class Batch(NamedTuple):
     t: Matrix
     V: tl.tensor
     eps: tl.tensor
-    aligned_ptr: tl.tensor  # as in Row
 
 
 class ModelRow(NamedTuple):
@@ -63,7 +63,20 @@ class Row(NamedTuple):
     t: ModelRow
     V: tl.tensor
     eps: tl.tensor
-    aligned_ptr: tl.tensor  # any aligned memory of the launch's own, for rows.zeros; or None
+
+
+class Places(NamedTuple):
+    """Pointers [H] to the halves of a tile of one row: to tokens, or to words of two, twice the same."""
+
+    low: tl.tensor
+    high: tl.tensor
+
+
+class RowPlaces(NamedTuple):
+    """Those of both rows."""
+
+    theta: Places
+    t: Places
 
 
 class HalfTile(NamedTuple):
@@ -443,6 +456,7 @@ class Law(NamedTuple):
     threshold: tl.tensor
     far: tl.tensor  # whether z needs float64
     own: tl.tensor
+    aligned_ptr: tl.tensor  # any aligned memory of the launch's own, for draw._zeros
 
 
 class LogPartitions(NamedTuple):
@@ -534,7 +548,6 @@ class LogprobResults(NamedTuple):
     log_prob_ptr: tl.tensor
     entropy_ptr: tl.tensor  # or None
     log_partition_ptr: tl.tensor
-    aligned_ptr: tl.tensor  # as in Row
 
 
 class LogprobSlopes(NamedTuple):

@@ -1,17 +1,20 @@
 """Where a row lies, how a tile of it is read, and what its logits are taken relative to.
 
-A tile is 2 H tokens of both rows, held as two halves of shape [H] that feed the same accumulators. 16-bit rows are
-read as 32-bit words, one load for tokens 2k and 2k + 1; it halves the registers and makes a bf16 conversion one shift
-or mask. Rows whose start is not 4-byte aligned read the same tokens into the same lanes one by one, and on NVIDIA's
-GPUs ``zeros`` keeps the lanes in the same threads: alignment changes no bit of a result, gradients apart. Inside loops
-every tile is full; the tail of a row is peeled, since one masked load would cost the loop its 16-byte loads.
+A tile is 2 H tokens of both rows, held as two halves of shape [H] that feed the same accumulators. 16-bit rows that
+start and end on 4 bytes are read as 32-bit words, one load for tokens 2k and 2k + 1: it halves the registers and makes
+a bf16 conversion one shift or mask. Inside loops every tile is full; the tail of a row is peeled, since one masked load
+would cost the loop its 16-byte loads.
+
+Loops carry the pointers of their loads, as ``Places``, and do not compute them anew. For every load of computed
+pointers a pass of Triton's compiler goes through all that hangs together with it, which is the whole kernel: it took
+nine tenths of the time to compile one.
 """
 
 import triton
 import triton.language as tl
 
 from optsample_triton.kernels.constants import DISJOINT
-from optsample_triton.kernels.records import HalfTile, ModelRow, Row
+from optsample_triton.kernels.records import HalfTile, ModelRow, Places, Row, RowPlaces
 
 
 @triton.jit
@@ -40,7 +43,7 @@ def locate(matrix, index):
 @triton.jit
 def open_row(batch, index, tile):
     """Row ``index`` of both models with references from its first tokens."""
-    row = Row(locate(batch.theta, index), locate(batch.t, index), batch.V, batch.eps, batch.aligned_ptr)
+    row = Row(locate(batch.theta, index), locate(batch.t, index), batch.V, batch.eps)
     reference_theta, reference_t = first_maxima(row, tile)
     return with_references(row, reference_theta, reference_t)
 
@@ -53,7 +56,7 @@ def with_reference(model, reference):
 @triton.jit
 def with_references(row, reference_theta, reference_t):
     theta, t = with_reference(row.theta, reference_theta), with_reference(row.t, reference_t)
-    return Row(theta, t, row.V, row.eps, row.aligned_ptr)
+    return Row(theta, t, row.V, row.eps)
 
 
 @triton.jit
@@ -62,73 +65,111 @@ def shared_row(row, status):
     t = row.t
     if status == DISJOINT:
         t = row.theta
-    return Row(row.theta, t, row.V, row.eps, row.aligned_ptr)
+    return Row(row.theta, t, row.V, row.eps)
 
 
 @triton.jit
-def zeros(row, offs):
-    """Accumulators of 0 for sums over tiles of both rows, one for each of the tile's ``offs``."""
-    return aligned_zeros(row.theta.ptr, row.aligned_ptr, offs, row.V)
+def _lanes(tile):
+    """Which place of a half tile each lane [H] holds.
 
-
-@triton.jit
-def aligned_zeros(ptr, aligned_ptr, offs, V):
-    """Accumulators of 0, in the threads that would hold them if ``ptr`` were aligned.
-
-    The compiler gives a thread as many neighbouring lanes as the widest load of a tile of this shape allows. Without
-    this load, from which every lane is masked out, aligned rows and others would be summed in different orders. Its
-    mask asks for V so that the compiler sees no constant and keeps the load until it has placed the lanes. Without an
-    ``aligned_ptr`` the lanes lie where the compiler likes.
+    Bits depend on which places a thread sums. Of aligned rows it reads 16 bytes at once, so the compiler gives it up to
+    four lanes side by side. Of other rows it reads one place at a time, and each of T threads has every T-th lane. So
+    the places are dealt to the lanes there, such that a thread sums the same ones, in the same order, as of aligned
+    rows.
     """
-    if aligned_ptr is None:
-        return tl.zeros(offs.shape, tl.float32)
-    else:
-        aligned_ptr = aligned_ptr.to(tl.pointer_type(ptr.dtype.element_ty), bitcast=True)
-        return tl.load(aligned_ptr + offs, mask=(offs < 0) & (V < 0), other=0.0).to(tl.float32)
-
-
-@triton.jit
-def load_halves(ptr, start, V, tile, TAIL: tl.constexpr):
-    """Tokens start .. start + 2 H of one row as two float32 halves [H]; tokens beyond V read as 0."""
     H: tl.constexpr = tile.H
     lanes = tl.arange(0, H)
-    sixteen: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth == 16
-    if tile.PACKED and not TAIL:
-        words = tl.load((ptr + start).to(tl.pointer_type(tl.int32), bitcast=True) + lanes)
-        if ptr.dtype.element_ty == tl.bfloat16:
-            low = (words << 16).to(tl.float32, bitcast=True)
-            high = (words & -65536).to(tl.float32, bitcast=True)
-        else:
-            low = words.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-            high = (words >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    if tile.DEALT == 0:
+        return lanes
     else:
-        # One base for both rather than an address for each: fewer registers.
-        base = ptr + start
-        if sixteen:
-            offs_low = 2 * lanes
-            offs_high = 2 * lanes + 1
-        else:
-            offs_low = lanes
-            offs_high = lanes + H
-        if TAIL:
-            low = tl.load(base + offs_low, mask=start + offs_low < V, other=0.0).to(tl.float32)
-            high = tl.load(base + offs_high, mask=start + offs_high < V, other=0.0).to(tl.float32)
-        else:
-            low = tl.load(base + offs_low).to(tl.float32)
-            high = tl.load(base + offs_high).to(tl.float32)
+        T: tl.constexpr = tile.DEALT
+        WIDTH: tl.constexpr = max(1, min(4, H // T))
+        return lanes // (T * WIDTH) * (T * WIDTH) + lanes % T * WIDTH + lanes // T % WIDTH
+
+
+@triton.jit
+def places_in(ptr, start, tile):
+    """The ``Places`` of the tile at ``start`` of one row."""
+    lanes = _lanes(tile)
+    if tile.PACKED:
+        low = (ptr + start).to(tl.pointer_type(tl.int32), bitcast=True) + lanes
+    elif ptr.dtype.element_ty.primitive_bitwidth == 16:
+        low = ptr + start + lanes * 2
+    else:
+        low = ptr + start + lanes
+    if tile.DEALT == 0:  # then 16-bit rows are packed
+        low = tl.multiple_of(low, 16)
+    return Places(low, _high(low, tile))
+
+
+@triton.jit
+def _high(low, tile):
+    if tile.PACKED:
+        return low
+    elif low.dtype.element_ty.primitive_bitwidth == 16:
+        return low + 1
+    else:
+        return low + tile.H
+
+
+@triton.jit
+def from_low(places, tile):
+    """The same places, the high ones computed: addresses of aligned rows that differ by a constant share registers."""
+    return Places(places.low, _high(places.low, tile))
+
+
+@triton.jit
+def places_after(places, tile):
+    """The next tile's places."""
+    STEP: tl.constexpr = tile.H if tile.PACKED else 2 * tile.H
+    return Places(places.low + STEP, places.high + STEP)
+
+
+@triton.jit
+def _unpacked(words, dtype: tl.constexpr):
+    """Words of two tokens each as float32."""
+    if dtype == tl.bfloat16:
+        low = (words << 16).to(tl.float32, bitcast=True)
+        high = (words & -65536).to(tl.float32, bitcast=True)
+    else:
+        low = words.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        high = (words >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     return low, high
+
+
+@triton.jit
+def load_halves(ptr, places, start, V, tile, TAIL: tl.constexpr):
+    """Tokens start .. start + 2 H of one row as two float32 halves [H]; tokens beyond V read as 0."""
+    dtype: tl.constexpr = ptr.dtype.element_ty
+    at_low, at_high = _tokens(ptr, start, tile)
+    if not TAIL:
+        if tile.PACKED:
+            low, high = _unpacked(tl.load(places.low), dtype)
+        else:
+            low, high = tl.load(places.low).to(tl.float32), tl.load(places.high).to(tl.float32)
+    elif tile.PACKED:
+        low, high = _unpacked(tl.load(places.low, mask=at_low < V, other=0), dtype)
+    else:
+        low = tl.load(places.low, mask=at_low < V, other=0.0).to(tl.float32)
+        high = tl.load(places.high, mask=at_high < V, other=0.0).to(tl.float32)
+    return low, high
+
+
+@triton.jit
+def _tokens(ptr, start, tile):
+    """Which tokens the halves [H] of the tile at ``start`` are."""
+    lanes = _lanes(tile)
+    if ptr.dtype.element_ty.primitive_bitwidth == 16:
+        return start + lanes * 2, start + (lanes * 2 + 1)
+    else:
+        return start + lanes, start + (lanes + tile.H)
 
 
 @triton.jit
 def inside_halves(ptr, start, V, tile):
     """Whether the tokens of ``load_halves`` lie in the row, as two masks [H]."""
-    H: tl.constexpr = tile.H
-    lanes = tl.arange(0, H)
-    sixteen: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth == 16
-    if sixteen:
-        return start + 2 * lanes < V, start + 2 * lanes + 1 < V
-    else:
-        return start + lanes < V, start + lanes + H < V
+    low, high = _tokens(ptr, start, tile)
+    return low < V, high < V
 
 
 @triton.jit
@@ -160,13 +201,26 @@ def relative_exactly(x, model):
 
 
 @triton.jit
-def load_logits(row, start, tile, TAIL: tl.constexpr):
-    """A tile of both rows as halves a0, a1, b0, b1: untouched, or log(p + eps) of probabilities."""
-    a0, a1 = load_halves(row.theta.ptr, start, row.V, tile, TAIL)
-    b0, b1 = load_halves(row.t.ptr, start, row.V, tile, TAIL)
+def row_places(row, start, tile):
+    """Of the tile at ``start`` of both rows."""
+    return RowPlaces(places_in(row.theta.ptr, start, tile), places_in(row.t.ptr, start, tile))
+
+
+@triton.jit
+def both_halves(row, places, start, tile, TAIL: tl.constexpr):
+    """A tile of both rows as halves a0, a1, b0, b1, as they are; and the next one's places."""
+    a0, a1 = load_halves(row.theta.ptr, places.theta, start, row.V, tile, TAIL)
+    b0, b1 = load_halves(row.t.ptr, places.t, start, row.V, tile, TAIL)
+    return a0, a1, b0, b1, RowPlaces(places_after(places.theta, tile), places_after(places.t, tile))
+
+
+@triton.jit
+def load_logits(row, places, start, tile, TAIL: tl.constexpr):
+    """A tile of both rows as halves a0, a1, b0, b1, and the next one's places: of probabilities it is log(p + eps)."""
+    a0, a1, b0, b1, places = both_halves(row, places, start, tile, TAIL)
     a0, a1 = as_logits(a0, row.eps, tile.PROBS), as_logits(a1, row.eps, tile.PROBS)
     b0, b1 = as_logits(b0, row.eps, tile.PROBS), as_logits(b1, row.eps, tile.PROBS)
-    return a0, a1, b0, b1
+    return a0, a1, b0, b1, places
 
 
 @triton.jit
@@ -178,14 +232,13 @@ def _log_ratio(p, r):
 
 
 @triton.jit
-def load_both(row, start, tile, TAIL: tl.constexpr):
-    """The tokens start .. start + 2 H of both rows as two halves, each a ``HalfTile``.
+def load_both(row, places, start, tile, TAIL: tl.constexpr):
+    """The tokens start .. start + 2 H of both rows as two halves, each a ``HalfTile``; and the next places.
 
     Outside the common support, and beyond V, the values are 0 and ``common`` is False. d is not taken from u and v: of
     close logits a - b is exact.
     """
-    p0, p1 = load_halves(row.theta.ptr, start, row.V, tile, TAIL)
-    r0, r1 = load_halves(row.t.ptr, start, row.V, tile, TAIL)
+    p0, p1, r0, r1, places = both_halves(row, places, start, tile, TAIL)
     a0, a1 = as_logits(p0, row.eps, tile.PROBS), as_logits(p1, row.eps, tile.PROBS)
     b0, b1 = as_logits(r0, row.eps, tile.PROBS), as_logits(r1, row.eps, tile.PROBS)
     common0 = (a0 != -float("inf")) & (b0 != -float("inf"))
@@ -203,7 +256,7 @@ def load_both(row, start, tile, TAIL: tl.constexpr):
         d0 = a0 * row.theta.inverse_temperature - b0 * row.t.inverse_temperature
         d1 = a1 * row.theta.inverse_temperature - b1 * row.t.inverse_temperature
     d0, d1 = tl.where(common0, d0, 0.0), tl.where(common1, d1, 0.0)
-    return HalfTile(u0, v0, d0, common0), HalfTile(u1, v1, d1, common1)
+    return HalfTile(u0, v0, d0, common0), HalfTile(u1, v1, d1, common1), places
 
 
 @triton.jit
@@ -223,8 +276,8 @@ def first_maxima(row, tile):
     top_t = -float("inf")
     start = 0
     while (start < row.V) & ((top_theta == -float("inf")) | (top_t == -float("inf"))):
-        a0, a1 = load_halves(row.theta.ptr, start, row.V, tile, True)
-        b0, b1 = load_halves(row.t.ptr, start, row.V, tile, True)
+        # Computed anew: carried through a loop of this kind, pointers would change threads before every load.
+        a0, a1, b0, b1, _ = both_halves(row, row_places(row, start, tile), start, tile, True)
         inside0, inside1 = inside_halves(row.theta.ptr, start, row.V, tile)
         common0 = inside0 & (a0 != -float("inf")) & (b0 != -float("inf"))
         common1 = inside1 & (a1 != -float("inf")) & (b1 != -float("inf"))

@@ -49,7 +49,6 @@ def sample_kernel(
     theta_ptr,  # rows [N, V] of both models
     t_ptr,
     given_alpha_ptr,  # [N] or None
-    aligned_ptr,  # of float32, aligned, for rows.zeros; or None
     inverse_temperature_theta_ptr,  # [N] or None
     inverse_temperature_t_ptr,
     inverse_temperature_ptr,  # of q* [N] or None
@@ -82,6 +81,7 @@ def sample_kernel(
     num_samples,
     METHOD: tl.constexpr,
     PACKED: tl.constexpr,
+    DEALT: tl.constexpr,
     H: tl.constexpr,
     CHUNK: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -93,7 +93,7 @@ def sample_kernel(
 ):
     theta = Matrix(theta_ptr, inverse_temperature_theta_ptr, Layout(inner_theta, outer_theta, stride_theta))
     t = Matrix(t_ptr, inverse_temperature_t_ptr, Layout(inner_t, outer_t, stride_t))
-    batch = Batch(theta, t, V, 0.0, aligned_ptr)
+    batch = Batch(theta, t, V, 0.0)
     meeting = Meeting(chunk_sums_ptr, arrived_ptr, splits)
     options = Options(given_alpha_ptr, tol, max_iter)
     filters = Filters(inverse_temperature_ptr, min_p_ptr)
@@ -101,8 +101,8 @@ def sample_kernel(
     drawn = Drawn(token_ptr, log_q_ptr, log_theta_ptr, log_t_ptr, alpha_ptr, status_ptr)
     drawing: tl.constexpr = Drawing(CHUNK, TILE, READ, LANES, FILTER)
     # The sweeps after the first keep more values per pair: half the tile holds their registers down.
-    tile: tl.constexpr = Tile(H, PACKED, False)
-    later: tl.constexpr = Tile(H // 2, PACKED, False)
+    tile: tl.constexpr = Tile(H, PACKED, DEALT, False)
+    later: tl.constexpr = Tile(H // 2, PACKED, DEALT, False)
     first = first_sweep(batch, meeting, tile, later, CHUNK, UNROLL, True)
     if first.last:
         drawn_from = drawn_law(first, options, filters, drawn, drawing, later, METHOD)

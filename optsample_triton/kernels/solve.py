@@ -276,7 +276,7 @@ def solved(row, total, index, options, tile, METHOD: tl.constexpr, NORMALISE: tl
 
     Without NORMALISE a given alpha saves its sweep where the caller normalises anyway: psi is then psi(1/2).
     """
-    few: tl.constexpr = Tile(tile.H // 2, tile.PACKED, tile.PROBS)
+    few: tl.constexpr = Tile(tile.H // 2, tile.PACKED, tile.DEALT, tile.PROBS)
     row, ends, state = _search_start(row, total, index, options, tile, METHOD, NORMALISE)
     root, task, ends = search(row, ends, state, options, tile, METHOD)
     if (METHOD == KL_SYMMETRY) and not tile.PROBS:  # noqa: SIM102 (one is known when the kernel is compiled)
@@ -320,7 +320,6 @@ def solve_kernel(
     theta_ptr,  # rows [N, V] of both models
     t_ptr,
     given_alpha_ptr,  # [N] or None
-    aligned_ptr,  # of float32, aligned, for rows.zeros; or None
     inverse_temperature_theta_ptr,  # [N] or None
     inverse_temperature_t_ptr,
     alpha_ptr,  # results [N]
@@ -348,24 +347,23 @@ def solve_kernel(
     METHOD: tl.constexpr,
     PROBS: tl.constexpr,
     PACKED: tl.constexpr,
+    DEALT: tl.constexpr,
     H: tl.constexpr,
     CHUNK: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
     theta = Matrix(theta_ptr, inverse_temperature_theta_ptr, Layout(inner_theta, outer_theta, stride_theta))
     t = Matrix(t_ptr, inverse_temperature_t_ptr, Layout(inner_t, outer_t, stride_t))
-    batch = Batch(theta, t, V, eps, aligned_ptr)
+    batch = Batch(theta, t, V, eps)
     meeting = Meeting(chunk_sums_ptr, arrived_ptr, splits)
     results = Results(
         alpha_ptr, log_z_ptr, status_ptr, sweeps_ptr, saved_ptr, diagnostics_ptr, out_ptr, stride_out, width
     )
     # The sweeps after the first keep more values per pair: half the tile holds their registers down.
-    tile: tl.constexpr = Tile(H, PACKED, PROBS)
-    later: tl.constexpr = Tile(H // 2, PACKED, PROBS)
+    tile: tl.constexpr = Tile(H, PACKED, DEALT, PROBS)
+    later: tl.constexpr = Tile(H // 2, PACKED, DEALT, PROBS)
     options = Options(given_alpha_ptr, tol, max_iter)
-    # The diagnostics read the row a dozen times: an unrolled first read would only cost them registers.
-    unroll: tl.constexpr = UNROLL if diagnostics_ptr is None else 1
-    first = first_sweep(batch, meeting, tile, later, CHUNK, unroll, False)
+    first = first_sweep(batch, meeting, tile, later, CHUNK, UNROLL, False)
     if first.last:
         row, ends, root = solved(first.row, first.total, first.index, options, later, METHOD, True)
         # How far a root that was looked for may lie from alpha, in float32.
@@ -404,7 +402,7 @@ def _finish(row, ends, root, error, index, results, tile):
         if tile.PROBS:
             store_probability_diagnostics(row, ends, solution, diagnostics_ptr, tile)
         else:
-            few: tl.constexpr = Tile(tile.H // 2, tile.PACKED, tile.PROBS)
+            few: tl.constexpr = Tile(tile.H // 2, tile.PACKED, tile.DEALT, tile.PROBS)
             store_diagnostics(row, ends, solution, error, diagnostics_ptr, few)
     if results.out_ptr is not None:
         store_log_q(row, ends, solution, results.out_ptr + index * results.stride_out, results.width, tile)

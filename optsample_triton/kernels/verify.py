@@ -73,7 +73,7 @@ def recovered(drawn_from, refused, key, drawing, tile, DRAFTER: tl.constexpr):
 
 @triton.jit
 def _less_own(law, own):
-    return Law(law.x, law.base, law.inverse_temperature, law.threshold, law.far, own)
+    return Law(law.x, law.base, law.inverse_temperature, law.threshold, law.far, own, law.aligned_ptr)
 
 
 @triton.jit(
@@ -84,7 +84,6 @@ def verify_kernel(
     theta_ptr,  # rows [N, V] of both models
     t_ptr,
     given_alpha_ptr,  # [N] or None
-    aligned_ptr,  # of float32, aligned, for rows.zeros; or None
     inverse_temperature_theta_ptr,  # [N] or None
     inverse_temperature_t_ptr,
     inverse_temperature_ptr,  # of q* [N] or None
@@ -120,6 +119,7 @@ def verify_kernel(
     tol,
     METHOD: tl.constexpr,
     PACKED: tl.constexpr,
+    DEALT: tl.constexpr,
     H: tl.constexpr,
     CHUNK: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -131,7 +131,7 @@ def verify_kernel(
 ):
     theta = Matrix(theta_ptr, inverse_temperature_theta_ptr, Layout(inner_theta, outer_theta, stride_theta))
     t = Matrix(t_ptr, inverse_temperature_t_ptr, Layout(inner_t, outer_t, stride_t))
-    batch = Batch(theta, t, V, 0.0, aligned_ptr)
+    batch = Batch(theta, t, V, 0.0)
     meeting = Meeting(chunk_sums_ptr, arrived_ptr, splits)
     options = Options(given_alpha_ptr, tol, max_iter)
     filters = Filters(inverse_temperature_ptr, min_p_ptr)
@@ -140,8 +140,8 @@ def verify_kernel(
     drawn = Drawn(token_ptr, log_q_ptr, log_theta_ptr, log_t_ptr, alpha_ptr, status_ptr)
     drawing: tl.constexpr = Drawing(CHUNK, TILE, READ, LANES, FILTER)
     # The sweeps after the first keep more values per pair: half the tile holds their registers down.
-    tile: tl.constexpr = Tile(H, PACKED, False)
-    later: tl.constexpr = Tile(H // 2, PACKED, False)
+    tile: tl.constexpr = Tile(H, PACKED, DEALT, False)
+    later: tl.constexpr = Tile(H // 2, PACKED, DEALT, False)
     first = first_sweep(batch, meeting, tile, later, CHUNK, UNROLL, True)
     if first.last:
         drawn_from = drawn_law(first, options, filters, drawn, drawing, later, METHOD)

@@ -74,11 +74,11 @@ def _start_on(size: int, *matrices: Tensor) -> bool:
 
 
 def _reading(*matrices: Tensor) -> dict[str, Any]:
-    """PACKED and DEALT of the kernels, from where the rows start."""
+    """PACKED and DEALT of the kernels, from where the rows start and end."""
     kind, dtype = _device(matrices[0].device).kind, matrices[0].dtype
-    short = dtype.itemsize == 2
-    packed = short and matrices[0].shape[-1] % 2 == 0 and _start_on(4, *matrices)
-    aligned = _start_on(16, *matrices) and packed == short
+    sixteen_bits = dtype.itemsize == 2
+    packed = sixteen_bits and matrices[0].shape[-1] % 2 == 0 and _start_on(4, *matrices)
+    aligned = _start_on(16, *matrices) and packed == sixteen_bits
     return {"PACKED": packed, "DEALT": 0 if aligned else launch.threads(kind, dtype)}
 
 

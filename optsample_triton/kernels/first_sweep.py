@@ -102,7 +102,7 @@ def plain_chunk(row, start, stop, tile, UNROLL: tl.constexpr):
     masked = tl.zeros([], tl.float32)
     full = start + (stop - start) // (2 * H) * (2 * H)
     if UNROLL == 2 and tile.DEALT == 0:
-        # By hand, since the compiler's unrolling would not carry pointers. Other rows have loads enough in flight.
+        # By hand, since the compiler's unrolling would not carry the pointers.
         begin, start = start, start + (stop - start) // (4 * H) * (4 * H)
         places = row_places(row, begin, tile)
         for at in tl.range(begin, start, 4 * H):

@@ -54,11 +54,8 @@ def _choose_how_kernels_run(config):
         sys.path.pop(0)
         quick_interpreter.install()
         device_arithmetic.install()
-    if config.option.shapes:
-        from optsample_triton import launch
-
-        for table in (launch.SHAPES, launch.DRAW_READ):
-            table["interpreter"] = table[config.option.shapes]
+        if config.option.shapes:
+            device_arithmetic.take_shapes(config.option.shapes)
 
 
 def _record(config):

@@ -141,6 +141,14 @@ def cumsum_of_floats(plain: Callable) -> Callable:
     return scan
 
 
+def take_shapes(backend: str) -> None:
+    """Give the interpreter the tiles, chunks and unrolling of this backend; its own are longer, for speed."""
+    from optsample_triton import launch
+
+    for table in (launch.SHAPES, launch.DRAW_READ):
+        table["interpreter"] = table[backend]
+
+
 def install() -> None:
     """Make this process's interpreter compute in this way."""
     builder = interpreter.InterpreterBuilder

@@ -26,10 +26,31 @@ def test_a_table_has_means_and_extremes():
     assert lines[3].startswith("| π_t, −log π | 50% (25% … 75%) |")
 
 
-def test_only_a_whole_run_replaces_what_was_published(capsys):
+def test_only_three_seeds_replace_what_was_published(capsys):
     with pytest.raises(SystemExit):
         command.main(["--save", "--seeds", "1"])
-    assert "needs all lessons and three seeds" in capsys.readouterr().err
+    assert "three seeds" in capsys.readouterr().err
+
+
+def test_saved_lessons_take_the_place_of_their_rows_alone(tmp_path, monkeypatch):
+    def rows_of(lesson, right):
+        return [Measured.of(lesson, seed, 0, 0, 0.0, Score(right, 0.0, 0.0), "abc") for seed in range(3)]
+
+    monkeypatch.setattr(command, "CSV", tmp_path / "rows.csv")
+    monkeypatch.setattr(command, "load", lambda cache: (None, None))
+    monkeypatch.setattr(command, "Classroom", lambda *given: Room())
+    monkeypatch.setattr(command, "taught", lambda room, lesson, seed, *rest: [rows_of(lesson, 0.75)[seed]])
+    command.write(command.CSV, rows_of("sft", 0.25) + rows_of("reward", 0.25))
+    command.main(["--save", "--lessons", "reward"])
+    saved = {(row.lesson, row.seed): row.right for row in results.load(command.CSV)}
+    assert saved == {(lesson, seed): right for lesson, right in (("sft", 0.25), ("reward", 0.75)) for seed in range(3)}
+
+
+class Room:
+    """In the place of a model, where only the files are of interest."""
+
+    def score(self):
+        return Score(0.0, 0.0, 0.0)
 
 
 def test_the_tutorial_shows_what_was_measured():

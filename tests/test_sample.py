@@ -136,8 +136,8 @@ def test_every_case(case, device, interpreted):
     """alpha is within its tolerance, the token has q* > 0, and all three log-probabilities fit the reported alpha."""
     whole = case.family in ("invalid", "identical", "disjoint", "one token")
     a, b = (x[: None if whole or not interpreted else 1] for x in case.logits(device=device))
-    drawn = ost.sample(a, b, seed=11)
     solution = ost.solve(a, b, tol=1e-4)
+    drawn = ost.sample(a, b, seed=11)
     assert drawn.token.dtype == torch.int64
     assert drawn.status.tolist() == solution.status.tolist()
     a, b, token, alpha = a.cpu(), b.cpu(), drawn.token.cpu(), drawn.alpha.cpu()

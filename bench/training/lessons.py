@@ -1,4 +1,4 @@
-"""Six ways to learn from the target: whose texts are read, and which loss is taken at their tokens."""
+"""Eight ways to learn from the target: whose texts are read, and which loss is taken at their tokens."""
 
 from __future__ import annotations
 
@@ -67,4 +67,7 @@ LESSONS = {
     "q*, reward": Lesson("q*", "reward, weighted by (π/q*)^γ", Q_STAR, _rewarded),
     "on-policy distillation": Lesson("π_θ", "KL(π_θ‖π_t), whole vocabulary", POLICY, _reverse),
     "q*, distillation": Lesson("q*", "KL(π_t‖π_θ), whole vocabulary", Q_STAR, _forward),
+    # The same loss on the texts of either model: what the texts alone do.
+    "target, distillation": Lesson("π_t", "KL(π_t‖π_θ), whole vocabulary", TARGET, _forward),
+    "policy, distillation": Lesson("π_θ", "KL(π_t‖π_θ), whole vocabulary", POLICY, _forward),
 }

@@ -16,7 +16,8 @@ from tests.ptx.wave import Findings, Launch, Wave
 
 class Run(NamedTuple):
     findings: list[str]
-    visited: set[int]  # blocks
+    barriers: set[int]  # the blocks that end with one that threads passed
+    needed: set[int]  # of these, those before which there was an access that they may order
 
 
 def launch(
@@ -32,13 +33,15 @@ def launch(
     order, findings = Order(total, kernel.entry.threads), Findings()
     memory = Global(regions, order)
     shared = Launch(kernel, grid, parameters, shared_size, memory, order, findings, options)
-    junk, visited = np.random.default_rng(options.junk), set[int]()
+    junk = np.random.default_rng(options.junk)
+    barriers, needed = set[int](), set[int]()
     with np.errstate(all="ignore"):
         for ctas in _batches(total, options):
             wave = Wave(shared, ctas, junk)
             wave.run()
-            visited |= wave.visited
-    return Run(list(findings.values()), visited)
+            barriers |= wave.barriers.keys()
+            needed |= {barrier for barrier, is_needed in wave.barriers.items() if is_needed}
+    return Run(list(findings.values()), barriers, needed)
 
 
 def _batches(total: int, options: Options) -> Iterator[np.ndarray]:

@@ -43,6 +43,7 @@ class Order:
         self.now = 0
         self.epoch = np.zeros(ctas, np.int64)  # stamp of a CTA's last barrier
         self.warp_epoch = np.zeros(ctas * threads // WARP, np.int64)
+        self.accessed = np.zeros(ctas, np.int64)  # stamp of a CTA's last access to memory that is written
         self.known: dict[int, Clock] = {}  # what a whole CTA has acquired
         self.own: dict[int, Clock] = {}  # what a thread has acquired since the last barrier
         self.published: dict[int, Clock] = {}  # address -> what an acquire of it gives
@@ -53,9 +54,17 @@ class Order:
         self.now += 1
         return self.now
 
+    def access(self, threads: Array) -> int:
+        """The stamp of an access that these threads make, to memory that is written."""
+        now = self.tick()
+        self.accessed[threads // self.threads] = now
+        return now
+
     # What orders
 
-    def barrier(self, ctas: Array) -> None:
+    def barrier(self, ctas: Array) -> bool:
+        """Whether there was anything to order: an access of one of these CTAs since its last barrier."""
+        needed = bool((self.accessed[ctas] > self.epoch[ctas]).any())
         now = self.tick()
         self.epoch[ctas] = now
         per_cta = self.threads // WARP
@@ -65,6 +74,7 @@ class Order:
             for thread in [each for each in self.own if each // self.threads in waiting]:
                 cta = thread // self.threads
                 self.known[cta] = joined(self.known.get(cta, {}), self.own.pop(thread))
+        return needed
 
     def warp_barrier(self, warps: Array) -> None:
         self.warp_epoch[warps] = self.tick()
@@ -187,7 +197,7 @@ class Cells:
     def check_read(self, start: Array, size: int, thread: Array) -> tuple[Array | None, bool]:
         """Note a read: which of these accesses race with a write, and whether one reads what nobody wrote."""
         cells, threads, count = self.expand(start, size, thread)
-        now = access(start, size, thread, self.order.tick())
+        now = access(start, size, thread, self.order.access(thread))
         self.reads.append(now)
         written = self.written[cells]
         races = of_accesses((written >= 0) & ~self.order.before(threads, self.writer[cells], written), count)
@@ -197,7 +207,7 @@ class Cells:
     def check_write(self, start: Array, size: int, thread: Array, atomic: int = PLAIN) -> tuple[Array | None, str]:
         """Record a write: which of these accesses race, and with what."""
         cells, threads, count = self.expand(start, size, thread)
-        now = access(start, size, thread, self.order.tick(), atomic)
+        now = access(start, size, thread, self.order.access(thread), atomic)
         written, writer = self.written[cells], self.writer[cells]
         races = of_accesses((written >= 0) & ~self.order.before(threads, writer, written), count)
         races |= self._unordered(now, self.atomics)

@@ -137,7 +137,7 @@ def read_data(name: str, folder: Path = DATA) -> list[Row]:
 
 
 def runs(rows: list[Row]) -> str:
-    heading = ("GPU", "tests that launch", "launches", "compiled forms", "Triton", "commit")
+    heading = ("GPU", "test functions that launch", "launches", "compiled forms", "Triton", "commit")
     return tables.markdown(
         heading, [[row[key] for key in ("arch", "tests", "launches", "forms", "triton", "commit")] for row in rows]
     )

@@ -58,7 +58,7 @@ class Wave:
         self.registers += [self.everywhere] * len(self.registers)  # undefined
         self.waiting = np.zeros(self.size, bool)
         self.returned = np.zeros(self.size, bool)
-        self.visited: set[int] = set()  # blocks
+        self.barriers: dict[int, bool] = {}  # block -> whether it ever had an access to order
 
     def _filled(self, words: bytes) -> list[Array]:
         """Each register full of these bits."""
@@ -235,7 +235,6 @@ class Wave:
             self.limit -= 1
             if self.limit < 0:
                 raise self.fault("no end after millions of blocks", block.code[-1].site)
-            self.visited.add(here)
             if block.end == "return":
                 if at is None or mask is None:
                     return
@@ -248,13 +247,13 @@ class Wave:
             else:
                 at[mask] = block.target if block.end == "jump" else here + 1
                 if block.end == "barrier":
-                    self._arrive(mask, at, block.code[-1].site)
+                    self._arrive(mask, at, here)
 
     def _onwards(self, here: int, taken: Any) -> tuple[int, Array | None]:
         """The next block of all threads, or that of each."""
         block = self.kernel.entry.blocks[here]
         if block.end == "barrier":
-            self.order.barrier(self.ctas)
+            self._pass(here, self.ctas)
             self.shared.cells.forget_reads()
         elif block.end == "jump":
             return block.target, None
@@ -264,16 +263,21 @@ class Wave:
             return here, np.where(taken, block.target, here + 1)
         return here + 1, None
 
-    def _arrive(self, mask: Array, at: Array, site: int) -> None:
+    def _pass(self, barrier: int, ctas: Array) -> None:
+        needed = self.order.barrier(ctas)
+        self.barriers[barrier] = needed or self.barriers.get(barrier, False)
+
+    def _arrive(self, mask: Array, at: Array, barrier: int) -> None:
         """Threads come to a barrier; a CTA whose threads are all there goes on."""
         self.waiting |= mask
         complete = self.waiting.reshape(-1, self.per_cta).all(1)
         if complete.any():
             places = at.reshape(-1, self.per_cta)[complete]
             if (places != places[:, :1]).any():
+                site = self.kernel.entry.blocks[barrier].code[-1].site
                 self.find("a CTA's threads are at different barriers", site)
             self.waiting[np.repeat(complete, self.per_cta)] = False
-            self.order.barrier(self.ctas[complete])
+            self._pass(barrier, self.ctas[complete])
 
     def _dismiss(self, at: Array) -> Array:
         """Leave out CTAs of which all threads have returned."""

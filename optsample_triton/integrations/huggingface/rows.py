@@ -65,7 +65,6 @@ class Settings(NamedTuple):
     draft: str
     diagnostics: bool
     streamer: Any
-    tokenizers: list[Any]
 
 
 class Generated:

@@ -13,10 +13,8 @@ from optsample_triton.api.solve import log_q, solve
 from optsample_triton.integrations.huggingface.cached import CachedModel, input_device
 from optsample_triton.integrations.huggingface.pair import (
     aligned,
-    check_edges,
     check_ids,
-    padding_tokens,
-    special_tokens,
+    check_mask,
     vocabulary,
 )
 from optsample_triton.types import Diagnostics
@@ -45,7 +43,7 @@ def score(model: Any, target_model: Any, input_ids: Tensor, **kwargs: Any) -> Se
 
     ::
 
-        out = generate(model, target_model, input_ids, max_new_tokens=64)
+        out = generate(model, target_model, input_ids, attention_mask=mask, max_new_tokens=64)
         score(model, target_model, out.sequences, attention_mask=out.attention_mask, num_tokens=out.tokens.shape[1])
 
     gives what ``generate`` has recorded, and the diagnostics.
@@ -83,10 +81,10 @@ def score_chunks(
 
     Args:
         model, target_model: as for ``generate``; None for the target is the model itself, with its own prompt.
-        input_ids, attention_mask: [B, S], whole sequences: padded at the left, at the right, or both.
+        input_ids, attention_mask: [B, S], whole sequences: padded at the left, at the right, or both. Rows that
+            differ need a mask, of ones where none is padded; of one row without a mask every token is text.
         target_input_ids, target_attention_mask: [B, S_t], the same for the target, with another prompt. The last
-            num_tokens columns must be those of input_ids. Without a mask every token is of the text, and rows that
-            begin or end with what may be padding are refused.
+            num_tokens columns must be those of input_ids.
         num_tokens: how many tokens at the end of the sequences to score, S - 1 by default.
         chunk_size: all at once by default.
         q_star: also yield log q* over the vocabulary.
@@ -98,9 +96,12 @@ def score_chunks(
         raise ValueError("target_attention_mask goes with target_input_ids, which was not given")
     target_model = model if target_model is None else target_model
     input_ids = check_ids(input_ids, "input_ids").to(input_device(model))
+    check_mask(input_ids, attention_mask, "attention_mask")
+    target_name = "input_ids" if target_input_ids is None else "target_input_ids"
     if target_input_ids is None:
         target_input_ids, target_attention_mask = input_ids, attention_mask
     target_input_ids = check_ids(target_input_ids, "target_input_ids").to(input_ids.device)
+    check_mask(target_input_ids, target_attention_mask, "target_attention_mask")
     count = min(input_ids.shape[1], target_input_ids.shape[1]) - 1 if num_tokens is None else num_tokens
     shortest = min(input_ids.shape[1], target_input_ids.shape[1])
     if shortest < 2:
@@ -108,7 +109,8 @@ def score_chunks(
     if not 1 <= count < shortest:
         raise ValueError(f"num_tokens must be between 1 and {shortest - 1}, so that one comes before, but is {count}")
     tokens = input_ids[:, -count:]
-    own, target_own = _own(input_ids, attention_mask), _own(target_input_ids, target_attention_mask)
+    own = _own(input_ids, attention_mask, "attention_mask")
+    target_own = _own(target_input_ids, target_attention_mask, "target_attention_mask")
     if bool(((input_ids < 0) & own).any()):
         raise ValueError("input_ids must hold no negative tokens, the -100 of labels among them: mask them")
     # After padding, a model says nothing of a text's first token.
@@ -128,17 +130,11 @@ def score_chunks(
         "max_iter": max_iter,
     }
     vocab = vocabulary(model, target_model, vocab_size)
-    theta, t = _Reader(model, input_ids, own, count), _Reader(target_model, target_input_ids, target_own, count)
+    theta = _Reader(model, input_ids, own, count, "input_ids")
+    t = _Reader(target_model, target_input_ids, target_own, count, target_name)
     step = count if chunk_size is None else chunk_size
     if step < 1:
         raise ValueError(f"chunk_size must be at least 1, but is {step}")
-    padding = padding_tokens(special_tokens(model), special_tokens(target_model))
-    for ids, given, name in (
-        (input_ids, attention_mask, "attention_mask"),
-        (target_input_ids, target_attention_mask, "target_attention_mask"),
-    ):
-        if given is None:
-            check_edges(ids, padding._replace(first=padding.first | padding.sure, sure=frozenset()), name)
     for start in range(0, count, step):
         stop = min(start + step, count)
         here = slice(start, stop)
@@ -170,11 +166,11 @@ def score_chunks(
 class _Reader:
     """One model on its sequences: the logits of any piece of the last positions, in order."""
 
-    def __init__(self, model: Any, ids: Tensor, own: Tensor, count: int):
+    def __init__(self, model: Any, ids: Tensor, own: Tensor, count: int, name: str):
         # What follows the text is not masked, but any token will do there: none of the text sees it.
         padding = (own.long().cumsum(-1) == 0).sum(-1)
         self.ids = ids.masked_fill(~own, 0)
-        self.cached, self.first = CachedModel(model, padding), ids.shape[1] - count - 1
+        self.cached, self.first = CachedModel(model, padding, ids_name=name), ids.shape[1] - count - 1
         self.cached.check_tokens(self.ids[:, :-1])  # the last one is not read
 
     def read(self, start: int, stop: int) -> Tensor:
@@ -182,16 +178,14 @@ class _Reader:
         return self.cached.read(self.ids[:, self.cached.width : self.first + stop], stop - start)
 
 
-def _own(ids: Tensor, mask: Tensor | None) -> Tensor:
+def _own(ids: Tensor, mask: Tensor | None, name: str) -> Tensor:
     """[B, S] bool: the sequences' own tokens, one run in each row."""
     if mask is None:
         return torch.ones_like(ids, dtype=torch.bool)
     if mask.shape != ids.shape:
-        raise ValueError(
-            f"attention_mask must have the shape of its ids, {list(ids.shape)}, but has {list(mask.shape)}"
-        )
+        raise ValueError(f"{name} must have the shape of its ids, {list(ids.shape)}, but has {list(mask.shape)}")
     own = mask.to(ids.device) != 0
     starts = (own[:, 1:] & ~own[:, :-1]).sum(-1) + own[:, 0]
     if bool((starts > 1).any()):
-        raise ValueError("attention_mask must have its zeros at the ends of a row, but there are some in between")
+        raise ValueError(f"{name} must have its zeros at the ends of a row, but there are some in between")
     return own

@@ -208,7 +208,7 @@ def test_either_name_of_a_cache(name, drafts):
 def test_models_without_logits_are_refused():
     """AutoModel for AutoModelForCausalLM is an easy slip, and a reward model's logits are of labels."""
     model = llama(seed=1)
-    ids, _ = prompts((5, 5))
+    ids, _ = prompts((5,))
     for kind in (transformers.LlamaModel, transformers.LlamaForSequenceClassification):
         other = kind(model.config).eval()
         message = f"{kind.__name__} must give logits of the next token, but does not: load a ...ForCausalLM"

@@ -1,5 +1,7 @@
 """score(): alpha, q* and diagnostics of given sequences against whole passes and the float64 oracle."""
 
+import functools
+
 import pytest
 import torch
 from models import gpt2, llama, next_logits, prompts
@@ -59,10 +61,14 @@ def test_a_texts_first_token_does_not_count(pairs, chunk_size):
     assert (found.log_t[found.mask] < 0).all()
     whole = next_logits(target, ids[1, 3:5]).log_softmax(-1)[ids[1, 5]]
     torch.testing.assert_close(found.log_t[1, 2], whole, atol=1e-4, rtol=1e-4)
-    for wrong in ([1, 1, 1, 0, 1, 1], [1, 1, 1, 1, 1, 0]):
-        refused = torch.tensor([wrong]).expand(3, -1)
-        with pytest.raises(ValueError, match=r"target_attention_mask must not mask|some in between"):
-            score(model, target, ids, target_input_ids=ids, target_attention_mask=refused, **run)
+    for wrong, refused in (
+        ([1, 1, 1, 0, 1, 1], "must have its zeros at the ends of a row, but there are some in between$"),
+        ([1, 1, 1, 1, 1, 0], "must not mask what attention_mask does not in the last 3 columns, but does$"),
+        ([1, 1, 1, 1, 1], r"must have the shape of its ids, \[3, 6\], but has \[3, 5\]$"),
+    ):
+        mask = torch.tensor([wrong]).expand(3, -1)
+        with pytest.raises(ValueError, match=f"^target_attention_mask {refused}"):
+            score(model, target, ids, target_input_ids=ids, target_attention_mask=mask, **run)
 
 
 def test_tokens_beyond_the_shared_vocabulary(pairs):
@@ -83,7 +89,7 @@ def test_tokens_beyond_the_shared_vocabulary(pairs):
     last = score(model, small, ids[:, :4])
     assert (last.log_q == -torch.inf).tolist() == [[False, False, True]]
     with pytest.raises(
-        ValueError, match="must hold tokens below 80, the vocabulary of GPT2LMHeadModel, but there is 99"
+        ValueError, match=r"^input_ids must hold tokens below 80, the vocabulary of GPT2LMHeadModel, but there is 99$"
     ):
         score(model, small, ids, chunk_size=1)
 
@@ -137,16 +143,23 @@ def test_a_target_with_its_own_prompt_as_generated(pairs, chunk_size):
 def test_wrong_arguments(pairs):
     model, target = pairs["llama, gpt2"]
     ids, mask = prompts()
+    run = functools.partial(score, model, target, ids, attention_mask=mask)
     with pytest.raises(ValueError, match="num_tokens must be between 1 and 5"):
-        score(model, target, ids, num_tokens=6)
+        run(num_tokens=6)
     with pytest.raises(ValueError, match="chunk_size must be at least 1"):
-        score(model, target, ids, chunk_size=0)
+        run(chunk_size=0)
     with pytest.raises(ValueError, match="target_input_ids must end with the 5 tokens"):
-        score(model, target, ids, target_input_ids=ids.flip(1))
-    with pytest.raises(ValueError, match="some in between"):
+        run(target_input_ids=ids.flip(1), target_attention_mask=torch.ones_like(mask))
+    with pytest.raises(
+        ValueError, match=r"^attention_mask must have its zeros at the ends of a row, but there are some"
+    ):
         score(model, target, ids, attention_mask=torch.tensor([1, 1, 0, 0, 1, 1]).expand(3, -1))
+    with pytest.raises(
+        ValueError, match=r"^attention_mask must have the shape of its ids, \[3, 6\], but has \[3, 5\]$"
+    ):
+        score(model, target, ids, attention_mask=mask[:, 1:])
     with pytest.raises(ValueError, match="vocabularies of 100 and 1000"):
-        score(model, llama(vocab=1000), ids)
+        score(model, llama(vocab=1000), ids, attention_mask=mask)
     with pytest.raises(ValueError, match="target_model=None is the model itself"):
         score(model, None, ids)
     with pytest.raises(ValueError, match="target_attention_mask goes with target_input_ids"):

@@ -11,8 +11,10 @@ import pytest
 
 from optsample_triton import cli
 from optsample_triton.demo import figures, model, page, terminal
-from optsample_triton.demo.questions import Question, target_template
-from optsample_triton.demo.texts import LAWS, SPECULATIVE, Drawn, Settings, Text, Token
+from optsample_triton.demo.questions import Question
+from optsample_triton.demo.texts import LAWS, SPECULATIVE, Drawn, Settings, Text, Token, jobs, write_questions
+from optsample_triton.pipeline.encode import told
+from optsample_triton.pipeline.run import Position, plan
 
 ESCAPE = re.compile(r"\x1b\[[\d;]*m")
 QUESTION = Question("Which is it?", "It is “东京” & <b>.", "东京")
@@ -88,14 +90,24 @@ def test_the_token_table_has_the_weights() -> None:
     assert second.split()[-1] == "both"
 
 
-def test_a_hint_survives_every_character() -> None:
-    jinja2 = pytest.importorskip("jinja2")
-    odd = Question("Say \"{{ x }}\" \\ '%}' ü", '{% raw %} "It\'s" \\n', None)
-    plain = "{% for m in messages %}[{{ m['role'] }}|{{ m['content'] }}]{% endfor %}"
-    made = jinja2.Template(target_template(plain, (odd, QUESTION)))
-    for question in (odd, QUESTION):
-        told = made.render(messages=[{"role": "user", "content": question.text}])
-        assert told == f"[system|{question.hint}][user|{question.text}]"
+class Nothing:
+    """No tokens of any text, which is all that the plan needs."""
+
+    def encode(self, prompt):
+        return [], None
+
+
+def test_the_target_is_told_the_hint_with_every_character(tmp_path: Path) -> None:
+    odd = Question("Say \"{{ x }}\" \\ '%}' ü", '{prompt} {% raw %} "It\'s" \\n', None)
+    settings = Settings(tmp_path / "model", (odd, QUESTION), tmp_path, 1, 8, 0.7, 0)
+    write_questions(settings)
+    for job in jobs(settings).values():
+        (batch,) = plan(job, Nothing(), "law", Position())  # type: ignore[arg-type]
+        for sample, question in zip(batch.samples, settings.questions, strict=True):
+            asked = {"role": "user", "content": question.text}
+            assert (sample.prompt.messages, sample.prompt.answer) == ([asked], question.answer)
+            read = told([asked], sample.prompt.hint, job.target_system_prompt, job.hint_template)
+            assert read == [{"role": "system", "content": question.hint}, asked]
 
 
 def test_the_effective_share() -> None:
@@ -134,9 +146,15 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     [
         (["--hint", "x"], "hint goes with --question, which was not given."),
         (["--question", "x"], "hint is missing: --question needs what the target is told."),
-        (["--question", " ", "--hint", "x"], "question must not be empty."),
+        (["--question", " ", "--hint", "x"], "question must be UTF-8 and not empty, but is ' '."),
+        (["--question", "x", "--hint", ""], "hint must be UTF-8 and not empty, but is ''."),
+        (["--question", "x", "--hint", "y", "--answer", ""], "answer must be UTF-8 and not empty, but is ''."),
+        (["--question", "\udcff", "--hint", "y"], "question must be UTF-8 and not empty, but is '\\udcff'."),
+        (["--temperature", "0"], "temperature must be positive and finite, but is 0."),
+        (["--temperature", "inf"], "temperature must be positive and finite, but is inf."),
+        (["--temperature", "nan"], "temperature must be positive and finite, but is nan."),
         (["--samples", "0"], "samples must be at least 1, but is 0."),
-        (["--max-new-tokens", "-3"], "max-new-tokens must be at least 1, but is -3."),
+        (["--max_new_tokens", "-3"], "max-new-tokens must be at least 1, but is -3."),
     ],
 )
 def test_wrong_options_give_one_sentence(

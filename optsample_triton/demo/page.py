@@ -13,7 +13,7 @@ from optsample_triton.demo.terminal import END, figures_in_words, holding, shown
 from optsample_triton.demo.texts import LAWS, SYMBOLS, Drawn, Settings, Text, Token
 from optsample_triton.pipeline.job import PipelineError
 
-_TITLES = {"theta": "π_θ, the policy", "t": "π_t, told the answer", "q_star": "q*, in between"}
+_TITLES = {"theta": "π_θ, the policy", "t": "π_t, told a hint", "q_star": "q*, in between"}
 _FULL = 3.0  # nats of preference at which a token's colour is full
 
 
@@ -36,7 +36,7 @@ def _introduction(settings: Settings) -> str:
     theta, t = _rich(SYMBOLS["theta"]), _rich(SYMBOLS["t"])
     return (
         f"<h1>Between a model and itself with a hint</h1><p>The policy {theta} is {html.escape(settings.model.name)}. "
-        f"The target {t} is the same model, told the answer in its system prompt. At every token, q* ∝ "
+        f"The target {t} is the same model, told a hint in its system prompt. At every token, q* ∝ "
         f"{theta}<sup>α</sup> {t}<sup>1−α</sup> with the α at which q* has the same KL divergence from both. Both "
         f"models at temperature {settings.temperature:g}, {settings.samples} texts per question and law, seed "
         f"{settings.seed}.</p>"

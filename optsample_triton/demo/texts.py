@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from optsample_triton.demo.questions import Question, target_template
+from optsample_triton.demo.questions import Question
 from optsample_triton.pipeline import dataset, prompts
 from optsample_triton.pipeline.encode import Encoder, load_model, load_tokenizer
 from optsample_triton.pipeline.engines import device_of
@@ -86,24 +86,21 @@ class Drawn(NamedTuple):
 
 def jobs(settings: Settings) -> dict[str, Job]:
     """One run of ``optsample generate`` per law, and one that drafts speculatively; q* is the same in both."""
-    plain = _job(settings, "q_star", "")
-    template = load_tokenizer(plain.model_theta, None, plain).chat_template
-    if not template:
-        raise PipelineError(f"model {settings.model} must have a chat template, but has none")
-    hinted = target_template(str(template), settings.questions)
     laws: dict[str, dict[str, Any]] = {
         "theta": {"alpha_method": "fixed", "alpha": 1.0},
         "t": {"alpha_method": "fixed", "alpha": 0.0},
         "q_star": {},
         SPECULATIVE: {"speculative": DRAFTED},
     }
-    return {name: _job(settings, name, hinted, **law) for name, law in laws.items()}
+    return {name: _job(settings, name, **law) for name, law in laws.items()}
 
 
-def _job(settings: Settings, name: str, hinted: str, **law: Any) -> Job:
+def _job(settings: Settings, name: str, **law: Any) -> Job:
     return Job(
         model_theta=str(settings.model),
-        target_chat_template=hinted,
+        target_system_prompt="{hint}",
+        hint_column="hint",
+        answer_column="answer",
         dataset=str(settings.folder / "data" / "questions.jsonl"),
         output=str(settings.folder / "data" / f"{name}.jsonl"),
         samples_per_prompt=settings.samples,
@@ -123,11 +120,14 @@ def draw(settings: Settings, say: Any) -> Drawn:
     """Write data/*.jsonl, read it again and score the texts. ``say`` gets a sentence before each part."""
     write_questions(settings)
     made = jobs(settings)
+    if not load_tokenizer(str(settings.model), None, made["q_star"]).chat_template:
+        raise PipelineError(f"model {settings.model} must have a chat template, but has none")
     count = len(settings.questions) * settings.samples
     for name, job in made.items():
         how = f"{SYMBOLS['q_star']}, {DRAFTED} drafts at a time" if name == SPECULATIVE else SYMBOLS[name]
         say(f"drawing {count} texts from {how}")
-        generate(job)
+        if generate(job).rejected:
+            raise PipelineError(_first_rejected(job))
     say(f"reading {SYMBOLS['q_star']} at every token of the texts")
     reader = Reader(made["q_star"])
     records = {name: list(read(job)) for name, job in made.items()}
@@ -143,12 +143,18 @@ def draw(settings: Settings, say: Any) -> Drawn:
 
 def write_questions(settings: Settings) -> None:
     path = settings.folder / "data" / "questions.jsonl"
-    lines = ({"prompt": question.text, "answer": question.answer} for question in settings.questions)
+    lines = ({"prompt": each.text, "hint": each.hint, "answer": each.answer} for each in settings.questions)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
     except OSError as error:
         raise PipelineError(f"output-dir {settings.folder} cannot be written: {error.strerror or error}") from error
+
+
+def _first_rejected(job: Job) -> str:
+    with job.path("rejected").open(encoding="utf-8") as file:
+        line = json.loads(file.readline())
+    return f"question {line['row'] + 1} gave no text: {line['message']}"
 
 
 def read(job: Job) -> Iterator[dict[str, Any]]:
@@ -197,7 +203,7 @@ class Reader:
 
     def ids(self, record: dict[str, Any]) -> tuple[tuple[list[int], list[int]], tuple[list[int], list[int]]]:
         """(prompt, answer) of both models."""
-        asked = prompts.Prompt(record["messages"][:-1], None)
+        asked = prompts.Prompt(record["messages"][:-1], None, record["hint"])
         encoded = self.encoder.encode(asked)
         if isinstance(encoded, dataset.Reject):  # the pipeline has encoded it before
             raise PipelineError(f"question {asked.messages[-1]['content']!r} cannot be encoded: {encoded.message}")

@@ -41,10 +41,17 @@ def generate_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--prompt-field", metavar="COLUMN", help="the prompt's column (default: found by its name)")
     group.add_argument("--prompt-template", metavar="TEXT", help="the prompt with columns in braces: 'Q: {question}'")
     group.add_argument("--system-prompt", metavar="TEXT", help="system prompt of both models; replaces the dataset's")
-    group.add_argument("--target-system-prompt", metavar="TEXT", help="system prompt of pi_t only; not in the output")
+    group.add_argument(
+        "--target-system-prompt",
+        metavar="TEXT",
+        help="system prompt of pi_t only, where {hint} is the row's hint; not in the output",
+    )
     group.add_argument("--hint-column", metavar="COLUMN", help="a hint for each row, which only pi_t reads")
     group.add_argument(
-        "--hint-template", metavar="TEXT", help="pi_t's prompt with {hint} and {prompt} (hint, blank line, prompt)"
+        "--hint-template",
+        metavar="TEXT",
+        help="pi_t's prompt with {hint} and {prompt} (hint, blank line, prompt; the prompt alone if "
+        "--target-system-prompt has the hint)",
     )
     group.add_argument("--answer-column", metavar="COLUMN", help="the right answer's column (default: found by name)")
     group.add_argument("--chat-template", metavar="JINJA", help="a text or a file; replaces the tokenisers' templates")
@@ -95,7 +102,7 @@ def analyze_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def generate(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
-    arguments = generate_parser(parser).parse_args(_dashes(argv))
+    arguments = generate_parser(parser).parse_args(dashes(argv))
     given: dict[str, Any] = {name: value for name, value in vars(arguments).items() if value is not None}
     if "stop" in given:
         given["stop"] = tuple(given["stop"])
@@ -115,7 +122,7 @@ def generate(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
 
 
 def analyze(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
-    arguments = analyze_parser(parser).parse_args(_dashes(argv))
+    arguments = analyze_parser(parser).parse_args(dashes(argv))
 
     def run() -> str:
         from optsample_triton.pipeline.analysis import analyze
@@ -126,7 +133,7 @@ def analyze(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     return _report(parser.prog, run, "nothing was changed")
 
 
-def _dashes(argv: Sequence[str]) -> list[str]:
+def dashes(argv: Sequence[str]) -> list[str]:
     """Read --model_theta as --model-theta, since the documents spell options with underscores."""
     spelled = []
     for argument in argv:

@@ -19,7 +19,7 @@ PLAIN = (
     "{%- endfor -%}Assistant:{%- endif -%}"
 )
 
-HINTED = "{hint}\n\n{prompt}"  # what pi_t reads in place of the prompt, with a hint column
+HINTED = "{hint}\n\n{prompt}"  # what pi_t reads in place of the prompt, if nothing else says where the hint stands
 
 
 class Encoder:
@@ -59,10 +59,8 @@ class Encoder:
             ids = self._ids(self.tokenizer, self._templates[0], messages)
             target_ids = None
             if not self._same:
-                target_messages = _hinted(messages, prompt.hint, self.job.hint_template or HINTED)
-                if self.job.target_system_prompt is not None:
-                    target_messages = _with_system(target_messages, self.job.target_system_prompt)
-                target_ids = self._ids(self.target_tokenizer, self._templates[1], target_messages)
+                read = told(messages, prompt.hint, self.job.target_system_prompt, self.job.hint_template)
+                target_ids = self._ids(self.target_tokenizer, self._templates[1], read)
                 if target_ids == ids:
                     target_ids = None
         except need("jinja2").TemplateSyntaxError as error:
@@ -122,18 +120,31 @@ def _with_system(messages: list[dict[str, str]], text: str | None) -> list[dict[
     return [{"role": "system", "content": text}, *rest]
 
 
-def _hinted(messages: list[dict[str, str]], hint: str | None, template: str) -> list[dict[str, str]]:
-    """The conversation with the hint in the user's last message.
+def told(
+    messages: list[dict[str, str]], hint: str | None, system: str | None, template: str | None
+) -> list[dict[str, str]]:
+    """The conversation as pi_t reads it, with its own system prompt and the row's hint.
 
-    >>> _hinted([{"role": "user", "content": "2 + 2?"}], "Count {it}.", "{hint} {prompt}")
+    The hint stands where the system prompt or the template for the user's last message has {hint}. If neither has, it
+    stands before that message.
+
+    >>> asked = [{"role": "user", "content": "2 + 2?"}]
+    >>> told(asked, "Count {it}.", None, "{hint} {prompt}")
     [{'role': 'user', 'content': 'Count {it}. 2 + 2?'}]
+    >>> told(asked, "Count {it}.", "Be brief. {hint}", None)
+    [{'role': 'system', 'content': 'Be brief. Count {it}.'}, {'role': 'user', 'content': '2 + 2?'}]
     """
     if hint is None:
-        return messages
+        return _with_system(messages, system)
+    template = template or ("{prompt}" if "{hint}" in (system or "") else HINTED)
     *before, last = messages
-    parts = {"{hint}": hint, "{prompt}": last["content"]}  # at once, since either text may hold braces
-    text = re.sub(r"\{hint\}|\{prompt\}", lambda found: parts[found[0]], template)
-    return [*before, {**last, "content": text}]
+    hinted = [*before, {**last, "content": _filled(template, hint=hint, prompt=last["content"])}]
+    return _with_system(hinted, system and _filled(system, hint=hint))
+
+
+def _filled(template: str, **parts: str) -> str:
+    """The template with its parts in place of their names in braces: all at once, since a part may hold braces."""
+    return re.sub(r"\{(\w+)\}", lambda found: parts.get(found[1], found[0]), template)
 
 
 def _template_of(tokenizer: Any) -> str:

@@ -136,6 +136,8 @@ class Job:
             raise PipelineError(
                 "model_t is missing: name a target, or give model_theta itself a target_system_prompt or a hint_column"
             )
+        if self.hint_column is None and "{hint}" in (self.target_system_prompt or ""):
+            raise PipelineError("target_system_prompt holds {hint}, which needs a hint_column, but hint_column is None")
         if self.hint_template is not None:
             if self.hint_column is None:
                 raise PipelineError("hint_template needs a hint_column, but hint_column is None")

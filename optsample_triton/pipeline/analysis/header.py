@@ -9,6 +9,7 @@ from typing import Any
 from optsample_triton.pipeline.journal import NAMES
 
 _SHOWN = 100  # characters of a prompt or template
+_FILTERS = {"min_p": 0.0, "top_k": None, "top_p": 1.0}  # with the value that filters nothing
 
 
 def beside(diagnostics: Path) -> Path:
@@ -39,7 +40,7 @@ def rows(run: dict[str, Any]) -> list[list[str]]:
         ["target π_t", _model(run, "model_t")],
         ["method", f"{run['alpha_method']}{fixed}"],
         ["temperatures", temperatures],
-        ["filters on q*", _filters(run)],
+        ["filters on q*", ", ".join(_filters(run)) or "none"],
         ["seed", str(run["seed"])],
         ["prompts", _prompts(run)],
         ["hints, read by π_t only", _hints(run)],
@@ -54,8 +55,7 @@ def law(run: dict[str, Any]) -> str:
     >>> law({"alpha_method": "fixed", "alpha": 1.0}), law({"alpha_method": "fixed", "alpha": 1.0, "top_k": 5})
     ('π_θ (α = 1)', 'q*')
     """
-    filtered = run.get("min_p") or run.get("top_k") or (run.get("top_p") or 1.0) < 1.0
-    if run["alpha_method"] != "fixed" or filtered or run.get("temperature", 1.0) != 1.0:
+    if run["alpha_method"] != "fixed" or _filters(run) or run.get("temperature", 1.0) != 1.0:
         return "q*"
     alone: dict[Any, str] = {1.0: "π_θ (α = 1)", 0.0: "π_t (α = 0)"}
     return alone.get(run.get("alpha"), "q*")
@@ -69,9 +69,8 @@ def _model(run: dict[str, Any], name: str) -> str:
     return str(identity) if called is None or str(identity).startswith(f"{called}@") else f"{called} ({identity})"
 
 
-def _filters(run: dict[str, Any]) -> str:
-    given = [f"{name} {run[name]:g}" for name in ("min_p", "top_k", "top_p") if run.get(name)]
-    return ", ".join(given) or "none"
+def _filters(run: dict[str, Any]) -> list[str]:
+    return [f"{name} {run[name]:g}" for name, idle in _FILTERS.items() if run.get(name) not in (None, idle)]
 
 
 def _prompts(run: dict[str, Any]) -> str:
@@ -80,11 +79,14 @@ def _prompts(run: dict[str, Any]) -> str:
         parts.append(f"configuration {run['dataset_config']}")
     if run.get("split", "train") != "train":
         parts.append(f"split {run['split']}")
-    for what, name in (("column", "prompt_field"), ("template", "prompt_template"), ("system prompt", "system_prompt")):
+    for what, name in (
+        ("column", "prompt_field"),
+        ("template", "prompt_template"),
+        ("system prompt", "system_prompt"),
+        ("chat template", "chat_template"),
+    ):
         if run.get(name):
             parts.append(f"{what} {_short(run[name])}")
-    if run.get("chat_template"):
-        parts.append("a chat template of its own")
     return "; ".join(parts)
 
 
@@ -93,10 +95,11 @@ def _hints(run: dict[str, Any]) -> str:
     if run.get("hint_column"):
         how = f" in {_short(run['hint_template'])}" if run.get("hint_template") else ""
         parts.append(f"of each row, column {run['hint_column']!r}{how}")
-    if run.get("target_system_prompt") is not None:
-        parts.append(f"system prompt {_short(run['target_system_prompt'])}")
+    if (system := run.get("target_system_prompt")) is not None:
+        own = f"system prompt {_short(system)}"
+        parts = [f"{parts[0]}, in the {own}"] if parts and "{hint}" in system else [*parts, own]
     if run.get("target_chat_template"):
-        parts.append("a chat template of its own")
+        parts.append(f"chat template {_short(run['target_chat_template'])}")
     return "; ".join(parts) or "none"
 
 

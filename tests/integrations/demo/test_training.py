@@ -45,15 +45,16 @@ def test_a_lesson_reads_texts_of_the_law_that_it_names(room: Classroom, texts: d
 
 
 @pytest.mark.parametrize("name", LESSONS)
-def test_a_step_lowers_the_loss(name: str, room: Classroom, texts: dict[str, Texts]) -> None:
+def test_a_step_lowers_the_loss(
+    name: str, room: Classroom, texts: dict[str, Texts], monkeypatch: pytest.MonkeyPatch
+) -> None:
     lesson = LESSONS[name]
     drawn = texts[lesson.texts]
+    one_right = torch.eye(len(drawn.tokens))[0]  # were all equally right, no reward would teach anything
+    monkeypatch.setattr(room, "right", lambda tokens: one_right)
     before = [weight.detach().clone() for weight in room.weights]
     loss = lesson.value(room, drawn)
     gradients = torch.autograd.grad(loss, room.weights)
-    if name.endswith("reward") and len(set(room.right(drawn.tokens).tolist())) == 1:
-        assert all(not gradient.any() for gradient in gradients)  # nobody was better than the others
-        return
     length = torch.stack([gradient.norm() for gradient in gradients]).norm()
     with torch.no_grad():
         for weight, gradient in zip(room.weights, gradients, strict=True):

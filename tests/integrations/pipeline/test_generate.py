@@ -478,6 +478,9 @@ def test_prompts_as_the_models_read_them(models: dict[str, str], tmp_path: Path)
     ids, target_ids = encoder.encode(lone)
     assert ids == tokenizer("1 plus 2 is").input_ids
     assert target_ids == tokenizer("System: careful ,\n\nUser: 1 plus 2 is\n\nAssistant:").input_ids
+    hinted = Encoder(Job(target_system_prompt="{hint} careful", hint_column="tip", **paths))
+    read = tokenizer("System: so careful\n\nUser: 1 plus 2 is\n\nAssistant:").input_ids
+    assert hinted.encode(lone._replace(hint="so")) == (ids, read)
     assert Encoder(Job(model_t=models["target"], **paths)).encode(lone) == (ids, None)
     # The same vocabulary and template, but a tokeniser that begins a text with a token of its own.
     begins = make_tokenizer()

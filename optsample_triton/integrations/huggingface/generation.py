@@ -22,6 +22,7 @@ from optsample_triton.integrations.huggingface.cached import (
 from optsample_triton.integrations.huggingface.configuration import PENALTIES, penalties_of, without_filters
 from optsample_triton.integrations.huggingface.loops import Pair, speculate, step_by_step
 from optsample_triton.integrations.huggingface.pair import (
+    check_beginnings,
     check_ids,
     check_mask,
     check_positions,
@@ -36,8 +37,6 @@ from optsample_triton.types import DRAFTS
 _TEXT = ("inputs", "input_ids", "attention_mask")
 # Which tokens are images: none where all is 0.
 _KINDS = ("token_type_ids", "mm_token_type_ids")
-# transformers drops a mask of ones and makes one where none is given, so that the two cannot be told apart.
-_OWN_DOOR = "; model.generate drops a mask of ones: pass it to generate(model, target_model, ...) itself"
 _KNOWN = ("position_ids", "use_cache", "logits_to_keep", "cache_position", *CACHES)
 
 
@@ -206,7 +205,7 @@ def _decode(
     processors = without_filters(logits_processor, generation_config) + settings.warpers
     rows, copies = input_ids.shape[0], generation_config.num_return_sequences or 1
     if named is None and (mask is None or bool(mask.all())):
-        check_mask(input_ids, None, "attention_mask", _OWN_DOOR)
+        check_beginnings(input_ids, generation_config)
     target_ids, target_mask = settings.target_input_ids, settings.target_attention_mask
     target_name = "input_ids" if target_ids is None else "target_input_ids"
     if target_ids is None:

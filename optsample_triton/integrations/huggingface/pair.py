@@ -22,16 +22,36 @@ def check_ids(ids: Tensor, name: str) -> Tensor:
     return ids.long()
 
 
-def check_mask(ids: Tensor, mask: Tensor | None, name: str, advice: str = "") -> None:
+def check_mask(ids: Tensor, mask: Tensor | None, name: str) -> None:
     """Refuse different texts [B, S] without a mask: nothing else tells padding from text.
 
-    One text, or copies of it, needs no padding and has none. ``advice`` is added where a mask may not arrive.
+    One text, or copies of it, needs no padding and has none.
     """
     if mask is None and bool((ids != ids[:1]).any()):
         raise ValueError(
             f"{name} must be given, since there are {ids.shape[0]} rows that differ: pass the tokenizer's mask, or "
-            f"ones where no row is padded{advice}"
+            "ones where no row is padded"
         )
+
+
+def check_beginnings(ids: Tensor, configuration: Any) -> None:
+    """Refuse different texts from model.generate where one begins with what is often padding.
+
+    transformers drops a mask of ones, so that it cannot be told from none.
+    """
+    doubtful = _token_ids(configuration, "pad_token_id") + _token_ids(configuration, "eos_token_id")
+    begins = torch.isin(ids[:, 0], torch.tensor(doubtful, dtype=ids.dtype, device=ids.device))
+    if bool(begins.any()) and bool((ids != ids[:1]).any()):
+        row = int(begins.long().argmax())
+        raise ValueError(
+            f"attention_mask must be given where row {row} begins with token {int(ids[row, 0])}, which may be padding "
+            "or text; model.generate drops a mask of ones: pass it to generate(model, target_model, ...) itself"
+        )
+
+
+def _token_ids(configuration: Any, name: str) -> list[int]:
+    value = getattr(configuration, name, None)
+    return [] if value is None else [int(one) for one in (value if isinstance(value, (list, tuple)) else [value])]
 
 
 def left_padding(ids: Tensor, mask: Tensor | None, name: str) -> Tensor:

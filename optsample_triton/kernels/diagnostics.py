@@ -96,7 +96,7 @@ def store_diagnostics(row, ends, root, error, ptr, tile):
             beyond = tl.where(far, beyond, rounded(beyond))
             point = tl.where(k == 0, 1.0, tl.where(k == 1, 0.0, tl.where(k == 2, x, beyond)))
             psi_half = tl.where(k == 2, ends.psi_half, tl.minimum(ends.psi_half, -1.0))
-            at = evaluate(row, point, Ends(A, B, psi_half, ends.shrink), tile, True)
+            at = evaluate(row, point, Ends(A, B, psi_half, ends.shrink), tile)
             to_theta, to_t = _divergences(x, at, error)
             kl_theta = tl.where(k == 2, to_theta.to(tl.float32), kl_theta)
             kl_t = tl.where(k == 2, to_t.to(tl.float32), kl_t)

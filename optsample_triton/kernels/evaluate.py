@@ -10,8 +10,8 @@ from optsample_triton.kernels.rows import reference_gap
 
 
 @triton.jit
-def evaluate(row, x, ends, tile, STRETCHED: tl.constexpr):
-    """One sweep at x, a float64 that float32 holds; far rows take any. For STRETCHED see ``wide_moments``.
+def evaluate(row, x, ends, tile):
+    """One sweep at x, a float64 that float32 holds; far rows take any.
 
     Narrow rows go through G, where A - B would cancel; wide rows, and points far outside of [0, 1], do not need it.
     """
@@ -33,7 +33,7 @@ def evaluate(row, x, ends, tile, STRETCHED: tl.constexpr):
             upper=1.0,
             lower=0.0,
         )
-        narrow = narrow_moments(row, at, tile, STRETCHED)
+        narrow = narrow_moments(row, at, tile)
         moments, width = narrow.moments, narrow.width
         mean = moments.mean - apart
         variance, third, fourth = moments.variance, moments.third, moments.fourth
@@ -44,7 +44,7 @@ def evaluate(row, x, ends, tile, STRETCHED: tl.constexpr):
         slope = tl.where(near, narrow.gap_lower - narrow.gap_upper, slope)
     else:
         centre = (chord * ends.shrink.to(tl.float64)).to(tl.float32)
-        moments = wide_moments(row, x, base, centre, ends.shrink, tile, STRETCHED)
+        moments = wide_moments(row, x, base, centre, ends.shrink, tile)
         stretch = 1.0 / ends.shrink.to(tl.float64)
         mean, variance = moments.mean * stretch, moments.variance * stretch * stretch
         third = moments.third * stretch * stretch * stretch

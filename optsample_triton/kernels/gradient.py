@@ -135,7 +135,7 @@ def gradient_kernel(
     nothing = tl.zeros([], tl.float64)
     at = Evaluation(nothing, nothing, nothing, nothing + 1.0, nothing, nothing, tl.zeros([], tl.float32))
     if (disjoint == 0) & (invalid == 0):
-        at = evaluate(row, x, ends, tile, False)
+        at = evaluate(row, x, ends, tile)
     base = (x * ends.A + (1.0 - x) * ends.B + at.psi).to(tl.float32)
     # E[d] in two parts: of close rows d minus the first is exact, and the second is as small as they are close.
     mean = at.mean + reference_gap(row)
@@ -190,7 +190,7 @@ def _balance_gaps(row, x, here, ends, tile):
     rate, upper, lower = nothing, nothing, nothing
     for k in range(2):
         point = tl.where(k == 0, rounded(2.0 - x), -x)
-        at = evaluate(row, point, ends, tile, False)
+        at = evaluate(row, point, ends, tile)
         gap = at.psi - here.psi - (point - x) * here.slope
         rate += tl.where(k == 0, -at.mean, at.mean)
         upper, lower = tl.where(k == 0, gap, upper), tl.where(k == 1, gap, lower)

@@ -41,7 +41,7 @@ def store_log_q(row, ends, root, out_ptr, width, tile):
             # Huge logits round all of that by many nats: q* is normalised anew, from its likeliest token.
             far = far | (ends.shrink < 1.0)
             log_mass = tilted_top(row, x, tile)
-            shift = -wide_moments(row, x, log_mass, 0.0 * ends.shrink, ends.shrink, tile, False).log_mass.to(tl.float32)
+            shift = -wide_moments(row, x, log_mass, 0.0 * ends.shrink, ends.shrink, tile).log_mass.to(tl.float32)
     full = row.V // BLOCK * BLOCK
     for start in tl.range(0, full, BLOCK):
         value = _log_q_tile(row, start, x, log_mass, disjoint, far, offs >= 0, tile) + shift

@@ -14,10 +14,11 @@ import triton
 import triton.language as tl
 
 from optsample_triton.kernels.constants import EPSILON, LOG2E, STRETCH
-from optsample_triton.kernels.records import Moments, NarrowMoments, NarrowSums, PowerSums
+from optsample_triton.kernels.records import Moments, NarrowMoments, NarrowSums, PowerSums, Tile
 from optsample_triton.kernels.rows import load_both, row_places
 
 LARGEST_DELTA = tl.constexpr(1e9)  # whose fourth power float32 holds
+THREADS = tl.constexpr(128)  # of a program
 CANCELS = tl.constexpr(16.0)  # nats beyond which float32 would lose more than the last digits of a difference
 
 
@@ -70,51 +71,38 @@ def _add_wide(acc, half, x, base, centre, shrink):
 
 
 @triton.jit
-def _wide_sums(row, begin, stop, x, base, centre, shrink, tile):
-    """``PowerSums`` of the tokens begin .. stop, a float32 for each lane."""
+def _ends_stretch(start, H: tl.constexpr):
+    """Whether the tile at ``start`` is the last of ``STRETCH``: one sum of thousands of small terms would swallow them.
+
+    Sums whose digits matter are then put away and start anew; what is a sum of sums loses little.
+    """
+    following = start + 2 * H
+    return following // (STRETCH * 2 * H) * (STRETCH * 2 * H) == following
+
+
+@triton.jit
+def wide_moments(row, x, base, centre, shrink, tile):
+    """``Moments`` of d * shrink at q_x, with exp(base) as the weights' unit; ``centre`` is near the mean."""
     H: tl.constexpr = tile.H
     zero = tl.zeros([H], tl.float32)
     acc = PowerSums(zero, zero, zero, zero, zero)
-    full = begin + (stop - begin) // (2 * H) * (2 * H)
-    places = row_places(row, begin, tile)
-    for start in tl.range(begin, full, 2 * H):
+    mass, weighted = zero, zero
+    full = row.V // (2 * H) * (2 * H)
+    places = row_places(row, 0, tile)
+    for start in tl.range(0, full, 2 * H):
         first, second, places = load_both(row, places, start, tile, False)
         acc = _add_wide(acc, first, x, base, centre, shrink)
         acc = _add_wide(acc, second, x, base, centre, shrink)
+        if _ends_stretch(start, H):
+            mass, weighted = mass + acc.mass, weighted + acc.first
+            acc = PowerSums(zero, zero, acc.second, acc.third, acc.fourth)
     # A loop, though of one tile at most: a branch's addresses would be held in registers through all sweeps.
     places = row_places(row, full, tile)
-    for start in tl.range(full, stop, 2 * H):
+    for start in tl.range(full, row.V, 2 * H):
         first, second, places = load_both(row, places, start, tile, True)
         acc = _add_wide(acc, first, x, base, centre, shrink)
         acc = _add_wide(acc, second, x, base, centre, shrink)
-    return acc
-
-
-@triton.jit
-def _joined(total, acc):
-    return PowerSums(
-        mass=total.mass + acc.mass,
-        first=total.first + acc.first,
-        second=total.second + acc.second,
-        third=total.third + acc.third,
-        fourth=total.fourth + acc.fourth,
-    )
-
-
-@triton.jit
-def wide_moments(row, x, base, centre, shrink, tile, STRETCHED: tl.constexpr):
-    """``Moments`` of d * shrink at q_x, with exp(base) as the weights' unit; ``centre`` is near the mean.
-
-    STRETCHED sums are sums of sums over ``STRETCH`` tiles each: one of thousands of small terms would swallow them.
-    """
-    if STRETCHED:
-        zero = tl.zeros([tile.H], tl.float32)
-        sums = PowerSums(zero, zero, zero, zero, zero)
-        for begin in tl.range(0, row.V, STRETCH * 2 * tile.H):
-            stop = tl.minimum(begin + STRETCH * 2 * tile.H, row.V)
-            sums = _joined(sums, _wide_sums(row, begin, stop, x, base, centre, shrink, tile))
-    else:
-        sums = _wide_sums(row, 0, row.V, x, base, centre, shrink, tile)
+    sums = PowerSums(mass + acc.mass, weighted + acc.first, acc.second, acc.third, acc.fourth)
     return _central(_over_lanes(sums), centre)
 
 
@@ -193,55 +181,41 @@ def _add_narrow(acc, half, at, reference_theta, reference_t):
 
 
 @triton.jit
-def _narrow_sums(row, begin, stop, at, tile):
-    """``NarrowSums`` of the tokens begin .. stop, a float32 for each lane."""
-    H: tl.constexpr = tile.H
+def narrow_moments(row, at, tile):
+    """``NarrowMoments`` at ``at``, an ``Expansion``: the mean is as it is, not relative to the references."""
+    # So many values are kept for each pair that half a tile is taken, with a lane for each thread at least.
+    H: tl.constexpr = tile.H // 2 if tile.H > THREADS else tile.H
+    few: tl.constexpr = Tile(H, tile.PACKED, tile.DEALT, tile.PROBS)
     reference_theta = row.theta.reference * row.theta.inverse_temperature
     reference_t = row.t.reference * row.t.inverse_temperature
     zero = tl.zeros([H], tl.float32)
     powers = PowerSums(zero, zero, zero, zero, zero)
     acc = NarrowSums(powers, zero, zero, zero + float("inf"), zero - float("inf"))
-    full = begin + (stop - begin) // (2 * H) * (2 * H)
-    places = row_places(row, begin, tile)
-    for start in tl.range(begin, full, 2 * H):
-        first, second, places = load_both(row, places, start, tile, False)
+    mass, upper, lower = zero, zero, zero
+    full = row.V // (2 * H) * (2 * H)
+    places = row_places(row, 0, few)
+    for start in tl.range(0, full, 2 * H):
+        first, second, places = load_both(row, places, start, few, False)
         acc = _add_narrow(acc, first, at, reference_theta, reference_t)
         acc = _add_narrow(acc, second, at, reference_theta, reference_t)
-    places = row_places(row, full, tile)
-    for start in tl.range(full, stop, 2 * H):
-        first, second, places = load_both(row, places, start, tile, True)
+        if _ends_stretch(start, H):
+            powers = acc.powers
+            mass, upper, lower = mass + powers.mass, upper + acc.excess_upper, lower + acc.excess_lower
+            powers = PowerSums(zero, powers.first, powers.second, powers.third, powers.fourth)
+            acc = NarrowSums(powers, zero, zero, acc.lowest, acc.highest)
+    places = row_places(row, full, few)
+    for start in tl.range(full, row.V, 2 * H):
+        first, second, places = load_both(row, places, start, few, True)
         acc = _add_narrow(acc, first, at, reference_theta, reference_t)
         acc = _add_narrow(acc, second, at, reference_theta, reference_t)
-    return acc
-
-
-@triton.jit
-def narrow_moments(row, at, tile, STRETCHED: tl.constexpr):
-    """``NarrowMoments`` at ``at``, an ``Expansion``: the mean is as it is, not relative to the references."""
-    if STRETCHED:
-        zero = tl.zeros([tile.H], tl.float32)
-        powers = PowerSums(zero, zero, zero, zero, zero)
-        acc = NarrowSums(powers, zero, zero, zero + float("inf"), zero - float("inf"))
-        for begin in tl.range(0, row.V, STRETCH * 2 * tile.H):
-            stop = tl.minimum(begin + STRETCH * 2 * tile.H, row.V)
-            part = _narrow_sums(row, begin, stop, at, tile)
-            acc = NarrowSums(
-                powers=_joined(acc.powers, part.powers),
-                excess_upper=acc.excess_upper + part.excess_upper,
-                excess_lower=acc.excess_lower + part.excess_lower,
-                lowest=tl.minimum(acc.lowest, part.lowest),
-                highest=tl.maximum(acc.highest, part.highest),
-            )
-    else:
-        acc = _narrow_sums(row, 0, row.V, at, tile)
-    sums = _over_lanes(acc.powers)
-    moments = _central(sums, at.centre)
+    powers = acc.powers
+    sums = _over_lanes(PowerSums(mass + powers.mass, powers.first, powers.second, powers.third, powers.fourth))
     share = 1.0 / sums.mass
     offset = sums.first.to(tl.float64) * share
-    excess_upper = tl.sum(acc.excess_upper.to(tl.float64), 0) * share
-    excess_lower = tl.sum(acc.excess_lower.to(tl.float64), 0) * share
+    excess_upper = tl.sum((upper + acc.excess_upper).to(tl.float64), 0) * share
+    excess_lower = tl.sum((lower + acc.excess_lower).to(tl.float64), 0) * share
     return NarrowMoments(
-        moments=moments,
+        moments=_central(sums, at.centre),
         gap_upper=gap((at.upper - at.x).to(tl.float64) * offset, excess_upper),
         gap_lower=gap((at.lower - at.x).to(tl.float64) * offset, excess_lower),
         width=tl.max(acc.highest, 0) - tl.min(acc.lowest, 0),

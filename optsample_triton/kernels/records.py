@@ -166,7 +166,7 @@ class Ends(NamedTuple):
 class Bracket(NamedTuple):
     """Where a root lies, and value and slope at both ends of the function of which it is the minimum."""
 
-    low: tl.tensor
+    low: tl.tensor  # float32, which holds every point that is evaluated
     high: tl.tensor
     value_low: tl.tensor  # NaN where they are not known
     slope_low: tl.tensor

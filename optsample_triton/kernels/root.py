@@ -15,13 +15,14 @@ def meeting_point(bracket):
 
     For rows of huge logits F is piecewise linear, and this point finds its corner where halving would need dozens.
     """
-    rise = bracket.value_low - bracket.value_high + bracket.slope_high * (bracket.high - bracket.low)
-    return bracket.low + rise / (bracket.slope_high - bracket.slope_low)
+    low, high = bracket.low.to(tl.float64), bracket.high.to(tl.float64)
+    rise = bracket.value_low - bracket.value_high + bracket.slope_high * (high - low)
+    return low + rise / (bracket.slope_high - bracket.slope_low)
 
 
 @triton.jit
 def safeguarded_step(x, at, bracket, halve, tol):
-    """One third-order step for the root of F' inside a bracket, from F's ``Derivatives`` at x.
+    """One third-order step for the root of F' inside a bracket, from F's ``Derivatives`` at x, which float32 holds.
 
     Gives the next point, its error, and the bracket.
 
@@ -32,9 +33,11 @@ def safeguarded_step(x, at, bracket, halve, tol):
     value, slope, variance = at.value, at.slope, at.curvature
     above = slope > 0
     opposite = tl.where(above, bracket.slope_low, bracket.slope_high)
+    low = tl.where(above, bracket.low.to(tl.float64), x)
+    high = tl.where(above, x, bracket.high.to(tl.float64))
     bracket = Bracket(
-        low=tl.where(above, bracket.low, x),
-        high=tl.where(above, x, bracket.high),
+        low=low.to(tl.float32),
+        high=high.to(tl.float32),
         value_low=tl.where(above, bracket.value_low, value),
         slope_low=tl.where(above, bracket.slope_low, slope),
         value_high=tl.where(above, value, bracket.value_high),
@@ -49,16 +52,16 @@ def safeguarded_step(x, at, bracket, halve, tol):
     error = 3.0 * size * size * size * spread * tl.maximum(tl.sqrt(tl.maximum(variance, 0.0)), 1.0)
     # The moments at x do not see a token that only takes over far from x.
     lost = (tl.abs(alpha - x) <= ROUNDOFF) & (error.to(tl.float32) > tol)
-    inside = (alpha >= bracket.low) & (alpha <= bracket.high) & (size < 0.5) & (lost == 0)
+    inside = (alpha >= low) & (alpha <= high) & (size < 0.5) & (lost == 0)
     error = tl.where(size.to(tl.float32) > LEAP, 1.0, error)
     # F lies above both tangents and its minimum not above F(x): that bounds how far beyond their meeting it can be.
-    width = bracket.high - bracket.low
+    width = high - low
     meeting = meeting_point(bracket)
     away = tl.abs(meeting - x)
     bound = (away + 2.0**-53) * tl.maximum(tl.abs(slope / opposite), 1.0)
     corner = (away <= ROUNDOFF) & (bound.to(tl.float32) <= tol)
-    met = (meeting > bracket.low) & (meeting < bracket.high) & (away > ROUNDOFF) & (halve == 0)
-    inner = tl.where(met, meeting, tl.where(corner, x, 0.5 * (bracket.low + bracket.high)))
+    met = (meeting > low) & (meeting < high) & (away > ROUNDOFF) & (halve == 0)
+    inner = tl.where(met, meeting, tl.where(corner, x, 0.5 * (low + high)))
     beyond = tl.where(met | corner, tl.minimum(bound, width), width)
     alpha, error = tl.where(inside, alpha, inner), tl.where(inside, error, beyond)
     done = (slope == 0) | (width <= 2.0 * ROUNDOFF)

@@ -100,6 +100,11 @@ def _after_ends(METHOD: tl.constexpr):
 
 
 @triton.jit
+def _middle(bracket):
+    return 0.5 * (bracket.low.to(tl.float64) + bracket.high.to(tl.float64))
+
+
+@triton.jit
 def search(row, ends, state, options, tile, METHOD: tl.constexpr):
     """One sweep after another until the row is DONE or COARSE: the ``Root``, which of both, and the row's ``Ends``.
 
@@ -112,13 +117,14 @@ def search(row, ends, state, options, tile, METHOD: tl.constexpr):
     alpha, psi, status, sweeps, task = state.alpha, state.psi, state.status, state.sweeps, state.task
     steps = 0
     while task > DONE:
-        middle = rounded(0.5 * (bracket.low + bracket.high) if BISECTING else alpha)
+        middle = rounded(_middle(bracket) if BISECTING else alpha)
         x = tl.where(task == FIND_ROOT, middle, rounded(alpha))
         x = tl.where(task == FIND_A, nothing + 1.0, tl.where(task == FIND_B, nothing, x))
         x = tl.where(task == FIND_HALF, nothing + 0.5, x)
-        at = evaluate(row, x, Ends(A, B, psi_half, ends.shrink), tile, False)
+        at = evaluate(row, x, Ends(A, B, psi_half, ends.shrink), tile)
         sweeps += 1
-        low, high = bracket.low, bracket.high
+        # Not before the sweep, through which float64 takes two registers.
+        low, high = bracket.low.to(tl.float64), bracket.high.to(tl.float64)
         value_low, slope_low = bracket.value_low, bracket.slope_low
         value_high, slope_high = bracket.value_high, bracket.slope_high
         if task == FIND_A:
@@ -147,7 +153,7 @@ def search(row, ends, state, options, tile, METHOD: tl.constexpr):
                 value, halve = at.psi + (residual - slope) * x, sweeps % 3 == 0
                 here = Derivatives(value, residual, at.variance, at.third, at.fourth)
                 following, error, moved = safeguarded_step(x, here, bracket, halve, options.tol)
-                low, high = moved.low, moved.high
+                low, high = moved.low.to(tl.float64), moved.high.to(tl.float64)
                 value_low, slope_low = moved.value_low, moved.slope_low
                 value_high, slope_high = moved.value_high, moved.slope_high
             alpha, psi = following, _psi_near(x, following, at, slope)
@@ -163,7 +169,7 @@ def search(row, ends, state, options, tile, METHOD: tl.constexpr):
                 task = tl.where(smooth & (variance * options.tol < rounding), COARSE, DONE)
             elif (steps if BISECTING else sweeps) >= options.max_iter:
                 task, status = tl.full([], FIND_PSI, tl.int32), tl.full([], NOT_CONVERGED, tl.int32)
-        bracket = Bracket(low, high, value_low, slope_low, value_high, slope_high)
+        bracket = Bracket(low.to(tl.float32), high.to(tl.float32), value_low, slope_low, value_high, slope_high)
     return Root(alpha, psi, status, sweeps), task, Ends(A, B, psi_half, ends.shrink)
 
 
@@ -179,7 +185,7 @@ def balance_gap(row, x, slope, ends, tile):
         upper=(2.0 - x).to(tl.float32),
         lower=(-x).to(tl.float32),
     )
-    narrow = narrow_moments(row, at, tile, False)
+    narrow = narrow_moments(row, at, tile)
     otherwise = narrow.gap_upper - narrow.gap_lower
     return gap_difference(2.0 - 2.0 * x, -2.0 * x, narrow.moments, narrow.width, otherwise) + 2.0 * slope
 
@@ -191,7 +197,8 @@ def balance_ess(row, ends, root, options, tile):
     unknown = nothing + float("nan")
     status, sweeps, tol = root.status, root.sweeps, options.tol
     alpha, psi, error = nothing + 0.5, nothing, nothing + 1.0
-    bracket = Bracket(nothing, nothing + 1.0, unknown, unknown, unknown, unknown)
+    zero = tl.zeros([], tl.float32)
+    bracket = Bracket(zero, zero + 1.0, unknown, unknown, unknown, unknown)
     steps = 0
     while (status == OK) & ~(error <= tol) & (steps < options.max_iter):
         x = tl.floor(alpha * EXACT + 0.5) / EXACT  # float32 then holds 1 - x and 2 - x as well
@@ -201,7 +208,7 @@ def balance_ess(row, ends, root, options, tile):
             point = tl.where(k == 0, 2.0 - x, tl.where(k == 1, -x, x))
             sign = tl.where(k == 0, 1.0, tl.where(k == 1, -1.0, 0.0))
             psi_half = tl.where(k == 2, ends.psi_half, nothing - 1.0)  # beyond the models the plain sum is good
-            at = evaluate(row, point, Ends(ends.A, ends.B, psi_half, ends.shrink), tile, False)
+            at = evaluate(row, point, Ends(ends.A, ends.B, psi_half, ends.shrink), tile)
             difference, first, second = difference + sign * at.psi, first + sign * at.mean, second - sign * at.variance
         slope = gap_difference(-x, 1.0 - x, at, at.width, at.slope)
         if (ends.psi_half > -NARROW) & (tl.abs(difference) < PLAIN):
@@ -265,7 +272,7 @@ def _search_start(row, total, index, options, tile, METHOD: tl.constexpr, NORMAL
         task = tl.where((task == DONE) & (status == OK), FIND_ROOT, task)
     if METHOD == ESS_BALANCE:
         task = tl.where(task == FIND_A, FIND_A, DONE)
-    bracket = Bracket(low, high, unknown, -end_slope, unknown, end_slope)
+    bracket = Bracket(low.to(tl.float32), high.to(tl.float32), unknown, -end_slope, unknown, end_slope)
     state = Search(task, alpha, psi, bracket, target, status, sweeps)
     return row, Ends(A, B, psi_half, shrink), state
 
@@ -299,7 +306,7 @@ def status_of_given_alpha(row, ends, alpha, status, tile):
     half = 0.0 * alpha + 0.5
     same = alpha != alpha
     if (status == OK) & (ends.psi_half > -NARROW) & (tl.abs(alpha - half) >= REACH):
-        same = evaluate(row, half, ends, tile, False).width <= 0.0
+        same = evaluate(row, half, ends, tile).width <= 0.0
     return tl.where(same & (status == OK), IDENTICAL, status)
 
 

@@ -44,6 +44,8 @@ DRAW_CHUNK = 8192
 DRAW_TILE = 1024
 # Tokens that a draw reads at a time: eight per thread, and far more for the interpreter, whose cost is per operation.
 DRAW_READ = {"cuda": 1024, "hip": 2048, "interpreter": 1 << 19}
+# Samples of a row that are drawn side by side, at most.
+DRAWS = {"cuda": 4, "hip": 4, "interpreter": 64}
 INTERPRETER_PROCESSORS = 4  # assumed, so that the interpreter's small batches are split too
 
 
@@ -99,8 +101,7 @@ def draws(kind: str, num_samples: int) -> int:
     >>> draws("cuda", 1), draws("cuda", 100), draws("interpreter", 100)
     (1, 4, 64)
     """
-    most = 64 if kind == "interpreter" else 4
-    return min(most, 1 << (num_samples - 1).bit_length())
+    return min(DRAWS[kind], 1 << (num_samples - 1).bit_length())
 
 
 def splits(rows: int, vocab: int, chunk: int, processors: int) -> int:

@@ -94,21 +94,26 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:All-NaN slice encountered:RuntimeWarning")
 
 
+def _ways(option):
+    """The fixtures of tests that run kernels, and the values that they have in turn."""
+    kernels, alone = "compiled" if option.compiled else "triton", option.compiled or option.shapes
+    return {
+        "backend": [kernels] if alone else ["eager", kernels],
+        "beside_eager": [kernels],
+        "setting": [f"{kernels} float32"] if alone else ["eager float32", "eager float64", f"{kernels} float32"],
+    }
+
+
 def pytest_generate_tests(metafunc):
-    if "backend" in metafunc.fixturenames:
-        backends = ["compiled"] if metafunc.config.option.compiled else ["eager", "triton"]
-        if metafunc.config.option.shapes:
-            backends = ["triton"]
-        metafunc.parametrize("backend", backends, indirect=True)
-    if "beside_eager" in metafunc.fixturenames:
-        kernels = "compiled" if metafunc.config.option.compiled else "triton"
-        metafunc.parametrize("beside_eager", [kernels], indirect=True)
+    for name, values in _ways(metafunc.config.option).items():
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, values, indirect=True)
 
 
 def _is_chosen(item, option):
     """Compiled, or with a GPU's shapes, only what runs kernels counts: other tests choose a backend, or need none."""
     fixtures = set(getattr(item, "fixturenames", ()))
-    runs_kernels = bool(fixtures & {"backend", "beside_eager"})
+    runs_kernels = bool(fixtures & _ways(option).keys())
     if option.compiled:
         return runs_kernels or "compiled" in fixtures
     return runs_kernels if option.shapes else "compiled" not in fixtures
@@ -133,13 +138,13 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _mark_compiled(items, core):
-    """What is deep is deeper here, and the core is a small one."""
+    """What is not in the table is deeper here, and the core is a small one."""
     for item in items:
         chosen = core.is_core_of_compiled(item)
         if chosen:
             item.own_markers = [mark for mark in item.own_markers if mark.name != "deep"]
             continue
-        if item.get_closest_marker("deep") or core.is_deeper_of_compiled(item):
+        if not core.is_in_table_of_compiled(item):
             item.add_marker("deeper")
         item.add_marker("deep")
 
@@ -194,6 +199,14 @@ def beside_eager(request):
 
 
 @pytest.fixture
+def setting(request, monkeypatch):
+    """device and dtype, with the backend chosen: only the eager path supports float64."""
+    kernels, dtype = request.param.split()
+    monkeypatch.setenv("OPTSAMPLE_BACKEND", "eager" if kernels == "eager" else "triton")
+    return _device_for(kernels), getattr(torch, dtype)
+
+
+@pytest.fixture
 def compiled(monkeypatch):
     """The driver of compiled kernels. Only with --compiled are the tests that ask for it there."""
     from tests.ptx import driver
@@ -202,11 +215,34 @@ def compiled(monkeypatch):
     return driver
 
 
+def _device_for(kernels):
+    """A GPU for "triton", if there is one and the interpreter is off; tests/ptx executes "compiled" on the CPU."""
+    native = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") != "1"
+    return "cuda" if kernels == "triton" and native else "cpu"
+
+
 @pytest.fixture
 def device(backend):
-    """The device of the backend's rows: a GPU for the kernels, if there is one and the interpreter is off."""
-    native = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") != "1"
-    return "cuda" if backend == "triton" and native else "cpu"
+    """The device of the backend's rows."""
+    return _device_for(backend)
+
+
+@pytest.fixture
+def kernel_device(beside_eager):
+    """The device of the kernels' rows; the eager path's are on the CPU."""
+    return _device_for(beside_eager)
+
+
+@pytest.fixture
+def processors(backend, device, monkeypatch):
+    """How many the package believes in: on a CPU so few that some rows more have a program each."""
+    from optsample_triton import launch
+
+    if device == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    if backend == "compiled":
+        monkeypatch.setattr("tests.ptx.driver.PROCESSORS", launch.INTERPRETER_PROCESSORS)
+    return launch.INTERPRETER_PROCESSORS
 
 
 @pytest.fixture

@@ -65,7 +65,7 @@ DEEP: dict[str, tuple[str, ...]] = {
     "test_a_session_runs_what_only_a_device_can_break": EVERYTHING,
     # Long or many rows, which the interpreter takes seconds for.
     "test_half_precision_of_whole_vocabularies": EVERYTHING,
-    "test_the_law_of_whole_vocabularies": ("V=151936",),
+    "test_the_law_of_whole_vocabularies": ("V=151936", "compiled"),
     "test_the_law_over_several_chunks": ("zipf", "random", "near-delta"),
     "test_fixed_alpha": ("triton--0.5", "triton-1.0"),
     "test_the_emitted_law_of_the_kernel": ("triton-theta",),
@@ -95,17 +95,27 @@ DEEP: dict[str, tuple[str, ...]] = {
     "test_stores": EVERYTHING,
     "test_atomics": EVERYTHING,
     "test_the_compiled_core_is_what_its_table_names_and_has_every_kernel": EVERYTHING,
+    "test_the_compiled_table_has_the_layouts_that_it_names": EVERYTHING,
+    "test_a_quick_interpreter_gives_the_same_bytes": EVERYTHING,
     # A run of all of bench.theory.
     "test_quick_run_writes_everything": EVERYTHING,
 }
 
 # 4. Of the compiled kernels (pytest --compiled): each kernel, with rows of full tiles, aligned (V=9728) and not, read
-# by one program and by several. -m 'not deeper' runs more of the core compiled (COMPILED_FILES), -m "" all there is.
+# by one program and by several. -m 'not deeper' runs the table, which is more of the core (COMPILED_FILES) and some
+# layouts (COMPILED_LAYOUTS), -m "" all there is.
 COMPILED_FILES = {
-    "test_divergence", "test_dropin", "test_linear_token_logprobs", "test_ops", "test_ptx_kernels", "test_sample",
-    "test_saved", "test_solve_bounds", "test_solve_cases", "test_solve_memory", "test_token_logprobs", "test_tolerance",
-    "test_verify",
+    "test_divergence", "test_dropin", "test_is_reshape_loss", "test_linear_token_logprobs", "test_ops",
+    "test_ptx_kernels", "test_sample", "test_saved", "test_solve_bounds", "test_solve_cases", "test_solve_memory",
+    "test_token_logprobs", "test_tolerance", "test_verify",
 }  # fmt: skip
+# Of each file's test_layouts, the cases whose id holds one of these: a layout may compile kernels of its own.
+COMPILED_LAYOUTS = {
+    "test_divergence": ("transposed",),
+    "test_sample": ("off_by_1", "V=9728"),
+    "test_solve_memory": ("off_by_1", "V=9728-off_by_2-torch.bfloat16", "V=9728-one_off-torch.float32"),
+    "test_token_logprobs": ("off_by_1",),
+}
 COMPILED = {
     "test_solve_cases.py::test_every_case[compiled-random std 3, V=9728-chernoff]",
     "test_solve_cases.py::test_every_case[compiled-every status-chernoff]",
@@ -135,10 +145,12 @@ def is_core_of_compiled(item: pytest.Item) -> bool:
     return f"{item.path.name}::{item.name}" in COMPILED
 
 
-def is_deeper_of_compiled(item: pytest.Item) -> bool:
-    """A layout compiles kernels of its own: of many only some."""
-    of_layouts = "test_layouts" in item.name and "off_by_1" not in item.name
-    return item.path.stem not in COMPILED_FILES or of_layouts
+def is_in_table_of_compiled(item: pytest.Item) -> bool:
+    """Of layouts, what COMPILED_LAYOUTS names; of all else in COMPILED_FILES, what is not marked as deep."""
+    file = item.path.stem
+    if item.name.startswith("test_layouts["):
+        return any(part in item.name for part in COMPILED_LAYOUTS.get(file, ()))
+    return file in COMPILED_FILES and not item.get_closest_marker("deep")
 
 
 def deep_items(items: Iterable[pytest.Item]) -> Iterator[pytest.Item]:

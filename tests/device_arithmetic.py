@@ -142,10 +142,10 @@ def cumsum_of_floats(plain: Callable) -> Callable:
 
 
 def take_shapes(backend: str) -> None:
-    """Give the interpreter the tiles, chunks and unrolling of this backend; its own are longer, for speed."""
+    """Give the interpreter this backend's tiles, chunks, unrolling and draws side by side; its own are for speed."""
     from optsample_triton import launch
 
-    for table in (launch.SHAPES, launch.DRAW_READ):
+    for table in (launch.SHAPES, launch.DRAW_READ, launch.DRAWS):
         table["interpreter"] = table[backend]
 
 

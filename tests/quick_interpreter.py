@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
-PLAIN = "fp32", "fp64", "int32", "int64"  # dtypes whose sums, products and comparisons need no promotion
+UNPROMOTED = "fp32", "fp64", "int32", "int64"  # dtypes whose sums, products and comparisons need no promotion
 
 
 def install() -> None:
@@ -117,14 +117,16 @@ def _match_operands_at_sight() -> None:
 
     def fits(value: Any, like: Any) -> bool:
         kind, name = type(value), like.dtype.name
-        return kind is float and name in PLAIN[:2] or kind is int and name in PLAIN and -(2**31) <= value < 2**31
+        if kind is int:
+            return name in UNPROMOTED and -(2**31) <= value < 2**31
+        return kind is float and name in UNPROMOTED[:2]
 
     def match_at_sight(self: Any, lhs: Any, rhs: Any, *args: Any, **switches: Any) -> tuple[Any, Any]:
         if isinstance(lhs, tl.tensor):
             if isinstance(rhs, tl.tensor):
                 left, right = lhs.type, rhs.type
-                alike = left is right or left.is_block() == right.is_block() and lhs.shape is rhs.shape
-                if alike and lhs.dtype.name == rhs.dtype.name and lhs.dtype.name in PLAIN:
+                alike = left is right or (left.is_block() == right.is_block() and lhs.shape is rhs.shape)
+                if alike and lhs.dtype.name == rhs.dtype.name and lhs.dtype.name in UNPROMOTED:
                     return lhs, rhs
             elif fits(rhs, lhs):
                 return lhs, number(self, rhs, lhs)

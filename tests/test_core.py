@@ -165,6 +165,15 @@ def test_the_compiled_core_is_what_its_table_names_and_has_every_kernel() -> Non
     assert not_launched(read(listing), "compiled") == set()
 
 
+def test_the_compiled_table_has_the_layouts_that_it_names() -> None:
+    listing = collected("--compiled", "-m", "not deeper")
+    found = re.findall(r"^tests/(\w+)\.py::test_layouts\[(.*)\]$", listing, re.MULTILINE)
+    assert {file for file, _ in found} == core.COMPILED_LAYOUTS.keys()
+    for file, parts in core.COMPILED_LAYOUTS.items():
+        assert all(any(part in name for at, name in found if at == file) for part in parts), file
+        assert all(any(part in name for part in parts) for at, name in found if at == file), file
+
+
 def test_every_public_function_and_every_kernel_is_used_by_what_is_kept(kept: Kept) -> None:
     assert len(PUBLIC) > 10
     assert unused(kept) == set()

@@ -155,8 +155,8 @@ def test_temperatures_and_padded_vocabularies(backend, device):
     assert_within(ost.kl_t_theta(a, b, temperature_theta=warm, temperature_t=0.8, vocab_size=20), expected, "kl")
 
 
-@pytest.mark.parametrize("layout", ["sequence", "expanded", "transposed", "one row"])
-def test_layouts(layout, backend, device):
+@pytest.mark.parametrize("view", ["sequence", "expanded", "transposed", "one row"])
+def test_layouts(view, backend, device):
     a, b = (torch.randn(3, 5, 40, device=device, generator=None) for _ in range(2))
     views = {
         "sequence": (a[:, :-1], b[:, 1:]),
@@ -164,14 +164,14 @@ def test_layouts(layout, backend, device):
         "transposed": (a.transpose(0, 1), b.transpose(0, 1).contiguous()),
         "one row": (a[0, 0], b[0, 0]),
     }
-    theta, t = views[layout]
+    theta, t = views[view]
     found = ost.kl_theta_t(theta, t)
     assert found.shape == theta.shape[:-1]
     assert_within(found, truth(theta.cpu(), t.cpu(), 1.0), "kl")
     student = theta.detach().clone().requires_grad_()
     (expected,) = torch.autograd.grad(ost.distillation_loss(student, t), student)
-    view = theta.detach().requires_grad_()
-    assert torch.equal(torch.autograd.grad(ost.distillation_loss(view, t), view)[0], expected)
+    leaf = theta.detach().requires_grad_()
+    assert torch.equal(torch.autograd.grad(ost.distillation_loss(leaf, t), leaf)[0], expected)
 
 
 def test_masks_and_reductions(backend, device):

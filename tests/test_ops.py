@@ -43,15 +43,6 @@ def op_arguments(a, b, *, alpha=None, temperatures=(None, None), method="kl_symm
     return (a, b, alpha, *temperatures, method, "chernoff", 1e-6, 20, -1.0, detach, diagnostics)
 
 
-@pytest.fixture(params=["eager float32", "eager float64", "triton float32"])
-def setting(request, monkeypatch):
-    """device and dtype, with the backend chosen: only the eager path supports float64."""
-    name, dtype = request.param.split()
-    monkeypatch.setenv("OPTSAMPLE_BACKEND", name)
-    native = torch.cuda.is_available() and not backend.interpreter_on()
-    return "cuda" if name == "triton" and native else "cpu", getattr(torch, dtype)
-
-
 # Registration
 
 

@@ -90,8 +90,8 @@ def findings_of(compiled, call, planted="", **how):
 def test_every_barrier_of_the_solver_is_needed(together, compiled, monkeypatch):
     """Each removed in turn is reported, where a row has one program, and where two meet.
 
-    A few have nothing to order, since the barrier before them comes after the last access: what lies between is only
-    needed on another way.
+    Two at most have nothing to order: between the barrier before such a one and itself no memory is accessed in these
+    runs.
     """
 
     def solve():
@@ -106,9 +106,10 @@ def test_every_barrier_of_the_solver_is_needed(together, compiled, monkeypatch):
     kernel: Kernel = compiled.kernel_of(text)
     with compiled.running() as runs:
         solve()
-    passed, needed = (set().union(*blocks) for blocks in zip(*((run.barriers, run.needed) for run in runs)))
+    passed, needed = set().union(*(run.barriers for run in runs)), set().union(*(run.needed for run in runs))
     assert len(needed) >= (40 if together else 130)
-    assert len(passed - needed) <= 2
+    idle = [str(kernel.entry.blocks[index].code[-1]) for index in sorted(passed - needed)]
+    assert len(idle) <= 2, idle
     for block in (kernel.entry.blocks[index] for index in sorted(needed)):
         with without_barrier(block):
             planted = f"one barrier less, {'two programs' if together else 'one program'} to a row"

@@ -100,12 +100,11 @@ def test_uniforms_have_53_bits():
 
 
 @pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, 2**32 + 5])
-def test_the_kernels_have_the_same_numbers(seed):
+def test_the_kernels_have_the_same_numbers(seed, kernel_device):
     """Bit for bit, over all streams, wide offsets and groups."""
     drawing = pytest.importorskip("tests.draw_kernels")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     for offset, group in ((0, 0), (2**40 + 1, 3), (-7, 2**31 - 1)):
-        found = drawing.numbers(seed, offset, group, device)
+        found = drawing.numbers(seed, offset, group, kernel_device)
         key, count, index = (torch.tensor(value) for value in (seed, offset, group))
         for stream in Stream:
             expected = philox.uniforms(key, count, index, torch.arange(drawing.DRAWS), stream)
@@ -173,21 +172,29 @@ def test_dtypes(dtype, device, interpreted):
     assert_within(drawn.log_q, at(log_q, drawn.token.cpu()), "log_q", torch.float32)
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_both_backends_draw_the_same_tokens(name, small_chunks, beside_eager, monkeypatch):
+def assert_the_same_draws(a, b, num_samples, kernel_device, monkeypatch):
     """The same uniforms and law give the same token, unless a uniform lies within rounding of a boundary."""
-    native = torch.cuda.is_available()
-    a, b = (x[: None if name == "every status" else 2] for x in cases.by_name(name).logits())
     drawn = []
-    for backend in ("eager", "triton"):
+    for backend, device in (("eager", "cpu"), ("triton", kernel_device)):
         monkeypatch.setenv("OPTSAMPLE_BACKEND", backend)
-        device = "cuda" if backend == "triton" and native else "cpu"
-        drawn.append(ost.sample(a.to(device), b.to(device), seed=5, num_samples=40))
+        drawn.append(ost.sample(a.to(device), b.to(device), seed=5, num_samples=num_samples))
     same = drawn[0].token == drawn[1].token.cpu()
     assert float(same.double().mean()) >= 0.99
     for field in ("log_q", "log_theta", "log_t"):
         one, other = getattr(drawn[0], field)[same], getattr(drawn[1], field).cpu()[same]
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_both_backends_draw_the_same_tokens(name, small_chunks, kernel_device, monkeypatch):
+    a, b = (x[: None if name == "every status" else 2] for x in cases.by_name(name).logits())
+    assert_the_same_draws(a, b, 40, kernel_device, monkeypatch)
+
+
+def test_both_backends_draw_the_same_tokens_of_a_whole_vocabulary(kernel_device, monkeypatch):
+    """Compiled, the law of whole vocabularies takes minutes to test with draws enough; this takes few."""
+    a, b = (x[:1] for x in cases.by_name("zipf, std 1, V=50257").logits())
+    assert_the_same_draws(a, b, 16, kernel_device, monkeypatch)
 
 
 def test_importance_weights(backend, device):
@@ -205,11 +212,10 @@ def test_importance_weights(backend, device):
 
 
 @pytest.mark.parametrize("name", ["zipf, std 1, V=50257", "zipf, std 2, V=151936"])
-def test_the_law_of_whole_vocabularies(name, backend, device, interpreted):
-    """Over a million draws together with the next test; only a few under the interpreter."""
+def test_the_law_of_whole_vocabularies(name, device, interpreted):
+    """Over a million draws together with the next test; only a few where a CPU runs the kernels."""
     a, b = (x[:1] for x in cases.by_name(name).logits(device=device))
-    few = 64 if backend == "compiled" else 512
-    drawn = ost.sample(a, b, seed=1, num_samples=few if interpreted else 500_000)
+    drawn = ost.sample(a, b, seed=1, num_samples=512 if interpreted else 500_000)
     law = truth.sample_law(a.cpu(), b.cpu(), alpha=drawn.alpha[:, 0].cpu())
     assert pvalue(drawn.token, law[0]) > 1e-4
 
@@ -321,12 +327,11 @@ def test_a_masked_token_never_comes(name, small_chunks, device, interpreted):
 
 
 @pytest.mark.parametrize("name", [case.name for case in cases.CASES if case.realistic and "V=" not in case.name])
-def test_interpolated_masses_are_within_their_bound(name, small_chunks, beside_eager, monkeypatch):
+def test_interpolated_masses_are_within_their_bound(name, small_chunks, kernel_device, monkeypatch):
     """The chunk masses that the kernels interpolate: total variation within their estimate plus rounding."""
     drawing = pytest.importorskip("tests.draw_kernels")
     monkeypatch.setenv("OPTSAMPLE_BACKEND", "triton")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    a, b = (x[:2] for x in cases.by_name(name).logits(device=device))
+    a, b = (x[:2] for x in cases.by_name(name).logits(device=kernel_device))
     alpha, masses, misplaced = drawing.interpolated(a, b)
     law = torch.nn.functional.pad(truth.sample_law(a.cpu(), b.cpu(), alpha=alpha.cpu()), (0, 24)).unflatten(
         -1, (4, 256)
@@ -436,10 +441,14 @@ def test_a_row_has_the_same_bits_in_any_batch(dtype, backend, device, interprete
             torch.testing.assert_close(field[i], other, atol=0, rtol=0, equal_nan=True)
 
 
-def test_a_split_row_draws_the_same(backend, device):
+def test_a_split_row_draws_the_same(device, processors):
+    """Alone, it is shared by several programs; among many rows it has one."""
     a, b = (x[:1] for x in cases.by_name("zipf, std 1, V=50257").logits(device=device))
+    many = processors + 1
+    shared = [launch.splits(count, a.shape[-1], launch.DRAW_CHUNK, processors) for count in (1, many)]
+    assert shared[0] > shared[1] == 1
     alone = ost.sample(a[0], b[0], seed=3)
-    rows = ost.sample(a.expand(6, -1), b.expand(6, -1), seed=torch.full((6,), 3, device=device))
+    rows = ost.sample(a.expand(many, -1), b.expand(many, -1), seed=torch.full((many,), 3, device=device))
     for field, other in zip(alone, rows, strict=True):
         assert bool((other == field).all())
 

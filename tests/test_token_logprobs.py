@@ -449,14 +449,6 @@ def test_a_second_gradient_is_refused(backend, device):
 # Ops
 
 
-@pytest.fixture(params=["eager float32", "eager float64", "triton float32"])
-def setting(request, monkeypatch):
-    name, dtype = request.param.split()
-    monkeypatch.setenv("OPTSAMPLE_BACKEND", name)
-    native = torch.cuda.is_available() and not backends.interpreter_on()
-    return "cuda" if name == "triton" and native else "cpu", getattr(torch, dtype)
-
-
 def op_rows(device, dtype):
     g = torch.Generator().manual_seed(0)
     return [torch.randn(1, 2, 9, generator=g, dtype=torch.float64).to(device, dtype) for _ in range(2)]

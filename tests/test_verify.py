@@ -126,7 +126,7 @@ def test_the_recovered_token_does_not_depend_on_the_draft(monkeypatch):
 
 @pytest.mark.parametrize("draft", MODELS)
 @pytest.mark.parametrize("name", ["zipf, std 2", "masked, theta", "every status", "same top 0.999", "tops differ 0.99"])
-def test_both_backends_emit_the_same(name, draft, beside_eager, monkeypatch):
+def test_both_backends_emit_the_same(name, draft, kernel_device, monkeypatch):
     monkeypatch.setattr(launch, "DRAW_CHUNK", 256)
     monkeypatch.setattr(launch, "DRAW_TILE", 64)
     rows = [x[:4] if len(x) < 6 else x for x in cases.by_name(name).logits()]
@@ -136,9 +136,8 @@ def test_both_backends_emit_the_same(name, draft, beside_eager, monkeypatch):
     drafts = torch.multinomial(law.flatten(0, 1), 1, generator=g).view(2, -1)
     for seed in range(2):
         results = []
-        for backend in ("eager", "triton"):
+        for backend, device in (("eager", "cpu"), ("triton", kernel_device)):
             monkeypatch.setenv("OPTSAMPLE_BACKEND", backend)
-            device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
             results.append(ost.verify(*(x.to(device) for x in (drafts, a, b)), draft=draft, seed=seed))
         for one, other in zip(*results, strict=True):
             torch.testing.assert_close(one, other.cpu(), atol=2e-5, rtol=1e-5, equal_nan=True)
@@ -150,7 +149,7 @@ def test_both_backends_emit_the_same(name, draft, beside_eager, monkeypatch):
     ids=str,
 )
 @pytest.mark.parametrize("draft", MODELS)
-def test_both_backends_emit_the_same_with_options(draft, options, beside_eager, monkeypatch):
+def test_both_backends_emit_the_same_with_options(draft, options, kernel_device, monkeypatch):
     """Rows with masked tokens, and rows without a common token."""
     a, b, p, _ = laws(2, 7, seed=3)
     a, b = a.repeat(4, 1).view(4, 2, 7), b.repeat(4, 1).view(4, 2, 7)
@@ -160,9 +159,8 @@ def test_both_backends_emit_the_same_with_options(draft, options, beside_eager, 
     drafts[3] = 1 if draft == "theta" else 5
     for seed in range(2):
         results = []
-        for backend in ("eager", "triton"):
+        for backend, device in (("eager", "cpu"), ("triton", kernel_device)):
             monkeypatch.setenv("OPTSAMPLE_BACKEND", backend)
-            device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
             rows = (x.to(device) for x in (drafts, a, b))
             results.append(ost.verify(*rows, draft=draft, seed=seed, **options))
         for one, other in zip(*results, strict=True):
@@ -284,6 +282,21 @@ def test_a_sequence_has_the_same_bits_in_any_batch(backend, device):
         alone = ost.verify(drafts[k], a[k], b[k], draft="t", seed=seed[k])
         for field, expected in zip(whole, alone, strict=True):
             torch.testing.assert_close(field[k], expected, atol=0, rtol=0)
+
+
+def test_split_rows_emit_the_same(device, processors):
+    """Alone, a sequence's rows are shared by several programs each; among many sequences each row has one."""
+    vocab = 2 * launch.DRAW_CHUNK + 100
+    a, b = (x[None, :, :vocab].contiguous() for x in cases.by_name("zipf, std 1, V=50257").logits(device=device))
+    many = processors // 2 + 1  # of two rows each
+    shared = [launch.splits(2 * count, vocab, launch.DRAW_CHUNK, processors) for count in (1, many)]
+    assert shared[0] > shared[1] == 1
+    drafts = b[:, :1].argmax(-1)
+    alone = ost.verify(drafts[0], a[0], b[0], draft="t", seed=3)
+    seed = torch.full((many,), 3, device=device)
+    among = ost.verify(*(x.expand(many, *x.shape[1:]) for x in (drafts, a, b)), draft="t", seed=seed)
+    for field, expected in zip(among, alone, strict=True):
+        torch.testing.assert_close(field, expected.expand_as(field), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize(

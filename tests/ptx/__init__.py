@@ -21,9 +21,10 @@ A launch fails with the line of PTX and of Python where it
 * contains an opcode, modifier or operand that ``opcodes.py`` does not spell out
 
 Arithmetic is exact to the bit, with fused multiplications and flushed denormals. Where the manual grants an error, one
-of up to its size is chosen by a seed. Every launch runs twice, the second time with its programs in another order and
-number, and with other junk in registers and shared memory: the results may not differ by a bit. ``machine.same_bits``
-tries more orders. New tensors are full of NaN, so that a result shows whether it read what nobody wrote.
+of up to its size is chosen by a seed. Every launch runs twice (inside ``driver.running`` once), the second time with
+its programs in another order and number, and with other junk in registers and shared memory: the results may not differ
+by a bit. ``machine.same_bits`` tries more orders. New tensors are full of NaN, so that a result shows whether it read
+what nobody wrote.
 
 It cannot see what ptxas makes of the PTX (its own fusing of a product and a sum, spills, the limit of registers), how
 long anything takes, the true last bits of approximate instructions, the payload of a NaN, or caches that are not

@@ -231,4 +231,4 @@ def install(arch: int = 90) -> None:
         return choose(torch.device("cuda") if backend.requested() == "triton" else device, dtype)
 
     backend.choose = chosen
-    setattr(entry, "_device", lambda device: entry._Device("cuda", PROCESSORS))  # noqa: B010
+    entry._device = lambda device: entry._Device("cuda", PROCESSORS)  # type: ignore[assignment]

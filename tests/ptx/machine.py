@@ -17,7 +17,9 @@ from tests.ptx.wave import Findings, Launch, Wave
 class Run(NamedTuple):
     findings: list[str]
     barriers: set[int]  # the blocks that end with one that threads passed
-    needed: set[int]  # of these, those before which there was an access that they may order
+    # Of these, those before which there was an access that they may order. Reads of global memory do not count before
+    # the first write to the same tensor, so that a barrier between the two may be missing here.
+    needed: set[int]
 
 
 def launch(

@@ -63,7 +63,7 @@ class Order:
     # What orders
 
     def barrier(self, ctas: Array) -> bool:
-        """Whether there was anything to order: an access of one of these CTAs since its last barrier."""
+        """These CTAs pass a barrier. Returns whether it may order anything: an ``access`` of theirs since the last."""
         needed = bool((self.accessed[ctas] > self.epoch[ctas]).any())
         now = self.tick()
         self.epoch[ctas] = now
@@ -148,7 +148,7 @@ def of_accesses(cells: Array, count: int) -> Array:
     return np.asarray(cells.reshape(-1, count).any(1))
 
 
-PLAIN, OF_CTA, OF_DEVICE = 0, 1, 2  # how far an access is atomic
+NOT_ATOMIC, OF_CTA, OF_DEVICE = 0, 1, 2  # how far an access is atomic
 NOBODY = -1
 
 
@@ -159,12 +159,12 @@ class Access(NamedTuple):
     size: int  # bytes of each
     thread: Array
     stamp: int
-    atomic: int  # PLAIN, OF_CTA or OF_DEVICE
+    atomic: int  # NOT_ATOMIC, OF_CTA or OF_DEVICE
     low: int  # all of it lies from here
     high: int  # to before this
 
 
-def access(start: Array, size: int, thread: Array, stamp: int, atomic: int = PLAIN) -> Access:
+def access(start: Array, size: int, thread: Array, stamp: int, atomic: int = NOT_ATOMIC) -> Access:
     return Access(start, size, thread, stamp, atomic, int(start.min()), int(start.max()) + size)
 
 
@@ -204,7 +204,7 @@ class Cells:
         races |= self._unordered(now, self.atomics)
         return (races if races.any() else None), bool(len(written)) and bool(written.min() < 0)
 
-    def check_write(self, start: Array, size: int, thread: Array, atomic: int = PLAIN) -> tuple[Array | None, str]:
+    def check_write(self, start: Array, size: int, thread: Array, atomic: int = NOT_ATOMIC) -> tuple[Array | None, str]:
         """Record a write: which of these accesses race, and with what."""
         cells, threads, count = self.expand(start, size, thread)
         now = access(start, size, thread, self.order.access(thread), atomic)

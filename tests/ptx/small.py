@@ -106,7 +106,8 @@ def apply(
     if result == "pred":
         lines += ["selp.b32 %r91, 1, 0, %p60;", "st.global.b32 [%rd40], %r91;"]
     else:
-        lines.append(f"st.global.b{8 * SIZES[result]} [%rd40], {register(result, 60)};")
+        width = max(8 * SIZES[result], 16)  # all of the register, which a result of 8 bits is widened to
+        lines.append(f"st.global.b{width} [%rd40], {register(result, 60)};")
     found = run(
         entry("\n".join(lines), len(operands) + 1, threads), *inputs, output,
         programs=programs, options=options or Options(units=0),

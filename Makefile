@@ -1,7 +1,8 @@
 # make bench: correctness check, then the reference against this package, as a table; under three minutes.
 # make test:  the core of the tests: every public function and kernel, on both backends; then, compiled, every kernel.
 # make test-long: those, and the long tail: more cases, all combinations, more examples, planted faults. .ci/run calls it.
-# make test-all: those, and the table of tests that run compiled, for sm_80, sm_90 and sm_100; hours.
+# make test-all: those, the core with a GPU's tiles in the interpreter, and the table of tests that run compiled, for
+#             sm_80, sm_90 and sm_100; hours.
 # make test-compiled: that table alone. RECORD=build/compiled keeps what docs/compiled.md is written from; TABLE="" runs
 #             all tests that can run compiled.
 # make watch: which frameworks have a newer release than was tested; RUN=yes runs the tests against it.
@@ -20,7 +21,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: bench demo test test-long test-all test-compiled theory watch lint types format clean
+.PHONY: bench demo test test-long test-all test-shapes test-compiled theory watch lint types format clean
 .PHONY: install-integrations test-integrations
 
 bench: $(STAMP)
@@ -42,7 +43,11 @@ test-long: $(STAMP)
 	$(BIN)/python -m pytest --compiled $(PYTEST_ARGS)
 	$(BIN)/python -m pytest --compiled -m "" $(PYTEST_ARGS) tests/test_ptx_kernels.py
 
-test-all: test-long test-compiled
+test-all: test-long test-shapes test-compiled
+
+# Kernels as a GPU reads rows, in the interpreter.
+test-shapes: $(STAMP)
+	$(BIN)/python -m pytest --shapes cuda $(PYTEST_ARGS)
 
 TABLE ?= not deeper
 RECORD ?=

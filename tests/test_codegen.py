@@ -224,6 +224,12 @@ def test_block_out_of_line_belongs_to_its_loop() -> None:
     assert machine.find_loops(code) == [[1, 2, 3, 4, 6, 7]]
 
 
+def test_a_loop_that_is_entered_in_the_middle() -> None:
+    # 1 enters at 4; 2 and 3 come after it in the loop, and run on into it
+    code = [STEP, jump(4, conditional=False), STEP, jump(6), STEP, jump(2, conditional=False), END]
+    assert machine.find_loops(code) == [[2, 3, 4, 5]]
+
+
 def test_sass_listing() -> None:
     listing = """
         /*0000*/                   LDC R1, c[0x0][0x28] ;             /* 0x00000a00ff017b82 */

@@ -56,10 +56,10 @@ class Entry:
     in one pass of the compiled loop follow from the bytes that it loads; without bytes_per_pair no unrolling is
     assumed.
 
-    main_loop says which loop is the main one: "exps", the innermost loop with most exps; "step", the widest innermost
-    loop of one exp per pair that stores nothing; "stores", the innermost loop that stores most; or an integer, its
-    index in the order of addresses. passes names further loops
-    that a row goes through, by the same words: {"step": "step"}. A pass that stores is counted by the bytes that it
+    main_loop says which loop is the main one: "exps", the innermost loop with most exps, one per pair or more; "step",
+    the widest innermost loop of one exp per pair that stores nothing; "stores", the innermost loop that stores most; or
+    an integer, its index in the order of addresses. passes names further loops that a row goes through, by the same
+    words: {"step": "step"}. A pass that stores is counted by the bytes that it
     stores, stored_per_pair for each pair.
     """
 

@@ -100,9 +100,9 @@ def parse_amdgcn(listing: str) -> list[Instruction]:
 def find_loops(code: Sequence[Instruction]) -> list[list[int]]:
     """Natural loops as sorted positions of their instructions, in the order of their headers.
 
-    A jump u -> h closes a loop if h dominates u, that is if walking backwards from u one cannot reach the
-    entry without passing h; what the walk meets is the body. Blocks that the compiler placed out of line are
-    found this way too.
+    A way u -> h closes a loop if h dominates u, that is if walking backwards from u one cannot reach the entry without
+    passing h; what the walk meets is the body. Blocks that the compiler placed out of line are found this way too, and
+    loops that it enters in the middle, whose last block then runs on into their first.
     """
     before: list[list[int]] = [[] for _ in code]
     for position, instruction in enumerate(code):
@@ -112,19 +112,19 @@ def find_loops(code: Sequence[Instruction]) -> list[list[int]]:
             before[instruction.target].append(position)
 
     bodies: dict[int, set[int]] = {}
-    for position, instruction in enumerate(code):
-        header = instruction.target
-        if header is None or header == position:  # a jump to itself is the trap at a kernel's end
-            continue
-        body = {header, position}
-        pending = [position]
-        while pending:
-            for previous in before[pending.pop()]:
-                if previous not in body:
-                    body.add(previous)
-                    pending.append(previous)
-        if header == 0 or 0 not in body:
-            bodies.setdefault(header, set()).update(body)
+    for header in {instruction.target for instruction in code if instruction.target is not None}:
+        for last in before[header]:
+            if last == header:  # a jump to itself is the trap at a kernel's end
+                continue
+            body = {header, last}
+            pending = [last]
+            while pending:
+                for previous in before[pending.pop()]:
+                    if previous not in body:
+                        body.add(previous)
+                        pending.append(previous)
+            if header == 0 or 0 not in body:
+                bodies.setdefault(header, set()).update(body)
     return [sorted(bodies[header]) for header in sorted(bodies)]
 
 

@@ -86,7 +86,8 @@ def find_loop(loops: Sequence[Loop], choice: str | int, bytes_per_pair: int | No
         return loops[choice] if choice < len(loops) else None
     inner = [loop for loop in loops if loop.innermost]
     if choice == "exps":
-        with_exps = [loop for loop in inner if loop.exps]
+        enough = [loop for loop in inner if not bytes_per_pair or loop.exps * bytes_per_pair >= loop.load_bytes]
+        with_exps = [loop for loop in enough if loop.exps]
         return max(with_exps, key=lambda loop: (loop.exps, -loop.slots), default=None)
     if choice == "stores":
         storing = [loop for loop in inner if loop.stores and loop.loads]

@@ -515,8 +515,13 @@ def test_nothing_waits(monkeypatch):
 def peak_memory(function, device):
     """The most bytes that a call holds at once beyond its arguments."""
     function()  # so that one-time allocations do not count
-    gc.collect()  # the interpreter leaves cycles that hold tensors
-    return peak_extra_bytes(function, torch.device(device))
+    thresholds = gc.get_threshold()
+    gc.collect()
+    gc.set_threshold(50)  # the interpreter leaves cycles that hold tensors: they shall not wait
+    try:
+        return peak_extra_bytes(function, torch.device(device))
+    finally:
+        gc.set_threshold(*thresholds)
 
 
 def test_memory(device, interpreted):

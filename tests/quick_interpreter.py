@@ -35,7 +35,7 @@ def leave_overflow_unchecked() -> None:
 
 def _patch_the_language_once() -> None:
     """Triton 3.7 patches its language again at every call of a device function."""
-    patch = interpreter._patch_lang
+    patch = getattr(interpreter, "_patch_lang", None)
 
     def patch_once(function: Callable[..., Any]) -> Any:
         languages = [value for value in function.__globals__.values() if value is tl or value is tl.core]
@@ -49,7 +49,9 @@ def _patch_the_language_once() -> None:
 
 def _look_dtypes_up() -> None:
     """A table of all dtypes is else made for every look into it."""
-    find = interpreter._get_np_dtype
+    find = getattr(interpreter, "_get_np_dtype", None)
+    if find is None:
+        return
     known: dict[str, Any] = {}
 
     def look_up(dtype: Any) -> Any:
@@ -108,7 +110,7 @@ def _match_operands_at_sight() -> None:
     numbers: dict[tuple[Any, ...], Any] = {}
 
     def number(semantic: Any, value: float, like: Any) -> Any:
-        key = value, like.dtype.name, like.handle.data.shape, like.type.is_block()
+        key = repr(value), like.dtype.name, like.handle.data.shape, like.type.is_block()
         if key not in numbers:
             _, made = match(semantic, like, value)
             made.handle.data.flags.writeable = False
@@ -139,7 +141,9 @@ def _match_operands_at_sight() -> None:
 
 def _unwrap_at_sight() -> None:
     """What is a tensor, a number or a name holds nothing to be unwrapped."""
-    unwrap = tl.core._unwrap_if_constexpr
+    unwrap = getattr(tl.core, "_unwrap_if_constexpr", None)
+    if unwrap is None:
+        return
     whole = tl.tensor, tl.dtype, tl.block_type, tl.pointer_type, int, float, bool, str, type(None)
 
     def unwrap_at_sight(value: Any) -> Any:

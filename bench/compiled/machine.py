@@ -111,10 +111,19 @@ def find_loops(code: Sequence[Instruction]) -> list[list[int]]:
         if instruction.target is not None:
             before[instruction.target].append(position)
 
+    reached, pending = {0}, [0] if code else []
+    while pending:
+        position = pending.pop()
+        following = [position + 1] if code[position].falls_through and position + 1 < len(code) else []
+        following += [target for target in [code[position].target] if target is not None]
+        pending += [each for each in following if each not in reached]
+        reached.update(following)
+
     bodies: dict[int, set[int]] = {}
     for header in {instruction.target for instruction in code if instruction.target is not None}:
         for last in before[header]:
-            if last == header:  # a jump to itself is the trap at a kernel's end
+            # A jump to itself is the trap at a kernel's end; what no jump reaches is a function of its own.
+            if last == header or last not in reached:
                 continue
             body = {header, last}
             pending = [last]

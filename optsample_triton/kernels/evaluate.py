@@ -11,7 +11,7 @@ from optsample_triton.kernels.rows import reference_gap
 
 @triton.jit
 def evaluate(row, x, ends, tile):
-    """One sweep at x, a float64 that float32 holds; far rows take any.
+    """One sweep at x, a float64 that float32 holds; far rows take any (their diagnostics do).
 
     Narrow rows go through G, where A - B would cancel; wide rows, and points far outside of [0, 1], do not need it.
     """

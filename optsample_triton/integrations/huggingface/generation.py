@@ -22,7 +22,7 @@ from optsample_triton.integrations.huggingface.cached import (
 from optsample_triton.integrations.huggingface.configuration import PENALTIES, penalties_of, without_filters
 from optsample_triton.integrations.huggingface.loops import Pair, speculate, step_by_step
 from optsample_triton.integrations.huggingface.pair import (
-    check_beginnings,
+    check_edges,
     check_ids,
     check_mask,
     check_positions,
@@ -205,7 +205,7 @@ def _decode(
     processors = without_filters(logits_processor, generation_config) + settings.warpers
     rows, copies = input_ids.shape[0], generation_config.num_return_sequences or 1
     if named is None and (mask is None or bool(mask.all())):
-        check_beginnings(input_ids, generation_config)
+        check_edges(input_ids[::copies], generation_config)
     target_ids, target_mask = settings.target_input_ids, settings.target_attention_mask
     target_name = "input_ids" if target_ids is None else "target_input_ids"
     if target_ids is None:

@@ -34,18 +34,19 @@ def check_mask(ids: Tensor, mask: Tensor | None, name: str) -> None:
         )
 
 
-def check_beginnings(ids: Tensor, configuration: Any) -> None:
-    """Refuse different texts from model.generate where one begins with what is often padding.
+def check_edges(ids: Tensor, configuration: Any) -> None:
+    """Refuse different texts from model.generate where one begins or ends with what is often padding.
 
     transformers drops a mask of ones, so that it cannot be told from none.
     """
     doubtful = _token_ids(configuration, "pad_token_id") + _token_ids(configuration, "eos_token_id")
-    begins = torch.isin(ids[:, 0], torch.tensor(doubtful, dtype=ids.dtype, device=ids.device))
-    if bool(begins.any()) and bool((ids != ids[:1]).any()):
-        row = int(begins.long().argmax())
+    edges = ids[:, [0, -1]]
+    rows = torch.isin(edges, torch.tensor(doubtful, dtype=ids.dtype, device=ids.device)).any(-1)
+    if bool(rows.any()) and bool((ids != ids[:1]).any()):
+        row = int(rows.long().argmax())
         raise ValueError(
-            f"attention_mask must be given where row {row} begins with token {int(ids[row, 0])}, which may be padding "
-            "or text; model.generate drops a mask of ones: pass it to generate(model, target_model, ...) itself"
+            f"attention_mask must be given where row {row} begins or ends with a token that may be padding or text; "
+            "model.generate drops a mask of ones: pass it to generate(model, target_model, ...) itself"
         )
 
 

@@ -788,7 +788,7 @@ def test_several_texts_need_a_mask(pairs):
     run, once = {"max_new_tokens": 1, "seed": 0}, {"max_new_tokens": 1, "do_sample": False}
     custom = functools.partial(model.generate, custom_generate=generate, target_model=target, **run)
     ours, theirs = REFUSED.format("attention_mask", 3, ""), REFUSED.format("target_attention_mask", 3, "")
-    dropped = "^attention_mask must be given where row 1 begins with token .*model.generate drops a mask of ones"
+    dropped = "^attention_mask must be given where row 1 begins or ends .*model.generate drops a mask of ones"
     processors = REFUSED.format("attention_mask of OptimalSamplingLogitsProcessor", r"\d", "")
     ones = torch.ones_like(mask)
     for pad in (0, 1, 2, 50):  # the padding, begin and end of the models, and a token that nothing names
@@ -822,6 +822,8 @@ def test_several_texts_need_a_mask(pairs):
         if pad == 2:
             with pytest.raises(ValueError, match=dropped):
                 custom(text)
+            with pytest.raises(ValueError, match=dropped):  # padded at the right, and the rows named by their prompts
+                custom(text.flip(-1), num_return_sequences=2, do_sample=True)
         elif pad == 0:  # of which transformers makes a mask
             assert torch.equal(custom(text), expected)
 

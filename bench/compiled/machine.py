@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,36 +106,36 @@ def find_loops(code: Sequence[Instruction]) -> list[list[int]]:
     loops that it enters in the middle, whose last block then runs on into their first.
     """
     before: list[list[int]] = [[] for _ in code]
+    after: list[list[int]] = [[] for _ in code]
     for position, instruction in enumerate(code):
         if instruction.falls_through and position + 1 < len(code):
-            before[position + 1].append(position)
+            after[position].append(position + 1)
         if instruction.target is not None:
-            before[instruction.target].append(position)
+            after[position].append(instruction.target)
+        for following in after[position]:
+            before[following].append(position)
 
-    reached, pending = {0}, [0] if code else []
-    while pending:
-        position = pending.pop()
-        following = [position + 1] if code[position].falls_through and position + 1 < len(code) else []
-        following += [target for target in [code[position].target] if target is not None]
-        pending += [each for each in following if each not in reached]
-        reached.update(following)
-
+    reached = _reached(0, after) if code else set()
     bodies: dict[int, set[int]] = {}
     for header in {instruction.target for instruction in code if instruction.target is not None}:
         for last in before[header]:
             # A jump to itself is the trap at a kernel's end; what no jump reaches is a function of its own.
             if last == header or last not in reached:
                 continue
-            body = {header, last}
-            pending = [last]
-            while pending:
-                for previous in before[pending.pop()]:
-                    if previous not in body:
-                        body.add(previous)
-                        pending.append(previous)
+            body = _reached(last, before, {header})
             if header == 0 or 0 not in body:
                 bodies.setdefault(header, set()).update(body)
     return [sorted(bodies[header]) for header in sorted(bodies)]
+
+
+def _reached(start: int, ways: Sequence[Sequence[int]], found: AbstractSet[int] = frozenset()) -> set[int]:
+    """What is ``found`` already, and the positions that the ways lead to from ``start`` without passing it."""
+    reached, pending = {*found, start}, [start]
+    while pending:
+        following = [each for each in ways[pending.pop()] if each not in reached]
+        reached.update(following)
+        pending += following
+    return reached
 
 
 def read_loops(code: Sequence[Instruction], backend: str) -> list[Loop]:

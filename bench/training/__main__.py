@@ -4,7 +4,7 @@ The policy is the model of `optsample demo`; the target is the same model, as it
 system prompt. Every step draws one text per question from the law of the lesson, takes the loss at its tokens, and
 makes one step of Adam. A table gets a row per lesson, seed and measurement: build/training/lessons.csv, or with --save
 bench/results/training/lessons.csv, which docs/tutorial.md shows. Needs the extra `demo`, and fetches the model if the
-cache does not have it. About forty minutes on two cores.
+cache does not have it.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from optsample_triton.kernels.records import Moments, NarrowMoments, NarrowSums,
 from optsample_triton.kernels.rows import load_both, row_places
 
 LARGEST_DELTA = tl.constexpr(1e9)  # whose fourth power float32 holds
-THREADS = tl.constexpr(128)  # of a program on NVIDIA's GPUs; on AMD's, where it has 256, some then do the same work
+THREADS = tl.constexpr(128)  # of a program on NVIDIA's GPUs; of the 256 on AMD's, half then repeat the others' work
 CANCELS = tl.constexpr(16.0)  # nats beyond which float32 would lose more than the last digits of a difference
 
 
@@ -72,9 +72,9 @@ def _add_wide(acc, half, x, base, centre, shrink):
 
 @triton.jit
 def _ends_stretch(start, H: tl.constexpr):
-    """Whether the tile at ``start`` is the last of ``STRETCH``: one sum of thousands of small terms would swallow them.
+    """Whether the tile at ``start`` is the last of ``STRETCH``.
 
-    Sums whose digits matter are then put away and start anew; what is a sum of sums loses little.
+    Sums whose digits matter are then put away and start anew: a float32 sum swallows terms that are small beside it.
     """
     following = start + 2 * H
     return following // (STRETCH * 2 * H) * (STRETCH * 2 * H) == following
@@ -183,7 +183,7 @@ def _add_narrow(acc, half, at, reference_theta, reference_t):
 @triton.jit
 def narrow_moments(row, at, tile):
     """``NarrowMoments`` at ``at``, an ``Expansion``: the mean is as it is, not relative to the references."""
-    # So many values are kept for each pair that half a tile is taken, with a lane for each of THREADS at least.
+    # Half a tile, since so many values are kept for each pair; but a lane for each of THREADS.
     H: tl.constexpr = tile.H // 2 if tile.H > THREADS else tile.H
     few: tl.constexpr = Tile(H, tile.PACKED, tile.DEALT, tile.PROBS)
     reference_theta = row.theta.reference * row.theta.inverse_temperature

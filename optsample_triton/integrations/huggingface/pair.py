@@ -27,7 +27,7 @@ def check_mask(ids: Tensor, mask: Tensor | None, name: str) -> None:
 
     One text, or copies of it, needs no padding and has none.
     """
-    if mask is None and bool((ids != ids[:1]).any()):
+    if mask is None and _differ(ids):
         raise ValueError(
             f"{name} must be given, since there are {ids.shape[0]} rows that differ: pass the tokenizer's mask, or "
             "ones where no row is padded"
@@ -42,12 +42,16 @@ def check_edges(ids: Tensor, configuration: Any) -> None:
     doubtful = _token_ids(configuration, "pad_token_id") + _token_ids(configuration, "eos_token_id")
     edges = ids[:, [0, -1]]
     rows = torch.isin(edges, torch.tensor(doubtful, dtype=ids.dtype, device=ids.device)).any(-1)
-    if bool(rows.any()) and bool((ids != ids[:1]).any()):
+    if bool(rows.any()) and _differ(ids):
         row = int(rows.long().argmax())
         raise ValueError(
             f"attention_mask must be given where row {row} begins or ends with a token that may be padding or text; "
             "model.generate drops a mask of ones: pass it to generate(model, target_model, ...) itself"
         )
+
+
+def _differ(ids: Tensor) -> bool:
+    return bool((ids != ids[:1]).any())
 
 
 def _token_ids(configuration: Any, name: str) -> list[int]:

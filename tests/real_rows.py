@@ -36,7 +36,7 @@ def table(lines: Sequence[Mapping[str, str]]) -> str:
     hot = [f"{theta:g} and {t:g}" for theta, t in TEMPERATURES]
     groups = {name: [line for line in eager if line["family"].startswith(name)] for name in hot}
     groups |= {name: [line for line in eager if line["family"].endswith(name)] for name in real_rows.KINDS}
-    heading = "rows", "pairs", "sweeps at 1e-4", "at 1e-6", "most", "refused at 1e-6"
+    heading = "rows", "pairs", "sweeps at 1e-4", "at 1e-6", "most", "refused", "moved"
     return markdown(heading, [[name, *_cells(group)] for name, group in groups.items()])
 
 
@@ -47,4 +47,4 @@ def _cells(group: list[Mapping[str, str]]) -> list[str]:
     means = [f"{total(tol, 'sweeps') / total(tol, 'rows'):.2f}" for tol in ("0.0001", "1e-06")]
     most = max(int(line["most"]) for line in group if line["tol"] == "1e-06")
     count = total("1e-06", "rows")
-    return [str(count), *means, str(most), f"{total('1e-06', 'refused') / count:.0%}"]
+    return [str(count), *means, str(most), *(f"{total('1e-06', name) / count:.0%}" for name in ("refused", "moved"))]

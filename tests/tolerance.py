@@ -49,7 +49,8 @@ RESULTS = Path(__file__).parents[1] / "bench" / "results" / "tolerance"
 class Tried(NamedTuple):
     """What some rows of one family gave at one tolerance.
 
-    ``refused`` and ``rounded`` are of the eager path alone, and 0 for the others.
+    ``refused`` and ``moved`` are of the eager path alone, and 0 for the others. They are of rows for which the curve
+    of the first sweep says anything.
     """
 
     backend: str
@@ -61,21 +62,21 @@ class Tried(NamedTuple):
     not_converged: int
     beyond: int
     sweeps: int  # of all these rows
-    refused: int  # rows that one sweep cannot decide, for the rounding of its sums alone may be more than tol
+    refused: int  # rows whose bound on the rounding of the first sweep's sums is alone above tol
+    moved: int  # rows whose root that rounding does move by more than tol
     most: int  # sweeps of one row
     worst: float  # the largest error, as a share of the tolerance and alpha's rounding
-    rounded: float  # the largest error from that rounding, as a share of what is assumed; of rows where it decides
 
     def joined(self, other: Tried) -> Tried:
-        counts = (a + b for a, b in zip(self[4:10], other[4:10], strict=True))
-        return Tried(*self[:4], *counts, *map(max, self[10:], other[10:]))
+        counts = (a + b for a, b in zip(self[4:11], other[4:11], strict=True))
+        return Tried(*self[:4], *counts, *map(max, self[11:], other[11:]))
 
 
 def try_batch(backend: str, tolerances: Sequence[float], batch: Batch) -> list[Tried]:
     """Solve a batch at each tolerance on the backend that is in force, which has this name."""
     right = truth.solve(batch.theta, batch.t)
     flat = truth.log_partition(batch.theta, batch.t, right.alpha)[2] <= FLAT
-    rounding, rounded = _rounding(batch) if backend == "eager" else (torch.zeros(()), torch.zeros(()))
+    bound, rounding = _rounding(batch) if backend == "eager" else torch.zeros(2, 1)
     results = []
     for tol in tolerances:
         found = _solve(backend, batch, tol)
@@ -87,24 +88,23 @@ def try_batch(backend: str, tolerances: Sequence[float], batch: Batch) -> list[T
                 f"beyond: {backend}, {batch.place}, tol {tol:g}, row {row}: off by {share[row]:.3g} of what it may be"
             )
         sweeps = found.sweeps * judged
-        refused = judged & (rounding > tol)
-        counts = judged, flat, found.status == ost.Status.NOT_CONVERGED, beyond, sweeps, refused
-        most = int(sweeps.max()), float(share.max()), float((rounded * judged).max())
+        refused, moved = (judged & (each > tol) for each in (bound, rounding))
+        counts = judged, flat, found.status == ost.Status.NOT_CONVERGED, beyond, sweeps, refused, moved
         of = backend, batch.family, batch.theta.shape[1], tol
-        results.append(Tried(*of, *(int(each.sum()) for each in counts), *most))
+        results.append(Tried(*of, *(int(each.sum()) for each in counts), int(sweeps.max()), float(share.max())))
     return results
 
 
-def _rounding(batch: Batch) -> tuple[Tensor, Tensor]:
-    """How far the rounding of the first sweep's sums is taken to move alpha, and the share of it that it does."""
+def _rounding(batch: Batch) -> tuple[Tensor, ...]:
+    """How far the rounding of the first sweep's sums may move its root by the solver's bound, and how far it does."""
     roots = []
     for dtype in (torch.float32, torch.float64):
         rows = Rows(batch.theta.to(dtype), batch.t.to(dtype))
         target = torch.zeros(rows.count, dtype=torch.float64)
         roots.append(interpolate(curve_of(first_sums(rows)), target, EPSILON[torch.float32]))
     found, exact = roots
-    share = (found.alpha - exact.alpha).abs() / found.rounding
-    return found.rounding, torch.where(found.rounding >= 0.5 * found.error, share, 0.0)
+    moved = (found.alpha - exact.alpha).abs()
+    return tuple(torch.where(torch.isfinite(found.error), each, 0.0) for each in (found.rounding, moved))
 
 
 def _solve(backend: str, batch: Batch, tol: float) -> Solved:

@@ -81,10 +81,17 @@ def _open_solved_row(batch, index, saved_ptr, disjoint):
 
 
 @triton.jit
-def _sums_of_upstream(row, ptr, coarse, fine, disjoint, BLOCK: tl.constexpr):
+def _zeros(row, aligned_ptr, lanes):
+    """0 for each lane, in the thread that holds it where rows are aligned: what draw._zeros does for draws."""
+    return tl.load(aligned_ptr + lanes, mask=(lanes < 0) & (lanes + row.V < 0), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _sums_of_upstream(row, ptr, aligned_ptr, coarse, fine, disjoint, BLOCK: tl.constexpr):
     """Of the upstream of log q* over a row: its sum, and that of its products with d - E[d]."""
     lanes = tl.arange(0, BLOCK)
-    total, product = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    total = _zeros(row, aligned_ptr, lanes)
+    product = total
     if ptr is not None:
         for start in tl.range(0, row.V, BLOCK):
             tokens = _load_tokens(row, start, disjoint, BLOCK)
@@ -143,7 +150,7 @@ def gradient_kernel(
     fine = (mean - coarse.to(tl.float64)).to(tl.float32)
     if upstream_log_q_ptr is not None:
         upstream_log_q_ptr += index * stride_upstream
-    total, through_log_q = _sums_of_upstream(row, upstream_log_q_ptr, coarse, fine, disjoint, BLOCK)
+    total, through_log_q = _sums_of_upstream(row, upstream_log_q_ptr, grad_theta_ptr, coarse, fine, disjoint, BLOCK)
     upstream_log_z = _load_or_zero(upstream_log_z_ptr, index)
     grad_x = _load_or_zero(upstream_alpha_ptr, index) + through_log_q
     grad_x += upstream_log_z * at.slope

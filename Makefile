@@ -1,8 +1,8 @@
 # make bench: correctness check, then the reference against this package, as a table; under three minutes.
 # make test:  the core of the tests: every public function and kernel, on both backends; then, compiled, every kernel.
 # make test-long: those, and the long tail: more cases, all combinations, more examples, planted faults. .ci/run calls it.
-# make test-all: those, the core with a GPU's tiles in the interpreter, and the table of tests that run compiled, for
-#             sm_80, sm_90 and sm_100; hours.
+# make test-all: those, all tests of kernels with a GPU's tiles in the interpreter (make test-shapes), and the table of
+#             tests that run compiled, for sm_80, sm_90 and sm_100; hours.
 # make test-compiled: that table alone. RECORD=build/compiled keeps what docs/compiled.md is written from; TABLE="" runs
 #             all tests that can run compiled.
 # make watch: which frameworks have a newer release than was tested; RUN=yes runs the tests against it.
@@ -47,7 +47,7 @@ test-all: test-long test-shapes test-compiled
 
 # Kernels as a GPU reads rows, in the interpreter.
 test-shapes: $(STAMP)
-	$(BIN)/python -m pytest --shapes cuda $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --shapes cuda -m "" $(PYTEST_ARGS)
 
 TABLE ?= not deeper
 RECORD ?=

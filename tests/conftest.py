@@ -1,11 +1,12 @@
 """One switch for all tests: kernels run natively if there is a GPU, else through the interpreter.
 
-With --compiled they are compiled for a GPU and executed by tests/ptx, one as well as the other.
+With --compiled they are compiled for a GPU and executed by tests/ptx, whether or not there is one.
 """
 
 import importlib.util
 import os
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ def pytest_addoption(parser):
     group.addoption(
         "--compiled", action="store_true", help="run the kernels' PTX on the CPU: the tests of a backend only"
     )
-    group.addoption("--arch", type=int, default=90, help="compile them for sm_ARCH")
+    group.addoption("--arch", type=int, default=90, choices=[80, 90, 100], help="compile them for sm_ARCH")
     group.addoption(
         "--shapes", choices=["cuda"], help="give the interpreter a GPU's tiles, chunks and unrolling: its tests only"
     )
@@ -42,6 +43,7 @@ def _choose_how_kernels_run(config):
         from tests.ptx import driver
 
         driver.install(config.option.arch)
+        config.pluginmanager.register(_Watched())
         if config.option.record:
             _record(config)
         return
@@ -73,8 +75,44 @@ def _record(config):
             record.current.close()
 
     if not config.option.collectonly:
-        record.current.open(Path(config.option.record), config.option.arch, os.environ.get("PYTEST_XDIST_WORKER", ""))
+        import triton
+
+        from bench.speed.results import current_commit
+
+        worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+        folder, versions = Path(config.option.record), (current_commit(), triton.__version__)
+        record.current.open(folder, config.option.arch, worker, *versions)
         config.pluginmanager.register(Recorder())
+
+
+class _Watched:
+    """Says at the end what was executed, and where that is kept; with xdist each worker tells the first process."""
+
+    def __init__(self):
+        self.launches, self.forms = 0, set()
+
+    def pytest_sessionfinish(self, session):
+        from tests.ptx import driver
+
+        self.launches += driver.launches.total()
+        self.forms.update(sha256(text.encode()).hexdigest() for text in driver.launches)
+        if hasattr(session.config, "workeroutput"):
+            session.config.workeroutput["launches"] = (self.launches, sorted(self.forms))
+
+    def pytest_testnodedown(self, node):
+        launches, forms = getattr(node, "workeroutput", {}).get("launches", (0, []))
+        self.launches += launches
+        self.forms.update(forms)
+
+    def pytest_terminal_summary(self, terminalreporter, exitstatus, config):
+        from tests.ptx import driver
+
+        terminalreporter.write_line(
+            f"{self.launches} launches of {len(self.forms)} compiled kernels, executed and watched; for "
+            f"sm_{config.option.arch}, kept in {driver.cache_directory()}"
+        )
+        if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
+            terminalreporter.write_line('tests/core.py names few tests that run compiled: add -m "" for all of a file')
 
 
 # The interpreter computes with NumPy, which warns of overflow and NaN in lanes that a kernel masks later. A GPU does

@@ -22,7 +22,7 @@ def test_a_table_has_means_and_extremes():
     rows += [Measured.of("sft", k, 5, 40, 2.0 + k, Score(0.25 + 0.5 * k, 0.0, 0.5), "abc") for k in range(2)]
     lines = results.table(rows).splitlines()
     assert len(lines) == 4
-    assert "0% (0% … 0%)" in lines[2]
+    assert lines[2] == "| before | 0% | 0% | 0.000 | 0 |"
     assert lines[3].startswith("| π_t, −log π | 50% (25% … 75%) |")
 
 

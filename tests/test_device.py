@@ -1,6 +1,6 @@
 """What can fail only on a device: repeats, batches of every size, parallel streams, graphs, batches beyond 2^31.
 
-Without a GPU the same cases run through the interpreter, with few and short rows.
+Without a GPU the same cases run through the interpreter or compiled, with few and short rows.
 """
 
 import contextlib
@@ -10,15 +10,16 @@ import torch
 
 import optsample_triton as ost
 from optsample_triton import backend
+from tests.ptx import driver
 
-NATIVE = torch.cuda.is_available() and not backend.interpreter_on()
+NATIVE = torch.cuda.is_available() and not backend.interpreter_on() and not driver.installed
 DEVICE = "cuda" if NATIVE else "cpu"
 ROWS, VOCAB, REPEATS = (300, 50_257, 100) if NATIVE else (3, 170, 2)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(autouse=True)
-def kernels(monkeypatch):
+def kernels(beside_eager, monkeypatch):
     monkeypatch.setenv("OPTSAMPLE_BACKEND", "triton")
 
 

@@ -454,10 +454,10 @@ def test_the_watch_for_synchronisation_works():
             wait()
 
 
-def test_graph_capture(monkeypatch):
+def test_graph_capture(beside_eager, kernel_device, monkeypatch):
     """A captured solve follows its inputs. On a CPU, two calls in a row must follow new inputs too."""
     monkeypatch.setenv("OPTSAMPLE_BACKEND", "triton")
-    device = "cpu" if backend.interpreter_on() else "cuda"
+    device = kernel_device
     a, b = rows((2, 9), device)
     other_a, other_b = rows((2, 9), device, seed=5)
     offset = torch.zeros((), dtype=torch.int64, device=device)

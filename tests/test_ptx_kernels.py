@@ -304,7 +304,7 @@ def test_a_run_is_recorded(compiled, monkeypatch, tmp_path):
     """The launch, with its kernel; and the comparison after it, though not the one before."""
     monkeypatch.setattr(record, "current", record.Record())
     logits = rows(WIDE)[0][:1]
-    record.current.open(tmp_path, 90, "")
+    record.current.open(tmp_path, 90, "", "abc", "3.7")
     record.current.begin("file::test", "rows apart")
     assert_within(torch.ones(1), torch.ones(1), "log_prob")
     found = ost.token_logprobs(logits, torch.zeros(1, dtype=torch.int64))

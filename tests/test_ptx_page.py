@@ -26,7 +26,7 @@ RACE = (
 def recorded(folder, worker, text, *shares, arch=90, layout=""):
     """A process with one test: a launch, its comparisons, a planted fault."""
     recorder = record.Record()
-    recorder.open(folder, arch, worker)
+    recorder.open(folder, arch, worker, "abc", "3.7")
     recorder.begin("test_file::test_name", layout)
     recorder.compared("log_z", 0.7)  # nothing was launched before that
     recorder.launched("solve_kernel", torch.bfloat16, text)
@@ -37,7 +37,7 @@ def recorded(folder, worker, text, *shares, arch=90, layout=""):
 
 
 def sums(folder):
-    return page.summed_up(page.read_lines(folder), "abc", "3.7")
+    return page.summed_up(page.read_lines(folder))
 
 
 def test_what_workers_recorded_is_summed_up(tmp_path):

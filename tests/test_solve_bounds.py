@@ -9,9 +9,10 @@ import optsample_triton as ost
 from bench.speed import real_rows
 from optsample_triton import Status
 from reference import truth
+from tests.real_rows import TEMPERATURES
+from tests.tolerance import ROUNDOFF
 from tests.tolerances import DIAGNOSTICS, assert_within
 
-ROUNDOFF = 1.2e-7  # alpha is reported in float32
 TOLERANCES = [1e-3, 1e-4, 1e-6]
 FIRST = 4096  # tokens that a row's references are taken from, at most
 
@@ -97,9 +98,9 @@ def rows_of(family, vocab, count):
     return tuple(x.float() for x in family(g, count, vocab))
 
 
-def assert_bounded(a, b, tol, device):
+def assert_bounded(a, b, tol, device, diagnostics=False):
     """Rows with status OK, which nearly all have. Where psi'' is lost in rounding, alpha is no number to be bounded."""
-    found = ost.solve(a.to(device), b.to(device), tol=tol)
+    found = ost.solve(a.to(device), b.to(device), tol=tol, diagnostics=diagnostics)
     right = truth.solve(a, b)
     variance = truth.log_partition(a, b, right.alpha)[2]
     clear = variance > 1e-7
@@ -108,6 +109,7 @@ def assert_bounded(a, b, tol, device):
     worst = torch.where(good, error, 0.0).max()
     assert worst <= tol + ROUNDOFF, f"off by {worst:.2g}, row {int(torch.where(good, error, 0.0).argmax())}"
     assert good.sum() >= 0.9 * clear.sum()
+    return found
 
 
 @pytest.mark.parametrize("tol", TOLERANCES)
@@ -297,27 +299,28 @@ def test_gradients_of_rows_far_above_their_first_tokens(offset, backend, device,
 # Rows of a language model
 
 
-def real_pairs(interpreted):
-    """In the interpreter a row of a whole vocabulary takes many seconds: one of each half."""
+def real_pairs(interpreted, temperatures=(1.0, 1.0)):
+    """Two of each kind; in the interpreter, where a row of a whole vocabulary takes long, two in all."""
     rows = real_rows.load()
-    return (rows.theta[[0, 5]], rows.t[[0, 5]]) if interpreted else (rows.theta, rows.t)
+    some = [2, 7] if interpreted else slice(None)  # in one the tops differ
+    a, b = rows.theta[some], rows.t[some]
+    return (a, b) if temperatures == (1.0, 1.0) else (a.float() / temperatures[0], b.float() / temperatures[1])
 
 
-@pytest.mark.parametrize(
-    ("tol", "eager", "kernels"),
-    [(1e-3, 1.0, 1.0), (1e-4, 1.0, 1.0), (1e-5, 1.25, 1.25), (1e-6, 1.25, 1.5), (1e-7, 2.0, 3.5)],
-)
-def test_real_rows(tol, eager, kernels, backend, device, interpreted):
-    """Within the tolerance, and in so many sweeps on average. At 1e-7 the kernels go on in float64."""
-    a, b = real_pairs(interpreted)
-    sweeps = eager if backend == "eager" else kernels
-    assert_bounded(a, b, tol, device)
-    found = ost.solve(a.to(device), b.to(device), tol=tol, diagnostics=True)
-    assert found.sweeps.double().mean() <= sweeps
+@pytest.mark.parametrize("tol", [1e-3, 1e-4, 1e-5, 1e-6, 1e-7])
+@pytest.mark.parametrize("temperatures", TEMPERATURES)
+def test_real_rows(tol, temperatures, backend, device, interpreted):
+    """Within the tolerance, and in few sweeps. At 1e-6 the rounding of one sweep's sums is too much for many rows; at
+    1e-7 the kernels go on in float64."""
+    a, b = real_pairs(interpreted, temperatures)
+    found = assert_bounded(a, b, tol, device, diagnostics=True)
+    ordinary = found.sweeps.cpu()[real_rows.kinds(a, b) != real_rows.OTHER_TOPS]
+    assert ordinary.max() <= (1 if tol >= 1e-5 else 2 if backend == "eager" or tol == 1e-6 else 4)
+    assert found.sweeps.max() <= 5
 
 
 def test_divergences_of_real_rows_have_all_their_digits(backend, device, interpreted):
-    """They are as small as 8e-5; at the root both are -log z."""
+    """They are as small as 2e-5; at the root both are -log z."""
     a, b = real_pairs(interpreted)
     found, right = ost.solve(a.to(device), b.to(device), diagnostics=True), truth.solve(a, b)
     for kl in (found.kl_theta, found.kl_t, -found.log_z):

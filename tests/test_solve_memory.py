@@ -50,6 +50,32 @@ def test_layouts(name, layout, dtype, device, interpreted):
     assert bits(log_q) == bits(ost.log_q(*plain))
 
 
+def solved_with_gradients(a, b, **options):
+    leaves = [x.detach().requires_grad_() for x in (a, b)]
+    found = ost.solve(*leaves, **options)
+    gradients = torch.autograd.grad(found.alpha.sum() + found.log_z.sum(), leaves)
+    return found.alpha.detach(), found.log_z.detach(), *gradients
+
+
+WAYS = {
+    "bisect": lambda a, b: solved_with_gradients(a, b, algorithm="bisect"),
+    "ess_balance": lambda a, b: solved_with_gradients(a, b, method="ess_balance"),
+    "entropy": lambda a, b: solved_with_gradients(a, b, method="entropy"),
+    "a given alpha": lambda a, b: solved_with_gradients(a, b, alpha=0.3),
+    "probabilities": lambda a, b: ost.OptimalSamplingDistribution()(a, b)[:2],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_alignment_changes_no_bit(way, device):
+    """Of what test_layouts does not do."""
+    a, b = (x[:2] for x in cases.by_name("random std 3, V=9728").logits(device=device))
+    rows = (a.softmax(-1), b.softmax(-1)) if way == "probabilities" else (a, b)
+    one, other = (WAYS[way](*layout(*rows)) for layout in (cases.off_by_1, cases.aligned))
+    for x, y in zip(one, other, strict=True):
+        assert bits(x) == bits(y)
+
+
 def test_lanes_that_are_not_dealt_change_a_sum(compiled, monkeypatch):
     """What the layouts' tests rest on: with every lane its own place, rows off by one have other bits."""
     monkeypatch.setattr("optsample_triton.launch.threads", lambda kind, dtype: 512)  # of that many, lanes stay in order

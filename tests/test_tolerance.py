@@ -5,7 +5,9 @@ import csv
 import pytest
 import torch
 
-from tests import tolerance
+from bench.paths import ROOT
+from bench.speed.real_rows import PATH
+from tests import real_rows, tolerance
 from tests.random_rows import FAMILIES, VOCABS, batches
 
 
@@ -38,7 +40,7 @@ def test_alpha_that_is_off_is_counted(monkeypatch, capsys):
 def test_the_command_writes_its_table(tmp_path, capsys):
     path = tmp_path / "tolerance.csv"
     tolerance.main(["--rows", "24", "--tol", "1e-3", "1e-6", "--jobs", "1", "--output", str(path)])
-    assert "tol 1e-06: 24 rows, 0 beyond" in capsys.readouterr().out
+    assert "tol 1e-06: 24 rows, 0 beyond, " in capsys.readouterr().out
     with path.open(newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     assert {(line["backend"], line["tol"]) for line in lines} == {("eager", "0.001"), ("eager", "1e-06")}
@@ -52,3 +54,21 @@ def test_batches_at_one_tolerance_each(tmp_path):
         tried = [line["tol"] for line in csv.DictReader(file)]
     assert len(tried) == len(FAMILIES) * len(VOCABS)
     assert {tol: tried.count(tol) for tol in set(tried)} == {"0.001": 12, "1e-06": 12}
+
+
+def test_the_theory_shows_what_real_rows_gave():
+    with (tolerance.RESULTS / "real_rows.csv").open(newline="", encoding="utf-8") as file:
+        table = real_rows.table(list(csv.DictReader(file)))
+    assert table in (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
+
+
+def test_real_rows_are_tried_at_every_temperature():
+    """The few pairs of the repository, by their kind."""
+    tried = list(real_rows.batches(PATH))
+    assert sum(len(batch.theta) for batch in tried) == len(real_rows.TEMPERATURES) * 8
+    first = next(batch for batch in tried if batch.family == "1 and 1, tops differ")
+    assert (first.theta.argmax(-1) != first.t.argmax(-1)).all()
+    (result,) = tolerance.try_batch("eager", [1e-6], first)
+    assert (result.rows, result.beyond) == (2, 0)
+    assert result.rows <= result.sweeps <= result.rows * result.most
+    assert 0.0 < result.rounded < 1.0

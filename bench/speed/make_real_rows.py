@@ -1,11 +1,10 @@
 """`python -m bench.speed.make_real_rows`: write rows of a real language model to bench/real_rows.npz.
 
-The policy is the model of `optsample demo`, the target the same model with each question's hint, at temperature 0.7:
-targets are often sharpened. The texts are of q* between both at temperature 1, as the pipeline draws them. A pair of
-rows is what both models' logits were at one token of one text, in bfloat16. Half of the pairs are those that took
-the solver most sweeps when they were chosen, and half are picked at random among the others. The file says of every
-pair which token of which text it is from, and its alpha in float64. Needs the extra `demo`, and fetches the model if
-the cache does not have it.
+The policy is the model of `optsample demo`, the target the same model with each question's hint. The texts are of q*
+between both, as the pipeline draws them. A pair of rows is what both models' logits were at one token of one text, in
+bfloat16. The file has two pairs of each kind (real_rows.KINDS), picked at random, and says of every pair which token
+of which text it is from, and its alpha in float64. `--every FILE` keeps all pairs as well; tests/tolerance.py solves
+them. Needs the extra `demo`, and fetches the model if the cache does not have it.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import optsample_triton as ost
 from bench.paths import ROOT
 from optsample_triton.demo import model
 from optsample_triton.demo.questions import QUESTIONS
@@ -28,16 +26,16 @@ from optsample_triton.demo.texts import Reader, Settings, jobs, read, write_ques
 from optsample_triton.pipeline.run import generate
 from reference import truth
 
-from .real_rows import PATH
+from .real_rows import KINDS, PATH, kinds
 
-PAIRS = 8
-SAMPLES, TOKENS = 4, 24
-SHARPENED = 0.7  # temperature of the target; at 1 hardly a row is hard
+OF_EACH_KIND = 2
+SAMPLES, TOKENS = 10, 24
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench.speed.make_real_rows", description=__doc__)
     parser.add_argument("--cache-dir", metavar="DIR", help="keeps the model, as for optsample demo")
+    parser.add_argument("--every", metavar="FILE", type=Path, help="where to keep all pairs, some 100 MB")
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         kept = model.obtain(model.cache_folder(arguments.cache_dir))
@@ -47,15 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         generate(job)
         theta, t, places = _logits(Reader(job), list(read(job)))
     chosen = choose(theta, t)
-    alpha = truth.solve(theta[chosen], t[chosen]).alpha
-    np.savez_compressed(
-        PATH,
-        theta=_bits(theta[chosen]),
-        t=_bits(t[chosen]),
-        alpha=alpha.numpy(),
-        text_and_token=np.array([places[k] for k in chosen.tolist()]),
-    )
+    _save(PATH, theta[chosen], t[chosen], [places[k] for k in chosen.tolist()])
     print(f"wrote {len(chosen)} of {len(theta)} pairs of rows to {PATH.relative_to(ROOT)}")
+    if arguments.every:
+        _save(arguments.every, theta, t, places)
+        print(f"wrote all of them to {arguments.every}")
     return 0
 
 
@@ -65,21 +59,25 @@ def _logits(reader: Reader, records: list[dict[str, Any]]) -> tuple[Tensor, Tens
     rows: tuple[list[Tensor], list[Tensor]] = ([], [])
     places = []
     for k, record in enumerate(records):
-        for found, temperature, (prompt, answer) in zip(rows, (1.0, SHARPENED), reader.ids(record), strict=True):
+        for found, (prompt, answer) in zip(rows, reader.ids(record), strict=True):
             logits = reader.model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-            found.append((logits / temperature).to(torch.bfloat16))
+            found.append(logits.to(torch.bfloat16))
         places += [(k, j) for j in range(len(record["tokens"]))]
     theta, t = map(torch.cat, rows)
     return theta, t, places
 
 
 def choose(theta: Tensor, t: Tensor) -> Tensor:
-    """Which pairs to keep, the hard half first."""
-    sweeps = ost.solve(theta, t, diagnostics=True).sweeps
-    hard = sweeps.argsort(descending=True, stable=True)[: PAIRS // 2]
-    others = torch.randperm(len(sweeps), generator=torch.Generator().manual_seed(0))
-    easy = others[~torch.isin(others, hard)][: PAIRS - len(hard)]
-    return torch.cat([hard, easy])
+    """Which pairs to keep: as many of each kind."""
+    kind = kinds(theta, t)
+    shuffled = torch.randperm(len(kind), generator=torch.Generator().manual_seed(0))
+    return torch.cat([shuffled[kind[shuffled] == k][:OF_EACH_KIND] for k in range(len(KINDS))])
+
+
+def _save(path: Path, theta: Tensor, t: Tensor, places: list[tuple[int, int]]) -> None:
+    alpha = torch.cat([truth.solve(*some).alpha for some in zip(theta.split(50), t.split(50), strict=True)])
+    rows = {"theta": _bits(theta), "t": _bits(t)}
+    np.savez_compressed(path, **rows, alpha=alpha.numpy(), text_and_token=np.array(places))
 
 
 def _bits(rows: Tensor) -> Any:

@@ -80,9 +80,14 @@ class Classroom:
 
     def draw(self, law: dict[str, Any], seed: int) -> Texts:
         """A text per question from the law between the policy and the hinted target."""
+        out = self.drawn(law, seed)
+        return Texts(out.tokens, out.log_q, out.mask)
+
+    def drawn(self, law: dict[str, Any], seed: int) -> Any:
+        """The same as ``generate`` gives it, with all that is known of each token."""
         from optsample_triton.integrations.huggingface import generate
 
-        out = generate(
+        return generate(
             self.policy,
             self.start,
             self.plain.ids,
@@ -95,7 +100,6 @@ class Classroom:
             seed=seed,
             **law,
         )
-        return Texts(out.tokens, out.log_q, out.mask)
 
     def logits(self, texts: Texts) -> Tensor:
         """[B, T, V] of the policy at every token of the texts, with a gradient."""

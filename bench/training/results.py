@@ -59,7 +59,10 @@ def load(path: Path) -> list[Measured]:
 
 
 def table(rows: list[Measured]) -> str:
-    """After the last step, every figure as the mean over the seeds with the lowest and the highest."""
+    """After the last step, every figure as the mean over the seeds, with the lowest and the highest if they differ.
+
+    The model of before is measured once, for all lessons and seeds.
+    """
     last = max(row.step for row in rows)
     heading = ("lesson: texts of, loss", "right", "in other words", "KL elsewhere", "CPU seconds")
     lines = [_line("before", [row for row in rows if row.step == 0])]
@@ -72,8 +75,8 @@ def table(rows: list[Measured]) -> str:
 
 def _line(name: str, rows: list[Measured]) -> list[str]:
     def spread(values: list[float], form: str) -> str:
-        mean = sum(values) / len(values)
-        return f"{mean:{form}} ({min(values):{form}} … {max(values):{form}})"
+        mean, low, high = (f"{value:{form}}" for value in (sum(values) / len(values), min(values), max(values)))
+        return mean if low == high else f"{mean} ({low} … {high})"
 
     return [
         name,

@@ -5,11 +5,12 @@ reductions through shared memory, barriers, masks, vector loads, the sharing of 
 Here Triton's own front end compiles each launch, for sm_90 or another architecture, and instead of a GPU this package
 executes the result with NumPy: registers are arrays over the threads of a few programs.
 
-    python -m pytest --compiled tests/test_solve_cases.py
+    python -m pytest --compiled -m "" tests/test_solve_cases.py
 
-runs the tests that have a backend, with the backend "compiled"; ``--arch 80`` or 100 chooses another architecture. The
-first run compiles each kernel, for seconds or a minute; ``driver.py`` says where the results are kept. docs/compiled.md
-says what was found: ``record.py`` keeps what a run measured, and ``page.py`` makes the page's tables of it.
+runs a file's tests that have a backend, with the backend "compiled"; without ``-m ""`` the few that tests/core.py
+names. ``--arch 80`` or 100 chooses another architecture. The first run compiles each kernel, for seconds or a minute;
+``driver.py`` says where the results are kept. docs/compiled.md says what was found: ``record.py`` keeps what a run
+measured, and ``page.py`` makes the page's tables of it.
 
 A launch fails with the line of PTX and of Python where it
 
@@ -21,13 +22,13 @@ A launch fails with the line of PTX and of Python where it
 * contains an opcode, modifier or operand that ``opcodes.py`` does not spell out
 
 Arithmetic is exact to the bit, with fused multiplications and flushed denormals. Where the manual grants an error, one
-of up to its size is chosen by a seed. Every launch runs twice (inside ``driver.running`` once), the second time with
-its programs in another order and number, and with other junk in registers and shared memory: the results may not differ
-by a bit. ``machine.same_bits`` tries more orders. New tensors are full of NaN, so that a result shows whether it read
-what nobody wrote.
+is chosen by a seed: of up to two units in the last place for exponentials (``arithmetic.py``). Every launch runs twice
+(inside ``driver.running`` once), the second time with its programs in another order and number, and with other junk in
+registers and shared memory: the results may not differ by a bit. ``machine.same_bits`` tries more orders. New tensors
+are full of NaN, so that a result shows whether it read what nobody wrote.
 
 It cannot see what ptxas makes of the PTX (its own fusing of a product and a sum, spills, the limit of registers), how
-long anything takes, the true last bits of approximate instructions, the payload of a NaN, or caches that are not
-coherent. A loop that waits for another program is a fault, since it need not end here.
-Tensor cores, asynchronous copies and AMD are not known.
+long anything takes, the true last bits of approximate instructions, the payload of a NaN, caches that are not coherent,
+or a plain store that sets a counter back beside relaxed atomics of other programs. A loop that waits for another
+program is a fault, since it need not end here. Tensor cores, asynchronous copies and AMD are not known.
 """

@@ -1,7 +1,9 @@
 """Arithmetic of PTX that NumPy lacks: exact fma, flushed denormals, bfloat16, saturation, bit fields.
 
-What a GPU only approximates gets an error of up to the documented size, chosen by a hash of the result and a seed: the
-same number always has the same error. A NaN is a NaN; its payload is not imitated.
+An exponential, which a GPU only approximates, gets an error of up to two units in the last place, chosen by a hash of
+the result and a seed: the same number always has the same error. That is the documented size for results just above a
+power of two, and half of it for those just below one. A reciprocal gets none: the Newton steps that
+follow it would leave nothing of that. A NaN is a NaN; its payload is not imitated.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ class _Settings:
 
 _settings = _Settings()
 _kernels: dict[str, Kernel] = {}
+launches: Counter[str] = Counter()  # of each PTX text
+installed = False
 
 
 def kernel_of(text: str) -> Kernel:
@@ -129,6 +132,7 @@ class Launcher:
         """Triton hands over the grid, a stream, what ``load_binary`` gave, four things of its own, the arguments."""
         given = dict(zip(self.names, rest[4:], strict=True))
         tensors = [(name, value) for name, value in given.items() if self.signature[name].startswith("*")]
+        launches[text] += 1
         kernel = kernel_of(_settings.edit(text) if _settings.edit else text)
         bits = self._parameters(kernel, given)
 
@@ -206,6 +210,10 @@ class Driver:
         return self.target
 
 
+def cache_directory() -> Path:
+    return Path(os.environ.get(CACHE) or Path(__file__).parents[2] / ".cache" / "ptx")
+
+
 def install(arch: int = 90) -> None:
     """From here on, kernels that are launched in this process are compiled for sm_<arch> and executed here."""
     import triton
@@ -215,9 +223,11 @@ def install(arch: int = 90) -> None:
     from optsample_triton import backend, remembered
     from optsample_triton.kernels import entry
 
+    global installed
+    installed = True
     if backend.interpreter_on():
         raise RuntimeError("TRITON_INTERPRET is 1, expected 0: the interpreter compiles nothing")
-    directory = Path(os.environ.get(CACHE) or Path(__file__).parents[2] / ".cache" / "ptx")
+    directory = cache_directory()
     directory.mkdir(parents=True, exist_ok=True)
     propagated, triton.knobs.propagate_env = triton.knobs.propagate_env, False  # not to this process's children
     triton.knobs.cache.dir = str(directory)

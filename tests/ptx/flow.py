@@ -37,8 +37,8 @@ class Flow:
     """Liveness of an entry's registers.
 
     ``suspects`` may be read before anything was written there, on one way or another through the blocks. ``watched``
-    are all registers whose value may come of a suspect. Only for these it is followed, thread by thread, whether the
-    value is defined.
+    are all registers whose value may come of a suspect. Only these carry a shadow that says, thread by thread,
+    whether the value is defined.
     """
 
     def __init__(self, entry: Entry) -> None:

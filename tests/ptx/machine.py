@@ -17,8 +17,8 @@ from tests.ptx.wave import Findings, Launch, Wave
 class Run(NamedTuple):
     findings: list[str]
     barriers: set[int]  # the blocks that end with one that threads passed
-    # Of these, those before which there was an access that they may order. Reads of global memory do not count before
-    # the first write to the same tensor, so that a barrier between the two may be missing here.
+    # Barriers with an access since the barrier before that they may order. Reads of a tensor that nobody has written
+    # yet are not counted, so a barrier between such a read and the first write may be missing here.
     needed: set[int]
 
 

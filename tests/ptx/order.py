@@ -231,7 +231,7 @@ class Cells:
                 mine, theirs = overlapping(now, each)
                 thread, other = now.thread[mine], each.thread[theirs]
                 ordered = self.order.before(thread, other, np.full(len(mine), each.stamp))
-                if each.atomic:  # it observed those before it, so who comes after it comes after them
+                if each.atomic:  # it comes after all earlier ones at its address, and so does whoever comes after it
                     seen[mine[ordered]] = True
                     ordered = seen[mine]
                 if each.atomic and now.atomic:

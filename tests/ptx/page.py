@@ -19,7 +19,6 @@ from typing import Any
 
 from bench import tables
 from bench.paths import RESULTS, ROOT
-from bench.speed.results import current_commit
 
 PAGE = ROOT / "docs" / "compiled.md"
 DATA = RESULTS / "compiled"
@@ -41,13 +40,17 @@ def read_lines(folder: Path) -> list[Line]:
     return [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def summed_up(lines: Sequence[Line], commit: str, triton: str) -> dict[str, list[Row]]:
+def summed_up(lines: Sequence[Line]) -> dict[str, list[Row]]:
     """The rows of each table."""
     launches = [line for line in lines if line["kind"] == "launch"]
     comparisons = [line for line in lines if line["kind"] == "comparison"]
-    versions = {"triton": triton, "commit": commit}
+    runs = _groups((line for line in lines if line["kind"] == "run"), ("arch",))
+    versions = {
+        arch: {name: ", ".join(sorted({line[name] for line in group})) for name in ("triton", "commit")}
+        for (arch,), group in runs.items()
+    }
     return {
-        "runs": [row | versions for row in _counted(launches, ("arch",), tests="test", forms="form")],
+        "runs": [row | versions[row["arch"]] for row in _counted(launches, ("arch",), tests="test", forms="form")],
         "launches": _counted(launches, ("kernel", "rows", "arch"), forms="form"),
         "layouts": _counted([line for line in launches if line["layout"]], ("layout", "rows", "arch"), forms="form"),
         "errors": _worst(comparisons),
@@ -231,12 +234,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", nargs="?", type=Path, help="what pytest --compiled --record wrote")
     folder = parser.parse_args(arguments).folder
     if folder:
-        import triton
-
         lines = read_lines(folder)
         if not lines:
             raise SystemExit(f"{folder} holds no lines of pytest --compiled --record")
-        write_data(summed_up(lines, current_commit(), triton.__version__))
+        write_data(summed_up(lines))
     PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     return 0
 

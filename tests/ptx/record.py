@@ -26,14 +26,18 @@ class Record:
         self.file: TextIO | None = None
         self.begin("", "")
 
-    def open(self, folder: Path, arch: int, worker: str) -> None:
-        """Each architecture has its files; the first process of a run removes those of the run before."""
+    def open(self, folder: Path, arch: int, worker: str, commit: str, triton: str) -> None:
+        """Each architecture has its files; the first process of a run removes those of the run before.
+
+        What runs is of this commit, compiled by this version of Triton.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         if not worker:
             for path in folder.glob(f"sm_{arch}*.jsonl"):
                 path.unlink()
         self.file = (folder / f"sm_{arch}{worker and '-' + worker}.jsonl").open("a", buffering=1, encoding="utf-8")
         self.arch = f"sm_{arch}"
+        self._write("run", commit=commit, triton=triton)
 
     def close(self) -> None:
         if self.file:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+ENABLED = os.environ.get("OPTSAMPLE_REMEMBER", "1") != "0"  # 0: every call goes the long way
 MOST = 4096  # plans; a server that sees more shapes than this records them again
 ALIGNMENT = 16  # bytes: kernels are compiled for, and read by, where rows start beyond a multiple of it
 SCALARS = (bool, int, float, str, type(None), torch.dtype)
@@ -131,7 +132,7 @@ def remembered(*numbers: str, differentiable: bool) -> Callable[[Callable[P, R]]
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_compiling() or not ENABLED:
                 return function(*args, **kwargs)
             given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
             kind = _kind(function, given, numbers, differentiable)
@@ -223,7 +224,9 @@ def _plan(recording: _Recording, given: dict[Any, Any], numbers: tuple[str, ...]
         again = _again(result, sources)
     except _NotRememberedError:
         return None
-    return Plan(launched, [value for _, value in launched.arguments], slots, sources.forms, again)
+    differing = {slot.place for slot in slots}  # this call's own tensors are not kept alive
+    kept = [None if place in differing else value for place, (_, value) in enumerate(launched.arguments)]
+    return Plan(launched, kept, slots, sources.forms, again)
 
 
 class _Sources:

@@ -1,6 +1,8 @@
 """Calls that are remembered (optsample_triton/remembered.py) give the bits of the long way, or take it."""
 
+import gc
 import threading
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -204,6 +206,15 @@ def test_a_launch_is_on_the_device_of_its_rows(device, long_way, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", Device)
     assert_same(ost.solve(*rows), expected)
     assert not are_remembered or entered == [1, "left"]
+
+
+def test_no_tensor_of_a_call_is_kept_alive(device, long_way):
+    a, b = pair(0, device)
+    found = ost.sample(a, b, seed=1)
+    gone = [weakref.ref(x) for x in (a, b, found.token, found.alpha)]
+    del a, b, found
+    gc.collect()
+    assert all(each() is None for each in gone)
 
 
 def test_so_many_kinds_are_kept_and_no_more(device, long_way, monkeypatch):

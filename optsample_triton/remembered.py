@@ -184,8 +184,8 @@ def on_gpu(tensor: Tensor) -> bool:
 def _is_transformed() -> bool:
     """Whether torch looks at what is called here, rather than only runs it: torch.func, FakeTensorMode, a profiler of
     operators."""
-    interpreters = torch._C._functorch.peek_interpreter_stack()
-    return interpreters is not None or torch._C._len_torch_dispatch_stack() > 0
+    transformed: object = torch._C._functorch.peek_interpreter_stack()
+    return transformed is not None or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _recorded(kind: tuple[Any, ...], function: Callable[[], R], given: dict[Any, Any], numbers: tuple[str, ...]) -> R:

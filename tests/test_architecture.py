@@ -38,7 +38,7 @@ LAYERS = {
     "": f"{PUBLIC} _version integrations pipeline",  # the package itself, optsample_triton/__init__.py
 }
 # The same for what stands beside the package; "ost" is what users import.
-PUBLIC_AND_MACHINE = "ost types api is_reshape pipeline demo _version backend launch"
+PUBLIC_AND_MACHINE = "ost types api is_reshape pipeline demo _version backend launch remembered"
 SHARED = "bench.paths bench.charts bench.tables"
 TRUTH = "reference tests"  # of the tests: cases.py, the rows
 BESIDE = {

@@ -165,7 +165,10 @@ class Solved(NamedTuple):
 
 
 class Decided(NamedTuple):
-    """A token for every position of [B, K + 1], as if each were reached, and whether it is the accepted draft; [N]."""
+    """A token for every position of [B, K + 1], as if each were reached, and whether it is the accepted draft.
+
+    Of a backend [N] each, with N = B * (K + 1).
+    """
 
     token: Tensor
     log_q: Tensor

@@ -15,7 +15,7 @@ PACKAGE = "optsample_triton"
 
 # A layer, and the layers that it may import beside itself, from the bottom up. A module belongs to the longest name
 # that it starts with; what has no row of its own belongs to its package.
-BELOW_OPS = "numerics types backend launch"
+BELOW_OPS = "numerics types backend launch remembered"
 PUBLIC = "types api is_reshape"
 LAYERS = {
     "_version": "",
@@ -23,6 +23,7 @@ LAYERS = {
     "types": "numerics",
     "backend": "numerics types",
     "launch": "numerics types",
+    "remembered": "",
     "kernels": BELOW_OPS,
     "eager": BELOW_OPS,
     "ops": f"{BELOW_OPS} kernels eager",
@@ -37,7 +38,7 @@ LAYERS = {
     "": f"{PUBLIC} _version integrations pipeline",  # the package itself, optsample_triton/__init__.py
 }
 # The same for what stands beside the package; "ost" is what users import.
-PUBLIC_AND_MACHINE = "ost types api is_reshape pipeline demo _version backend launch"
+PUBLIC_AND_MACHINE = "ost types api is_reshape pipeline demo _version backend launch remembered"
 SHARED = "bench.paths bench.charts bench.tables"
 TRUTH = "reference tests"  # of the tests: cases.py, the rows
 BESIDE = {

@@ -1,5 +1,6 @@
 """The benchmark: its check, its order, its files and goals, and one whole run on small rows."""
 
+import csv
 import dataclasses
 import os
 import subprocess
@@ -13,7 +14,7 @@ import torch
 import bench.__main__
 import optsample_triton as ost
 import reference
-from bench.speed import cases, goals, listed, peers, real_rows, results, run, table, timing, works
+from bench.speed import cases, goals, host, listed, peers, real_rows, results, run, table, timing, works
 from bench.speed.inputs import Inputs
 from reference import truth
 from tests.bench_runs import CPU, compiled_or_eager, run_fast, solve_rows  # noqa: F401
@@ -118,6 +119,15 @@ def test_real_rows_are_those_of_the_file() -> None:
     found = ost.solve(rows.theta, rows.t).alpha.double()
     torch.testing.assert_close(found, rows.alpha, atol=1e-6 + 2.0**-24, rtol=0.0)
     assert float(rows.theta.float().softmax(-1).amax(-1).max()) > 0.99
+
+
+def test_the_host_costs_are_those_of_the_file() -> None:
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert host.table() in page
+    with host.PATH.open(newline="", encoding="utf-8") as file:
+        costs = {row["call"]: (float(row["long"]), float(row["remembered"])) for row in csv.DictReader(file)}
+    assert costs.keys() == host.calls().keys()
+    assert all(remembered < long for long, remembered in costs.values())
 
 
 # The check

@@ -11,11 +11,13 @@ from torch import Tensor
 import optsample_triton.ops  # noqa: F401 (defines torch.ops.optsample)
 from optsample_triton.api import sharded
 from optsample_triton.api.arguments import check_rows, inverse_temperature
+from optsample_triton.remembered import remembered
 from optsample_triton.types import Model, Targets, TokenLogprobs
 
 Result = Tensor | tuple[Tensor, Tensor]
 
 
+@remembered(differentiable=True)
 def token_logprobs(
     logits: Tensor,
     tokens: Tensor,

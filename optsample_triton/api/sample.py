@@ -9,9 +9,11 @@ from torch import Tensor
 
 from optsample_triton.api import sharded
 from optsample_triton.api.arguments import Number, as_draws, as_filters, as_options, as_problem, check_count, detached
+from optsample_triton.remembered import remembered
 from optsample_triton.types import Sample
 
 
+@remembered("seed", "offset", differentiable=False)
 def sample(
     logits_theta: Tensor,
     logits_t: Tensor,

@@ -14,9 +14,11 @@ from torch import Tensor
 import optsample_triton.ops  # noqa: F401 (defines torch.ops.optsample)
 from optsample_triton.api import sharded
 from optsample_triton.api.arguments import as_options, as_problem, check_count, check_out
+from optsample_triton.remembered import remembered
 from optsample_triton.types import INPUT_DTYPES, Diagnostics, Solution, Solved
 
 
+@remembered(differentiable=True)
 def solve(
     logits_theta: Tensor,
     logits_t: Tensor,
@@ -86,6 +88,7 @@ def solve(
     return Solution(solved.alpha.reshape(batch), solved.log_z.reshape(batch), solved.status.reshape(batch), found)
 
 
+@remembered(differentiable=True)
 def log_q(
     logits_theta: Tensor,
     logits_t: Tensor,

@@ -18,7 +18,8 @@ from optsample_triton.api.arguments import (
     check_integers,
     detached,
 )
-from optsample_triton.types import DRAFTS, Drafts, Verified
+from optsample_triton.remembered import remembered
+from optsample_triton.types import DRAFTS, Decided, Drafts, Verified
 
 
 def verify(
@@ -67,6 +68,48 @@ def verify(
     >>> verified.tokens.shape, bool((verified.num_accepted == (verified.tokens >= 0).sum(-1) - 1).all())
     (torch.Size([5, 3]), True)
     """
+    decided = _decided(
+        draft_tokens,
+        logits_theta,
+        logits_t,
+        draft=draft,
+        draft_lengths=draft_lengths,
+        seed=seed,
+        offset=offset,
+        temperature=temperature,
+        min_p=min_p,
+        method=method,
+        alpha=alpha,
+        temperature_theta=temperature_theta,
+        temperature_t=temperature_t,
+        vocab_size=vocab_size,
+        tol=tol,
+        max_iter=max_iter,
+    )
+    return _until_refused(decided)
+
+
+@remembered("seed", "offset", differentiable=False)
+def _decided(
+    draft_tokens: Tensor,
+    logits_theta: Tensor,
+    logits_t: Tensor,
+    *,
+    draft: str,
+    draft_lengths: Tensor | Sequence[int] | None,
+    seed: Number | torch.Generator,
+    offset: Number,
+    temperature: float | Tensor,
+    min_p: float | Tensor,
+    method: str,
+    alpha: float | Tensor | None,
+    temperature_theta: float | Tensor,
+    temperature_t: float | Tensor,
+    vocab_size: int | None,
+    tol: float,
+    max_iter: int,
+) -> Decided:
+    """A token for every position, each [..., K + 1]."""
     check_choice(draft, DRAFTS, "draft")
     if not isinstance(draft_tokens, Tensor):
         raise TypeError(f"draft_tokens must be a torch.Tensor, but is {type(draft_tokens).__name__}")
@@ -98,9 +141,18 @@ def verify(
         _lengths(draft_lengths, batch, most, logits_theta.device),
         DRAFTS.index(draft),
     )
-    found = Verified(*torch.ops.optsample.verify(*problem.flat(), *draws, *drafts))
-    shapes = {"num_accepted": batch}  # the others have all positions
-    return Verified(**{name: x.reshape(shapes.get(name, positions)) for name, x in found._asdict().items()})
+    decided = torch.ops.optsample.verify(*problem.flat(), *draws, *drafts)
+    return Decided(*(x.reshape(positions) for x in decided))
+
+
+def _until_refused(decided: Decided) -> Verified:
+    """A sequence ends with its first token that is not an accepted draft; -1 and 0 follow."""
+    num_accepted = decided.accepted.long().cumprod(-1).sum(-1)
+    positions = torch.arange(decided.accepted.shape[-1], device=num_accepted.device)
+    ended = positions > num_accepted[..., None]
+    log_q, log_theta, log_t = (x.masked_fill(ended, 0.0) for x in (decided.log_q, decided.log_theta, decided.log_t))
+    token = decided.token.masked_fill(ended, -1)
+    return Verified(token, num_accepted, log_q, log_theta, log_t, decided.alpha, decided.status)
 
 
 def _lengths(lengths: Tensor | Sequence[int] | None, batch: torch.Size, most: int, device: torch.device) -> Tensor:

@@ -17,6 +17,7 @@ from optsample_triton.kernels.logprob import logprob_gradient_kernel, logprob_ke
 from optsample_triton.kernels.sample import sample_kernel
 from optsample_triton.kernels.solve import solve_kernel
 from optsample_triton.kernels.verify import verify_kernel
+from optsample_triton.remembered import new, start
 from optsample_triton.types import (
     DIAGNOSTIC_COUNT,
     Decided,
@@ -120,14 +121,13 @@ def _solver_arguments(problem: Problem, shape: launch.Shape, splits: int) -> dic
 def solve(problem: Problem, diagnostics: bool, out: Tensor | None) -> Solved:
     """Solve every row; log q* goes into ``out``."""
     n, vocab, options, device = problem.row_count, problem.vocab, problem.options, problem.theta.device
-    row = functools.partial(torch.empty, n, device=device)
     solved = Solved(
-        alpha=row(dtype=torch.float32),
-        log_z=row(dtype=torch.float32),
-        status=row(dtype=torch.uint8),
-        sweeps=row(dtype=torch.int32),
-        saved=torch.empty(n, len(Saved._fields), dtype=torch.float64, device=device),
-        diagnostics=torch.empty(n if diagnostics else 0, DIAGNOSTIC_COUNT, dtype=torch.float32, device=device),
+        alpha=new((n,), torch.float32, device),
+        log_z=new((n,), torch.float32, device),
+        status=new((n,), torch.uint8, device),
+        sweeps=new((n,), torch.int32, device),
+        saved=new((n, len(Saved._fields)), torch.float64, device),
+        diagnostics=new((n if diagnostics else 0, DIAGNOSTIC_COUNT), torch.float32, device),
     )
     if n:
         kind, processors = _device(device)
@@ -136,9 +136,12 @@ def solve(problem: Problem, diagnostics: bool, out: Tensor | None) -> Solved:
         chunk_sums, arrived = solved.alpha, solved.sweeps  # not used where a row has one program
         if splits > 1:  # fresh for every launch: streams and graphs never share them
             chunks = triton.cdiv(vocab, shape.chunk)
-            chunk_sums = torch.empty(n * chunks * SUM_COUNT.value, dtype=torch.float32, device=device)
-            arrived = torch.zeros(n, dtype=torch.int32, device=device)
-        solve_kernel[(n * splits,)](
+            chunk_sums = new((n * chunks * SUM_COUNT.value,), torch.float32, device)
+            arrived = new((n,), torch.int32, device, zeros=True)
+        start(
+            solve_kernel,
+            n * splits,
+            device,
             **_solver_arguments(problem, shape, splits),
             alpha_ptr=solved.alpha,
             log_z_ptr=solved.log_z,
@@ -181,8 +184,8 @@ def _draw_arguments(problem: Problem, draws: Draws, drawn: Sample) -> tuple[int,
         "log_t_ptr": drawn.log_t,
         "alpha_ptr": drawn.alpha,
         "status_ptr": drawn.status,
-        "chunk_sums_ptr": torch.empty(n * chunks * SUM_COUNT.value, dtype=torch.float32, device=device),
-        "arrived_ptr": torch.zeros(n if splits > 1 else 0, dtype=torch.int32, device=device),
+        "chunk_sums_ptr": new((n * chunks * SUM_COUNT.value,), torch.float32, device),
+        "arrived_ptr": new((n if splits > 1 else 0,), torch.int32, device, zeros=True),
         "TILE": launch.DRAW_TILE,
         "READ": launch.DRAW_READ[kind],
         "LANES": max(32, triton.next_power_of_2(chunks)),
@@ -198,10 +201,10 @@ def _group_stride(numbers: Tensor | None) -> int:
 
 def _empty_sample(problem: Problem, *shape: int) -> Sample:
     device = problem.theta.device
-    token = torch.empty(shape, dtype=torch.int64, device=device)
-    log_q, log_theta, log_t = (torch.empty_like(token, dtype=torch.float32) for _ in range(3))
-    alpha = torch.empty(problem.row_count, dtype=torch.float32, device=device)
-    status = torch.empty(problem.row_count, dtype=torch.uint8, device=device)
+    token = new(shape, torch.int64, device)
+    log_q, log_theta, log_t = (new(shape, torch.float32, device) for _ in range(3))
+    alpha = new((problem.row_count,), torch.float32, device)
+    status = new((problem.row_count,), torch.uint8, device)
     return Sample(token, log_q, log_theta, log_t, alpha, status)
 
 
@@ -211,16 +214,20 @@ def sample(problem: Problem, draws: Draws, num_samples: int) -> Sample:
     if problem.row_count:
         programs, arguments = _draw_arguments(problem, draws, drawn)
         side_by_side = launch.draws(_device(problem.theta.device).kind, num_samples)
-        sample_kernel[(programs,)](**arguments, num_samples=num_samples, DRAWS=side_by_side)
+        device = problem.theta.device
+        start(sample_kernel, programs, device, **arguments, num_samples=num_samples, DRAWS=side_by_side)
     return drawn
 
 
 def verify(problem: Problem, draws: Draws, drafts: Drafts) -> Decided:
     drawn = _empty_sample(problem, problem.row_count)
-    accepted = torch.empty_like(drawn.token, dtype=torch.bool)
+    accepted = new((problem.row_count,), torch.bool, problem.theta.device)
     if problem.row_count:
         programs, arguments = _draw_arguments(problem, draws, drawn)
-        verify_kernel[(programs,)](
+        start(
+            verify_kernel,
+            programs,
+            problem.theta.device,
             **arguments,
             draft_ptr=drafts.tokens.contiguous(),
             length_ptr=drafts.lengths,
@@ -242,7 +249,10 @@ def backward(problem: Problem, status: Tensor, saved: Tensor, upstream: Upstream
         log_q = log_q.contiguous()
     if n:
         shape = launch.gradient_shape(_device(device).kind, problem.theta.dtype)
-        gradient_kernel[(n,)](
+        start(
+            gradient_kernel,
+            n,
+            device,
             **_rows(problem),
             alpha_ptr=alpha,
             status_ptr=status,
@@ -267,16 +277,19 @@ def token_logprobs(models: Sequence[Model], targets: Targets, entropy: bool) -> 
     model, other = models[0], models[-1]
     (outer, inner, vocab), device = model.logits.shape, model.logits.device
     n, count = outer * inner, len(models)
-    log_probs = torch.zeros(count, n, dtype=torch.float32, device=device)  # ignored rows keep the 0
+    zeros = functools.partial(new, (count, n), device=device, zeros=True)  # ignored rows keep them
     found = TokenLogprobs(
-        log_probs=log_probs,
-        entropies=torch.zeros_like(log_probs) if entropy else None,
-        log_partitions=torch.zeros_like(log_probs, dtype=torch.float64),
+        log_probs=zeros(torch.float32),
+        entropies=zeros(torch.float32) if entropy else None,
+        log_partitions=zeros(torch.float64),
     )
     if n:
         shape = launch.logprob_shape(_device(device).kind, model.logits.dtype)
         second, second_temperature = (None, None) if count == 1 else other
-        logprob_kernel[(count * n,)](
+        start(
+            logprob_kernel,
+            count * n,
+            device,
             logits_ptr=model.logits,
             other_ptr=second,
             token_ptr=targets.tokens,
@@ -315,7 +328,10 @@ def token_logprobs_backward(
         return
     shape = launch.shape(_device(out.device).kind, model.logits.dtype)
     chunks = triton.cdiv(vocab, shape.chunk)
-    logprob_gradient_kernel[(outer * inner * chunks,)](
+    start(
+        logprob_gradient_kernel,
+        outer * inner * chunks,
+        out.device,
         logits_ptr=model.logits,
         token_ptr=targets.tokens,
         inverse_temperature_ptr=model.inverse_temperature,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from optsample_triton.ops.library import PROBLEM, backend_of, implement, library, refuse_second_gradient
+from optsample_triton.remembered import new
 from optsample_triton.types import DIAGNOSTIC_COUNT, Problem, Saved, Solved, Upstream, result_dtype, row_count
 
 # log q* [N, width] ([0, 0] for width 0), and the fields of Solved
@@ -25,7 +26,7 @@ library.define(
 
 def _solve(*args: Any) -> tuple[Tensor, ...]:
     problem, (_, diagnostics, width, dtype) = Problem.from_flat(args)
-    out = problem.theta.new_empty(problem.row_count if width else 0, width, dtype=dtype)
+    out = new((problem.row_count if width else 0, width), dtype, problem.theta.device)
     return out, *_solved(problem, diagnostics, out if width else None)
 
 

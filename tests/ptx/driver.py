@@ -181,8 +181,8 @@ def _without_findings(run: Run) -> None:
 class Utils:
     """What Triton asks of a GPU's driver."""
 
-    def load_binary(self, name: str, binary: bytes | str, shared: int, device: int) -> tuple[Any, str, int, int, int]:
-        return None, binary if isinstance(binary, str) else binary.decode(), 0, 0, 1024
+    def load_binary(self, name: str, binary: bytes | str, shared: int, device: int) -> tuple[str, str, int, int, int]:
+        return "a module", binary if isinstance(binary, str) else binary.decode(), 0, 0, 1024
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {
@@ -220,7 +220,7 @@ def install(arch: int = 90) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import CUDABackend
 
-    from optsample_triton import backend
+    from optsample_triton import backend, remembered
     from optsample_triton.kernels import entry
 
     global installed
@@ -241,4 +241,5 @@ def install(arch: int = 90) -> None:
         return choose(torch.device("cuda") if backend.requested() == "triton" else device, dtype)
 
     backend.choose = chosen
+    remembered.on_gpu = lambda tensor: backend.requested() == "triton"
     entry._device = lambda device: entry._Device("cuda", PROCESSORS)  # type: ignore[assignment]

@@ -40,7 +40,7 @@ NAMES = {case.name for case in cases.CASES}
 COVERED = {
     "test_device", "test_divergence", "test_dropin", "test_is_reshape_loss", "test_is_reshape_presets",
     "test_linear_token_logprobs", "test_ops", "test_pipeline_run", "test_reference_precision", "test_reference_rows",
-    "test_sample", "test_saved",
+    "test_remembered", "test_sample", "test_saved",
     "test_sharded", "test_solve_bounds", "test_solve_cases", "test_solve_memory", "test_token_logprobs", "test_verify",
 }  # fmt: skip
 
@@ -106,8 +106,8 @@ DEEP: dict[str, tuple[str, ...]] = {
 # layouts (COMPILED_LAYOUTS), -m "" all there is.
 COMPILED_FILES = {
     "test_divergence", "test_dropin", "test_is_reshape_loss", "test_linear_token_logprobs", "test_ops",
-    "test_ptx_kernels", "test_sample", "test_saved", "test_solve_bounds", "test_solve_cases", "test_solve_memory",
-    "test_token_logprobs", "test_tolerance", "test_verify",
+    "test_ptx_kernels", "test_remembered", "test_sample", "test_saved", "test_solve_bounds", "test_solve_cases",
+    "test_solve_memory", "test_token_logprobs", "test_tolerance", "test_verify",
 }  # fmt: skip
 # Of each file's test_layouts, the cases whose id holds one of these: a layout may compile kernels of its own.
 COMPILED_LAYOUTS = {
@@ -136,6 +136,8 @@ COMPILED = {
     "test_dropin.py::test_info[compiled-kl_symmetry-10-1.0]",
     "test_solve_bounds.py::test_tops_far_above_the_first_tokens[compiled-1e-06-49.0]",
     "test_solve_bounds.py::test_diagnostics_of_flat_tails[compiled]",
+    "test_remembered.py::test_the_same_bits_as_the_long_way[compiled-solve-whole]",
+    "test_remembered.py::test_the_same_bits_as_the_long_way[compiled-token_logprobs-whole]",
     "test_tolerance.py::test_random_rows[compiled-1e-05]",
     "test_ptx_kernels.py::test_the_same_bits_however_it_is_run[9692-3]",
 }

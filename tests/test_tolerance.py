@@ -7,7 +7,7 @@ import torch
 
 from bench.paths import ROOT
 from bench.speed.real_rows import PATH
-from tests import real_rows, tolerance
+from tests import real_rows, rounding, tolerance
 from tests.random_rows import FAMILIES, VOCABS, batches
 
 
@@ -59,7 +59,21 @@ def test_batches_at_one_tolerance_each(tmp_path):
 def test_the_theory_shows_what_real_rows_gave():
     with (tolerance.RESULTS / "real_rows.csv").open(newline="", encoding="utf-8") as file:
         table = real_rows.table(list(csv.DictReader(file)))
-    assert table in (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
+    assert table in page
+    assert rounding.table() in page
+
+
+def test_bounds_on_rounding_are_told_apart(monkeypatch, tmp_path, capsys):
+    """Of the pairs of the repository: the fewer tokens are summed in float32, the more rows one sweep decides."""
+    monkeypatch.setattr(rounding, "PATH", tmp_path / "rounding.csv")
+    rounding.main([str(PATH)])
+    with rounding.PATH.open(newline="", encoding="utf-8") as file:
+        means = {row["bound"]: float(row["sweeps"]) for row in csv.DictReader(file)}
+    apart = [means[f"with {count} tokens apart"] for count in rounding.APART]
+    ordered = [means["as it is"], *apart, means["without rounding"]]
+    assert ordered == sorted(ordered, reverse=True)
+    assert "32 rows" in capsys.readouterr().out
 
 
 def test_real_rows_are_tried_at_every_temperature():

@@ -189,8 +189,8 @@ def logprob_kernel(
             row_logprob(locate(matrix, index), V, token, slot, results, tile, CHUNK, UNROLL)
         elif other_ptr is not None:
             layout = Layout(inner, other_stride_outer, other_stride_inner)
-            matrix = Matrix(other_ptr, other_inverse_temperature_ptr, layout)
-            row_logprob(locate(matrix, index), V, token, slot, results, tile, CHUNK, UNROLL)
+            other = Matrix(other_ptr, other_inverse_temperature_ptr, layout)  # its type may differ from matrix's
+            row_logprob(locate(other, index), V, token, slot, results, tile, CHUNK, UNROLL)
 
 
 @triton.jit

@@ -68,7 +68,7 @@ def means(rows: Measured) -> Iterator[tuple[str, float]]:
         decided = rows.bound - rows.rounding + rows.rounding * factor <= TOL
         return 2.0 - float(decided.double().mean())
 
-    yield "as it is", mean(1.0)
+    yield "with 1 token apart", mean(1.0)
     for count, left in zip(APART, rows.left.unbind(-1), strict=True):
         yield f"with {count} tokens apart", mean(left)
     decides = torch.isfinite(rows.bound) & (rows.rounding >= 0.5 * rows.bound)

@@ -71,7 +71,7 @@ def test_bounds_on_rounding_are_told_apart(monkeypatch, tmp_path, capsys):
     with rounding.PATH.open(newline="", encoding="utf-8") as file:
         means = {row["bound"]: float(row["sweeps"]) for row in csv.DictReader(file)}
     apart = [means[f"with {count} tokens apart"] for count in rounding.APART]
-    ordered = [means["as it is"], *apart, means["without rounding"]]
+    ordered = [means["with 1 token apart"], *apart, means["without rounding"]]
     assert ordered == sorted(ordered, reverse=True)
     assert "32 rows" in capsys.readouterr().out
 

@@ -101,7 +101,7 @@ def _rounding(batch: Batch) -> tuple[Tensor, ...]:
     for dtype in (torch.float32, torch.float64):
         rows = Rows(batch.theta.to(dtype), batch.t.to(dtype))
         target = torch.zeros(rows.count, dtype=torch.float64)
-        roots.append(interpolate(curve_of(first_sums(rows)), target, EPSILON[torch.float32]))
+        roots.append(interpolate(curve_of(first_sums(rows, fine=True)), target, EPSILON[torch.float32]))
     found, exact = roots
     moved = (found.alpha - exact.alpha).abs()
     return tuple(torch.where(torch.isfinite(found.error), each, 0.0) for each in (found.rounding, moved))

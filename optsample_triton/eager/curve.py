@@ -28,10 +28,20 @@ DEGREE = 8
 NEWTON_STEPS = 7
 
 
+class _Rounded(NamedTuple):
+    """Which share of the sums was added up in the rows' own dtype, [N] each."""
+
+    mass_t: Tensor
+    mass_half: Tensor
+    mass_theta: Tensor
+    square: Tensor  # of d^2 at 1/2
+
+
 class Curve(NamedTuple):
     """f as a polynomial in s, its values at both ends, and what lies beside it."""
 
     derivatives: Tensor  # [3, 9, N]: the coefficients of f and of its first two derivatives
+    rounded: _Rounded
     f_t: Tensor  # [N]: f(-1)
     f_theta: Tensor  # f(1)
     log_partition_t: Tensor  # L(0), L(1/2) and L(1), relative to the references
@@ -107,10 +117,12 @@ def curve_of(sums: Sums) -> Curve:
     series = torch.stack([value, slope, *cumulants]) / _FACTORIALS.to(moments)[:, None]
     above, below = f_theta - series.sum(0), f_t - (series * _SIGNS.to(moments)[:, None]).sum(0)
     f = torch.cat([series, torch.stack([0.5 * (above - below), 0.5 * (above + below)])])
+    shares = torch.where(sums.rest > 0.0, sums.rounded / sums.rest, 0.0).clamp(0.0, 1.0)
+    rounded = _Rounded(shares[MASS_T], shares[MASS_HALF], shares[MASS_THETA], shares[MOMENTS][1])
     at_t, at_half, at_theta = (
         torch.logaddexp(part.log(), top) for part, top in zip(mass, (t, 0.5 * (t + theta), theta), strict=True)
     )
-    return Curve(_with_derivatives(f), f_t, f_theta, at_t, at_half, at_theta, moments[1].sqrt())
+    return Curve(_with_derivatives(f), rounded, f_t, f_theta, at_t, at_half, at_theta, moments[1].sqrt())
 
 
 _FACTORIALS = torch.tensor([1.0, 1.0, 2.0, 6.0, 24.0, 120.0, 720.0])
@@ -135,9 +147,10 @@ def interpolate(curve: Curve, target: Tensor, epsilon: float) -> Interpolant:
     zero = torch.zeros_like(target)
     half = curve.at(zero)
     share_theta, share_t = torch.sigmoid(curve.f_theta), torch.sigmoid(curve.f_t)
-    of_ends = epsilon * NOISE * (share_theta + share_t)
+    rounded = curve.rounded
+    of_ends = epsilon * NOISE * (share_theta * rounded.mass_theta + share_t * rounded.mass_t)
     above = torch.maximum(curve.log_partition_theta, curve.log_partition_t) / ABOVE
-    noise = (of_ends + 2.0 * epsilon * NOISE * half.share) * above.clamp(min=1.0)
+    noise = (of_ends + 2.0 * epsilon * NOISE * half.share * rounded.mass_half) * above.clamp(min=1.0)
     # Logits far from their reference are rounded as well: a sweep that reads them anew does not share that.
     far = share_theta * curve.log_partition_theta.abs() + share_t * curve.log_partition_t.abs()
     of_chord = of_ends + 0.5 * epsilon * far
@@ -149,7 +162,7 @@ def interpolate(curve: Curve, target: Tensor, epsilon: float) -> Interpolant:
     neglected = NEGLECTED * at.share * _left_out(curve.f.abs(), s.abs()) * s.abs() ** 6
     variance = 4.0 * half.curvature
     # Moments about the references are larger than those about the mean, and so is their rounding.
-    of_moments = epsilon * OF_MOMENTS * at.share * curve.spread * (curve.spread * s.abs()).expm1()
+    of_moments = epsilon * OF_MOMENTS * at.share * curve.spread * (curve.spread * s.abs()).expm1() * rounded.square
     rounding = (noise + of_moments) / (2.0 * at.curvature)
     error = 0.5 * (neglected / at.curvature + last) * (SD_SHARE * variance.sqrt()).clamp(min=1.0) + rounding
     terms = curve.f[2:-2].abs() * s.abs() ** torch.arange(2.0, DEGREE - 1.0).to(s)[:, None]

@@ -2,7 +2,8 @@
 
 With e = exp(a / 2) and f = exp(b / 2) the weights at the three points are f^2, e f and e^2: two exponentials per pair.
 The logits are taken relative to references, so that the weights stay within the dtype's range. The likeliest token at
-1/2 stays apart: beside it the others would lose their digits.
+1/2 stays apart: beside it the others would lose their digits. Where a fine tolerance asks for it, the
+likeliest tokens of each chunk are added in float64, so that most of the mass is not rounded.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from optsample_triton.numerics import UNDERFLOW, Status
 MASS_T, MASS_HALF, MASS_THETA, MOMENTS = 0, 1, 2, slice(3, 9)
 SUM_COUNT, ORDERS = 9, 6
 UNIT = 2.0  # nats
+GROUPS = 64  # of a chunk, each of every 64th token, since likely ones are neighbours
 
 
 def least_mass(dtype: torch.dtype) -> float:
@@ -31,30 +33,39 @@ class Sums(NamedTuple):
     """What one read adds up, in float64."""
 
     rest: Tensor  # [9, N]: of all tokens but one
+    rounded: Tensor  # [9, N]: the part of it that was added up in the rows' own dtype
     top: Pair  # [N] each: that one's half logits, -inf where there is none
     reference: Pair  # [N] each
 
 
-def first_sums(rows: Rows) -> Sums:
-    """One read of the rows. A -inf shows as a non-finite sum; the block is then summed again with its masks."""
+def first_sums(rows: Rows, *, fine: bool = False) -> Sums:
+    """One read of the rows; a fine one adds the likeliest tokens of each chunk in float64.
+
+    A -inf shows as a non-finite sum; the block is then summed again with its masks.
+    """
     reference = references(rows)
     rest = torch.empty(SUM_COUNT, rows.count, dtype=torch.float64, device=rows.device)
+    rounded = torch.empty_like(rest)
     top = Pair(*torch.empty(2, rows.count, dtype=torch.float64, device=rows.device))
     for block in rows.blocks():
         at = Pair(*(x[block] for x in reference))
-        rest[:, block], top.theta[block], top.t[block] = _block_sums(rows, block, at, masked=False)
-        if not bool(torch.isfinite(rest[:, block]).all()):
-            rest[:, block], top.theta[block], top.t[block] = _block_sums(rows, block, at, masked=True)
-    found = Sums(rest, top, Pair(*(x.double() for x in reference)))
+        sums = _block_sums(rows, block, at, fine, masked=False)
+        if not bool(torch.isfinite(sums[0]).all()):
+            sums = _block_sums(rows, block, at, fine, masked=True)
+        rest[:, block], rounded[:, block], top.theta[block], top.t[block] = sums
+    found = Sums(rest, rounded, top, Pair(*(x.double() for x in reference)))
     if rows.shard is not None:
         found = _merged(rows.shard, found, least_mass(rows.working_dtype))
     return found
 
 
-def _block_sums(rows: Rows, block: slice, reference: Pair, *, masked: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums [9, R] over all chunks but for one token, and that token's half logits [R]."""
+def _block_sums(
+    rows: Rows, block: slice, reference: Pair, fine: bool, *, masked: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sums [9, R] over all chunks but for one token, their rounded part [9, R], and that token's half logits [R]."""
     bases = Pair(*(-0.5 * x[:, None] for x in reference))
     total = bases.t.new_zeros(SUM_COUNT, bases.t.shape[0], dtype=torch.float64)
+    rounded = torch.zeros_like(total)
     best = Pair(*total.new_full((2, total.shape[1]), -torch.inf))
     part = bases.t.new_empty(SUM_COUNT, bases.t.shape[0])
     for chunk in rows.chunks():
@@ -63,19 +74,20 @@ def _block_sums(rows: Rows, block: slice, reference: Pair, *, masked: bool) -> t
         outside = None
         if masked:  # a NaN or +inf stays in, so that the sums show it: the row is INVALID
             outside = outside_common_support(a, b) & (torch.maximum(a, b) < torch.inf)
-        place, weight = _chunk_sums(x, y, outside, part)
+        places = _chunk_sums(x, y, outside, part, fine)
         total += part
-        logits = (z.gather(1, place)[:, 0].double() for z in (a, b))
-        top = Pair(*(0.5 * (z - base.double()) for z, base in zip(logits, reference, strict=True)))
-        top = Pair(*(torch.where(weight == 0.0, -torch.inf, z) for z in top))
-        best = _keep_better(total, best, top)
-    return total, best.theta, best.t
+        rounded += part
+        logits = (z.gather(1, places).double() for z in (a, b))
+        theta, t = (0.5 * (z - base.double()[:, None]) for z, base in zip(logits, reference, strict=True))
+        none = torch.isneginf(theta) | torch.isneginf(t)
+        best = _keep_best(total, best, Pair(*(torch.where(none, -torch.inf, z) for z in (theta, t))))
+    return total, rounded, best.theta, best.t
 
 
-def _chunk_sums(x: Tensor, y: Tensor, outside: Tensor | None, into: Tensor) -> tuple[Tensor, Tensor]:
-    """All sums into [9, R], from half the logits [R, C], which are consumed; but for one token.
+def _chunk_sums(x: Tensor, y: Tensor, outside: Tensor | None, into: Tensor, fine: bool) -> Tensor:
+    """All sums into [9, R], from half the logits [R, C], which are consumed; but for some tokens.
 
-    Gives that token's place [R, 1] and its weight [R] at 1/2.
+    Those are the likeliest one, or the likeliest of each group. Gives their places [R, K].
     """
     d = x - y
     if outside is not None:
@@ -84,15 +96,40 @@ def _chunk_sums(x: Tensor, y: Tensor, outside: Tensor | None, into: Tensor) -> t
         d.masked_fill_(outside, 0.0)
     e, f = x.exp_(), y.exp_()
     half = e * f
-    weight, place = half.max(-1, keepdim=True)
+    places = _heaviest(half) if fine else half.argmax(-1, keepdim=True)
     for weights in (e, f, half):
-        weights.scatter_(1, place, 0.0)
+        weights.scatter_(1, places, 0.0)
     torch.sum(f.mul_(f), -1, out=into[MASS_T])
     torch.sum(half, -1, out=into[MASS_HALF])
     torch.sum(e.mul_(e), -1, out=into[MASS_THETA])
     for moment in into[MOMENTS]:
         torch.sum(half.mul_(d), -1, out=moment)
-    return place, weight[:, 0]
+    return places
+
+
+def _heaviest(weights: Tensor) -> Tensor:
+    """The place of the largest weight [R, C] of each group, [R, K]. What is left over is a group of its own."""
+    count = weights.shape[1] // GROUPS
+    whole = count * GROUPS
+    places = []
+    if count:
+        of_groups = weights[:, :whole].unflatten(1, (count, GROUPS)).argmax(1)
+        places.append(of_groups * GROUPS + torch.arange(GROUPS, device=weights.device))
+    if whole < weights.shape[1]:
+        places.append(weights[:, whole:].argmax(-1, keepdim=True) + whole)
+    return torch.cat(places, 1)
+
+
+def _keep_best(total: Tensor, kept: Pair, others: Pair) -> Pair:
+    """The likeliest at 1/2 of a token [N] and of others [N, K], given their half logits; the rest is added to the sums.
+
+    A NaN is kept, and so spoils the row.
+    """
+    theta, t = (torch.cat([one[:, None], more], 1) for one, more in zip(kept, others, strict=True))
+    place = (theta + t).argmax(-1, keepdim=True)
+    best = Pair(theta.gather(1, place)[:, 0], t.gather(1, place)[:, 0])
+    _add_tokens(total, Pair(*(z.scatter(1, place, -torch.inf) for z in (theta, t))))
+    return best
 
 
 def _keep_better(total: Tensor, one: Pair, other: Pair) -> Pair:
@@ -103,20 +140,21 @@ def _keep_better(total: Tensor, one: Pair, other: Pair) -> Pair:
     first = ~(other.theta + other.t > one.theta + one.t)
     kept = Pair(*(torch.where(first, a, b) for a, b in zip(one, other, strict=True)))
     left = Pair(*(torch.where(first, b, a) for a, b in zip(one, other, strict=True)))
-    _add_token(total, left)
+    _add_tokens(total, Pair(*(z[:, None] for z in left)))
     return kept
 
 
-def _add_token(total: Tensor, token: Pair) -> None:
-    e, f = token.theta.exp(), token.t.exp()
+def _add_tokens(total: Tensor, tokens: Pair) -> None:
+    """Tokens [N, K] to sums [9, N]."""
+    e, f = tokens.theta.exp(), tokens.t.exp()
     half = e * f
-    total[MASS_T] += f.square()
-    total[MASS_HALF] += half
-    total[MASS_THETA] += e.square()
-    d = torch.where(torch.isneginf(token.theta), 0.0, token.theta - token.t)
+    total[MASS_T] += f.square().sum(-1)
+    total[MASS_HALF] += half.sum(-1)
+    total[MASS_THETA] += e.square().sum(-1)
+    d = torch.where(torch.isneginf(tokens.theta), 0.0, tokens.theta - tokens.t)
     for moment in total[MOMENTS]:
         half = half * d
-        moment += half
+        moment += half.sum(-1)
 
 
 def _merged(shard: Shard, read: Sums, least: float) -> Sums:
@@ -125,8 +163,8 @@ def _merged(shard: Shard, read: Sums, least: float) -> Sums:
     A shard with a sum below ``least`` has lost some of its mass at the points, and the row gets NaN: others may have
     kept theirs, so that it would not show.
     """
-    parts = shard.gathered(torch.cat([read.rest, *(x[None] for x in (*read.top, *read.reference))]))
-    rest, top, references = parts.split((SUM_COUNT, 2, 2), 1)  # [P, 9, N], [P, 2, N], [P, 2, N]
+    parts = shard.gathered(torch.cat([read.rest, read.rounded, *(x[None] for x in (*read.top, *read.reference))]))
+    rest, rounded, top, references = parts.split((SUM_COUNT, SUM_COUNT, 2, 2), 1)  # [P, 9, N] twice, [P, 2, N] twice
     empty = torch.isneginf(top[:, 0])  # no common support here
     mass = rest[:, : MASS_THETA + 1] + _weights(top)
     # A weight at 1/2 is lost where one of its factors underflows, however large the other is.
@@ -136,11 +174,13 @@ def _merged(shard: Shard, read: Sums, least: float) -> Sums:
     common = common.masked_fill(torch.isneginf(common), 0.0)
     below = torch.where(empty[:, None], 0.0, 0.5 * (references - common))  # [P, 2, N], at most 0
     total = torch.zeros_like(read.rest)
+    total_rounded = torch.zeros_like(total)
     best = Pair(*torch.full_like(top[0], -torch.inf))
-    for sums, shift, token in zip(rest, below, top + below, strict=True):
+    for sums, own, shift, token in zip(rest, rounded, below, top + below, strict=True):
         total += _shifted(sums, shift)
+        total_rounded += _shifted(own, shift)
         best = _keep_better(total, best, Pair(*token))
-    return Sums(total.masked_fill(lost, torch.nan), best, Pair(*common))
+    return Sums(total.masked_fill(lost, torch.nan), total_rounded, best, Pair(*common))
 
 
 def _weights(half_logits: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from optsample_triton.numerics import BLURRED, FAR, Status
 from optsample_triton.types import Options, Problem
 
 FLOAT64_TOL = 1e-12  # float64 is the precision path: solved to this, whatever looser tolerance is asked for
+FINE = 1e-5  # a tolerance below which the rounding of float32 sums often asks for a second sweep
 LARGE = 1e5  # logits beyond which psi is rounded by more than log q* may be
 # Rounding in float64 sums grows with their length; float32 sums are accumulated in float64.
 EPSILON = {torch.float32: 2.0**-23, torch.float64: 8.0 * 2.0**-52}
@@ -32,8 +33,8 @@ def solve(rows: Rows, problem: Problem) -> State:
     alpha = problem.alpha
     if options.method == "entropy" and alpha is None:
         alpha = entropy_formula(rows)
-    state = _first_sweep(rows)
     tol = min(options.tol, FLOAT64_TOL) if rows.working_dtype == torch.float64 else options.tol
+    state = _first_sweep(rows, fine=rows.working_dtype == torch.float32 and tol < FINE)
     if alpha is not None:
         _take(rows, state, alpha, options)
     elif options.method == "ess_balance":
@@ -65,9 +66,9 @@ class _Ends(NamedTuple):
     sweeps: Tensor
 
 
-def _first_sweep(rows: Rows) -> State:
+def _first_sweep(rows: Rows, *, fine: bool) -> State:
     """The first read of every row, the root on its curve, and how far that can be trusted."""
-    sums = first_sums(rows)
+    sums = first_sums(rows, fine=fine)
     curve = curve_of(sums)
     finite = torch.isfinite(curve.log_partition_theta + curve.log_partition_t + curve.psi_half + sums.rest.sum(0))
     # What the weights' dtype cannot hold at 1/2 is lost.

@@ -301,7 +301,7 @@ def test_the_same_bits_of_other_kernels(name, compiled):
 
 
 def test_a_run_is_recorded(compiled, monkeypatch, tmp_path):
-    """The launch, with its kernel; and the comparison after it, though not the one before."""
+    """What runs; the launch, with its kernel; and the comparison after it, though not the one before."""
     monkeypatch.setattr(record, "current", record.Record())
     logits = rows(WIDE)[0][:1]
     record.current.open(tmp_path, 90, "", "abc", "3.7")
@@ -310,9 +310,10 @@ def test_a_run_is_recorded(compiled, monkeypatch, tmp_path):
     found = ost.token_logprobs(logits, torch.zeros(1, dtype=torch.int64))
     assert_within(found, found.double() + 1e-6, "log_prob")
     record.current.close()
-    launch, comparison = map(json.loads, (tmp_path / "sm_90.jsonl").read_text().splitlines())
+    run, launch, comparison = map(json.loads, (tmp_path / "sm_90.jsonl").read_text().splitlines())
     where = {"arch": "sm_90", "test": "file::test", "layout": "rows apart", "kernel": "logprob_kernel"}
     where["rows"] = "bfloat16"
+    assert (run["kind"], run["commit"], run["triton"]) == ("run", "abc", "3.7")
     assert len(launch.pop("form")) == 12
     assert 0.01 < comparison.pop("share") < 0.5
     assert launch == where | {"kind": "launch"}

@@ -2,8 +2,8 @@
 
 With e = exp(a / 2) and f = exp(b / 2) the weights at the three points are f^2, e f and e^2: two exponentials per pair.
 The logits are taken relative to references, so that the weights stay within the dtype's range. The likeliest token at
-1/2 stays apart: beside it the others would lose their digits. Where a fine tolerance asks for it, the
-likeliest tokens of each chunk are added in float64, so that most of the mass is not rounded.
+1/2 stays apart: beside it the others would lose their digits. Where a fine tolerance asks for it, the likeliest
+tokens of each chunk are added in float64, so that most of the mass is not rounded.
 """
 
 from __future__ import annotations
@@ -132,18 +132,6 @@ def _keep_best(total: Tensor, kept: Pair, others: Pair) -> Pair:
     return best
 
 
-def _keep_better(total: Tensor, one: Pair, other: Pair) -> Pair:
-    """The likelier of two tokens at 1/2, given their half logits [N]; the other one is added to the sums.
-
-    A NaN is added, and so spoils the sums.
-    """
-    first = ~(other.theta + other.t > one.theta + one.t)
-    kept = Pair(*(torch.where(first, a, b) for a, b in zip(one, other, strict=True)))
-    left = Pair(*(torch.where(first, b, a) for a, b in zip(one, other, strict=True)))
-    _add_tokens(total, Pair(*(z[:, None] for z in left)))
-    return kept
-
-
 def _add_tokens(total: Tensor, tokens: Pair) -> None:
     """Tokens [N, K] to sums [9, N]."""
     e, f = tokens.theta.exp(), tokens.t.exp()
@@ -175,11 +163,11 @@ def _merged(shard: Shard, read: Sums, least: float) -> Sums:
     below = torch.where(empty[:, None], 0.0, 0.5 * (references - common))  # [P, 2, N], at most 0
     total = torch.zeros_like(read.rest)
     total_rounded = torch.zeros_like(total)
-    best = Pair(*torch.full_like(top[0], -torch.inf))
-    for sums, own, shift, token in zip(rest, rounded, below, top + below, strict=True):
+    for sums, own, shift in zip(rest, rounded, below, strict=True):
         total += _shifted(sums, shift)
         total_rounded += _shifted(own, shift)
-        best = _keep_better(total, best, Pair(*token))
+    tokens = (top + below).permute(1, 2, 0)  # [2, N, P]
+    best = _keep_best(total, Pair(*torch.full_like(top[0], -torch.inf)), Pair(*tokens))
     return Sums(total.masked_fill(lost, torch.nan), total_rounded, best, Pair(*common))
 
 

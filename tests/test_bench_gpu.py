@@ -147,7 +147,7 @@ def test_a_session_runs_what_only_a_device_can_break(tmp_path: Path, monkeypatch
     assert files[:2] == [part for part in short.command if part.startswith("tests/")]
     assert all((ROOT / file).is_file() for file in files)
     listing = subprocess.run([*whole.command, "--collect-only", "-qq"], capture_output=True, text=True, cwd=ROOT).stdout
-    for name in ("graph_capture", "nothing_synchronises", "streams_side_by_side", "beyond_2_to_the_31[bisect]"):
+    for name in ("graph_capture", "nothing_synchronises", "streams_side_by_side", "beyond_2_to_the_31[triton-bisect]"):
         assert f"::test_{name}" in listing.replace("a_batch_", "")
     assert "[eager" not in listing
     assert "tests/integrations" not in listing

@@ -5,9 +5,10 @@ import triton
 import triton.language as tl
 
 from optsample_triton import launch
+from optsample_triton.kernels.chunk_sums import SUM_COUNT
 from optsample_triton.kernels.constants import KL_SYMMETRY
 from optsample_triton.kernels.draw import interpolated_masses
-from optsample_triton.kernels.first_sweep import SUM_COUNT, first_sweep, kept_sums
+from optsample_triton.kernels.first_sweep import first_sweep
 from optsample_triton.kernels.random import number, uniforms
 from optsample_triton.kernels.records import Batch, Key, Layout, Matrix, Meeting, Options, Tile
 from optsample_triton.kernels.solve import solved
@@ -52,10 +53,9 @@ def _kernel(
     theta, t = Matrix(theta_ptr, None, Layout(V, 0, stride_theta)), Matrix(t_ptr, None, Layout(V, 0, stride_t))
     batch = Batch(theta, t, V, 0.0)
     meeting = Meeting(chunk_sums_ptr, arrived_ptr, 1)
-    first = first_sweep(batch, meeting, tile, tile, CHUNK, 1, True)
+    first = first_sweep(batch, meeting, tile, tile, CHUNK, 1)
     chunks = tl.cdiv(V, CHUNK)
-    total = kept_sums(first.row, first.chunk_sums_ptr, chunks, LANES)
-    _, ends, root = solved(first.row, total, first.index, Options(None, 1e-4, 20), tile, KL_SYMMETRY, False)
+    _, ends, root = solved(first, Options(None, 1e-4, 20), tile, CHUNK, LANES, KL_SYMMETRY, False)
     alpha = root.alpha
     level = alpha * ends.A + (1.0 - alpha) * ends.B + root.psi
     masses, misplaced = interpolated_masses(first.row, first.chunk_sums_ptr, chunks, alpha, level, LANES)

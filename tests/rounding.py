@@ -20,9 +20,9 @@ from torch import Tensor
 
 from bench.tables import markdown
 from optsample_triton.eager.curve import Interpolant, curve_of, interpolate
+from optsample_triton.eager.first_root import EPSILON
 from optsample_triton.eager.first_sweep import first_sums
 from optsample_triton.eager.rows import Rows
-from optsample_triton.eager.solve import EPSILON
 from tests.random_rows import Batch
 from tests.real_rows import batches
 from tests.tolerance import RESULTS

@@ -31,9 +31,9 @@ from torch import Tensor
 import optsample_triton as ost
 from optsample_triton.api.arguments import as_options, as_problem
 from optsample_triton.eager.curve import curve_of, interpolate
+from optsample_triton.eager.first_root import EPSILON
 from optsample_triton.eager.first_sweep import first_sums
 from optsample_triton.eager.rows import Rows
-from optsample_triton.eager.solve import EPSILON
 from optsample_triton.types import Solved
 from reference import truth
 from tests import real_rows

@@ -12,9 +12,7 @@ from optsample_triton.kernels.constants import (
     ABOVE,
     BLURRED,
     CLEAR,
-    DISTANT,
     EPSILON,
-    LEAST,
     LOG2E,
     NATS_PER_POWER,
     NEGLECTED,
@@ -23,9 +21,7 @@ from optsample_triton.kernels.constants import (
     SD_SHARE,
     SERIES,
 )
-from optsample_triton.kernels.first_sweep import in_powers
 from optsample_triton.kernels.records import Curve, CurvePoint, Ends, Interpolant
-from optsample_triton.kernels.rows import reference_gap
 
 NEWTON_STEPS = tl.constexpr(8)
 LOG2 = tl.constexpr(0.6931471805599453)  # what d of one power is in s
@@ -45,8 +41,9 @@ def curve_of(sums, x, y):
     k4 = c4 - 3.0 * c2 * c2
     k5 = c5 - 10.0 * c2 * c3
     k6 = c6 - 15.0 * c2 * k4 - 10.0 * c3 * c3 - 15.0 * c2 * c2 * c2
-    unit = LOG2
-    square = unit * unit
+    # Constants: what is assigned without saying so becomes a float32.
+    unit: tl.constexpr = LOG2
+    square: tl.constexpr = unit * unit
     f0 = tl.log(sums.mass_half) - (x + y) * unit
     f1 = (m1 - (x - y)) * unit
     f2 = c2 * (square / 2.0)
@@ -141,8 +138,11 @@ def _root(f, apart, log_t, log_theta, aim, low, high):
 
 
 @triton.jit
-def interpolate(f, apart, x, y, target):
-    """The ``Interpolant`` for the root of psi' = target, and the ``Ends``; the token apart is given in powers."""
+def interpolate(f, apart, x, y, target, rounded):
+    """The ``Interpolant`` for the root of psi' = target, and the ``Ends``; the token apart is given in powers.
+
+    Only the ``rounded`` shares of the sums count as such.
+    """
     log_theta, share_theta = whole(f.at_theta, apart)
     log_t, share_t = whole(f.at_t, apart)
     nothing = tl.zeros([], tl.float64)
@@ -153,7 +153,8 @@ def interpolate(f, apart, x, y, target):
     A, B = log_theta + x * NATS_PER_POWER, log_t + y * NATS_PER_POWER
     # What only estimates is float32: float64 takes two registers.
     above = tl.maximum(tl.maximum(A, B).to(tl.float32) * (1.0 / ABOVE), 1.0)
-    noise = ((share_theta + share_t + 2.0 * share_half) * (NOISE * EPSILON)).to(tl.float32) * above
+    blurred = share_theta * rounded.mass_theta + share_t * rounded.mass_t + 2.0 * share_half * rounded.mass_half
+    noise = (blurred * (NOISE * EPSILON)).to(tl.float32) * above
     aim = 0.5 * target
     # The slope's sign at 1/2 brackets the root only where it stands clear of rounding.
     ahead, clear = slope_half - aim, noise * CLEAR
@@ -164,38 +165,14 @@ def interpolate(f, apart, x, y, target):
     reach = f.spread * tl.abs(s).to(tl.float32)
     # exp(reach) - 1 from above
     grown = tl.where(reach < 0.5, reach * (1.0 + reach), tl.exp2(tl.minimum(reach, 80.0) * LOG2E))
-    rounding = noise + at.share * f.spread * grown * (OF_MOMENTS * EPSILON)
+    of_moments = at.share * rounded.second * f.spread * grown * (OF_MOMENTS * EPSILON)
+    rounding = 0.5 * (noise + of_moments) / at.curvature
     error = 0.5 * (at.share * left_out(f, s) * NEGLECTED / at.curvature + step)
-    error = error * tl.maximum(tl.sqrt(tl.maximum(variance, 0.0)) * SD_SHARE, 1.0) + 0.5 * rounding / at.curvature
+    error = error * tl.maximum(tl.sqrt(tl.maximum(variance, 0.0)) * SD_SHARE, 1.0) + rounding
     trusted = (error == error) & (at.curvature > 0) & (variance > 0)
     error = tl.where(trusted, error, float("inf"))
     # A root that rounding has blurred over its bracket says nothing: go on from the bracket's middle.
     s = tl.where(error < BLURRED, s, 0.5 * (low + high))
     psi = tl.where(trusted, at.psi, psi_half)
-    found = Interpolant(0.5 + 0.5 * s, psi, error, 0.5 + 0.5 * low, 0.5 + 0.5 * high)
+    found = Interpolant(0.5 + 0.5 * s, psi, error, rounding, 0.5 + 0.5 * low, 0.5 + 0.5 * high)
     return found, Ends(A, B, psi_half, tl.full([], 1.0, tl.float32))
-
-
-@triton.jit
-def curve_start(row, total, PROBS: tl.constexpr):
-    """From a row's ``FirstSums``: the ``Interpolant``, the ``Ends``, the root's target, and whether sums are sound."""
-    # Before the root is looked for: the sums' registers are then free.
-    moments = total.first + total.second + total.third + total.fourth + total.fifth + total.sixth
-    finite = moments - moments == 0.0
-    apart = total.apart_theta > -float("inf")
-    x, y = in_powers(row, total.apart_theta, total.apart_t)
-    x, y = tl.where(apart, x, 0.0), tl.where(apart, y, 0.0)
-    f = curve_of(total, x, y)
-    # Relative to the token apart A - B lacks what the references and that token differ by.
-    between = (x - y) * NATS_PER_POWER
-    target = tl.zeros([], tl.float64)
-    if PROBS:  # rows that are not renormalised: their root condition is L' = 0, not L' = A - B
-        log_theta, _ = whole(f.at_theta, apart)
-        log_t, _ = whole(f.at_t, apart)
-        target = -(log_theta - log_t + between) - reference_gap(row)
-    found, ends = interpolate(f, apart, x, y, target)
-    # A token's weight at 1/2 is lost where one of its two factors underflows, however large the other is.
-    kept = ends.psi_half + 0.5 * tl.minimum(ends.A, ends.B) > LEAST
-    # All sweeps would share the rounding of what they read, which grows with its distance from the references.
-    near = (ends.psi_half < float("inf")) & (tl.maximum(ends.A, ends.B) <= DISTANT)
-    return found, ends, target, finite & kept & near

@@ -9,9 +9,9 @@ A DRAFTER says whose law is taken off the weights.
 import triton
 import triton.language as tl
 
+from optsample_triton.kernels.chunk_sums import in_powers, load_chunk_sums
 from optsample_triton.kernels.constants import DRAFTER_NONE, DRAFTER_THETA, LOG2E, NATS_PER_POWER
 from optsample_triton.kernels.curve import curve_of, left_out, value_of
-from optsample_triton.kernels.first_sweep import in_powers, load_chunk_sums
 from optsample_triton.kernels.moments import tilted
 from optsample_triton.kernels.rows import load_both, relative, row_places
 

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from optsample_triton import backend, launch
-from optsample_triton.kernels.first_sweep import SUM_COUNT
+from optsample_triton.kernels.chunk_sums import SUM_COUNT
 from optsample_triton.kernels.gradient import gradient_kernel
 from optsample_triton.kernels.logprob import logprob_gradient_kernel, logprob_kernel
 from optsample_triton.kernels.sample import sample_kernel
@@ -102,7 +102,11 @@ def _rows(problem: Problem) -> dict[str, Any]:
 
 
 def _solver_arguments(problem: Problem, shape: launch.Shape, splits: int) -> dict[str, Any]:
-    """The arguments of every kernel that solves: the rows, how to solve them, and the launch's shape."""
+    """The arguments of every kernel that solves: the rows, how to solve them, the launch's shape, and its memory.
+
+    That is fresh for every launch: streams and graphs never share it.
+    """
+    n, chunks, device = problem.row_count, triton.cdiv(problem.vocab, shape.chunk), problem.theta.device
     return {
         **_rows(problem),
         "given_alpha_ptr": _contiguous(problem.alpha),
@@ -110,6 +114,9 @@ def _solver_arguments(problem: Problem, shape: launch.Shape, splits: int) -> dic
         "max_iter": problem.options.max_iter,
         "tol": problem.options.tol,
         "splits": splits,
+        "chunk_sums_ptr": new((n * chunks * SUM_COUNT.value,), torch.float32, device),
+        "arrived_ptr": new((n if splits > 1 else 0,), torch.int32, device, zeros=True),
+        "LANES": max(32, triton.next_power_of_2(chunks)),
         "H": shape.half,
         "CHUNK": shape.chunk,
         "UNROLL": shape.unroll,
@@ -133,11 +140,6 @@ def solve(problem: Problem, diagnostics: bool, out: Tensor | None) -> Solved:
         kind, processors = _device(device)
         shape = launch.shape(kind, problem.theta.dtype)
         splits = launch.splits(n, vocab, shape.chunk, processors)
-        chunk_sums, arrived = solved.alpha, solved.sweeps  # not used where a row has one program
-        if splits > 1:  # fresh for every launch: streams and graphs never share them
-            chunks = triton.cdiv(vocab, shape.chunk)
-            chunk_sums = new((n * chunks * SUM_COUNT.value,), torch.float32, device)
-            arrived = new((n,), torch.int32, device, zeros=True)
         start(
             solve_kernel,
             n * splits,
@@ -150,8 +152,6 @@ def solve(problem: Problem, diagnostics: bool, out: Tensor | None) -> Solved:
             saved_ptr=solved.saved,
             diagnostics_ptr=solved.diagnostics if diagnostics else None,
             out_ptr=out,
-            chunk_sums_ptr=chunk_sums,
-            arrived_ptr=arrived,
             width=0 if out is None else out.shape[1],
             stride_out=0 if out is None else out.stride(0),
             eps=max(options.eps, 0.0),
@@ -165,7 +165,7 @@ def _draw_arguments(problem: Problem, draws: Draws, drawn: Sample) -> tuple[int,
     n, vocab, device = problem.row_count, problem.vocab, problem.theta.device
     kind, processors = _device(device)
     shape = launch.draw_shape(kind, problem.theta.dtype)
-    splits, chunks = launch.splits(n, vocab, shape.chunk, processors), triton.cdiv(vocab, shape.chunk)
+    splits = launch.splits(n, vocab, shape.chunk, processors)
     seeds, offsets = _contiguous(draws.seeds), _contiguous(draws.offsets)
     arguments = {
         **_solver_arguments(problem, shape, splits),
@@ -184,11 +184,8 @@ def _draw_arguments(problem: Problem, draws: Draws, drawn: Sample) -> tuple[int,
         "log_t_ptr": drawn.log_t,
         "alpha_ptr": drawn.alpha,
         "status_ptr": drawn.status,
-        "chunk_sums_ptr": new((n * chunks * SUM_COUNT.value,), torch.float32, device),
-        "arrived_ptr": new((n if splits > 1 else 0,), torch.int32, device, zeros=True),
         "TILE": launch.DRAW_TILE,
         "READ": launch.DRAW_READ[kind],
-        "LANES": max(32, triton.next_power_of_2(chunks)),
         "FILTER": draws.inverse_temperature is not None,
     }
     return n * splits, arguments

@@ -3,10 +3,10 @@
 import triton
 import triton.language as tl
 
+from optsample_triton.kernels.chunk_sums import has_masks
 from optsample_triton.kernels.constants import DISJOINT, DRAFTER_NONE, FAR, INVALID, SLACK
 from optsample_triton.kernels.draw import MISPLACED, interpolated_masses, summed_masses
 from optsample_triton.kernels.evaluate import rounded
-from optsample_triton.kernels.first_sweep import kept_sums
 from optsample_triton.kernels.moments import tilted_top
 from optsample_triton.kernels.one_model import own_log_partitions
 from optsample_triton.kernels.records import DrawnLaw, Filtering, Law, LogPartitions, TokenLogs
@@ -36,8 +36,7 @@ def _filtering(filters, index, x, FILTER: tl.constexpr):
 def drawn_law(first, options, filters, drawn, drawing, tile, METHOD: tl.constexpr):
     """From the chunks' first sums to a normalised law, ``DrawnLaw``; alpha and status are stored."""
     index, chunks = first.index, tl.cdiv(first.row.V, drawing.CHUNK)
-    total = kept_sums(first.row, first.chunk_sums_ptr, chunks, drawing.LANES)
-    row, ends, root = solved(first.row, total, index, options, tile, METHOD, False)
+    row, ends, root = solved(first, options, tile, drawing.CHUNK, drawing.LANES, METHOD, False)
     disjoint = root.status == DISJOINT
     x = tl.where(disjoint, 1.0, rounded(root.alpha))
     filtering = _filtering(filters, index, x, drawing.FILTER)
@@ -45,7 +44,7 @@ def drawn_law(first, options, filters, drawn, drawing, tile, METHOD: tl.constexp
     tl.store(drawn.alpha_ptr + index, tl.where(status == INVALID, float("nan"), x).to(tl.float32))
     tl.store(drawn.status_ptr + index, status.to(tl.uint8))
     own_theta, own_t = ends.A, ends.B
-    if (total.masked > 0) | disjoint:
+    if has_masks(first.chunk_sums_ptr, chunks, drawing.LANES) | disjoint:
         own_theta, own_t = own_log_partitions(row, tile)
     row_q = shared_row(row, status)
     psi = tl.where(disjoint, 0.0, root.psi)

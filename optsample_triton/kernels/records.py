@@ -137,7 +137,6 @@ class FirstSweep(NamedTuple):
     index: tl.tensor  # of its row
     row: Row
     chunk_sums_ptr: tl.tensor  # the row's
-    total: FirstSums
     last: tl.tensor  # whether it finishes the row
 
 
@@ -216,8 +215,27 @@ class Interpolant(NamedTuple):
     alpha: tl.tensor
     psi: tl.tensor
     error: tl.tensor  # a bound on that of alpha
+    rounding: tl.tensor  # the part of it that is for the rounding of the sums
     low: tl.tensor  # a bracket of the root
     high: tl.tensor
+
+
+class Rounded(NamedTuple):
+    """What of ``FirstSums`` was added up in float32, of each chunk; or its share in a row."""
+
+    mass_t: tl.tensor
+    mass_half: tl.tensor
+    mass_theta: tl.tensor
+    second: tl.tensor
+
+
+class FirstRoot(NamedTuple):
+    """What the first sweep says of a row."""
+
+    found: Interpolant
+    ends: Ends
+    target: tl.tensor  # of psi' at the root
+    sound: tl.tensor  # whether anything of this can be trusted
 
 
 class ExactSums(NamedTuple):

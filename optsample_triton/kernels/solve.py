@@ -1,8 +1,8 @@
 """The solver, whole, in one launch: one program per row, or several where there are few rows.
 
-docs/theory.md has the algorithm; its pieces have the names used here. ``first_sweep`` sums,
-``curve_start`` reads psi's curve off it, ``evaluate`` is one further sweep at a point, and a method is a loop
-over ``evaluate``. Scalars between the sweeps are float64.
+docs/theory.md has the algorithm; its pieces have the names used here. ``first_sweep`` sums, ``first_root`` reads psi's
+curve off the sums, ``evaluate`` is one further sweep at a point, and a method is a loop over ``evaluate``. Scalars
+between the sweeps are float64.
 """
 
 import triton
@@ -27,10 +27,10 @@ from optsample_triton.kernels.constants import (
     SAVED,
     WILD,
 )
-from optsample_triton.kernels.curve import curve_start
 from optsample_triton.kernels.diagnostics import DIAGNOSTICS, store_diagnostics, store_probability_diagnostics
 from optsample_triton.kernels.evaluate import evaluate, rounded
 from optsample_triton.kernels.exact import exact_root
+from optsample_triton.kernels.first_root import first_root
 from optsample_triton.kernels.first_sweep import first_sweep, survey
 from optsample_triton.kernels.log_q import store_log_q
 from optsample_triton.kernels.moments import gap_difference, narrow_moments
@@ -230,9 +230,9 @@ def balance_ess(row, ends, root, options, tile):
 
 
 @triton.jit
-def _search_start(row, total, index, options, tile, METHOD: tl.constexpr, NORMALISE: tl.constexpr):
-    """Row, ``Ends`` and ``Search`` after the first sweep, and after a second one where the first is not sound."""
-    found, ends, target, sound = curve_start(row, total, tile.PROBS)
+def _search_start(row, first, index, options, tile, METHOD: tl.constexpr, NORMALISE: tl.constexpr):
+    """Row, ``Ends`` and ``Search`` after the ``FirstRoot``, and after a second sweep where that is not sound."""
+    found, ends, target, sound = first
     alpha, psi, low, high = found.alpha, found.psi, found.low, found.high
     A, B, psi_half, shrink = ends.A, ends.B, ends.psi_half, ends.shrink
     reference_theta, reference_t = row.theta.reference, row.t.reference
@@ -278,13 +278,16 @@ def _search_start(row, total, index, options, tile, METHOD: tl.constexpr, NORMAL
 
 
 @triton.jit
-def solved(row, total, index, options, tile, METHOD: tl.constexpr, NORMALISE: tl.constexpr):
+def solved(
+    first, options, tile, CHUNK: tl.constexpr, LANES: tl.constexpr, METHOD: tl.constexpr, NORMALISE: tl.constexpr
+):
     """From the first sweep to alpha: the row with its final references, its ``Ends``, and its ``Root``.
 
     Without NORMALISE a given alpha saves its sweep where the caller normalises anyway: psi is then psi(1/2).
     """
     few: tl.constexpr = Tile(tile.H // 2, tile.PACKED, tile.DEALT, tile.PROBS)
-    row, ends, state = _search_start(row, total, index, options, tile, METHOD, NORMALISE)
+    start = first_root(first, options.tol, few, CHUNK, LANES, METHOD)
+    row, ends, state = _search_start(first.row, start, first.index, options, tile, METHOD, NORMALISE)
     root, task, ends = search(row, ends, state, options, tile, METHOD)
     if (METHOD == KL_SYMMETRY) and not tile.PROBS:  # noqa: SIM102 (one is known when the kernel is compiled)
         if task == COARSE:
@@ -358,6 +361,7 @@ def solve_kernel(
     H: tl.constexpr,
     CHUNK: tl.constexpr,
     UNROLL: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     theta = Matrix(theta_ptr, inverse_temperature_theta_ptr, Layout(inner_theta, outer_theta, stride_theta))
     t = Matrix(t_ptr, inverse_temperature_t_ptr, Layout(inner_t, outer_t, stride_t))
@@ -370,9 +374,9 @@ def solve_kernel(
     tile: tl.constexpr = Tile(H, PACKED, DEALT, PROBS)
     later: tl.constexpr = Tile(H // 2, PACKED, DEALT, PROBS)
     options = Options(given_alpha_ptr, tol, max_iter)
-    first = first_sweep(batch, meeting, tile, later, CHUNK, UNROLL, False)
+    first = first_sweep(batch, meeting, tile, later, CHUNK, UNROLL)
     if first.last:
-        row, ends, root = solved(first.row, first.total, first.index, options, later, METHOD, True)
+        row, ends, root = solved(first, options, later, CHUNK, LANES, METHOD, True)
         # How far a root that was looked for may lie from alpha, in float32.
         tol = options.tol if (METHOD == KL_SYMMETRY) | (METHOD == BISECT) else -1.0
         _finish(row, ends, root, tol + ROUNDOFF, first.index, results, later)

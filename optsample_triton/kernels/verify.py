@@ -142,7 +142,7 @@ def verify_kernel(
     # The sweeps after the first keep more values per pair: half the tile holds their registers down.
     tile: tl.constexpr = Tile(H, PACKED, DEALT, False)
     later: tl.constexpr = Tile(H // 2, PACKED, DEALT, False)
-    first = first_sweep(batch, meeting, tile, later, CHUNK, UNROLL, True)
+    first = first_sweep(batch, meeting, tile, later, CHUNK, UNROLL)
     if first.last:
         drawn_from = drawn_law(first, options, filters, drawn, drawing, later, METHOD)
         _store_decision(drawn_from, first.index, seeds, drafts, drawn, drawing, later, DRAFTER)

@@ -1,0 +1,116 @@
+"""The root as the first sweep knows it: on the curve through its sums.
+
+Where nothing but the rounding of these sums leaves the root uncertain, the chunk that it counts most in is summed again
+with the likeliest token of each lane in float64: most of a row's mass is in a few tokens, and these in a chunk or two.
+"""
+
+import triton
+import triton.language as tl
+
+from optsample_triton.kernels.chunk_sums import in_powers, joined, load_chunk_sums
+from optsample_triton.kernels.constants import DISTANT, KL_SYMMETRY, LEAST, NATS_PER_POWER
+from optsample_triton.kernels.curve import curve_of, interpolate, whole
+from optsample_triton.kernels.first_sweep import careful_chunk
+from optsample_triton.kernels.records import Ends, FirstRoot, FirstSums, Interpolant, Rounded
+from optsample_triton.kernels.rows import reference_gap
+
+MOST = tl.constexpr(2)  # chunks of a row that are summed again
+
+
+@triton.jit
+def first_root(first, tol, tile, CHUNK: tl.constexpr, LANES: tl.constexpr, METHOD: tl.constexpr):
+    """The ``FirstRoot`` of a row whose chunks' sums are there."""
+    row = first.row
+    sums = load_chunk_sums(first.chunk_sums_ptr, tl.cdiv(row.V, CHUNK), LANES)
+    rounded = Rounded(sums.mass_t, sums.mass_half, sums.mass_theta, sums.second)
+    root = _nothing_known()
+    again, chunks = tl.full([], 1, tl.int1), 0
+    while again:
+        root = _on_curve(row, joined(sums, row), rounded, tile.PROBS)
+        again = tl.zeros([], tl.int1)
+        if METHOD == KL_SYMMETRY:
+            error, rounding = root.found.error.to(tl.float32), root.found.rounding.to(tl.float32)
+            again = root.sound & (error > tol) & (error - rounding <= tol) & (chunks < MOST)
+            if again:
+                sums, rounded = _chunk_again(row, sums, rounded, root.ends, tile, CHUNK)
+            chunks += 1
+    return root
+
+
+@triton.jit
+def _nothing_known():
+    nothing = tl.zeros([], tl.float64)
+    found = Interpolant(nothing, nothing, nothing, nothing, nothing, nothing)
+    ends = Ends(nothing, nothing, nothing, tl.full([], 1.0, tl.float32))
+    return FirstRoot(found, ends, nothing, tl.zeros([], tl.int1))
+
+
+@triton.jit
+def _on_curve(row, total, rounded, PROBS: tl.constexpr):
+    """The ``FirstRoot`` from a row's ``FirstSums`` and, of each chunk, what of these is ``Rounded``."""
+    # Before the root is looked for: the sums' registers are then free.
+    moments = total.first + total.second + total.third + total.fourth + total.fifth + total.sixth
+    finite = moments - moments == 0.0
+    apart = total.apart_theta > -float("inf")
+    x, y = in_powers(row, total.apart_theta, total.apart_t)
+    x, y = tl.where(apart, x, 0.0), tl.where(apart, y, 0.0)
+    f = curve_of(total, x, y)
+    # Relative to the token apart A - B lacks what the references and that token differ by.
+    between = (x - y) * NATS_PER_POWER
+    target = tl.zeros([], tl.float64)
+    if PROBS:  # rows that are not renormalised: their root condition is L' = 0, not L' = A - B
+        log_theta, _ = whole(f.at_theta, apart)
+        log_t, _ = whole(f.at_t, apart)
+        target = -(log_theta - log_t + between) - reference_gap(row)
+    shares = Rounded(
+        mass_t=_share(rounded.mass_t, total.mass_t),
+        mass_half=_share(rounded.mass_half, total.mass_half),
+        mass_theta=_share(rounded.mass_theta, total.mass_theta),
+        second=_share(rounded.second, total.second),
+    )
+    found, ends = interpolate(f, apart, x, y, target, shares)
+    # A token's weight at 1/2 is lost where one of its two factors underflows, however large the other is.
+    kept = ends.psi_half + 0.5 * tl.minimum(ends.A, ends.B) > LEAST
+    # All sweeps would share the rounding of what they read, which grows with its distance from the references.
+    near = (ends.psi_half < float("inf")) & (tl.maximum(ends.A, ends.B) <= DISTANT)
+    return FirstRoot(found, ends, target, finite & kept & near)
+
+
+@triton.jit
+def _share(rounded, total):
+    part = tl.sum(rounded, 0)
+    return tl.where(total > part, part / total, 1.0)
+
+
+@triton.jit
+def _chunk_again(row, sums, rounded, ends, tile, CHUNK: tl.constexpr):
+    """The chunks' ``FirstSums`` and what of them is ``Rounded``, after one chunk was summed again with care."""
+    lanes = tl.arange(0, sums.mass_half.shape[0])
+    at_half = tl.exp(-(ends.psi_half + 0.5 * (ends.A + ends.B)))
+    blur = rounded.mass_t * tl.exp(-ends.B) + rounded.mass_theta * tl.exp(-ends.A) + 2.0 * rounded.mass_half * at_half
+    chunk = tl.min(tl.where(blur == tl.max(blur, 0), lanes, lanes.shape[0]), 0)
+    start = chunk * CHUNK
+    found = careful_chunk(row, start, tl.minimum(start + CHUNK, row.V), tile)
+    here = lanes == chunk
+    rounded = Rounded(
+        mass_t=tl.where(here, tl.sum(found.mass_t, 0), rounded.mass_t),
+        mass_half=tl.where(here, tl.sum(found.mass_half, 0), rounded.mass_half),
+        mass_theta=tl.where(here, tl.sum(found.mass_theta, 0), rounded.mass_theta),
+        second=tl.where(here, tl.sum(found.second, 0), rounded.second),
+    )
+    found = joined(found, row)
+    sums = FirstSums(
+        mass_t=tl.where(here, found.mass_t, sums.mass_t),
+        mass_half=tl.where(here, found.mass_half, sums.mass_half),
+        mass_theta=tl.where(here, found.mass_theta, sums.mass_theta),
+        first=tl.where(here, found.first, sums.first),
+        second=tl.where(here, found.second, sums.second),
+        third=tl.where(here, found.third, sums.third),
+        fourth=tl.where(here, found.fourth, sums.fourth),
+        fifth=tl.where(here, found.fifth, sums.fifth),
+        sixth=tl.where(here, found.sixth, sums.sixth),
+        apart_theta=tl.where(here, found.apart_theta, sums.apart_theta),
+        apart_t=tl.where(here, found.apart_t, sums.apart_t),
+        masked=sums.masked,
+    )
+    return sums, rounded

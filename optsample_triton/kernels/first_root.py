@@ -1,7 +1,7 @@
 """The root as the first sweep knows it: on the curve through its sums.
 
-Where nothing but the rounding of these sums leaves the root uncertain, the chunk that it counts most in is summed again
-with the likeliest token of each lane in float64: most of a row's mass is in a few tokens, and these in a chunk or two.
+Where nothing but the rounding of these sums leaves the root uncertain, the chunk in which it counts most is summed
+again with the likeliest token of each lane in float64: a real row has most of its mass in a few tokens.
 """
 
 import triton
@@ -14,26 +14,28 @@ from optsample_triton.kernels.first_sweep import careful_chunk
 from optsample_triton.kernels.records import Ends, FirstRoot, FirstSums, Interpolant, Rounded
 from optsample_triton.kernels.rows import reference_gap
 
-MOST = tl.constexpr(2)  # chunks of a row that are summed again
+NO_CHUNK = tl.constexpr(-1)
 
 
 @triton.jit
 def first_root(first, tol, tile, CHUNK: tl.constexpr, LANES: tl.constexpr, METHOD: tl.constexpr):
     """The ``FirstRoot`` of a row whose chunks' sums are there."""
-    row = first.row
-    sums = load_chunk_sums(first.chunk_sums_ptr, tl.cdiv(row.V, CHUNK), LANES)
-    rounded = Rounded(sums.mass_t, sums.mass_half, sums.mass_theta, sums.second)
+    row, chunks = first.row, tl.cdiv(first.row.V, CHUNK)
+    if METHOD != KL_SYMMETRY:
+        sums = load_chunk_sums(first.chunk_sums_ptr, chunks, LANES)
+        rounded = Rounded(sums.mass_t, sums.mass_half, sums.mass_theta, sums.second)
+        return _on_curve(row, joined(sums, row), rounded, tile.PROBS)
     root = _nothing_known()
-    again, chunks = tl.full([], 1, tl.int1), 0
+    chunk, again = tl.full([], NO_CHUNK, tl.int32), tl.full([], 1, tl.int1)
     while again:
+        # Before the other chunks' sums are loaded, which would take registers from it.
+        careful, left = _chunk_again(row, chunk, tile, CHUNK)
+        sums = _in_place_of(load_chunk_sums(first.chunk_sums_ptr, chunks, LANES), chunk, careful)
+        rounded = _rounded(sums, chunk, left)
         root = _on_curve(row, joined(sums, row), rounded, tile.PROBS)
-        again = tl.zeros([], tl.int1)
-        if METHOD == KL_SYMMETRY:
-            error, rounding = root.found.error.to(tl.float32), root.found.rounding.to(tl.float32)
-            again = root.sound & (error > tol) & (error - rounding <= tol) & (chunks < MOST)
-            if again:
-                sums, rounded = _chunk_again(row, sums, rounded, root.ends, tile, CHUNK)
-            chunks += 1
+        error, rounding = root.found.error.to(tl.float32), root.found.rounding.to(tl.float32)
+        again = root.sound & (error > tol) & (error - rounding <= tol) & (chunk == NO_CHUNK)
+        chunk = _most_rounded(rounded, root.ends)
     return root
 
 
@@ -83,34 +85,62 @@ def _share(rounded, total):
 
 
 @triton.jit
-def _chunk_again(row, sums, rounded, ends, tile, CHUNK: tl.constexpr):
-    """The chunks' ``FirstSums`` and what of them is ``Rounded``, after one chunk was summed again with care."""
-    lanes = tl.arange(0, sums.mass_half.shape[0])
-    at_half = tl.exp(-(ends.psi_half + 0.5 * (ends.A + ends.B)))
-    blur = rounded.mass_t * tl.exp(-ends.B) + rounded.mass_theta * tl.exp(-ends.A) + 2.0 * rounded.mass_half * at_half
-    chunk = tl.min(tl.where(blur == tl.max(blur, 0), lanes, lanes.shape[0]), 0)
-    start = chunk * CHUNK
-    found = careful_chunk(row, start, tl.minimum(start + CHUNK, row.V), tile)
-    here = lanes == chunk
-    rounded = Rounded(
-        mass_t=tl.where(here, tl.sum(found.mass_t, 0), rounded.mass_t),
-        mass_half=tl.where(here, tl.sum(found.mass_half, 0), rounded.mass_half),
-        mass_theta=tl.where(here, tl.sum(found.mass_theta, 0), rounded.mass_theta),
-        second=tl.where(here, tl.sum(found.second, 0), rounded.second),
-    )
-    found = joined(found, row)
-    sums = FirstSums(
-        mass_t=tl.where(here, found.mass_t, sums.mass_t),
-        mass_half=tl.where(here, found.mass_half, sums.mass_half),
-        mass_theta=tl.where(here, found.mass_theta, sums.mass_theta),
-        first=tl.where(here, found.first, sums.first),
-        second=tl.where(here, found.second, sums.second),
-        third=tl.where(here, found.third, sums.third),
-        fourth=tl.where(here, found.fourth, sums.fourth),
-        fifth=tl.where(here, found.fifth, sums.fifth),
-        sixth=tl.where(here, found.sixth, sums.sixth),
-        apart_theta=tl.where(here, found.apart_theta, sums.apart_theta),
-        apart_t=tl.where(here, found.apart_t, sums.apart_t),
+def _chunk_again(row, chunk, tile, CHUNK: tl.constexpr):
+    """The ``FirstSums`` of a chunk, summed with care, and what of them is ``Rounded``; nothing of NO_CHUNK."""
+    nothing = tl.zeros([], tl.float64)
+    none = tl.full([], -float("inf"), tl.float32)
+    zero = tl.zeros([], tl.float32)
+    sums = FirstSums(nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing, none, none, zero)
+    left = Rounded(nothing, nothing, nothing, nothing)
+    if chunk != NO_CHUNK:
+        start = chunk * CHUNK
+        lanes = careful_chunk(row, start, tl.minimum(start + CHUNK, row.V), tile)
+        left = Rounded(
+            mass_t=tl.sum(lanes.mass_t, 0),
+            mass_half=tl.sum(lanes.mass_half, 0),
+            mass_theta=tl.sum(lanes.mass_theta, 0),
+            second=tl.sum(lanes.second, 0),
+        )
+        sums = joined(lanes, row)
+    return sums, left
+
+
+@triton.jit
+def _in_place_of(sums, chunk, other):
+    """The chunks' sums with others in the place of one chunk's."""
+    here = tl.arange(0, sums.mass_half.shape[0]) == chunk
+    return FirstSums(
+        mass_t=tl.where(here, other.mass_t, sums.mass_t),
+        mass_half=tl.where(here, other.mass_half, sums.mass_half),
+        mass_theta=tl.where(here, other.mass_theta, sums.mass_theta),
+        first=tl.where(here, other.first, sums.first),
+        second=tl.where(here, other.second, sums.second),
+        third=tl.where(here, other.third, sums.third),
+        fourth=tl.where(here, other.fourth, sums.fourth),
+        fifth=tl.where(here, other.fifth, sums.fifth),
+        sixth=tl.where(here, other.sixth, sums.sixth),
+        apart_theta=tl.where(here, other.apart_theta, sums.apart_theta),
+        apart_t=tl.where(here, other.apart_t, sums.apart_t),
         masked=sums.masked,
     )
-    return sums, rounded
+
+
+@triton.jit
+def _rounded(sums, chunk, left):
+    """What of the chunks' sums is rounded: all but what was added in float64 of the one summed with care."""
+    here = tl.arange(0, sums.mass_half.shape[0]) == chunk
+    return Rounded(
+        mass_t=tl.where(here, left.mass_t, sums.mass_t),
+        mass_half=tl.where(here, left.mass_half, sums.mass_half),
+        mass_theta=tl.where(here, left.mass_theta, sums.mass_theta),
+        second=tl.where(here, left.second, sums.second),
+    )
+
+
+@triton.jit
+def _most_rounded(rounded, ends):
+    """The chunk whose rounding counts most in the root."""
+    lanes = tl.arange(0, rounded.mass_half.shape[0])
+    at_half = tl.exp(-(ends.psi_half + 0.5 * (ends.A + ends.B)))
+    blur = rounded.mass_t * tl.exp(-ends.B) + rounded.mass_theta * tl.exp(-ends.A) + 2.0 * rounded.mass_half * at_half
+    return tl.min(tl.where(blur == tl.max(blur, 0), lanes, lanes.shape[0] - 1), 0)

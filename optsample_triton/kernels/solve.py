@@ -52,7 +52,7 @@ from optsample_triton.kernels.records import (
     Tile,
 )
 from optsample_triton.kernels.root import ROUNDOFF, safeguarded_step
-from optsample_triton.kernels.rows import reference_gap, reference_in_nats, with_references
+from optsample_triton.kernels.rows import reference_gap, relative_exactly, with_references
 from optsample_triton.types import Saved
 
 # Numbers that change from call to call are not specialised: new values never recompile.
@@ -400,9 +400,11 @@ def _finish(row, ends, root, error, index, results, tile):
     tl.store(results.log_z_ptr + index, psi.to(tl.float32))
     tl.store(results.status_ptr + index, status.to(tl.uint8))
     tl.store(results.sweeps_ptr + index, root.sweeps)
+    zero = tl.zeros([], tl.float32)
     saved = Saved(
-        log_partition_theta=A + reference_in_nats(row.theta),
-        log_partition_t=tl.where(status == DISJOINT, 0.0, B + reference_in_nats(row.t)),
+        # What 0 is above the reference: the reference itself in float64 would be held through all sweeps.
+        log_partition_theta=A - relative_exactly(zero, row.theta),
+        log_partition_t=tl.where(status == DISJOINT, 0.0, B - relative_exactly(zero, row.t)),
         psi_half=tl.where(ends.psi_half == ends.psi_half, ends.psi_half, -float("inf")),
         alpha=root.alpha,
     )

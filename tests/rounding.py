@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from bench.tables import markdown
 from optsample_triton.eager.curve import Interpolant, curve_of, interpolate
@@ -30,6 +31,7 @@ from tests.tolerance import RESULTS
 PATH = RESULTS / "rounding.csv"
 TOL = 1e-6
 APART = 2, 4, 8, 16
+CHUNK, LANES = 8192, 128  # of bfloat16 rows in the solver's kernel
 
 
 class Measured(NamedTuple):
@@ -40,6 +42,7 @@ class Measured(NamedTuple):
     moved: Tensor  # what that rounding does to the root
     equal: Tensor  # how many equal tokens would share the mass of all but the likeliest as evenly, at 1/2
     left: Tensor  # [N, len(APART)]: the share of that mass, at 0, 1/2 and 1 together, beside the likeliest tokens
+    again: Tensor  # the same beside the likeliest token of each lane of one chunk
 
 
 def measured(batch: Batch) -> Measured:
@@ -52,7 +55,18 @@ def measured(batch: Batch) -> Measured:
     beside = sum(1.0 - mass for mass in masses)
     left = torch.stack([beside[:, count - 1] / beside[:, 0] for count in APART], -1)
     equal = rest.sum(-1).square() / rest.square().sum(-1)
-    return Measured(found.error, found.rounding, (found.alpha - exact.alpha).abs(), equal, left)
+    weights = sum(x.scatter(1, most.indices[:, :1], 0.0) for x in (ends[0].exp(), ends[1].exp(), half, half))
+    moved = (found.alpha - exact.alpha).abs()
+    return Measured(found.error, found.rounding, moved, equal, left, _left_of_a_chunk(weights, half))
+
+
+def _left_of_a_chunk(weights: Tensor, half: Tensor) -> Tensor:
+    """The share of the weights [N, V] that is left in float32 where the heaviest chunk is summed again with care."""
+    more = -weights.shape[1] % CHUNK
+    of_lanes, at_half = (pad(x, (0, more)).unflatten(1, (-1, CHUNK // LANES, LANES)) for x in (weights, half))
+    kept = of_lanes.gather(2, at_half.argmax(2, keepdim=True)).sum((2, 3))
+    heaviest = of_lanes.sum((2, 3)).argmax(1, keepdim=True)
+    return 1.0 - kept.gather(1, heaviest)[:, 0] / weights.sum(1)
 
 
 def _root(theta: Tensor, t: Tensor) -> Interpolant:
@@ -71,6 +85,7 @@ def means(rows: Measured) -> Iterator[tuple[str, float]]:
     yield "with 1 token apart", mean(1.0)
     for count, left in zip(APART, rows.left.unbind(-1), strict=True):
         yield f"with {count} tokens apart", mean(left)
+    yield "with one chunk summed again", mean(rows.again)
     decides = torch.isfinite(rows.bound) & (rows.rounding >= 0.5 * rows.bound)
     widest = float((rows.moved / rows.rounding * rows.equal.sqrt())[decides].max())
     yield "if errors of tokens average out", mean((widest / rows.equal.sqrt()).clamp(max=1.0))

@@ -73,6 +73,7 @@ def test_bounds_on_rounding_are_told_apart(monkeypatch, tmp_path, capsys):
     apart = [means[f"with {count} tokens apart"] for count in rounding.APART]
     ordered = [means["with 1 token apart"], *apart, means["without rounding"]]
     assert ordered == sorted(ordered, reverse=True)
+    assert means["without rounding"] <= means["with one chunk summed again"] < means["with 1 token apart"]
     assert "32 rows" in capsys.readouterr().out
 
 

@@ -24,8 +24,7 @@ def row_in_powers(row):
 @triton.jit
 def in_powers(row, a, b):
     """Half of tokens' logits relative to the references, as powers in float64; the sums have the same unit."""
-    row = row_in_powers(row)
-    return relative_exactly(a, row.theta), relative_exactly(b, row.t)
+    return relative_exactly(a, row.theta) * (LOG2E / 2.0), relative_exactly(b, row.t) * (LOG2E / 2.0)
 
 
 @triton.jit

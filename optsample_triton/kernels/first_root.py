@@ -21,7 +21,8 @@ NO_CHUNK = tl.constexpr(-1)
 def first_root(first, tol, tile, CHUNK: tl.constexpr, LANES: tl.constexpr, METHOD: tl.constexpr):
     """The ``FirstRoot`` of a row whose chunks' sums are there."""
     row, chunks = first.row, tl.cdiv(first.row.V, CHUNK)
-    if METHOD != KL_SYMMETRY:
+    # No token of probabilities is exact: their logarithms are rounded.
+    if METHOD != KL_SYMMETRY or tile.PROBS:
         sums = load_chunk_sums(first.chunk_sums_ptr, chunks, LANES)
         rounded = Rounded(sums.mass_t, sums.mass_half, sums.mass_theta, sums.second)
         return _on_curve(row, joined(sums, row), rounded, tile.PROBS)

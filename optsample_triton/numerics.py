@@ -44,7 +44,7 @@ OF_MOMENTS = 0.5  # rounding of the moments, in epsilons
 SD_SHARE = 0.25  # q* feels an error of alpha in units of 1/sd; the estimate is pessimistic enough to count this much
 CLEAR = 4.0  # the sign of psi' counts where psi' is this many times its rounding
 LEAP = 1.0 / 64.0  # a longer step is looked at again
-BLURRED = 0.1  # an error from which the curve's root says nothing, and the bracket's middle is taken
+BLURRED = 0.1  # rounding of the curve's root from which it says nothing, and the bracket's middle is taken
 UNDERFLOW = 1e12  # smallest normal numbers: a mass at 1/2 below it has lost some of its tokens
 CUBIC = 1e-6  # of psi: more than that a step's cube may not add to it where psi is taken for a parabola
 

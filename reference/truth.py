@@ -33,6 +33,7 @@ from torch import Tensor
 from reference import localized_kernels, speculative
 
 OK, IDENTICAL, DISJOINT, INVALID = 0, 1, 2, 3
+HUGE = 1e8  # logits that a float64 rounds by more than 1e-8
 NEAR = 0.4  # if |log E[exp(s delta)]| is below this, the second-order form is more accurate
 
 
@@ -443,7 +444,10 @@ def _read(
     difference = torch.where(common, a_common - b_common, 0.0)
     # Computed from a - b, not from u - v: for nearly equal rows the subtraction a - b is exact.
     shift = _masked_logsumexp(u, common) - _masked_logsumexp(v, common)
-    delta = torch.where(common, difference - (peak_theta - peak_t + shift)[:, None], 0.0)
+    delta = difference - (peak_theta - peak_t + shift)[:, None]
+    # Unless the difference would lose one of them.
+    huge = torch.maximum(peak_theta.abs(), peak_t.abs()) > HUGE
+    delta = torch.where(common, torch.where(huge[:, None], u - v - shift[:, None], delta), 0.0)
     # Each difference is known up to the rounding of its two entries; rows are identical if one constant lies within
     # all these bounds. Each token has its own bound, so that a mask of -1e9 does not widen the others'. A difference
     # of one epsilon of a nat always counts as rounding, since it changes no weight.

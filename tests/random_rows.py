@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-VOCABS = 20, 200, 1100
+# And the share of the rows of each: a row of several chunks costs as much as a hundred others.
+VOCABS = {20: 1.0, 200: 1.0, 1100: 1.0, 20_000: 0.01}
 MOST = 300  # rows at a time
 
 
@@ -100,10 +101,11 @@ FAMILIES = normal, scaled, near_copies, zipf, confident, differing_tops, heavy_t
 
 
 def batches(rows: int, seed: int) -> Iterator[Batch]:
-    """About so many rows, equally many of each family and vocabulary; three batches in ten are bfloat16."""
-    each = max(1, rows // (len(FAMILIES) * len(VOCABS)))
+    """About so many rows, equally many of each family; three batches in ten are bfloat16."""
+    unit = rows / (len(FAMILIES) * sum(VOCABS.values()))
     for family in FAMILIES:
-        for vocab in VOCABS:
+        for vocab, share in VOCABS.items():
+            each = max(1, int(share * unit))
             for start in range(0, each, MOST):
                 # Any batch can be made again without those before it.
                 random = Source(((seed * len(FAMILIES) + FAMILIES.index(family)) * 10_000 + vocab) * 1_000_000 + start)

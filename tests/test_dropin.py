@@ -99,6 +99,21 @@ def test_confident_rows(case, device, interpreted):
     compare([p[: 2 if interpreted else None] for p in confident_pairs(case.name)], device)
 
 
+@pytest.mark.parametrize("tol", [1e-4, 1e-6])
+@pytest.mark.parametrize("top", [0.0, 8.0])
+@pytest.mark.parametrize("vocab", [8, 100])
+def test_near_copies_keep_their_tolerance(vocab, top, tol, backend, device):
+    """The rounding of a logarithm is large beside what tells their alpha; the sums of p + eps are exact."""
+    g = torch.Generator().manual_seed(vocab)
+    a = 2.0 * torch.randn(6, vocab, generator=g, dtype=torch.float64)
+    a[:, 0] += top
+    b = a + torch.logspace(-2.5, -1, 6, dtype=torch.float64)[:, None] * torch.randn(6, vocab, generator=g).double()
+    pair = [x.softmax(-1).float() for x in (a, b)]
+    _, right, _ = converged(*pair)
+    _, alpha, _ = ost.OptimalSamplingDistribution(tol=tol)(*(p.to(device) for p in pair))
+    assert float((alpha.cpu().double() - right).abs().max()) <= tol + 2.0**-25
+
+
 @pytest.mark.parametrize(
     "name", ["zipf, std 1", "sharp against soft", "near-delta 0.9999, uniform", "tops differ 0.99"]
 )

@@ -223,6 +223,18 @@ def test_rows_that_broke_it(name, tol, backend, device):
     assert_bounded(a, b, tol, device)
 
 
+@pytest.mark.parametrize("size", [1e10, 1e13, 1e17, 1e30])
+@pytest.mark.parametrize("vocab", [3, 200])
+def test_one_huge_logit(size, vocab, backend, device):
+    """alpha lies next to an end. Beside such a logit float64 loses the other model's, and every alpha looks right."""
+    g = torch.Generator().manual_seed(vocab)
+    a, b = torch.randn(2, vocab, generator=g), torch.randn(2, vocab, generator=g)
+    a[0, 1] = b[1, 1] = size
+    found = ost.solve(a.to(device), b.to(device))
+    assert (found.alpha.cpu().double() - torch.tensor([0.0, 1.0])).abs().max() <= 1e-6
+    assert_within(truth.solve(a, b).alpha, torch.tensor([0.0, 1.0]).double(), "loose alpha", torch.float32)
+
+
 def test_a_first_tile_of_masks(backend, device):
     """Hugging Face's processors mask by -100 and less; references come from a row's first tokens."""
     g = torch.Generator().manual_seed(0)

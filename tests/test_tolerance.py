@@ -1,6 +1,7 @@
 """``tol`` on random rows, and the command that tries it on many (tests/tolerance.py)."""
 
 import csv
+import math
 
 import pytest
 import torch
@@ -14,11 +15,14 @@ from tests.random_rows import FAMILIES, VOCABS, batches
 @pytest.mark.parametrize("tol", tolerance.TOLERANCES)
 def test_random_rows(tol, backend):
     """A few of each family and vocabulary; `python -m tests.tolerance` tries as many as one likes."""
-    rows = len(FAMILIES) * len(VOCABS) * (30 if backend == "eager" else 2)
+    each = 30 if backend == "eager" else 2
     name = "interpreted" if backend == "triton" else backend
-    results = [each for batch in batches(rows, seed=1) for each in tolerance.try_batch(name, [tol], batch)]
-    assert sum(each.rows for each in results) > 0.9 * rows
-    assert not any(each.beyond or each.not_converged for each in results)
+    some = list(batches(math.ceil(len(FAMILIES) * sum(VOCABS.values()) * each), seed=1))
+    if backend != "eager":  # a row of several chunks takes seconds there; the command has them
+        some = [batch for batch in some if batch.theta.shape[1] < max(VOCABS)]
+    results = [found for batch in some for found in tolerance.try_batch(name, [tol], batch)]
+    assert sum(found.rows for found in results) > 0.9 * sum(len(batch.theta) for batch in some)
+    assert not any(found.beyond or found.not_converged for found in results)
 
 
 def test_rows_are_made_again_by_their_seed_alone():
@@ -40,7 +44,7 @@ def test_alpha_that_is_off_is_counted(monkeypatch, capsys):
 def test_the_command_writes_its_table(tmp_path, capsys):
     path = tmp_path / "tolerance.csv"
     tolerance.main(["--rows", "24", "--tol", "1e-3", "1e-6", "--jobs", "1", "--output", str(path)])
-    assert "tol 1e-06: 24 rows, 0 beyond, " in capsys.readouterr().out
+    assert "tol 1e-06: 32 rows, 0 beyond, " in capsys.readouterr().out
     with path.open(newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     assert {(line["backend"], line["tol"]) for line in lines} == {("eager", "0.001"), ("eager", "1e-06")}
@@ -53,7 +57,7 @@ def test_batches_at_one_tolerance_each(tmp_path):
     with path.open(newline="", encoding="utf-8") as file:
         tried = [line["tol"] for line in csv.DictReader(file)]
     assert len(tried) == len(FAMILIES) * len(VOCABS)
-    assert {tol: tried.count(tol) for tol in set(tried)} == {"0.001": 12, "1e-06": 12}
+    assert {tol: tried.count(tol) for tol in set(tried)} == {"0.001": 16, "1e-06": 16}
 
 
 def test_the_theory_shows_what_real_rows_gave():

@@ -16,6 +16,7 @@ from torch.nn.functional import pad, softplus
 from optsample_triton.eager.first_sweep import MASS_HALF, MASS_T, MASS_THETA, MOMENTS, UNIT, Sums
 from optsample_triton.numerics import (
     ABOVE,
+    BLURRED,
     CLEAR,
     NEGLECTED,
     NOISE,
@@ -155,8 +156,8 @@ def interpolate(curve: Curve, target: Tensor, epsilon: float) -> Interpolant:
     far = share_theta * curve.log_partition_theta.abs() + share_t * curve.log_partition_t.abs()
     of_chord = of_ends + 0.5 * epsilon * far
     # The sign of the slope at 1/2 brackets the root only where it stands clear of rounding.
-    ahead, clear = half.slope - aim, CLEAR * noise
-    low, high = torch.where(ahead < -clear, 0.0, zero - 1.0), torch.where(ahead > clear, 0.0, zero + 1.0)
+    ahead, doubt = half.slope - aim, CLEAR * noise
+    low, high = torch.where(ahead < -doubt, 0.0, zero - 1.0), torch.where(ahead > doubt, 0.0, zero + 1.0)
     s, last = _root(curve, aim, low, high)
     at = curve.at(s)
     neglected = NEGLECTED * at.share * _left_out(curve.f.abs(), s.abs()) * s.abs() ** 6
@@ -167,7 +168,11 @@ def interpolate(curve: Curve, target: Tensor, epsilon: float) -> Interpolant:
     error = 0.5 * (neglected / at.curvature + last) * (SD_SHARE * variance.sqrt()).clamp(min=1.0) + rounding
     terms = curve.f[2:-2].abs() * s.abs() ** torch.arange(2.0, DEGREE - 1.0).to(s)[:, None]
     falling = terms[2:].sum(0) <= 0.5 * terms[0]
-    trusted = torch.isfinite(error) & (at.curvature > 0) & (variance > 0) & falling
+    clear = (rounding < BLURRED) & (at.curvature > 0)
+    # A root that rounding has blurred over its bracket says nothing: go on from the bracket's middle. One of a series
+    # that does not fall fast enough is near all the same.
+    s = torch.where(clear, s, 0.5 * (low + high))
+    trusted = clear & torch.isfinite(error) & (variance > 0) & falling
     error, rounding = (torch.where(trusted, each, torch.inf) for each in (error, rounding))
     psi = torch.where(trusted, at.psi, curve.psi_half)
     return Interpolant(0.5 + 0.5 * s, psi, error, rounding, of_chord, 0.5 + 0.5 * low, 0.5 + 0.5 * high)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from optsample_triton.eager.moments import TiltedMoments, tilted_moments
-from optsample_triton.eager.rows import Rows, outside_common_support
+from optsample_triton.eager.rows import Pair, Rows, outside_common_support
 from optsample_triton.eager.state import State
 from optsample_triton.numerics import NARROW, PLAIN, REACH
 
@@ -28,12 +28,12 @@ class Evaluation:
 
 def evaluate(rows: Rows, x: Tensor, state: State, *, narrow: bool) -> Evaluation:
     """One read at x [N]. Narrow rows go through G, where A - B would cancel; wide rows do not need it."""
-    chord = state.chord
-    ends = torch.stack([torch.ones_like(x), torch.zeros_like(x)], -1)
-    moments = tilted_moments(rows, x, chord, ends if narrow else None)
+    points = torch.stack([torch.ones_like(x), torch.zeros_like(x)], -1) if narrow else None
+    log_partitions = Pair(state.log_partition_theta, state.log_partition_t)
+    moments = tilted_moments(rows, x, state.chord, points, ends=log_partitions)
     from_theta, from_t = moments.top_theta - state.log_partition_theta, moments.top_t - state.log_partition_t
     psi = x * from_theta + (1.0 - x) * from_t + moments.log_mass
-    slope = moments.mean - chord
+    slope = moments.offset
     if narrow:
         to_theta, to_t = moments.gaps.unbind(-1)
         # A psi of this size, as beyond a finite mask outside of [0, 1], has digits enough, and G would overflow.

@@ -14,7 +14,7 @@ from optsample_triton.eager.moments import tilted_moments
 from optsample_triton.eager.root import Bracket
 from optsample_triton.eager.rows import Pair, Rows
 from optsample_triton.eager.state import State, rows_where
-from optsample_triton.numerics import BLURRED, FAR, Status
+from optsample_triton.numerics import FAR, Status
 
 LARGE = 1e5  # logits beyond which psi is rounded by more than log q* may be
 # Rounding in float64 sums grows with their length; float32 sums are accumulated in float64.
@@ -47,8 +47,7 @@ def first_root(rows: Rows, *, fine: bool) -> State:
     target = -chord if rows.from_probabilities else torch.zeros_like(chord)
     found = interpolate(curve, target, EPSILON[rows.working_dtype])
     bracket = _first_bracket(found, ends, target, finite)
-    # A root that rounding has blurred over its bracket says nothing: go on from the bracket's middle.
-    alpha = torch.where(finite & (found.error < BLURRED), found.alpha, bracket.middle)
+    alpha = torch.where(finite, found.alpha, bracket.middle)
     return State(
         alpha=alpha,
         alpha_unrounded=alpha.clone(),

@@ -12,13 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optsample_triton.eager.rows import Rows, outside_common_support
+from optsample_triton.eager.rows import Pair, Rows, outside_common_support
 from optsample_triton.eager.shards import Shard
 
 CANCELS = 64.0  # nats beyond which float64 would lose more than the last digits of a difference
 SERIES = 0.1  # |y| below which expm1(y) - y is a series
 LOG1P_SERIES = 0.01  # |t| below which log1p(t) - t is one
 LARGEST_EXPONENT = 700.0  # exponents beyond it overflow float64
+HUGE = 1e8  # logits that a float64 rounds by more than 1e-8
 SPREAD = 1e-14  # variance over squared mean below which there is no variance, only rounding
 NEAR = 0.5  # below this size the linear terms of G cancel
 
@@ -35,6 +36,7 @@ class TiltedMoments(NamedTuple):
     top_theta: Tensor  # a and b of the token that q_x likes best
     top_t: Tensor
     mean: Tensor
+    offset: Tensor  # of the mean from the centre, which a huge centre would round away
     variance: Tensor
     third: Tensor
     fourth: Tensor
@@ -103,6 +105,7 @@ class _Point(NamedTuple):
     x: Tensor  # [R, 1]
     centre: Tensor  # [R, 1]
     points: tuple[Tensor, ...]  # [R, 1] each: where G is asked for
+    ends: Pair | None  # [R, 1] each: A and B, whose difference the centre is
 
 
 class _Chunk(NamedTuple):
@@ -114,18 +117,21 @@ class _Chunk(NamedTuple):
     outside: Tensor | None
 
 
-def tilted_moments(rows: Rows, x: Tensor, centre: Tensor, points: Tensor | None = None) -> TiltedMoments:
+def tilted_moments(
+    rows: Rows, x: Tensor, centre: Tensor, points: Tensor | None = None, *, ends: Pair | None = None
+) -> TiltedMoments:
     """One read of the rows in float64 at t = x [N], moments taken about ``centre`` [N].
 
-    ``points`` [N, K] asks for G(points - x); the other fields cost one exponential per pair. The chunks' sums are
-    merged by an online log-sum-exp, so rows of any range are served.
+    ``points`` [N, K] asks for G(points - x); the other fields cost one exponential per pair. ``ends`` gives A and B, of
+    which the centre is the difference: huge logits are then taken relative to their own. The chunks' sums are merged by
+    an online log-sum-exp, so rows of any range are served.
     """
     epsilon = float(torch.finfo(rows.working_dtype).eps)
     count = 0 if points is None else points.shape[1]
     total = _nothing(rows, count)
     for block in rows.blocks(2 * rows.chunk_size):  # float64 takes twice the room
         asked = () if points is None else tuple(points[block, k, None] for k in range(count))
-        point = _Point(x[block, None], centre[block, None], asked)
+        point = _Point(x[block, None], centre[block, None], asked, _huge_ends(ends, block))
         for chunk in rows.chunks():
             part = _read(rows, block, chunk)
             if points is not None:
@@ -134,6 +140,13 @@ def tilted_moments(rows: Rows, x: Tensor, centre: Tensor, points: Tensor | None 
     if rows.shard is not None:
         total = _merged(rows.shard, total)
     return _moments(total, x, centre, points)
+
+
+def _huge_ends(ends: Pair | None, block: slice) -> Pair | None:
+    """A and B of a block's rows [R, 1], if some of them are huge."""
+    if ends is None or not bool((torch.maximum(ends.theta[block].abs(), ends.t[block].abs()) > HUGE).any()):
+        return None
+    return Pair(ends.theta[block, None], ends.t[block, None])
 
 
 def _nothing(rows: Rows, count: int) -> _Sums:
@@ -173,7 +186,7 @@ def _add(total: _Sums, block: slice, chunk: _Chunk, point: _Point) -> None:
     base = torch.where(torch.isneginf(new_top), 0.0, new_top)[:, None]
     log_w = z.sub_(base)
     tokens = Tilted(chunk.a, chunk.b, log_w.exp(), log_w)
-    delta = chunk.d.sub_(point.centre)
+    delta = _delta(chunk, point)
     if chunk.outside is not None:
         delta.masked_fill_(chunk.outside, 0.0)
     parts = [tokens.weight.sum(-1)]
@@ -189,6 +202,15 @@ def _add(total: _Sums, block: slice, chunk: _Chunk, point: _Point) -> None:
     shrink = torch.where(torch.isneginf(top), 0.0, (top - base[:, 0]).exp())[:, None]
     total.sums[block] = total.sums[block] * shrink + torch.stack(parts, -1)
     total.top[block] = new_top
+
+
+def _delta(chunk: _Chunk, point: _Point) -> Tensor:
+    """d - centre. Of close logits d is exact; of huge ones it would lose the smaller, and so might the centre."""
+    delta = chunk.d.sub_(point.centre)
+    if point.ends is None:
+        return delta
+    huge = torch.maximum(point.ends.theta.abs(), point.ends.t.abs()) > HUGE
+    return torch.where(huge, (chunk.a - point.ends.theta) - (chunk.b - point.ends.t), delta)
 
 
 def _new_top(total: _Sums, block: slice, chunk: _Chunk, z: Tensor) -> Tensor:
@@ -231,4 +253,4 @@ def _moments(total: _Sums, x: Tensor, centre: Tensor, points: Tensor | None) -> 
         # Far from 0 the linear terms no longer cancel, and the excess would be the one that does.
         gaps = torch.where(beyond.abs() < NEAR, excess + log1p_excess(beyond), beyond.log1p() - linear)
     top_theta, top_t = total.at_top.unbind(-1)
-    return TiltedMoments(mass.log(), top_theta, top_t, centre + m1, variance, third, fourth, identical, gaps)
+    return TiltedMoments(mass.log(), top_theta, top_t, centre + m1, m1, variance, third, fourth, identical, gaps)

@@ -157,9 +157,9 @@ def interpolate(f, apart, x, y, target, rounded):
     noise = (blurred * (NOISE * EPSILON)).to(tl.float32) * above
     aim = 0.5 * target
     # The slope's sign at 1/2 brackets the root only where it stands clear of rounding.
-    ahead, clear = slope_half - aim, noise * CLEAR
-    low = tl.where(ahead < -clear, nothing, nothing - 1.0)
-    high = tl.where(ahead > clear, nothing, nothing + 1.0)
+    ahead, doubt = slope_half - aim, noise * CLEAR
+    low = tl.where(ahead < -doubt, nothing, nothing - 1.0)
+    high = tl.where(ahead > doubt, nothing, nothing + 1.0)
     s, step = _root(f, apart, log_t, log_theta, aim, low, high)
     at = at_point(f, apart, log_t, log_theta, s)
     reach = f.spread * tl.abs(s).to(tl.float32)
@@ -169,10 +169,12 @@ def interpolate(f, apart, x, y, target, rounded):
     rounding = 0.5 * (noise + of_moments) / at.curvature
     error = 0.5 * (at.share * left_out(f, s) * NEGLECTED / at.curvature + step)
     error = error * tl.maximum(tl.sqrt(tl.maximum(variance, 0.0)) * SD_SHARE, 1.0) + rounding
-    trusted = (error == error) & (at.curvature > 0) & (variance > 0)
+    # A root that rounding has blurred over its bracket says nothing: go on from the bracket's middle. One of a series
+    # that does not fall fast enough is near all the same.
+    clear = (rounding < BLURRED) & (at.curvature > 0)
+    s = tl.where(clear, s, 0.5 * (low + high))
+    trusted = clear & (error == error) & (variance > 0)
     error = tl.where(trusted, error, float("inf"))
-    # A root that rounding has blurred over its bracket says nothing: go on from the bracket's middle.
-    s = tl.where(error < BLURRED, s, 0.5 * (low + high))
     psi = tl.where(trusted, at.psi, psi_half)
     found = Interpolant(0.5 + 0.5 * s, psi, error, rounding, 0.5 + 0.5 * low, 0.5 + 0.5 * high)
     return found, Ends(A, B, psi_half, tl.full([], 1.0, tl.float32))

@@ -8,16 +8,17 @@ import triton.language as tl
 
 from optsample_triton.kernels.constants import NOT_CONVERGED
 from optsample_triton.kernels.records import Ends, ExactSums, Root
-from optsample_triton.kernels.rows import both_halves, inside_halves, relative_exactly, row_places
+from optsample_triton.kernels.rows import both_halves, inside_halves, read_exactly, reference_gap, row_places
 
 STEPS = tl.constexpr(6)
 LOST = tl.constexpr(1e-10)  # a psi'' below which float64 does not know the root, and any is as good
 
 
 @triton.jit
-def _add_exact(acc, row, a, b, inside, x, ends, base):
+def _add_exact(acc, row, a, b, inside, x, ends, base, PROBS: tl.constexpr):
     keep = inside & (a != -float("inf")) & (b != -float("inf"))
-    u, v = tl.where(keep, relative_exactly(a, row.theta), 0.0), tl.where(keep, relative_exactly(b, row.t), 0.0)
+    u = tl.where(keep, read_exactly(a, row.theta, row.eps, PROBS), 0.0)
+    v = tl.where(keep, read_exactly(b, row.t, row.eps, PROBS), 0.0)
     w = tl.where(keep, tl.exp(x * u + (1.0 - x) * v - base), 0.0)
     delta = u - v - (ends.A - ends.B)
     return ExactSums(
@@ -38,8 +39,8 @@ def _exact_sums(row, x, ends, base, tile):
     for start in tl.range(0, row.V, 2 * tile.H):
         a0, a1, b0, b1, places = both_halves(row, places, start, tile, True)
         inside0, inside1 = inside_halves(row.theta.ptr, start, row.V, tile)
-        acc = _add_exact(acc, row, a0, b0, inside0, x, ends, base)
-        acc = _add_exact(acc, row, a1, b1, inside1, x, ends, base)
+        acc = _add_exact(acc, row, a0, b0, inside0, x, ends, base, tile.PROBS)
+        acc = _add_exact(acc, row, a1, b1, inside1, x, ends, base, tile.PROBS)
     return ExactSums(
         mass_theta=tl.sum(acc.mass_theta, 0),
         mass_t=tl.sum(acc.mass_t, 0),
@@ -64,8 +65,9 @@ def exact_root(row, ends, root, tol, tile):
         slope = mean - (more_theta - more_t)
         variance = sums.second / sums.mass - mean * mean
         A, B = A + more_theta, B + more_t
+        residual = slope + (A - B) + reference_gap(row) if tile.PROBS else slope
         known = variance > LOST
-        alpha = tl.where(known, tl.minimum(tl.maximum(x - slope / variance, 0.0), 1.0), x)
+        alpha = tl.where(known, tl.minimum(tl.maximum(x - residual / variance, 0.0), 1.0), x)
         step = tl.abs(alpha - x).to(tl.float32)
         move = alpha.to(tl.float32).to(tl.float64) - x
         psi += tl.log(sums.mass) - x * more_theta - (1.0 - x) * more_t + move * (slope + 0.5 * move * variance)

@@ -12,6 +12,7 @@ from optsample_triton.kernels.rows import (
     load_halves,
     places_after,
     places_in,
+    reference_in_nats,
     relative,
     row_places,
 )
@@ -104,6 +105,22 @@ def probability_entropies(row, tile):
         total_theta += sum_theta
         total_t += sum_t
     return tl.sum(total_theta, 0), tl.sum(total_t, 0)
+
+
+@triton.jit
+def probability_log_partitions(row, tile):
+    """log of the sums of p + eps of both models, relative to the references; in float64, which adds them exactly."""
+    H: tl.constexpr = tile.H
+    zero = tl.zeros([H], tl.float64)
+    sum_theta, sum_t = zero, zero
+    places = row_places(row, 0, tile)
+    for start in tl.range(0, row.V, 2 * H):
+        p0, p1, r0, r1, places = both_halves(row, places, start, tile, True)
+        sum_theta += p0.to(tl.float64) + p1.to(tl.float64)
+        sum_t += r0.to(tl.float64) + r1.to(tl.float64)
+    added = row.V * row.eps
+    log_theta, log_t = tl.log(tl.sum(sum_theta, 0) + added), tl.log(tl.sum(sum_t, 0) + added)
+    return log_theta - reference_in_nats(row.theta), log_t - reference_in_nats(row.t)
 
 
 @triton.jit

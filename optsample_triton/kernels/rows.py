@@ -201,6 +201,15 @@ def relative_exactly(x, model):
 
 
 @triton.jit
+def read_exactly(x, model, eps, PROBS: tl.constexpr):
+    """What was read as logits relative to the reference, in float64: ``relative_exactly``, or of log(p + eps)."""
+    if PROBS:
+        return (tl.log(x.to(tl.float64) + eps) - model.reference) * model.inverse_temperature
+    else:
+        return relative_exactly(x, model)
+
+
+@triton.jit
 def row_places(row, start, tile):
     """Of the tile at ``start`` of both rows."""
     return RowPlaces(places_in(row.theta.ptr, start, tile), places_in(row.t.ptr, start, tile))

@@ -34,7 +34,7 @@ from optsample_triton.kernels.first_root import first_root
 from optsample_triton.kernels.first_sweep import first_sweep, survey
 from optsample_triton.kernels.log_q import store_log_q
 from optsample_triton.kernels.moments import gap_difference, narrow_moments
-from optsample_triton.kernels.one_model import own_moments, probability_entropies
+from optsample_triton.kernels.one_model import own_moments, probability_entropies, probability_log_partitions
 from optsample_triton.kernels.records import (
     Batch,
     Bracket,
@@ -143,8 +143,8 @@ def search(row, ends, state, options, tile, METHOD: tl.constexpr):
         else:
             steps += 1
             slope = gap_difference(-x, 1.0 - x, at, at.width, at.slope)
-            # L' itself, for probabilities: free of the rounding of A - B.
-            residual = at.mean + reference_gap(row) if tile.PROBS else slope
+            # L' itself, for probabilities.
+            residual = slope + (A - B) + reference_gap(row) if tile.PROBS else slope
             if BISECTING:
                 above = residual >= 0
                 low, high = tl.where(above, low, x), tl.where(above, x, high)
@@ -165,7 +165,7 @@ def search(row, ends, state, options, tile, METHOD: tl.constexpr):
                 # A wide row's tokens of weight lie about psi below both tops, and their difference is as blurred.
                 rounding = tl.where(at.width == float("inf"), 1.0 - at.psi.to(tl.float32), variance) * ROUNDING
                 # A corner's slopes stand clear of it.
-                smooth = tl.abs(slope).to(tl.float32) <= variance * LEAP
+                smooth = tl.abs(residual).to(tl.float32) <= variance * LEAP
                 task = tl.where(smooth & (variance * options.tol < rounding), COARSE, DONE)
             elif (steps if BISECTING else sweeps) >= options.max_iter:
                 task, status = tl.full([], FIND_PSI, tl.int32), tl.full([], NOT_CONVERGED, tl.int32)
@@ -272,6 +272,10 @@ def _search_start(row, first, index, options, tile, METHOD: tl.constexpr, NORMAL
         task = tl.where((task == DONE) & (status == OK), FIND_ROOT, task)
     if METHOD == ESS_BALANCE:
         task = tl.where(task == FIND_A, FIND_A, DONE)
+    if tile.PROBS:  # noqa: SIM102 (one is known when the kernel is compiled)
+        if task == FIND_ROOT:  # L' = psi' + A - B, of which psi' is known better than A - B
+            A, B = probability_log_partitions(row, tile)
+            sweeps += 1
     bracket = Bracket(low.to(tl.float32), high.to(tl.float32), unknown, -end_slope, unknown, end_slope)
     state = Search(task, alpha, psi, bracket, target, status, sweeps)
     return row, Ends(A, B, psi_half, shrink), state
@@ -289,7 +293,7 @@ def solved(
     start = first_root(first, options.tol, few, CHUNK, LANES, METHOD)
     row, ends, state = _search_start(first.row, start, first.index, options, tile, METHOD, NORMALISE)
     root, task, ends = search(row, ends, state, options, tile, METHOD)
-    if (METHOD == KL_SYMMETRY) and not tile.PROBS:  # noqa: SIM102 (one is known when the kernel is compiled)
+    if METHOD == KL_SYMMETRY:  # noqa: SIM102 (one is known when the kernel is compiled)
         if task == COARSE:
             root, ends = exact_root(row, ends, root, options.tol, few)
     status = root.status

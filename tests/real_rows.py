@@ -13,20 +13,20 @@ TEMPERATURES = (1.0, 1.0), (1.0, 0.7), (0.7, 1.0), (0.7, 0.7)  # the policy's, t
 MOST = 25  # rows at a time
 
 
-def batches(path: Path) -> Iterator[Batch]:
-    """All rows of a file at each pair of temperatures, by their kind. At temperature 1 they are bfloat16."""
+def batches(path: Path, every: int = 1) -> Iterator[Batch]:
+    """Every so-manieth row of a file at each pair of temperatures, by its kind. At temperature 1 it is bfloat16."""
     rows = real_rows.load(path)
     for theta, t in TEMPERATURES:
-        pair = rows.theta, rows.t
+        pair = rows.theta[::every], rows.t[::every]
         if (theta, t) != (1.0, 1.0):
-            pair = rows.theta.float() / theta, rows.t.float() / t
+            pair = pair[0].float() / theta, pair[1].float() / t
         kinds = real_rows.kinds(*pair)
         for number, kind in enumerate(real_rows.KINDS):
             of_kind = (kinds == number).nonzero()[:, 0]
             for some in of_kind.split(MOST):
                 if some.numel():
                     family = f"{theta:g} and {t:g}, {kind}"
-                    place = f"{family}, the rows {some.tolist()} of {path.name}"
+                    place = f"{family}, the rows {(some * every).tolist()} of {path.name}"
                     yield Batch(family, pair[0][some], pair[1][some], place)
 
 

@@ -43,6 +43,7 @@ class Measured(NamedTuple):
     equal: Tensor  # how many equal tokens would share the mass of all but the likeliest as evenly, at 1/2
     left: Tensor  # [N, len(APART)]: the share of that mass, at 0, 1/2 and 1 together, beside the likeliest tokens
     again: Tensor  # the same beside the likeliest token of each lane of one chunk
+    chunk: Tensor  # the share of the row that a chunk is
 
 
 def measured(batch: Batch) -> Measured:
@@ -57,16 +58,22 @@ def measured(batch: Batch) -> Measured:
     equal = rest.sum(-1).square() / rest.square().sum(-1)
     weights = sum(x.scatter(1, most.indices[:, :1], 0.0) for x in (ends[0].exp(), ends[1].exp(), half, half))
     moved = (found.alpha - exact.alpha).abs()
-    return Measured(found.error, found.rounding, moved, equal, left, _left_of_a_chunk(weights, half))
+    chunk = torch.full_like(moved, min(1.0, CHUNK / weights.shape[1]))
+    return Measured(found.error, found.rounding, moved, equal, left, _left_of_a_chunk(weights, half), chunk)
 
 
 def _left_of_a_chunk(weights: Tensor, half: Tensor) -> Tensor:
     """The share of the weights [N, V] that is left in float32 where the heaviest chunk is summed again with care."""
-    more = -weights.shape[1] % CHUNK
-    of_lanes, at_half = (pad(x, (0, more)).unflatten(1, (-1, CHUNK // LANES, LANES)) for x in (weights, half))
-    kept = of_lanes.gather(2, at_half.argmax(2, keepdim=True)).sum((2, 3))
+    of_lanes, at_half = (_of_lanes(x) for x in (weights, half))
+    kept = of_lanes.gather(3, at_half.argmax(3, keepdim=True)).sum((2, 3))
     heaviest = of_lanes.sum((2, 3)).argmax(1, keepdim=True)
     return 1.0 - kept.gather(1, heaviest)[:, 0] / weights.sum(1)
+
+
+def _of_lanes(values: Tensor) -> Tensor:
+    """Values [N, V] by chunk, lane and the lane's tokens: two neighbours of each tile, as 16-bit rows are read."""
+    more = -values.shape[1] % CHUNK
+    return pad(values, (0, more)).unflatten(1, (-1, CHUNK // (2 * LANES), LANES, 2)).movedim(3, 2).flatten(3)
 
 
 def _root(theta: Tensor, t: Tensor) -> Interpolant:
@@ -86,6 +93,8 @@ def means(rows: Measured) -> Iterator[tuple[str, float]]:
     for count, left in zip(APART, rows.left.unbind(-1), strict=True):
         yield f"with {count} tokens apart", mean(left)
     yield "with one chunk summed again", mean(rows.again)
+    looked_at = (rows.bound > TOL) & (rows.bound - rows.rounding <= TOL)
+    yield "the same, that chunk counted", mean(rows.again) + float((rows.chunk * looked_at).mean())
     decides = torch.isfinite(rows.bound) & (rows.rounding >= 0.5 * rows.bound)
     widest = float((rows.moved / rows.rounding * rows.equal.sqrt())[decides].max())
     yield "if errors of tokens average out", mean((widest / rows.equal.sqrt()).clamp(max=1.0))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import math
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
 
 from optsample_triton import cli
-from optsample_triton.demo import figures, model, page, terminal
+from optsample_triton.demo import command, figures, model, page, terminal
 from optsample_triton.demo.questions import Question
 from optsample_triton.demo.texts import LAWS, SPECULATIVE, Drawn, Settings, Text, Token, jobs, write_questions
 from optsample_triton.pipeline.encode import told
@@ -90,6 +92,36 @@ def test_the_token_table_has_the_weights() -> None:
     assert second.split()[-1] == "both"
 
 
+@pytest.mark.parametrize("width", [31, 80])
+def test_details_have_the_numbers_of_every_token_shown(width: int) -> None:
+    paint = terminal.painter(io.StringIO(), "never")
+    made = terminal.details(drawn(), 0, width, paint)
+    assert max(map(terminal.columns_of, made.splitlines())) <= width
+    rows: dict[str, list[str]] = {}
+    for block in made.split("\n\n"):
+        first, *others = (line.split() for line in block.splitlines())
+        assert [name for name, *_ in others] == ["α", "π_θ/q*", "π_t/q*"]
+        for name, cells in zip(("token", "α", "w_θ", "w_t"), (first, *others), strict=True):
+            rows[f"{first[0]} {name}"] = rows.get(f"{first[0]} {name}", []) + cells[1:]
+    tokens = text("q_star", LONG).tokens
+    for symbol in ("π_θ", "π_t", "q*"):
+        assert rows[f"{symbol} token"][:5] == ["The", "capital", "of", "Aus", "tralia"]
+        assert rows[f"{symbol} token"][-1] == terminal.END
+        assert rows[f"{symbol} α"] == [f"{token.alpha:.2f}" for token in tokens]
+        assert rows[f"{symbol} w_θ"] == [f"{math.exp(token.log_w_theta):.2g}" for token in tokens]
+        assert rows[f"{symbol} w_t"] == [f"{math.exp(token.log_w_t):.2g}" for token in tokens]
+    blank = terminal.under_tokens(text("q_star", [" ", "\n"]), width, paint).splitlines()[0]
+    assert blank.split() == ["q*", "␣", "↵"]
+
+
+def test_details_are_printed_where_asked_for(tmp_path: Path) -> None:
+    settings = Settings(tmp_path, (QUESTION,), tmp_path, 2, 8, 0.7, 0)
+    plain, whole = (command.output(drawn(), settings, "never", details) for details in (False, True))
+    assert "\nπ_θ/q*" not in plain
+    assert whole.count("\nπ_θ/q*") >= 3
+    assert all(line in whole for line in plain.splitlines())
+
+
 class Nothing:
     """No tokens of any text, which is all that the plan needs."""
 
@@ -126,11 +158,37 @@ def test_the_page_is_whole_and_the_same_every_time(tmp_path: Path) -> None:
     assert "a &lt;model&gt;" in made
     assert "&amp; &lt;b&gt;." in made
     assert page.write(drawn(), settings).read_text(encoding="utf-8") == made
+    assert "2 texts per question and law, seed 0" in made
     # Without a known answer and without drafts these pictures would be empty.
     fewer = drawn()
     fewer.texts[SPECULATIVE][:] = [each._replace(tested=0) for each in fewer.texts[SPECULATIVE]]
     drawn_names = [figure.name for figure in figures.draw_all(fewer, (QUESTION._replace(answer=None),))]
     assert drawn_names == ["alpha", "alphas", "sweeps", "weights"]
+
+
+def test_a_single_text_is_not_called_texts(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    settings = Settings(tmp_path, (QUESTION,), tmp_path, 1, 1, 0.7, 0)
+    one = Drawn({law: [text(law, ["东京"])._replace(tested=1)] for law in (*LAWS, SPECULATIVE)}, [1])
+    made = page.write(one, settings).read_text(encoding="utf-8")
+    assert "1 text per question and law, seed 0" in made
+    assert "in 1 text per question and law" in made
+    assert "α* of 1 token of q*" in made
+    printed = command.output(one, settings, "never", details=True)
+    assert re.findall(r"\b1 (?:texts|tokens|drafts|sweeps)\b", made + printed) == []
+
+
+def test_the_bar_of_the_reader_obeys_transformers_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    obeys = object()
+    transformers = types.SimpleNamespace(utils=types.SimpleNamespace(logging=types.SimpleNamespace(tqdm=obeys)))
+    name = "transformers.modeling_gguf_pytorch_utils"
+    for reader in (types.SimpleNamespace(tqdm=print), types.SimpleNamespace()):
+        monkeypatch.setitem(sys.modules, name, reader)
+        had = hasattr(reader, "tqdm")
+        model.quiet_reader(transformers)
+        assert getattr(reader, "tqdm", None) is (obeys if had else None)
+    monkeypatch.setitem(sys.modules, name, None)
+    model.quiet_reader(transformers)  # a release without it
 
 
 def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

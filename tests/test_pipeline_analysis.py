@@ -117,7 +117,7 @@ def test_the_report_is_what_was_measured(records: list[dict], report: Report) ->
         assert summary["weights"][k]["ess_share"] == pytest.approx(w.sum() ** 2 / (150 * (w**2).sum()))
         assert summary["weights"][k]["largest_share"] == pytest.approx(w.max() / w.sum())
         assert summary["weights"][k]["mean"] == pytest.approx(w.mean())
-        assert summary["weights"][k]["error"] == pytest.approx(w.std() / math.sqrt(150))
+        assert summary["weights"][k]["error"] == pytest.approx(w.std(ddof=1) / math.sqrt(150))
         assert summary["weights"][k]["median"] == pytest.approx(np.median(w))
         if importlib.util.find_spec("arviz_stats"):  # Python 3.11 or newer
             assert math.isfinite(summary["weights"][k]["k_hat"])
@@ -344,8 +344,74 @@ def test_weights_whose_tail_was_never_drawn_are_not_trusted(records: list[dict],
     for text in (report.markdown.read_text(), report.html.read_text()):
         assert BLIND in text
         assert f"Do not trust π_θ/q* of answers: its mean is {answers.mean:.3g} where it must be 1" in text
-        assert f"about {answers.missed:.0%} of π_θ lies where no sample fell" in text
-        assert f"its median is {answers.median:.2g}." in text
+        assert f"about {answers.missed:.0%} ± {answers.error:.0%} of π_θ lies where no sample fell" in text
+        assert f"its median is {answers.median:.2g}. The ± is one standard error, of 150 answers." in text
+        if math.isfinite(answers.k_hat):
+            assert f"fell, which its k̂ of {answers.k_hat:.2f} cannot see" in text
+
+
+def told(records: list[dict], log_w: np.ndarray, folder: Path) -> tuple[Report, str, str]:
+    """The report on answers with these weights of pi_theta, its sentence on what they missed, and their verdict."""
+    report = analyze(written(folder, with_weights(records[: len(log_w)], log_w)), folder / "analysis")
+    text = report.markdown.read_text()
+    (verdict,) = re.findall(r"^\| π_θ/q\* of answers \|.*\| ([^|]*) \|$", text, re.MULTILINE)
+    return report, "".join(re.findall(r"^Do not trust π_θ/q\* of answers: .*", text, re.MULTILINE)), verdict
+
+
+def test_a_k_hat_that_warns_is_not_called_blind(records: list[dict], tmp_path: Path) -> None:
+    pytest.importorskip("arviz_stats", reason="needs Python 3.11")
+    w = ((np.arange(150) + 0.5) / 150) ** -0.9  # Pareto's tail of index 0.9
+    report, sentence, _ = told(records, np.log(0.5 * w / w.mean()), tmp_path)
+    k_hat = report.weights[0].k_hat
+    assert k_hat > 0.7
+    assert f"lies where no sample fell; its k̂ of {k_hat:.2f} is above 0.7, which warns too; its median" in sentence
+    assert "which its k̂" not in sentence
+
+
+def test_few_even_weights_are_not_bad_ones(records: list[dict], tmp_path: Path) -> None:
+    """Samples of a model under that model, whose weights are all 1, are only few."""
+    for number, only in ((1, "only 1 answer"), (4, "only 4 answers"), (9, "only 9 answers")):
+        report, sentence, verdict = told(records, np.zeros(number), tmp_path)
+        assert (verdict, sentence) == (f"too few to judge: {only}", "")
+        assert (report.weights[0].faults, report.weights[0].trusted) == ([], False)
+        assert f"π_θ/q* of answers: too few to judge: {only}" in report.summary
+    report, _, verdict = told(records, np.zeros(10), tmp_path)
+    assert (verdict, report.weights[0].trusted) == ("no fault seen, k̂ unknown", True)
+    _, _, verdict = told(records, np.log([0.01, 0.02, 0.03, 3.0]), tmp_path)
+    assert verdict == "do not trust: they count as 1.0 equal weights; only 4 answers"
+
+
+def test_what_few_samples_missed_has_its_standard_error(records: list[dict], tmp_path: Path) -> None:
+    w = np.array([0.3, 0.4, 0.48, 0.7])
+    report, sentence, verdict = told(records, np.log(w), tmp_path)
+    error = w.std(ddof=1) / 2
+    assert report.weights[0].error == pytest.approx(error)
+    assert sentence == (
+        "Do not trust π_θ/q* of answers: its mean is 0.47 where it must be 1, so about 53% ± "
+        f"{error:.0%} of π_θ lies where no sample fell; its median is 0.44. The ± is one standard error, of 4 answers; "
+        "of so few, it may be chance."
+    )
+    assert verdict == "do not trust: the mean is 0.47, not 1; only 4 answers"
+    _, sentence, _ = told(records, np.log(np.tile([0.5, 0.52], 75)), tmp_path)
+    assert "so about 49.0% ± 0.1% of π_θ lies" in sentence
+    _, sentence, _ = told(records, np.log(np.full(4, 0.5)), tmp_path)
+    assert "so about 50% of π_θ lies" in sentence
+    assert sentence.endswith("its median is 0.5. The 4 answers all have one weight, which gives no standard error.")
+    report, sentence, verdict = told(records, np.log([0.5]), tmp_path)  # one weight may be any
+    assert (sentence, verdict) == ("", "too few to judge: only 1 answer")
+    assert "| π_θ/q* of answers | 1 | 0.5 ± – |" in report.markdown.read_text()
+
+
+def test_the_standard_error_is_that_of_repeated_draws() -> None:
+    """π_θ lies to a half where q* never draws; elsewhere log w is normal. Over many runs 1 - mean spreads as told."""
+    made = []
+    for seed in range(2000):
+        reservoir = Reservoir(4, 1)
+        reservoir.add(np.random.default_rng(seed).normal(math.log(0.5) - 0.08, 0.4, (4, 1)))
+        made.append(judged("π_θ", "answers", reservoir, 0))
+    missed = 1.0 - np.array([w.mean for w in made])
+    assert missed.mean() == pytest.approx(0.5, abs=0.01)
+    assert np.mean([w.error**2 for w in made]) == pytest.approx(missed.var(), rel=0.1)
 
 
 @pytest.mark.parametrize(("deviation", "trusted"), [(0.3, True), (3.0, False), (6.0, False)])
@@ -386,7 +452,7 @@ def test_weights_of_zero_count(records: list[dict], tmp_path: Path) -> None:
     assert tokens.number == sum(r["num_tokens"] for r in some)
     nothing = [r | {"log_t": [None] * r["num_tokens"], "log_w_t": None} for r in some[:3]]
     zero = weights_of(read(written(tmp_path, nothing), 0))[1]
-    assert (zero.mean, zero.verdict) == (0.0, "do not trust: every weight is 0")
+    assert (zero.mean, zero.verdict) == (0.0, "do not trust: every weight is 0; only 3 answers")
     assert not zero.trusted
 
 
@@ -398,6 +464,9 @@ def test_weights_that_nobody_judged_are_not_trusted(records: list[dict], report:
     some = json.loads((report.markdown.parent / "summary.json").read_text())["weights"]
     assert [w["verdict"] for w in some] == [w.verdict for w in report.weights]
     assert [w["trusted"] for w in some] == [not w.faults for w in report.weights]
+    none = [r | {"log_t": [None] * r["num_tokens"], "log_w_t": None} for r in records[:3]]
+    text = analyze(written(tmp_path, none), tmp_path / "analysis").markdown.read_text()
+    assert "so about 100% of π_t lies where no sample fell; its median is 0. The 3 answers all have one weight" in text
 
 
 def test_equal_weights_are_trusted_without_a_tail(records: list[dict], tmp_path: Path) -> None:

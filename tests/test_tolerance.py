@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 
 import pytest
 import torch
@@ -49,6 +50,21 @@ def test_the_command_writes_its_table(tmp_path, capsys):
         lines = list(csv.DictReader(file))
     assert {(line["backend"], line["tol"]) for line in lines} == {("eager", "0.001"), ("eager", "1e-06")}
     assert len(lines) == 2 * len(FAMILIES) * len(VOCABS)
+
+
+def test_lines_of_other_tolerances_stay(tmp_path):
+    path = tmp_path / "tolerance.csv"
+    tolerance.main(["--rows", "24", "--tol", "1e-3", "1e-6", "--jobs", "1", "--output", str(path)])
+    whole = path.read_text()
+    tolerance.main(["--rows", "24", "--tol", "1e-6", "--jobs", "1", "--output", str(path)])
+    assert path.read_text() == whole
+
+
+def test_every_nth_real_row():
+    some = [batch for batch in real_rows.batches(PATH, 3) if batch.family.startswith("1 and 1")]
+    assert sum(len(batch.theta) for batch in some) == 3  # of 8
+    rows = [row for batch in some for row in re.findall(r"\d+", batch.place.partition("rows ")[2].partition("]")[0])]
+    assert sorted(map(int, rows)) == [0, 3, 6]
 
 
 def test_batches_at_one_tolerance_each(tmp_path):

@@ -1,7 +1,7 @@
 """How far alpha is from the truth, beside the tolerance that was asked for: on random rows, or on real ones.
 
-    python -m tests.tolerance --rows 100000 --in-turn --backend compiled
-    python -m tests.tolerance --real build/real_rows.npz
+    python -m tests.tolerance --rows 104000 --in-turn --backend compiled
+    python -m tests.tolerance --real build/real_rows.npz --every 4 --backend interpreted
 
 write bench/results/tolerance/random_rows.csv or real_rows.csv, a line for each backend, family, vocabulary and
 tolerance. The file of real rows is made by `python -m bench.speed.make_real_rows --every FILE`. ``beyond`` counts the
@@ -158,18 +158,20 @@ def summed(results: Iterable[Tried]) -> list[Tried]:
 
 
 def write(results: Sequence[Tried], path: Path) -> None:
-    """Into the table, in the place of what it had of the same backends."""
+    """Into the table, in the place of what it had of the same backends at the same tolerances."""
     others = []
     if path.exists():
         with path.open(newline="", encoding="utf-8") as file:
             others = [row for row in csv.reader(file)][1:]
-    backends = {result.backend for result in results}
-    rows = [row for row in others if row[0] not in backends] + [_line(result) for result in results]
+    tried = {(result.backend, str(result.tol)) for result in results}
+    rows = [row for row in others if (row[0], row[3]) not in tried] + [_line(result) for result in results]
+    rows.sort(key=lambda row: BACKENDS.index(row[0]))
+    places = {group: place for place, group in enumerate(dict.fromkeys(tuple(row[:3]) for row in rows))}
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(Tried._fields)
-        writer.writerows(sorted(rows, key=lambda row: BACKENDS.index(row[0])))
+        writer.writerows(sorted(rows, key=lambda row: (places[tuple(row[:3])], -float(row[3]))))
 
 
 def _line(result: Tried) -> list[str]:
@@ -181,6 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", choices=BACKENDS, default="eager")
     parser.add_argument("--rows", type=int, default=10_000, help="in all, of all families (default: %(default)s)")
     parser.add_argument("--real", type=Path, metavar="FILE", help="real rows, in the place of random ones")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="of the real rows only every Nth one")
     parser.add_argument("--tol", type=float, nargs="+", default=TOLERANCES)
     parser.add_argument(
         "--in-turn", action="store_true", help="each batch at one of the tolerances, not at all of them"
@@ -189,7 +192,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, help="the table; by default that of bench/results/tolerance")
     options = parser.parse_args(arguments)
-    every = list(real_rows.batches(options.real) if options.real else batches(options.rows, options.seed))
+    real = options.real and real_rows.batches(options.real, options.every)
+    every = list(real or batches(options.rows, options.seed))
     output = options.output or RESULTS / ("real_rows.csv" if options.real else "random_rows.csv")
     tolerances = [
         options.tol[k % len(options.tol) :][:1] if options.in_turn else options.tol for k in range(len(every))

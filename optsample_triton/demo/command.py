@@ -37,14 +37,13 @@ def options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--cache-dir", metavar="DIR", help="keeps the model (default: optsample in your cache folder)")
     group.add_argument("--output-dir", metavar="DIR", default="optsample-demo", help="of the files (optsample-demo)")
     group.add_argument("--color", choices=terminal.COLORS, default="auto", help="of the output (auto: on terminals)")
+    group.add_argument("--details", action="store_true", help="print α and the weights under every token shown")
     return parser
 
 
 def run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     arguments = options(parser).parse_args(dashes(argv))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model is a folder; nothing is asked of the hub
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # bars in a log are unreadable
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
     try:
@@ -75,7 +74,7 @@ def _stages(arguments: argparse.Namespace) -> None:
     drawn = draw(settings, _say)
     _say("drawing pictures")
     written = page.write(drawn, settings)
-    print(_told(drawn, settings, arguments.color))
+    print(output(drawn, settings, arguments.color, arguments.details))
     print(
         f"\n{folder / 'data'}{os.sep}*.jsonl  the texts, and every token's numbers\n{written}  the same with pictures"
     )
@@ -112,12 +111,15 @@ def _model(arguments: argparse.Namespace) -> Path:
     return obtain(cache, _say)
 
 
-def _told(drawn: Drawn, settings: Settings, color: str) -> str:
-    """The texts, one of them token by token, and the run in a few sentences."""
+def output(drawn: Drawn, settings: Settings, color: str, details: bool) -> str:
+    """The texts, one of them or all token by token, and the run in a few sentences."""
     paint = terminal.painter(sys.stdout, color)
     width = shutil.get_terminal_size((80, 24)).columns
     parts = [terminal.legend(paint)]
-    parts += [terminal.side_by_side(drawn, k, each, width, paint) for k, each in enumerate(settings.questions)]
+    for k, each in enumerate(settings.questions):
+        parts.append(terminal.side_by_side(drawn, k, each, width, paint))
+        if details:
+            parts.append(terminal.details(drawn, k, width, paint))
     parts.append("The first text of q*, token by token:\n\n" + terminal.token_table(drawn.texts["q_star"][0], paint))
     parts.append(
         "\n".join(line for sentence in terminal.figures_in_words(drawn) for line in terminal.folded(sentence, width))

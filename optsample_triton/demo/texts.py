@@ -35,6 +35,14 @@ class Settings(NamedTuple):
     seed: int
 
 
+def counted(number: int, noun: str) -> str:
+    """
+    >>> counted(1, "text"), counted(4, "text")
+    ('1 text', '4 texts')
+    """
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 class Token(NamedTuple):
     """One token of a text, and what q* is where it stands. Logarithms are of the token's probability."""
 
@@ -122,10 +130,10 @@ def draw(settings: Settings, say: Any) -> Drawn:
     made = jobs(settings)
     if not load_tokenizer(str(settings.model), None, made["q_star"]).chat_template:
         raise PipelineError(f"model {settings.model} must have a chat template, but has none")
-    count = len(settings.questions) * settings.samples
+    count = counted(len(settings.questions) * settings.samples, "text")
     for name, job in made.items():
         how = f"{SYMBOLS['q_star']}, {DRAFTED} drafts at a time" if name == SPECULATIVE else SYMBOLS[name]
-        say(f"drawing {count} texts from {how}")
+        say(f"drawing {count} from {how}")
         if generate(job).rejected:
             raise PipelineError(_first_rejected(job))
     say(f"reading {SYMBOLS['q_star']} at every token of the texts")

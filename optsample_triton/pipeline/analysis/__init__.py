@@ -51,5 +51,5 @@ def analyze(diagnostics: str | Path, output_dir: str | Path = "analysis", *, wor
     unknown = sum(criterion.met is None for criterion in criteria)
     summary = f"{tally.samples} samples, {tally.tokens} tokens, {met} of {len(criteria)} acceptance criteria met"
     summary += f", {unknown} not recorded" if unknown else ""
-    summary += "".join(f"; {w.name}: {w.verdict}" for w in weights if w.of == "answers" and w.faults)
+    summary += "".join(f"; {w.name}: {w.verdict}" for w in weights if w.of == "answers" and w.number and not w.trusted)
     return Report(summary, markdown, html, criteria, weights, tally)

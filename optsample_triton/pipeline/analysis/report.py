@@ -9,10 +9,11 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from optsample_triton.is_reshape.diagnostics import UNRELIABLE_K
 from optsample_triton.pipeline.analysis import header
 from optsample_triton.pipeline.analysis.answers import LONGEST
 from optsample_triton.pipeline.analysis.figures import Figure
-from optsample_triton.pipeline.analysis.tally import Tally
+from optsample_triton.pipeline.analysis.tally import KEPT, Tally
 from optsample_triton.pipeline.analysis.weights import Weights, fits_tails
 from optsample_triton.types import Status
 
@@ -195,7 +196,8 @@ def _weight_parts(weights: list[Weights]) -> list[Part]:
         "The mean is given with its standard error. The median is the weight of an ordinary sample: if it is far below "
         "1, few samples decide every mean. The effective share is (Σw)² / (n Σw²), the largest share that of the "
         "largest weight in the sum. Where the verdict is not to trust the weights of answers, use token weights, or "
-        "clip or reshape them (see is_reshape). A filter on q* lowers the mean by what it cuts off, for good.",
+        "clip or reshape them (see is_reshape). Where they are too few to judge, draw more. A filter on q* lowers the "
+        "mean by what it cuts off, for good.",
     ]
 
 
@@ -205,15 +207,27 @@ NO_TAILS = (
 )
 BLIND = (
     "k̂ describes only the weights that were drawn: it cannot see a tail that the sample never reached, so a low k̂ "
-    "alone is no reason to trust weights whose mean is not 1."
+    "alone is no reason to trust weights whose mean is not 1. Nor can the standard errors see such a tail."
 )
 
 
 def _missed(w: Weights) -> str:
-    seen = "" if math.isnan(w.k_hat) else f", which its k̂ of {w.k_hat:.2f} cannot see"
+    """The sentence on weights whose mean is too low. Only a k̂ that gives no warning has failed to see it."""
+    if w.k_hat > UNRELIABLE_K:
+        seen = f"; its k̂ of {w.k_hat:.2f} is above {UNRELIABLE_K}, which warns too"
+    else:
+        seen = "" if math.isnan(w.k_hat) else f", which its k̂ of {w.k_hat:.2f} cannot see"
+    count = f"{min(w.number, KEPT):,} {w.of}"
+    share = f"{w.missed:.0%}"
+    if w.error > 0.0:
+        digits = 0 if w.error >= 0.01 else 1
+        share = f"{w.missed:.{digits}%} ± {w.error:.{digits}%}"
+        known = f"The ± is one standard error, of {count}{'; of so few, it may be chance' if w.few else ''}."
+    else:  # an error of 0 would pass for certainty
+        known = f"The {count} all have one weight, which gives no standard error."
     return (
-        f"Do not trust {w.name}: its mean is {w.mean:.3g} where it must be 1, so about {w.missed:.0%} of {w.model} "
-        f"lies where no sample fell{seen}; its median is {w.median:.2g}."
+        f"Do not trust {w.name}: its mean is {w.mean:.3g} where it must be 1, so about {share} of {w.model} "
+        f"lies where no sample fell{seen}; its median is {w.median:.2g}. {known}"
     )
 
 

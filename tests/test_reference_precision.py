@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from reference import truth
+from tests.exact import Exact
 from tests.tolerances import DIAGNOSTICS, assert_within
 
 SIZE = 12
@@ -56,71 +57,9 @@ ROWS: dict[str, tuple[Tensor, Tensor]] = {
 }
 
 
-class Exact:
-    """The definitions, on mpmath numbers."""
-
-    def __init__(self, a: list[mp.mpf], b: list[mp.mpf]) -> None:
-        self.p, self.t = self.softmax(a), self.softmax(b)
-        self.log_ratio = [mp.log(x) - mp.log(y) for x, y in zip(self.p, self.t, strict=True)]
-
-    @staticmethod
-    def softmax(x: list[mp.mpf]) -> list[mp.mpf]:
-        weights = [mp.exp(value - max(x)) for value in x]
-        return [weight / mp.fsum(weights) for weight in weights]
-
-    def mixture(self, alpha: mp.mpf) -> list[mp.mpf]:
-        return self.softmax([alpha * mp.log(x) + (1 - alpha) * mp.log(y) for x, y in zip(self.p, self.t, strict=True)])
-
-    def kl_difference(self, alpha: mp.mpf) -> mp.mpf:
-        return mp.fdot(self.mixture(alpha), self.log_ratio)
-
-    def log_ess_ratio(self, alpha: mp.mpf) -> mp.mpf:
-        q = self.mixture(alpha)
-        inverse_theta = mp.fsum(x * x / z for x, z in zip(self.p, q, strict=True))
-        inverse_t = mp.fsum(y * y / z for y, z in zip(self.t, q, strict=True))
-        return mp.log(inverse_t) - mp.log(inverse_theta)
-
-    def root(self, method: str, bits: int = 70) -> mp.mpf:
-        rising = self.kl_difference if method == "kl_symmetry" else self.log_ess_ratio
-        low, high = mp.mpf(0), mp.mpf(1)
-        for _ in range(bits):
-            middle = (low + high) / 2
-            if rising(middle) < 0:
-                low = middle
-            else:
-                high = middle
-        return (low + high) / 2
-
-    def diagnostics(self, alpha: mp.mpf) -> dict[str, mp.mpf]:
-        q = self.mixture(alpha)
-
-        def kl(x: list[mp.mpf], y: list[mp.mpf]) -> mp.mpf:
-            return mp.fsum(u * (mp.log(u) - mp.log(v)) for u, v in zip(x, y, strict=True))
-
-        def overlap(x: list[mp.mpf]) -> mp.mpf:
-            return mp.fsum(min(u, v) for u, v in zip(x, q, strict=True))
-
-        def ess(x: list[mp.mpf]) -> mp.mpf:
-            return 1 / mp.fsum(u * u / v for u, v in zip(x, q, strict=True))
-
-        powers = (x**alpha * y ** (1 - alpha) for x, y in zip(self.p, self.t, strict=True))
-        return {
-            "log_z": mp.log(mp.fsum(powers)),
-            "kl_theta": kl(q, self.p),
-            "kl_t": kl(q, self.t),
-            "ess_theta": ess(self.p),
-            "ess_t": ess(self.t),
-            "entropy_theta": -mp.fsum(x * mp.log(x) for x in self.p),
-            "entropy_t": -mp.fsum(x * mp.log(x) for x in self.t),
-            "entropy_q": -mp.fsum(x * mp.log(x) for x in q),
-            "overlap_theta": overlap(self.p),
-            "overlap_t": overlap(self.t),
-        }
-
-
 def exact(name: str) -> Exact:
     a, b = ROWS[name]
-    return Exact([mp.mpf(x) for x in a.tolist()], [mp.mpf(x) for x in b.tolist()])
+    return Exact(a.tolist(), b.tolist())
 
 
 @pytest.mark.parametrize("name", ROWS)

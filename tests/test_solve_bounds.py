@@ -331,6 +331,14 @@ def test_real_rows(tol, temperatures, backend, device, interpreted):
     assert found.sweeps.max() <= 5
 
 
+def test_a_root_that_is_not_trusted_starts_the_search(backend, device):
+    """The likeliest tokens of a real row, whose series falls too slowly: from the bracket's middle it took three."""
+    a = torch.tensor([[14.625, 17.875, 15.6875, 14.375, 14.6875, 8.625]]) / 0.7
+    b = torch.tensor([[15.5625, 18.625, 16.25, 15.125, 14.875, 16.625]]) / 0.7
+    found = assert_bounded(a, b, 1e-4, device, diagnostics=True)
+    assert found.sweeps.tolist() == [2]
+
+
 def test_divergences_of_real_rows_have_all_their_digits(backend, device, interpreted):
     """They are as small as 2e-5; at the root both are -log z."""
     a, b = real_pairs(interpreted)

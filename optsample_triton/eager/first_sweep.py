@@ -113,7 +113,7 @@ def _heaviest(weights: Tensor) -> Tensor:
     whole = count * GROUPS
     places = []
     if count:
-        of_groups = weights[:, :whole].unflatten(1, (count, GROUPS)).argmax(1)
+        of_groups = weights[:, :whole].unflatten(1, (count, GROUPS)).max(1).indices  # faster than argmax
         places.append(of_groups * GROUPS + torch.arange(GROUPS, device=weights.device))
     if whole < weights.shape[1]:
         places.append(weights[:, whole:].argmax(-1, keepdim=True) + whole)

@@ -42,6 +42,7 @@ def first_root(first, tol, tile, CHUNK: tl.constexpr, LANES: tl.constexpr, METHO
 
 @triton.jit
 def _nothing_known():
+    """What a loop starts with that sets it: the compiler must know its type before."""
     nothing = tl.zeros([], tl.float64)
     found = Interpolant(nothing, nothing, nothing, nothing, nothing, nothing)
     ends = Ends(nothing, nothing, nothing, tl.full([], 1.0, tl.float32))

@@ -22,7 +22,7 @@ STAMP := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
 .PHONY: bench demo test test-long test-all test-shapes test-compiled theory watch lint types format clean
-.PHONY: install-integrations test-integrations
+.PHONY: install-integrations test-integrations test-between pin-integrations
 
 bench: $(STAMP)
 	$(BIN)/python -m bench $(BENCH_ARGS)
@@ -60,45 +60,69 @@ theory: $(STAMP)
 	$(BIN)/python -m bench.theory $(THEORY_ARGS)
 
 # Each folder of tests/integrations names its packages in requirements.txt and gets an environment of its own; packages
-# of no-deps.txt, where there is one, come without the packages that they in turn ask for. FOLDERS names some of them;
-# RELEASES="trl==1.17.0" puts that release in the place of the one that they name, in an environment of its own, where
-# the other frameworks are what goes with it (tests/watch.py). TRANSFORMERS=5.23.0 is short for such a RELEASES.
-# install-integrations makes the environments and runs no test.
+# of no-deps.txt, where there is one, come without the packages that they in turn ask for. pins.txt has the exact
+# release of all that is installed: pin-integrations makes the environments anew, without it, and writes it.
+# FOLDERS names some of them; RELEASES="trl==1.17.0" puts that release in the place of the one that they name, in an
+# environment of its own, where the other frameworks are what goes with it (tests/watch.py), and the pins those of
+# pins-trl-1.17.0.txt if there is one. TRANSFORMERS=5.23.0 is short for such a RELEASES.
+# install-integrations makes the environments and runs no test. make -j 2 -O works at two folders at a time.
 TRANSFORMERS ?=
 RELEASES ?= $(TRANSFORMERS:%=transformers==%)
 FOLDERS ?= $(if $(TRANSFORMERS),huggingface pipeline,*)
+REQUIREMENTS_OF = $(wildcard $(1:%=tests/integrations/%/requirements.txt))
+INTEGRATIONS := $(patsubst tests/integrations/%/requirements.txt,%,$(call REQUIREMENTS_OF,$(FOLDERS)))
+UNKNOWN := $(strip $(foreach name,$(FOLDERS),$(if $(call REQUIREMENTS_OF,$(name)),,$(name))))
+ifneq ($(and $(UNKNOWN),$(filter %-integrations,$(MAKECMDGOALS)),$(wildcard tests/integrations)),)
+  $(error no folder of tests/integrations is called $(UNKNOWN))
+endif
 empty :=
 RELEASED := $(subst $(empty) ,-,$(subst ==,-,$(RELEASES)))
-test-integrations: TEST_FOLDER = "$$venv/bin/python" -m pytest -o addopts="--strict-markers --strict-config -ra" "$$folder"
-install-integrations: TEST_FOLDER = true
-test-integrations install-integrations: $(STAMP)
-	@set -eu; found=; \
-	for requirements in $(FOLDERS:%=tests/integrations/%/requirements.txt); do \
-	  [ -e "$$requirements" ] || continue; \
-	  found=yes; folder=$$(dirname "$$requirements"); venv=.venvs/$$(basename "$$folder")$(RELEASED:%=-%); pins=$$folder; \
-	  if [ -n "$(RELEASES)" ]; then \
-	    mkdir -p "$$venv"; pins=$$venv; requirements=$$venv/requirements.txt; \
-	    for file in "$$folder/requirements.txt" "$$folder/no-deps.txt"; do \
-	      [ -e "$$file" ] || continue; made=$$venv/$$(basename "$$file"); \
-	      $(BIN)/python -m tests.watch --pins "$$file" $(RELEASES) > "$$made.new"; \
-	      cmp -s "$$made.new" "$$made" || cp "$$made.new" "$$made"; \
-	    done; \
-	  fi; \
-	  echo "== $$folder"; \
-	  if ! [ "$$venv/.installed" -nt "$$requirements" ] || ! [ "$$venv/.installed" -nt $(STAMP) ]; then \
-	    $(PYTHON) -m venv "$$venv"; \
-	    "$$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt torch setuptools; \
-	    if [ -e "$$pins/no-deps.txt" ]; then \
-	      "$$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps -r "$$pins/no-deps.txt"; \
-	    fi; \
-	    "$$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$$requirements"; \
-	    "$$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-build-isolation \
-	      $(if $(RELEASES),,-c constraints.txt) -e '.[test]'; \
-	    touch "$$venv/.installed"; \
-	  fi; \
-	  $(TEST_FOLDER); \
-	done; \
-	[ -n "$$found" ] || echo "$@: there is no tests/integrations/*/requirements.txt, nothing to run"
+FOLDER_PINS := pins$(RELEASED:%=-%).txt
+NAME_FOLDER = folder=tests/integrations/$*; venv=.venvs/$*$(RELEASED:%=-%); named=$(if $(RELEASES),$$venv,$$folder); \
+	pip="$$venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check"
+
+test-integrations: $(INTEGRATIONS:%=test-in-%)
+install-integrations: $(INTEGRATIONS:%=install-in-%)
+pin-integrations: $(INTEGRATIONS:%=pin-in-%)
+test-integrations install-integrations pin-integrations:
+	@$(if $(INTEGRATIONS),,echo "$@: there is no folder in tests/integrations, nothing to run")
+
+test-in-%: install-in-%
+	@set -eu; $(NAME_FOLDER); \
+	"$$venv/bin/python" -m pytest -o addopts="--strict-markers --strict-config -ra" "$$folder"
+
+install-in-%: $(STAMP)
+	@set -eu; $(NAME_FOLDER); echo "== $$folder"; \
+	if [ -n "$(RELEASES)" ]; then \
+	  mkdir -p "$$venv"; \
+	  for file in "$$folder/requirements.txt" "$$folder/no-deps.txt"; do \
+	    [ -e "$$file" ] || continue; made=$$venv/$$(basename "$$file"); \
+	    $(BIN)/python -m tests.watch --pins "$$file" $(RELEASES) > "$$made.new"; \
+	    cmp -s "$$made.new" "$$made" || cp "$$made.new" "$$made"; \
+	  done; \
+	fi; \
+	pins=$$folder/$(FOLDER_PINS); [ -e "$$pins" ] || pins=; \
+	if ! [ -e "$$venv/.installed" ] || [ "$$(find "$$named"/*.txt $$pins $(STAMP) -newer "$$venv/.installed")" ]; then \
+	  pins=$${pins:+-c $$pins}; \
+	  $(PYTHON) -m venv "$$venv"; \
+	  $$pip -c constraints.txt torch setuptools; \
+	  if [ -e "$$named/no-deps.txt" ]; then $$pip --no-deps -r "$$named/no-deps.txt"; fi; \
+	  $$pip $$pins -r "$$named/requirements.txt"; \
+	  $$pip $$pins --no-build-isolation $(if $(RELEASES),,-c constraints.txt) -e '.[test]'; \
+	  touch "$$venv/.installed"; \
+	fi
+
+pin-in-%: $(STAMP)
+	@$(NAME_FOLDER); rm -rf "$$venv"
+	@$(MAKE) --no-print-directory install-in-$* FOLDER_PINS=none
+	@set -eu; $(NAME_FOLDER); \
+	$(BIN)/python -m tests.watch --freeze "$$venv" > "$$venv/pins"; \
+	$$pip --dry-run -c "$$venv/pins" -r "$$named/requirements.txt"; \
+	cp "$$venv/pins" "$$folder/$(FOLDER_PINS)"; touch "$$venv/.installed"
+
+# The folders have the oldest and the newest transformers; this is one between.
+test-between:
+	@$(MAKE) test-integrations TRANSFORMERS=5.10.4 FOLDERS=huggingface
 
 # What the frameworks have released since they were tested; RUN=yes also runs the tests against it. No part of .ci/run.
 RUN ?=

